@@ -1,0 +1,32 @@
+"""EK-FAC curvature factors of language models' MLP blocks, fitted on many workers.
+
+The Python API: `estimate_factors` fits, `load_factors` opens what was fitted. Both are imported
+when they are first used, so that the command line answers at once.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ekfac_dist.stages.factors import Factors, load_factors
+    from ekfac_dist.stages.run import estimate_factors
+
+__all__ = ["Factors", "estimate_factors", "load_factors"]
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Factors": "ekfac_dist.stages.factors",
+    "load_factors": "ekfac_dist.stages.factors",
+    "estimate_factors": "ekfac_dist.stages.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,280 @@
+"""The command line: arguments in, exit status out. Holds no logic of its own.
+
+Exit status 0: done; 1: a defect or a worker lost; 2: something the user can mend, said in a
+sentence. Heavy imports wait inside the commands, so that help and mistakes are answered at once.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
+
+from ekfac_dist.config import EstimateConfig, field_names
+from ekfac_dist.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from ekfac_dist.runtime.processes import World
+
+USAGE = """usage: ekfac-dist COMMAND [options]
+
+Fits EK-FAC curvature factors of a language model's MLP blocks on many workers.
+
+  estimate   fit factors: ekfac-dist estimate --config configs/gpt2.yaml
+  inspect    a store's summary and health: ekfac-dist inspect runs/gpt2 [--verify] [--plot FILE]
+  launch     estimate on many workers, with the options of `accelerate launch`:
+             ekfac-dist launch --config_file launch/accelerate/cpu.yaml estimate --config FILE
+  demo       all of the main job on a small model and real text, nothing to download
+
+`ekfac-dist COMMAND --help` lists a command's options. `python -m ekfac_dist` is the same program.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: What follows the program's name; from the command line by default.
+
+    Returns:
+        The exit status.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"estimate": estimate, "inspect": inspect, "launch": launch, "demo": demo}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from ekfac_dist import __version__
+
+        print(f"ekfac-dist {__version__}")
+        return 0
+    command = commands.get(arguments[0])
+    try:
+        if command is None:
+            raise ConfigError(
+                f"There is no command {arguments[0]!r}; the commands are {', '.join(commands)}"
+                f"{_suggest(arguments[0], commands)}"
+            )
+        return command(arguments[1:])
+    except UserError as error:
+        _say_error(str(error))
+        return 2
+    except KeyboardInterrupt:
+        print("ekfac-dist: interrupted", file=sys.stderr)
+        return 130
+
+
+def estimate(arguments: list[str]) -> int:
+    """Fits factors, alone or as one of the workers that a launcher started."""
+    parser = _parser(
+        "estimate --config FILE [--FIELD VALUE …]",
+        "Fits EK-FAC factors of a causal language model's MLP blocks.",
+    )
+    parser.add_class_arguments(EstimateConfig)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        config = _parse_config(parser, arguments)  # before the heavy imports
+    from ekfac_dist.report.summary import closing_table, opening_lines
+    from ekfac_dist.runtime.processes import World
+    from ekfac_dist.stages.run import run_estimate
+
+    world = World.start()
+    with _reporting(world):
+        with world.agree():
+            if world.size > 1:
+                config = _parse_config(parser, arguments)
+        for line in opening_lines(world.gather(world.describe()), world.backend):
+            _say(world, line)
+        summary = run_estimate(config, world, lambda line: _say(world, line))
+        if world.is_main:
+            assert config.output is not None
+            print(closing_table(summary, config.output), flush=True)
+        world.barrier()
+    world.close()
+    return 0
+
+
+def inspect(arguments: list[str]) -> int:
+    """Shows what is in a store."""
+    parser = _parser(
+        "inspect STORE [--verify] [--plot FILE]", "Shows a factor store's summary and health."
+    )
+    parser.add_argument("store", type=str, help="Directory of the factor store.")
+    parser.add_argument("--verify", action="store_true", help="Check every file's SHA-256.")
+    parser.add_argument(
+        "--plot", type=str | None, default=None, help="Write spectra to a PNG file."
+    )
+    given = _parse(parser, arguments, ["store", "verify", "plot"])
+    from ekfac_dist.report.inspection import inspect_store, plot_spectra, verify_store
+
+    if given["verify"]:
+        verify_store(given["store"], print)
+    print(inspect_store(given["store"]))
+    if given["plot"] is not None:
+        plot_spectra(given["store"], given["plot"])
+        print(f"spectra are in {given['plot']}")
+    return 0
+
+
+def launch(arguments: list[str]) -> int:
+    """Starts a command on many workers; ends with their exit status and without a traceback."""
+    from ekfac_dist.runtime.launcher import launch_workers
+
+    return launch_workers(arguments)
+
+
+def demo(arguments: list[str]) -> int:
+    """Runs the demonstration."""
+    parser = _parser(
+        "demo [--directory DIR] [--workers N]", "The whole main job on a small model and real text."
+    )
+    parser.add_argument("--directory", type=str, default="runs/demo", help="Where all of it goes.")
+    parser.add_argument("--workers", type=int, default=2, help="Number of workers.")
+    given = _parse(parser, arguments, ["directory", "workers"])
+    if given["workers"] < 1:
+        raise ConfigError(f"workers is {given['workers']}; it must be 1 or more.")
+    from pathlib import Path
+
+    from ekfac_dist.demo.run import run_demo
+
+    return run_demo(Path(given["directory"]), workers=given["workers"])
+
+
+def _say(world: "World", line: str) -> None:
+    if world.is_main:
+        print(line, flush=True)
+
+
+def _say_error(message: str) -> None:
+    print(f"ekfac-dist: error: {message}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _reporting(world: "World") -> Iterator[None]:
+    """Says a failure once, whichever of the workers it came from, and ends with status 2 or 1."""
+    from ekfac_dist.runtime.processes import was_agreed
+
+    try:
+        yield
+    except UserError as error:
+        if world.size == 1:
+            raise
+        if was_agreed(error):
+            if world.is_main:
+                _say_error(str(error))
+            world.barrier()  # nobody leaves, and has the launcher end the rest, before it is said
+        elif world.announce_failure(str(error)):
+            _say_error(f"{world.who}: {error}")
+        _leave(2)
+    except Exception as error:
+        if world.size > 1:
+            world.announce_failure(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends this worker at once: an orderly end would wait for workers that may have gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+class _Parser(ArgumentParser):
+    """Raises `ConfigError` instead of printing a usage text and exiting."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ConfigError(f"{' '.join(message.split())} (see {self.prog} --help)") from ex
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=100)
+
+
+def _parser(usage: str, description: str) -> ArgumentParser:
+    parser = _Parser(
+        prog=f"ekfac-dist {usage.partition(' ')[0]}",
+        description=description,
+        allow_abbrev=False,
+        usage=f"ekfac-dist {usage}",
+        formatter_class=_HelpFormatter,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="A YAML file of these options.")
+    return parser
+
+
+def _parse_config(parser: ArgumentParser, arguments: list[str]) -> EstimateConfig:
+    parsed = _parse(parser, arguments, field_names(EstimateConfig))
+    return EstimateConfig(
+        **{name: parsed[name] for name in ("model", "data", "factors", "batch_tokens", "output")}
+    )
+
+
+def _parse(parser: ArgumentParser, arguments: list[str], fields: list[str]) -> dict[str, Any]:
+    """Parses arguments; an unknown field is named with its nearest known one."""
+    _check_options(arguments, fields)
+    parsed = parser.instantiate(parser.parse_args(arguments))
+    return vars(parsed)
+
+
+def _check_options(arguments: list[str], fields: list[str]) -> None:
+    files = []
+    for number, argument in enumerate(arguments):
+        if not argument.startswith("--") or argument == "--":
+            continue
+        name, _, value = argument[2:].partition("=")
+        if name == "config":
+            files.append(value or (arguments[number + 1] if number + 1 < len(arguments) else ""))
+        elif name.rstrip("+") not in (*fields, "help", "print_config"):
+            raise ConfigError(f"There is no option --{name}{_suggest(name, fields, '--')}")
+    for file in files:
+        _check_fields(file, fields)
+
+
+def _check_fields(file: str, fields: list[str]) -> None:
+    """Refuses a YAML file that cannot be read or has fields that do not exist."""
+    try:
+        with open(file, encoding="utf-8") as opened:
+            content = yaml.safe_load(opened)
+    except OSError as error:
+        raise ConfigError(
+            f"The configuration {file!r} cannot be read: {error.strerror}."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"The configuration {file} is not YAML: {' '.join(str(error).split())}."
+        ) from error
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"The configuration {file} holds no fields; see `ekfac-dist --help`.")
+    for name in _leaves(content, fields):
+        if name not in fields:
+            raise ConfigError(
+                f"The configuration {file} has an unknown field {name}{_suggest(name, fields)}"
+            )
+
+
+def _leaves(content: Mapping[Any, Any], fields: list[str], prefix: str = "") -> Iterator[str]:
+    groups = {field.partition(".")[0] for field in fields if "." in field}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if name in groups and isinstance(value, Mapping):
+            yield from _leaves(value, fields, f"{name}.")
+        elif name in groups:
+            raise ConfigError(f"The field {name} is {value!r}; it must hold fields of its own.")
+        else:
+            yield name
+
+
+def _suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of a sentence about an unknown name: the nearest known one, or a full stop."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not close:  # perhaps the right word without, or under, the wrong group
+        by_word = {field.rpartition(".")[2]: field for field in known}
+        words = difflib.get_close_matches(name.rpartition(".")[2], by_word, n=1, cutoff=0.6)
+        close = [by_word[word] for word in words]
+    return f"; did you mean {prefix}{close[0]}?" if close else "."

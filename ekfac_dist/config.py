@@ -1,0 +1,177 @@
+"""The configuration of a run: plain dataclasses that check themselves.
+
+Every field has one meaning, one default and one place. `ConfigError` is raised for a value that
+cannot be meant; types are checked by the command line's parser.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ekfac_dist.errors import ConfigError
+
+Dtype = Literal["float64", "float32", "bfloat16", "float16", "auto"]
+Labels = Literal["sampled", "data"]
+Refit = Literal["per_sequence", "per_token", "none"]
+
+
+def _require_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    choices = tuple(choices)
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}.")
+
+
+def _require_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number of 1 or more.")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which model, and which of its modules.
+
+    Args:
+        name: Hub id or local directory of a causal language model with safetensors weights.
+        revision: Hub revision (branch, tag or commit).
+        dtype: float64, float32, bfloat16, float16, or auto for the dtype of the stored weights.
+        modules: Globs of module names to track, such as '*.mlp.*'; null: every MLP linear.
+        trust_remote_code: Run Python code that comes with the model.
+    """
+
+    name: str | None = None
+    revision: str | None = None
+    dtype: Dtype = "float32"
+    modules: list[str] | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        _require_choice(
+            "model.dtype", self.dtype, ("float64", "float32", "bfloat16", "float16", "auto")
+        )
+        if self.modules is not None and not self.modules:
+            raise ConfigError(
+                "model.modules is an empty list; give at least one glob, or null for every MLP "
+                "linear."
+            )
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Which text, and how much of it.
+
+    Args:
+        source: A .jsonl, .json, .csv, .parquet or .txt file, a saved `datasets` directory, or a
+            hub id.
+        split: Which split of the source.
+        text: Column that holds the text.
+        prompt: Column whose tokens come first and carry no label.
+        max_tokens: Longer sequences are cut to this many tokens, and counted.
+        max_sequences: Use only this many sequences, the first; null: all.
+    """
+
+    source: str | None = None
+    split: str = "train"
+    text: str = "text"
+    prompt: str | None = None
+    max_tokens: int = 512
+    max_sequences: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_positive("data.max_tokens", self.max_tokens)
+        if self.max_tokens < 2:
+            raise ConfigError(
+                "data.max_tokens is 1; a sequence needs 2 tokens or more, one to read and one to "
+                "predict."
+            )
+        if self.max_sequences is not None:
+            _require_positive("data.max_sequences", self.max_sequences)
+
+
+@dataclass(kw_only=True)
+class FactorsConfig:
+    """What is fitted.
+
+    Args:
+        labels: sampled: from the model's own softmax (true Fisher); data: the data's own labels
+            (empirical Fisher).
+        seed: Seed of the sampled labels.
+        refit: How the eigenvalues are corrected: per_sequence, per_token, or none (K-FAC).
+        accumulate: Precision of every running sum, float32 or float64.
+        eigen: Who decomposes the factors: rank0.
+        partitions: How many groups of modules, one pair of passes each; auto: one group.
+        blocks: Diagonal blocks of a factor: 1.
+        keep_covariance: Store the raw covariance sums; they double the disk.
+    """
+
+    labels: Labels = "sampled"
+    seed: int = 0
+    refit: Refit = "per_sequence"
+    accumulate: Literal["float32", "float64"] = "float32"
+    eigen: str = "rank0"
+    partitions: int | Literal["auto"] = "auto"
+    blocks: int = 1
+    keep_covariance: bool = True
+
+    def __post_init__(self) -> None:
+        _require_choice("factors.labels", self.labels, ("sampled", "data"))
+        _require_choice("factors.refit", self.refit, ("per_sequence", "per_token", "none"))
+        _require_choice("factors.accumulate", self.accumulate, ("float32", "float64"))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"factors.seed is {self.seed!r}; it must be a whole number.")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"factors.seed is {self.seed}; it must be from 0 to 2^63 - 1.")
+        if self.partitions != "auto":
+            _require_positive("factors.partitions", self.partitions)
+        if self.eigen != "rank0":
+            raise ConfigError(
+                f"factors.eigen is {self.eigen!r}; this version decomposes on rank0 only."
+            )
+        if self.blocks != 1:
+            raise ConfigError(
+                f"factors.blocks is {self.blocks!r}; this version keeps each factor whole: 1."
+            )
+
+
+@dataclass(kw_only=True)
+class EstimateConfig:
+    """A whole run of `estimate`.
+
+    Args:
+        model: Which model.
+        data: Which text.
+        factors: What is fitted.
+        batch_tokens: Token budget of a batch, per worker and step, padding included.
+        output: Directory of the factor store.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    factors: FactorsConfig = field(default_factory=FactorsConfig)
+    batch_tokens: int = 4096
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_positive("batch_tokens", self.batch_tokens)
+        for name, value in (
+            ("model.name", self.model.name),
+            ("data.source", self.data.source),
+            ("output", self.output),
+        ):
+            if not value:
+                raise ConfigError(f"{name} is not given; set it in the YAML file or as --{name}.")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole configuration as plain nested dictionaries."""
+        return dataclasses.asdict(self)
+
+
+def field_names(config_class: type, prefix: str = "") -> list[str]:
+    """Dotted names of every leaf field of a configuration class, in order."""
+    names: list[str] = []
+    for f in dataclasses.fields(config_class):
+        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
+            names += field_names(f.type, f"{prefix}{f.name}.")
+        else:
+            names.append(f"{prefix}{f.name}")
+    return names

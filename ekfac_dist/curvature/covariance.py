@@ -1,0 +1,46 @@
+"""Running sums Σ x xᵀ, by their lower triangle.
+
+A covariance is symmetric, so only block rows on and below the diagonal are multiplied: with k
+blocks that is (k + 1) / 2k of the full product's operations. The upper triangle of a running sum is
+meaningless until `mirror_` fills it, once, at the end.
+"""
+
+import torch
+from torch import Tensor
+
+# Measured on 2 cores for n = 769 and 2048: 4 to 8 blocks reach 1.3 and 1.45 times the full
+# product's speed; smaller blocks lose it again to narrow products.
+MIN_BLOCK = 192
+MAX_BLOCKS = 8
+
+
+def add_outer_products_(sum_nn: Tensor, rows_Mi: Tensor, *, bias: bool) -> None:
+    """Adds Σ_m x_m x_mᵀ to the lower triangle of a running sum, in place.
+
+    Args:
+        sum_nn: Running sum [n, n], float32 or float64; n = i, or i + 1 with a bias.
+        rows_Mi: Rows [M, i]; converted to the sum's dtype.
+        bias: Whether x is the row with a 1 appended. The 1 is never built: its products are the
+            rows' sum and their number.
+    """
+    rows_Mi = rows_Mi.to(sum_nn.dtype)
+    num_rows, size = rows_Mi.shape
+    step = max(MIN_BLOCK, -(-size // MAX_BLOCKS))
+    for start in range(0, size, step):
+        end = min(start + step, size)
+        sum_nn[start:end, :end].addmm_(rows_Mi[:, start:end].T, rows_Mi[:, :end])
+    if bias:
+        sum_nn[size, :size] += rows_Mi.sum(0)
+        sum_nn[size, size] += num_rows
+
+
+def mirror_(sum_nn: Tensor) -> Tensor:
+    """Copies the lower triangle of a square matrix onto the upper one, in place, and returns it."""
+    step = 1024
+    size = sum_nn.shape[0]
+    for start in range(0, size, step):
+        end = min(start + step, size)
+        sum_nn[:start, start:end] = sum_nn[start:end, :start].T
+        diagonal = sum_nn[start:end, start:end]
+        diagonal.copy_(torch.tril(diagonal) + torch.tril(diagonal, -1).T)
+    return sum_nn

@@ -1,0 +1,75 @@
+"""The approximate Fisher E = (Q_S ⊗ Q_A) diag(vec Λ) (Q_S ⊗ Q_A)ᵀ, applied and inverted."""
+
+import torch
+from torch import Tensor
+
+from ekfac_dist.errors import ConfigError
+
+
+def kfac_lambda(
+    values_O: Tensor, values_I: Tensor, num_positions: int, num_sequences: int
+) -> Tensor:
+    """Λ of plain K-FAC, M/N · λ_S λ_Aᵀ, in the scale of the refitted one.
+
+    Args:
+        values_O: λ_S [O].
+        values_I: λ_A [I].
+        num_positions: M, positions counted.
+        num_sequences: N, sequences.
+
+    Returns:
+        [O, I], in the arguments' dtype.
+    """
+    return torch.outer(values_O, values_I) * (num_positions / num_sequences)
+
+
+def rotate(matrix_OI: Tensor, basis_OO: Tensor, basis_II: Tensor) -> Tensor:
+    """Q_Sᵀ V Q_A, shape [..., O, I]."""
+    return basis_OO.T @ matrix_OI @ basis_II
+
+
+def rotate_back(matrix_OI: Tensor, basis_OO: Tensor, basis_II: Tensor) -> Tensor:
+    """Q_S V Q_Aᵀ, shape [..., O, I]."""
+    return basis_OO @ matrix_OI @ basis_II.T
+
+
+def apply(matrix_OI: Tensor, basis_OO: Tensor, basis_II: Tensor, lambda_OI: Tensor) -> Tensor:
+    """E V.
+
+    Args:
+        matrix_OI: V [..., O, I], weight-shaped.
+        basis_OO: Q_S, eigenvectors in columns.
+        basis_II: Q_A, eigenvectors in columns.
+        lambda_OI: Λ.
+
+    Returns:
+        [..., O, I].
+    """
+    return rotate_back(lambda_OI * rotate(matrix_OI, basis_OO, basis_II), basis_OO, basis_II)
+
+
+def solve(
+    matrix_OI: Tensor, basis_OO: Tensor, basis_II: Tensor, lambda_OI: Tensor, damping: float
+) -> Tensor:
+    """(E + λ)⁻¹ V = Q_S [(Q_Sᵀ V Q_A) ⊘ (Λ + λ)] Q_Aᵀ (Grosse et al. 2023, eq. 21).
+
+    Args:
+        matrix_OI: V [..., O, I], weight-shaped.
+        basis_OO: Q_S, eigenvectors in columns.
+        basis_II: Q_A, eigenvectors in columns.
+        lambda_OI: Λ; not changed.
+        damping: λ, absolute, 0 or more.
+
+    Returns:
+        [..., O, I].
+
+    Raises:
+        ConfigError: Λ + λ is zero somewhere, so that there is no inverse.
+    """
+    damped = lambda_OI + damping
+    if not bool((damped > 0).all()):
+        raise ConfigError(
+            f"damping is {damping:g} and Λ has zeros, so there is no inverse; give a damping "
+            "above 0."
+        )
+    return rotate_back(rotate(matrix_OI, basis_OO, basis_II) / damped, basis_OO, basis_II)

@@ -1,0 +1,108 @@
+"""Corrected eigenvalues: sums of (Q_Sᵀ G_n Q_A)∘² over sequences, or over positions.
+
+Both sides of G_n = Σ_t g_t a_tᵀ must be rotated once, and each can be rotated before the sum over
+positions is taken (its rows) or after (the matrix G_n). Per sequence of T positions, in
+multiply–add pairs:
+
+    input side, rows     T·I²  (once for all modules that share the input)    matrix   O·I²
+    output side, rows    T·O²                                                 matrix   I·O²
+    the sum itself       T·I·O either way
+
+The two choices are independent and each is exact, so each side takes the cheaper one.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def rotate_rows(rows_Mi: Tensor, eigenvectors_nn: Tensor, *, bias: bool) -> Tensor:
+    """Rows in the eigenbasis: x Q.
+
+    Args:
+        rows_Mi: Rows [M, i], in the eigenvectors' dtype.
+        eigenvectors_nn: Q [n, n], in columns; n = i, or i + 1 with a bias.
+        bias: Whether x is the row with a 1 appended (which is never built).
+
+    Returns:
+        [M, n].
+    """
+    if not bias:
+        return rows_Mi @ eigenvectors_nn
+    return torch.addmm(eigenvectors_nn[-1], rows_Mi, eigenvectors_nn[:-1])
+
+
+def rotates_input_rows(num_rows: int, num_sequences: int, output_sizes: Sequence[int]) -> bool:
+    """Whether rotating the rows of a shared input costs less than rotating each module's matrix.
+
+    Args:
+        num_rows: Positions in the batch.
+        num_sequences: Sequences in the batch.
+        output_sizes: O of every module that shares the input.
+    """
+    return num_rows <= num_sequences * sum(output_sizes)
+
+
+def rotates_output_rows(num_rows: int, num_sequences: int, input_size: int) -> bool:
+    """Whether rotating the rows of an output gradient costs less than rotating the matrix.
+
+    Args:
+        num_rows: Positions in the batch.
+        num_sequences: Sequences in the batch.
+        input_size: I of the module.
+    """
+    return num_rows <= num_sequences * input_size
+
+
+def add_sequence_squares_(
+    lambda_OI: Tensor,
+    acts_MI: Tensor,
+    grads_MO: Tensor,
+    lengths: Sequence[int],
+    *,
+    basis_II: Tensor | None,
+    basis_OO: Tensor | None,
+    bias: bool,
+) -> None:
+    """Adds Σ_n (Q_Sᵀ G_n Q_A)∘² to a running sum, in place.
+
+    Args:
+        lambda_OI: Running sum [O, I].
+        acts_MI: Input rows, sequence after sequence: already in the eigenbasis [M, I] where
+            `basis_II` is None, else as captured, without the bias coordinate.
+        grads_MO: Output-gradient rows [M, O]; already in the eigenbasis where `basis_OO` is None.
+        lengths: Number of rows of each sequence; they sum to M.
+        basis_II: Q_A, if the input side is still to be rotated.
+        basis_OO: Q_S, if the output side is still to be rotated.
+        bias: Whether the module has a bias (used only with `basis_II`).
+    """
+    start = 0
+    product = torch.empty(
+        grads_MO.shape[1], acts_MI.shape[1], dtype=lambda_OI.dtype, device=lambda_OI.device
+    )
+    for length in lengths:
+        grads = grads_MO[start : start + length]
+        torch.mm(grads.T, acts_MI[start : start + length], out=product)
+        rotated = product
+        if basis_II is not None:
+            if bias:
+                rotated = product @ basis_II[:-1]
+                rotated.addr_(grads.sum(0), basis_II[-1])
+            else:
+                rotated = product @ basis_II
+        if basis_OO is not None:
+            rotated = basis_OO.T @ rotated
+        lambda_OI.addcmul_(rotated, rotated)
+        start += length
+
+
+def add_position_squares_(lambda_OI: Tensor, acts_MI: Tensor, grads_MO: Tensor) -> None:
+    """Adds Σ_t ((Q_Sᵀ g_t)(Q_Aᵀ a_t)ᵀ)∘² to a running sum, in place.
+
+    Args:
+        lambda_OI: Running sum [O, I].
+        acts_MI: Input rows in the eigenbasis [M, I].
+        grads_MO: Output-gradient rows in the eigenbasis [M, O].
+    """
+    lambda_OI.addmm_(grads_MO.square().T, acts_MI.square())

@@ -1,0 +1,46 @@
+"""Every error that a user can cause or mend, each raised with one whole sentence.
+
+A message says what was wrong, what was given and what would do. The command line prints it without
+a traceback and exits with status 2. Anything that is not a `UserError` is a defect of this package
+and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """A fault that the user can mend; its text is a sentence meant for them."""
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration or argument that cannot be what was meant."""
+
+
+class ModelError(UserError):
+    """A model that cannot be loaded, or whose MLP modules cannot be tracked."""
+
+
+class DataError(UserError):
+    """Data that cannot be read, or that holds nothing to learn from."""
+
+
+class OutputError(UserError):
+    """An output path that cannot be written, or that holds something else."""
+
+
+class StoreError(UserError):
+    """A factor store that is missing, incomplete, damaged or of another model."""
+
+
+class NonFiniteError(UserError):
+    """NaN or infinity in an activation, a gradient or a factor."""
+
+
+class DecompositionError(UserError):
+    """A factor that no attempt could decompose to the required accuracy."""
+
+
+class LaunchError(UserError):
+    """Workers that were not started as the launcher's settings say."""
+
+
+class PeerError(UserError):
+    """Another worker failed; this one ends with it. The failing worker tells the cause."""

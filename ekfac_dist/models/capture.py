@@ -1,0 +1,217 @@
+"""What passes through the tracked modules: inputs and output-gradients, real positions only.
+
+Parameters are frozen, so no weight gradient is ever computed. The output of a module below which
+nothing requires a gradient becomes the start of the graph, so the backward stops at the lowest
+tracked module. An input is seen in the forward, an output-gradient in the backward, each once: a
+forward that gradient checkpointing repeats inside the backward is not looked at again, and the hook
+that it leaves on a repeated output never fires.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ekfac_dist.data.batches import Batch
+from ekfac_dist.errors import ModelError
+from ekfac_dist.models.discovery import TrackedModule, same_tensor
+from ekfac_dist.models.labels import LabelRule, LogitGradient, logit_gradient
+
+
+class Observer(Protocol):
+    """What is done with captured rows: a batch's real positions, sequence by sequence."""
+
+    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Batch) -> None:
+        """Takes the input of a module that leads its input factor, without the bias coordinate."""
+
+    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Batch) -> None:
+        """Takes the gradient of the summed loss with respect to a module's output."""
+
+
+@contextmanager
+def prepared(model: nn.Module) -> Iterator[None]:
+    """Freezes a model's parameters and turns its dropout off, and restores both on the way out.
+
+    A model in training mode keeps its mode, and with it gradient checkpointing, if nothing in it
+    drops out.
+    """
+    needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for parameter, _ in needed:
+            parameter.requires_grad_(False)
+        if _drops_out(model):
+            model.eval()
+        yield
+    finally:
+        for parameter, flag in needed:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _drops_out(model: nn.Module) -> bool:
+    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return True  # nothing is lost by evaluation mode
+    settings = getattr(model, "config", None)
+    named = vars(settings) if settings is not None else {}
+    probabilities = [v for k, v in named.items() if "dropout" in k or k.endswith("pdrop")]
+    probabilities += [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
+    return any(isinstance(p, (int, float)) and p > 0 for p in probabilities)
+
+
+class Capture:
+    """Hooks on the tracked modules of a prepared model, for as long as the context lasts.
+
+    Args:
+        model: A prepared causal language model.
+        modules: The tracked modules, in model order.
+        observer: What is done with the rows.
+        dtype: What rows are converted to; float32 or float64.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Sequence[TrackedModule],
+        observer: Observer,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model = model
+        self.modules = modules
+        self.observer = observer
+        self.dtype = dtype
+        self._handles: list[Any] = []
+        self._batch: Batch | None = None
+        self._in_forward = False
+        self._with_input: set[str] = set()
+        self._with_gradient: set[str] = set()
+        self._shared: dict[str, tuple[Tensor, int]] = {}
+        self._scale = 1.0
+        self._last_reader = {module.input: module.name for module in modules}
+
+    def __enter__(self) -> "Capture":
+        for module in self.modules:
+
+            def hook(
+                hooked: nn.Module, args: Any, output: Any, module: TrackedModule = module
+            ) -> Tensor | None:
+                return self._on_forward(module, args, output)
+
+            self._handles.append(self.model.get_submodule(module.name).register_forward_hook(hook))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @torch.enable_grad()
+    def run(self, batch: Batch, rule: LabelRule) -> LogitGradient:
+        """One forward and backward of a batch's summed losses.
+
+        Args:
+            batch: The batch, on the model's device.
+            rule: Where the labels come from.
+
+        Raises:
+            ModelError: A module was used twice, or not at all, or no gradient reached it; or rows
+                do not match the batch's positions.
+        """
+        self._batch = batch
+        self._with_input.clear()
+        self._with_gradient.clear()
+        self._in_forward = True
+        try:
+            logits = self.model(
+                input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False
+            ).logits
+            self._in_forward = False
+            self._require_all(self._with_input, "was not used in this forward")
+            result = logit_gradient(logits, batch, rule)
+            if logits.requires_grad:
+                self._scale = result.scale
+                torch.autograd.backward(logits, result.gradient)
+            self._require_all(
+                self._with_gradient,
+                "received no gradient: its output does not reach the loss through differentiable "
+                "operations (reentrant gradient checkpointing does this; set use_reentrant=False)",
+            )
+            return result
+        finally:
+            self._in_forward = False
+            self._shared.clear()
+            self._batch = None
+
+    def _require_all(self, seen: set[str], fault: str) -> None:
+        for module in self.modules:
+            if module.name not in seen:
+                raise ModelError(f"Module {module.name} {fault}. Leave it out with model.modules.")
+
+    def _on_forward(self, module: TrackedModule, args: Any, output: Any) -> Tensor | None:
+        if self._batch is None:
+            return None
+        batch = self._batch
+        if self._in_forward:
+            self._see_input(module, args[0], batch)
+        if not torch.is_grad_enabled():
+            return None
+        if not output.requires_grad:
+            # A clone, since an activation in place may not overwrite a leaf of the graph.
+            output = output.detach().requires_grad_().clone()
+
+        def on_gradient(gradient: Tensor) -> None:
+            self._see_gradient(module, gradient, batch)
+
+        output.register_hook(on_gradient)
+        return output
+
+    def _see_input(self, module: TrackedModule, tensor: Tensor, batch: Batch) -> None:
+        if module.name in self._with_input:
+            raise ModelError(
+                f"Module {module.name} is used twice in one forward; its uses share one weight and "
+                "cannot be told apart. Leave it out with model.modules."
+            )
+        self._with_input.add(module.name)
+        if module.leads:
+            # Held only until the last module that shares it has read it.
+            self._shared[module.input] = (tensor, tensor._version)
+            with torch.no_grad():
+                rows = self._rows(module, "input", tensor.detach(), module.num_inputs, batch)
+                self.observer.on_input(module, rows, batch)
+        else:
+            shared = self._shared.get(module.input)
+            if shared is None or not same_tensor(shared, (tensor, tensor._version)):
+                raise ModelError(
+                    f"Module {module.name} shared its input with another when the model was "
+                    "traced, and does not now; its forward depends on the data. Leave it out with "
+                    "model.modules."
+                )
+        if self._last_reader[module.input] == module.name:
+            self._shared.pop(module.input, None)
+
+    @torch.no_grad()
+    def _see_gradient(self, module: TrackedModule, gradient: Tensor, batch: Batch) -> None:
+        if module.name in self._with_gradient:
+            raise ModelError(f"Module {module.name} received two gradients in one backward.")
+        self._with_gradient.add(module.name)
+        rows = self._rows(module, "output", gradient, module.num_outputs, batch)
+        if self._scale != 1.0:
+            rows = rows / self._scale
+        self.observer.on_gradient(module, rows, batch)
+
+    def _rows(
+        self, module: TrackedModule, side: str, tensor: Tensor, size: int, batch: Batch
+    ) -> Tensor:
+        rows = tensor.reshape(-1, size)
+        if rows.shape[0] != batch.input_ids.numel():
+            raise ModelError(
+                f"Module {module.name} has {rows.shape[0]} {side} rows for a batch of "
+                f"{batch.input_ids.shape[0]} × {batch.input_ids.shape[1]} positions; which row is "
+                "which position cannot be told. Leave it out with model.modules."
+            )
+        if batch.real is not None:
+            rows = rows[batch.real]
+        return rows.to(self.dtype)

@@ -1,0 +1,125 @@
+"""Loading a causal language model and its tokenizer from a local directory or the hub."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ekfac_dist.config import ModelConfig
+from ekfac_dist.errors import ModelError
+
+_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError)
+
+
+def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
+    """The model, in the configured dtype, on `device`, in evaluation mode.
+
+    Only safetensors weights are read, and every parameter must come from them.
+
+    Raises:
+        ModelError: It cannot be found or read, is no causal language model, has only pickled
+            weights, or lacks weights of its own.
+    """
+    assert config.name is not None
+    name = config.name
+    _check_directory(name)
+    arguments: dict[str, Any] = {
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    dtype: Any = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    _hush_transformers()
+    try:
+        AutoConfig.from_pretrained(name, **arguments)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True, **arguments
+        )
+    except safetensors.SafetensorError as error:
+        raise ModelError(f"The weights of model {name} are damaged: {_brief(error)}.") from error
+    except _LOAD_ERRORS as error:
+        raise ModelError(f"Model {name} could not be loaded: {_brief(error)}.") from error
+    model, report = loaded
+    absent = sorted(report["missing_keys"]) + sorted(str(k[0]) for k in report["mismatched_keys"])
+    if absent:
+        raise ModelError(
+            f"The weights of model {name} lack {len(absent)} of its parameters, or hold them in "
+            f"another shape, {absent[0]} among them; they would be random. Give the directory of "
+            "a whole causal language model."
+        )
+    return model.to(device).eval()
+
+
+def load_tokenizer(config: ModelConfig) -> tuple[Any, str]:
+    """The model's tokenizer, and a fingerprint of what it does.
+
+    Raises:
+        ModelError: The model has none that can be loaded.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except _LOAD_ERRORS as error:
+        raise ModelError(
+            f"The tokenizer of model {config.name} could not be loaded: {_brief(error)}. Put the "
+            "tokenizer's files beside the model's."
+        ) from error
+    digest = hashlib.sha256(type(tokenizer).__name__.encode())
+    if getattr(tokenizer, "is_fast", False):
+        digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    else:
+        digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    digest.update(repr(tokenizer).encode())
+    return tokenizer, digest.hexdigest()
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The longest input that the model's configuration allows; None where it sets no limit."""
+    settings = getattr(model, "config", None)
+    for name in ("max_position_embeddings", "n_positions"):
+        limit = getattr(settings, name, None)
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return None
+
+
+def _check_directory(name: str) -> None:
+    path = Path(name)
+    if path.is_file():
+        raise ModelError(f"model.name is the file {name}; give the directory that it is in.")
+    if not path.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ModelError(f"There is no model directory {name}.")
+        return
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"{name} is a directory without a config.json; give the directory of a saved Hugging "
+            "Face model."
+        )
+    if not any(path.glob("*.safetensors")):
+        pickled = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
+        if pickled:
+            raise ModelError(
+                f"Model {name} has only pickled weights ({pickled[0].name}), which can run code "
+                "when they are read; save it again with safetensors: "
+                "model.save_pretrained(directory)."
+            )
+        raise ModelError(f"Model {name} has no safetensors weights.")
+
+
+def _hush_transformers() -> None:
+    """Keeps the library's own bars and load reports out of the output; errors are ours to tell."""
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def _brief(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return " ".join(lines[:2]).rstrip(".") or type(error).__name__

@@ -1,0 +1,1 @@
+"""What a run stands on: processes, files, progress, memory. Knows no model, no mathematics."""

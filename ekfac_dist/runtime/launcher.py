@@ -1,0 +1,80 @@
+"""Starting workers with Accelerate's launcher, and ending as they end.
+
+`accelerate launch` itself ends with status 1 and its own traceback whatever the workers' status
+was. Called from here, a sentence that a worker has said is the last word, and its status the
+status of the whole.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from ekfac_dist.errors import ConfigError
+
+_COMMANDS = ("estimate",)
+
+
+def launch_workers(arguments: Sequence[str]) -> int:
+    """Runs a command of this package under Accelerate's launcher.
+
+    Args:
+        arguments: The launcher's own options, then the command and its options.
+
+    Returns:
+        0, or the exit status of the first worker that failed: 2 where it has said why; 1 for any
+        other.
+
+    Raises:
+        ConfigError: There is no command to run, or the launcher refuses its options.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if not any(command in arguments for command in _COMMANDS):
+        raise ConfigError(
+            "launch is given no command to run; write the launcher's options first, then "
+            f"{' or '.join(_COMMANDS)} and its options."
+        )
+    options = launch_command_parser().parse_args(list(arguments))
+    if options.training_script not in _COMMANDS:
+        raise ConfigError(
+            f"launch can run {', '.join(_COMMANDS)}, not {options.training_script!r}."
+        )
+    options.training_script_args = [options.training_script, *options.training_script_args]
+    options.training_script = "ekfac_dist"
+    options.module = True
+    if options.config_file is not None and _uses_cpu(options.config_file):
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # the launcher itself forgets it
+    # The launcher's log repeats, as an error of its own, what the worker has said already.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        launch_command(options)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode == 2:
+            return 2
+        cause = f"ended with status {failure.exitcode}"
+        if failure.exitcode < 0:
+            cause = f"was ended by {failure.signal_name()}"
+        print(f"ekfac-dist: error: worker {rank} {cause}", file=sys.stderr, flush=True)
+        return 1
+    except subprocess.CalledProcessError as error:
+        return 2 if error.returncode == 2 else 1
+    except (ValueError, FileNotFoundError, ConnectionError) as error:
+        raise ConfigError(f"The workers could not be launched: {error}.") from error
+    return 0
+
+
+def _uses_cpu(config_file: str) -> bool:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    try:
+        return bool(load_config_from_file(config_file).use_cpu)
+    except FileNotFoundError as error:
+        raise ConfigError(f"There is no launcher configuration {config_file}.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"The launcher configuration {config_file} cannot be used: {error}."
+        ) from error

@@ -1,0 +1,314 @@
+"""The workers of a run, seen from one of them.
+
+`World` is the only place that talks to `torch.distributed`. Each worker does the same things in the
+same order, whatever their number, so one code path serves one worker and many. Two kinds of
+failure are kept apart:
+
+* inside `World.agree`, every worker learns of the failure of any, and all raise together;
+* anywhere else a worker fails alone. It announces that in the process group's key-value store, and
+  the others raise `PeerError` at their next `check_peers` or collective.
+"""
+
+import itertools
+import json
+import os
+import socket
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor
+
+from ekfac_dist.errors import LaunchError, PeerError, UserError
+
+T = TypeVar("T")
+
+# One collective may have to wait while rank 0 decomposes one large factor.
+COLLECTIVE_TIMEOUT = timedelta(hours=3)
+BUCKET_BYTES = 64 * 2**20
+PEER_CHECK_SECONDS = 1.0
+
+_runs = itertools.count()
+_agreed: weakref.WeakSet[BaseException] = weakref.WeakSet()
+
+
+def launched_processes() -> int:
+    """How many workers the launcher says it started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclass
+class World:
+    """One worker's view of all of them.
+
+    Attributes:
+        rank: This worker's number, from 0.
+        size: Number of workers, W.
+        local_rank: This worker's number on its host.
+        device: Where this worker computes.
+        backend: Name of the process group's backend; "none" for one worker.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    backend: str
+    _failure_key: str = field(default="", repr=False)
+    _last_peer_check: float = field(default=0.0, repr=False)
+
+    @classmethod
+    def start(cls) -> "World":
+        """Joins the process group that Accelerate's launcher describes, or works alone.
+
+        Inside somebody's own script whose `Accelerator` exists already, that one is used.
+
+        Raises:
+            LaunchError: The launcher started several workers that do not see each other.
+        """
+        # Accelerate's launcher does not pass a configuration's use_cpu on to several workers.
+        asked = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+        cpu = asked or not torch.accelerator.is_available()
+        arguments: dict[str, Any] = {}
+        if launched_processes() > 1 and not dist.is_initialized():
+            arguments["timeout"] = COLLECTIVE_TIMEOUT
+        try:
+            state = PartialState(cpu=cpu, **arguments)
+        except (RuntimeError, ValueError, dist.DistError) as error:
+            raise LaunchError(
+                f"The workers could not be connected: {_first_line(error)}. Check the launcher's "
+                "address, port and number of processes."
+            ) from error
+        size = state.num_processes
+        if launched_processes() != size:
+            raise LaunchError(
+                f"The launcher started {launched_processes()} workers, but this one sees {size}. "
+                "In a script with an Accelerator of its own and no GPU, make it with "
+                "Accelerator(cpu=True); otherwise check the launcher's configuration."
+            )
+        device = state.device
+        if device.type == "cpu":
+            device = torch.device("cpu")  # accelerate says "cpu:0" for a worker of several
+        return cls(
+            rank=state.process_index,
+            size=size,
+            local_rank=max(0, state.local_process_index),
+            device=device,
+            backend=str(state.backend or "none") if size > 1 else "none",
+            _failure_key=f"ekfac_dist/failure/{next(_runs)}",
+        )
+
+    def at(self, device: torch.device) -> "World":
+        """The same worker, computing on another device."""
+        return replace(self, device=device)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is worker 0, which prints, decomposes and writes."""
+        return self.rank == 0
+
+    @property
+    def who(self) -> str:
+        """This worker in words."""
+        return f"worker {self.rank} of {self.size}"
+
+    def describe(self) -> tuple[str, str, int]:
+        """Host, device and number of threads of this worker."""
+        device = str(self.device)
+        if self.device.type == "cuda":
+            device = f"{device} ({torch.cuda.get_device_name(self.device)})"
+        return socket.gethostname(), device, torch.get_num_threads()
+
+    def close(self) -> None:
+        """Leaves the process group, in good order, with the others."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    # -- collectives: every worker calls them in the same order ------------------------------------
+
+    def gather(self, value: T) -> list[T]:
+        """Every worker's `value`, in rank order, on every worker."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with self._collective():
+            dist.all_gather_object(values, value)
+        return values
+
+    def share(self, value: T) -> T:
+        """Worker 0's `value`, on every worker."""
+        if self.size == 1:
+            return value
+        box: list[Any] = [value if self.is_main else None]
+        with self._collective():
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Overwrites `tensor` in place with worker 0's; shapes and dtypes must agree."""
+        if self.size > 1:
+            with self._collective():
+                dist.broadcast(tensor, src=0)
+        return tensor
+
+    def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces each tensor in place by its sum over all workers.
+
+        Small tensors travel together in buckets of one dtype; large ones travel as they are.
+
+        Args:
+            tensors: Contiguous tensors of any shapes and dtypes, the same on every worker.
+        """
+        if self.size == 1:
+            return
+        for bucket in _buckets(tensors, BUCKET_BYTES):
+            with self._collective():
+                if len(bucket) == 1:
+                    dist.all_reduce(bucket[0])
+                    continue
+                flat = torch.cat([t.reshape(-1) for t in bucket])
+                dist.all_reduce(flat)
+            parts = flat.split([t.numel() for t in bucket])
+            for tensor, part in zip(bucket, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def barrier(self) -> None:
+        """Waits until every worker is here."""
+        self.gather(None)
+
+    @contextmanager
+    def agree(self, *, takes_part: bool = True) -> Iterator[None]:
+        """Runs a block on every worker; if it fails on any, it fails on all.
+
+        The block itself must hold no collective. The others raise the failing worker's sentence,
+        with the worker's name unless all that took part said the same.
+
+        Args:
+            takes_part: Whether this worker really does something in the block.
+        """
+        if self.size == 1:
+            yield
+            return
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        said = None if error is None else (type(error).__name__, str(error))
+        reports = self.gather((takes_part, said, isinstance(error, UserError)))
+        failed = [rank for rank, (_, told, _) in enumerate(reports) if told is not None]
+        if not failed:
+            return
+        if error is not None and not isinstance(error, UserError):
+            raise error
+        kind, message = reports[failed[0]][1] or ("", "")
+        alike = {told for took_part, told, _ in reports if took_part} == {(kind, message)}
+        is_user_error = reports[failed[0]][2]
+        if not is_user_error:
+            message = f"{kind}: {message}"
+        if not alike or not is_user_error:
+            message = f"worker {failed[0]} of {self.size}: {message}"
+        shown = (PeerError if error is None else type(error))(message)
+        _agreed.add(shown)
+        raise shown from error
+
+    def main_first(self, action: Callable[[], T]) -> T:
+        """Runs `action` on each host's first worker, then on its others, which find caches filled.
+
+        If it fails anywhere it fails everywhere, without waiting.
+        """
+        result: list[T] = []
+        for mine in (self.local_rank == 0, self.local_rank != 0):
+            with self.agree(takes_part=mine):
+                if mine:
+                    result.append(action())
+        return result[0]
+
+    def on_main(self, action: Callable[[], T]) -> T | None:
+        """Runs `action` on worker 0 alone and gives its result there; None elsewhere.
+
+        If it fails, it fails everywhere.
+        """
+        result: T | None = None
+        with self.agree(takes_part=self.is_main):
+            if self.is_main:
+                result = action()
+        return result
+
+    # -- failures of one worker alone -------------------------------------------------------------
+
+    def announce_failure(self, message: str) -> bool:
+        """Tells the others that this worker ends; True if none had said so before."""
+        if self.size == 1:
+            return True
+        store = _default_store()
+        first = store.add(self._failure_key + "/number", 1) == 1
+        if first:
+            store.set(self._failure_key, json.dumps([self.rank, message]))
+        return first
+
+    def check_peers(self) -> None:
+        """Raises `PeerError` if another worker has announced its failure; looks once a second."""
+        now = time.monotonic()
+        if self.size == 1 or now - self._last_peer_check < PEER_CHECK_SECONDS:
+            return
+        self._last_peer_check = now
+        self._raise_if_announced()
+
+    def _raise_if_announced(self) -> None:
+        store = _default_store()
+        if store.check([self._failure_key]):
+            rank, message = json.loads(store.get(self._failure_key))
+            raise PeerError(f"worker {rank} of {self.size}: {message}")
+
+    @contextmanager
+    def _collective(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            # A connection that closes under a collective means that a worker has left. If it said
+            # why, that is the cause to report.
+            with suppress(RuntimeError):  # the key-value store may have gone with its worker
+                self._raise_if_announced()
+            raise PeerError(
+                f"{self.who} lost its connection to another worker, which has ended without a "
+                f"word ({_first_line(error)}); look for that worker's own message or for the "
+                "system ending it for memory."
+            ) from error
+
+
+def was_agreed(error: BaseException) -> bool:
+    """Whether every worker raised this error together, so that worker 0 can speak for all."""
+    return error in _agreed
+
+
+def _default_store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _buckets(tensors: Sequence[Tensor], limit_bytes: int) -> Iterator[list[Tensor]]:
+    """Groups tensors of one dtype into lists of at most `limit_bytes`, keeping their order."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for group in by_dtype.values():
+        bucket: list[Tensor] = []
+        held = 0
+        for tensor in group:
+            if bucket and held + tensor.nbytes > limit_bytes:
+                yield bucket
+                bucket, held = [], 0
+            bucket.append(tensor)
+            held += tensor.nbytes
+        yield bucket

@@ -1,0 +1,126 @@
+"""Progress of long work: a bar on a terminal, a line now and then in a log file.
+
+Worker 0 alone shows it. Its own share stands for the whole: shards are balanced by tokens, so the
+rates shown are its own, scaled to all workers.
+"""
+
+import sys
+import time
+from datetime import timedelta
+from types import TracebackType
+from typing import TextIO
+
+from tqdm import tqdm
+
+LOG_SECONDS = 10.0
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second / 1000:.1f}k" if per_second >= 10_000 else f"{per_second:.1f}"
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+class Progress:
+    """Shows how far one stage of work is.
+
+    Args:
+        name: What is being done.
+        total: Whole amount of work in units proportional to time.
+        unit: Name of the unit, in the plural.
+        num_sequences: Number of sequences in `total`, where sequences are what is worked on.
+        scale: What the shown rates are multiplied by (all workers' work over this worker's).
+        enabled: False on every worker but the first.
+        show_rate: Whether the rate in `unit` says something to people.
+        stream: Where to show it; standard error by default.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        total: float,
+        unit: str,
+        num_sequences: int | None = None,
+        scale: float = 1.0,
+        enabled: bool = True,
+        show_rate: bool = True,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.name = name
+        self.total = total
+        self.unit = unit
+        self.num_sequences = num_sequences
+        self.scale = scale
+        self.enabled = enabled
+        self.show_rate = show_rate
+        self.stream = stream or sys.stderr
+        self.done = 0.0
+        self.sequences_done = 0
+        self._start = self._last_line = time.monotonic()
+        self._bar: tqdm | None = None
+        if enabled and self.stream.isatty():
+            self._bar = tqdm(
+                total=total,
+                desc=f"{name:<12}",
+                file=self.stream,
+                bar_format="{desc} {percentage:3.0f}%|{bar}|{postfix}",
+                dynamic_ncols=True,
+                leave=True,
+            )
+
+    def update(self, amount: float, num_sequences: int = 0) -> None:
+        """Adds finished work.
+
+        Args:
+            amount: Work done since the last call, in `unit`.
+            num_sequences: Sequences finished since the last call.
+        """
+        self.done += amount
+        self.sequences_done += num_sequences
+        if not self.enabled:
+            return
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._describe(now), refresh=False)
+            self._bar.update(amount)
+        elif now - self._last_line >= LOG_SECONDS:
+            self._last_line = now
+            self._print(now)
+
+    def _describe(self, now: float) -> str:
+        seconds = max(now - self._start, 1e-9)
+        parts = []
+        if self.num_sequences is not None:
+            parts.append(f"{_rate(self.scale * self.sequences_done / seconds)} sequences/s")
+        if self.show_rate:
+            parts.append(f"{_rate(self.scale * self.done / seconds)} {self.unit}/s")
+        if 0 < self.done < self.total:
+            left = seconds * (self.total - self.done) / self.done
+            parts.append(f"{_clock(left)} left")
+        else:
+            parts.append(_clock(seconds))
+        return ", ".join(parts)
+
+    def _print(self, now: float) -> None:
+        percent = 100 * self.done / self.total if self.total else 100
+        print(
+            f"{self.name:<12} {percent:3.0f}%  {self._describe(now)}", file=self.stream, flush=True
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._describe(time.monotonic()), refresh=True)
+            self._bar.close()
+        elif self.enabled and kind is None and self.done:
+            self._print(time.monotonic())

@@ -1,0 +1,397 @@
+"""The factor store: safetensors files and one JSON manifest in a directory.
+
+    manifest.json
+    covariance/<factor>.safetensors    sum          [n, n]  raw sum; header: count
+    eigenbasis/<factor>.safetensors    eigenvectors [n, n]  in columns; eigenvalues [n] ascending
+    spectrum/<module>.safetensors      lambda       [O, I]  Λ
+
+Every file is written under a temporary name, flushed to the disk and renamed, so a file that exists
+is whole. The manifest lists each with its size and SHA-256 and says `complete: true` only once all
+of them are in place. This module knows names, bytes and tensors; it knows no mathematics.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ekfac_dist.errors import OutputError, StoreError
+
+FORMAT = "ekfac_dist/1"
+MANIFEST = "manifest.json"
+FOLDERS = ("covariance", "eigenbasis", "spectrum")
+MANIFEST_KEYS = (
+    "model",
+    "data",
+    "fisher",
+    "modules",
+    "coverage",
+    "passes",
+    "files",
+    "software",
+    "config",
+)
+
+
+def covariance_file(factor: str) -> str:
+    """Path, inside a store, of a factor's raw sum."""
+    return f"covariance/{factor}.safetensors"
+
+
+def eigenbasis_file(factor: str) -> str:
+    """Path, inside a store, of a factor's eigenvectors and eigenvalues."""
+    return f"eigenbasis/{factor}.safetensors"
+
+
+def spectrum_file(module: str) -> str:
+    """Path, inside a store, of a module's Λ."""
+    return f"spectrum/{module}.safetensors"
+
+
+def _stored_files(store: Path) -> list[str]:
+    """Every file in a store's folders, as a path inside the store."""
+    found = [p for folder in FOLDERS for p in (store / folder).rglob("*") if p.is_file()]
+    return sorted(str(path.relative_to(store)) for path in found)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror or error}. Give an output directory that "
+            "can be written and has room."
+        ) from error
+
+
+class FactorSink(Protocol):
+    """Where a run puts its factors: a directory, memory, or (on other workers) nowhere."""
+
+    def write(
+        self, file: str, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
+    ) -> None:
+        """Takes one file's tensors."""
+
+    def finish(self, manifest: Mapping[str, Any]) -> None:
+        """Takes the manifest; the store is complete."""
+
+
+class NoStore:
+    """Where a worker's factors go when another worker writes the store."""
+
+    def write(
+        self, file: str, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
+    ) -> None:
+        """Does nothing."""
+
+    def finish(self, manifest: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+
+class StoreWriter:
+    """Writes one store. Worker 0 owns it.
+
+    Args:
+        path: The store's directory.
+        config: The run's whole configuration; an unfinished store of the same one is begun anew.
+
+    Raises:
+        OutputError: The directory cannot be written, or holds a finished store, another run, or
+            files that are no store.
+    """
+
+    def __init__(self, path: str | Path, config: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.files: dict[str, dict[str, Any]] = {}
+        check_output(self.path, config)
+        try:
+            for folder in FOLDERS:
+                (self.path / folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"output {self.path} cannot be made: {error.strerror or error}. Give a directory "
+                "that can be written."
+            ) from error
+        self._write_manifest({"format": FORMAT, "complete": False, "config": dict(config)})
+
+    def write(
+        self, file: str, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
+    ) -> None:
+        """Writes one safetensors file.
+
+        Args:
+            file: Its path inside the store.
+            tensors: What it holds; moved to the CPU and made contiguous.
+            header: Strings for the file's own header.
+        """
+        path = self.path / file
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        content = save(on_cpu, metadata=dict(header) if header else None)
+        _write_atomically(path, content)
+        digest = hashlib.sha256(content).hexdigest()
+        self.files[file] = {"bytes": len(content), "sha256": digest}
+
+    def finish(self, manifest: Mapping[str, Any]) -> None:
+        """Writes the manifest that makes the store complete.
+
+        Args:
+            manifest: Every entry but format, complete and files.
+        """
+        for file in _stored_files(self.path):
+            if file not in self.files:
+                (self.path / file).unlink()  # left by an unfinished run of the same configuration
+        self._write_manifest(
+            {
+                "format": FORMAT,
+                "complete": True,
+                **manifest,
+                "files": dict(sorted(self.files.items())),
+            }
+        )
+
+    def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
+        _write_atomically(self.path / MANIFEST, text.encode() + b"\n")
+
+
+def check_output(path: str | Path, config: Mapping[str, Any]) -> None:
+    """Refuses an output that a store could not be written to, without touching anything.
+
+    Args:
+        path: The store's directory.
+        config: The run's whole configuration.
+
+    Raises:
+        OutputError: It cannot be written, or holds anything but an unfinished store of this run.
+    """
+    path = Path(path)
+    if not path.exists():
+        parent = next(p for p in path.absolute().parents if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(
+                f"output {path} cannot be made: {parent} is no directory that can be written. "
+                "Give another directory."
+            )
+        return
+    if not path.is_dir():
+        raise OutputError(f"output {path} is a file; give a directory that is new or empty.")
+    try:
+        entries = list(path.iterdir())
+    except OSError as error:
+        raise OutputError(f"output {path} cannot be read: {error.strerror}.") from error
+    if not entries:
+        return
+    if not (path / MANIFEST).is_file():
+        raise OutputError(
+            f"output {path} exists and is no factor store (it holds {entries[0].name}); give a "
+            "directory that is new or empty."
+        )
+    try:
+        manifest = _read_json(path)
+    except StoreError as error:
+        raise OutputError(
+            f"output {path} exists and its manifest cannot be read ({error}); give another "
+            "directory, or remove this one."
+        ) from error
+    if manifest.get("format") != FORMAT:
+        raise OutputError(
+            f"output {path} exists and is no {FORMAT} store; give a directory that is new or empty."
+        )
+    if manifest.get("complete"):
+        raise OutputError(
+            f"output {path} holds a finished factor store already; give another directory, or "
+            "remove this one."
+        )
+    if manifest.get("config") != json.loads(json.dumps(config)):
+        raise OutputError(
+            f"output {path} holds another run, unfinished and of another configuration; give "
+            "another directory, or remove this one."
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StoreError(f"{path / MANIFEST} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise StoreError(f"{path / MANIFEST} is not JSON: {error}.") from error
+    if not isinstance(manifest, dict):
+        raise StoreError(f"{path / MANIFEST} is no JSON object.")
+    return manifest
+
+
+class StoreReader:
+    """Reads a complete store, file by file, when each is needed.
+
+    Args:
+        path: The store's directory.
+
+    Raises:
+        StoreError: It is missing, of another format, or incomplete.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise StoreError(f"{path} is no directory; give the output of an `estimate` run.")
+        if not (self.path / MANIFEST).is_file():
+            raise StoreError(
+                f"{path} has no {MANIFEST}; give the output directory of an `estimate` run."
+            )
+        self.manifest = _read_json(self.path)
+        found = self.manifest.get("format")
+        if found != FORMAT:
+            raise StoreError(f"{path} has format {found!r}; this version reads {FORMAT!r}.")
+        if self.manifest.get("complete") is not True:
+            raise StoreError(
+                f"{path} is incomplete: its run did not finish. Run `estimate` again with the same "
+                "configuration."
+            )
+        missing = [key for key in MANIFEST_KEYS if not isinstance(self.manifest.get(key), dict)]
+        if missing:
+            raise StoreError(f"{path / Path(MANIFEST)} lacks {', '.join(missing)}.")
+
+    @contextmanager
+    def open(self, file: str) -> Iterator[Any]:
+        """Opens one file, memory-mapped, after checking that the manifest lists it and its size.
+
+        Args:
+            file: Its path inside the store.
+
+        Raises:
+            StoreError: It is not listed, missing, of another size, or no safetensors file.
+        """
+        listed = self.manifest["files"].get(file)
+        if listed is None:
+            raise StoreError(f"{self.path} does not list {file} in its manifest.")
+        path = self.path / file
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            raise StoreError(f"{path} is missing, though the manifest lists it.") from error
+        if found != listed["bytes"]:
+            raise StoreError(
+                f"{path} has {found} bytes; the manifest says {listed['bytes']}: it is damaged."
+            )
+        try:
+            with safe_open(path, framework="pt") as opened:
+                yield opened
+        except (SafetensorError, OSError) as error:
+            raise StoreError(f"{path} is no whole safetensors file: {error}.") from error
+
+    def tensor(self, file: str, key: str, shape: tuple[int, ...]) -> Tensor:
+        """One tensor of one file.
+
+        Args:
+            file: The file's path inside the store.
+            key: The tensor's name.
+            shape: The shape that it must have.
+
+        Raises:
+            StoreError: The file or the tensor is not as the manifest says.
+        """
+        with self.open(file) as opened:
+            if key not in opened.keys():  # noqa: SIM118 - safe_open is no mapping
+                raise StoreError(f"{self.path / file} holds no tensor {key!r}.")
+            tensor = opened.get_tensor(key)
+        if tuple(tensor.shape) != shape:
+            raise StoreError(
+                f"{self.path / file}: {key} has shape {list(tensor.shape)}; the manifest's modules "
+                f"say {list(shape)}."
+            )
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise StoreError(
+                f"{self.path / file}: {key} is {tensor.dtype}; float32 or float64 only."
+            )
+        return tensor
+
+    def header(self, file: str) -> dict[str, str]:
+        """The strings in one file's header."""
+        with self.open(file) as opened:
+            return dict(opened.metadata() or {})
+
+    def verify(self) -> Iterator[tuple[str, str | None]]:
+        """Checks every listed file's size and SHA-256, and that nothing else lies in the store.
+
+        Yields:
+            (file, None) for a good file, (file, what is wrong) for a bad one.
+        """
+        for file, listed in self.manifest["files"].items():
+            path = self.path / file
+            if not path.is_file():
+                yield file, "is missing"
+            elif path.stat().st_size != listed["bytes"]:
+                yield file, f"has {path.stat().st_size} bytes, not {listed['bytes']}"
+            elif _sha256(path) != listed["sha256"]:
+                yield file, "has another SHA-256: its content has changed"
+            else:
+                yield file, None
+        for file in _stored_files(self.path):
+            if file not in self.manifest["files"]:
+                yield file, "is not listed in the manifest"
+
+    def total_bytes(self) -> int:
+        """Size of all files, the manifest included."""
+        listed = sum(entry["bytes"] for entry in self.manifest["files"].values())
+        return listed + (self.path / MANIFEST).stat().st_size
+
+
+class MemoryStore:
+    """A store that is kept in memory: written and read like one on disk."""
+
+    def __init__(self) -> None:
+        self.manifest: dict[str, Any] = {}
+        self._tensors: dict[str, dict[str, Tensor]] = {}
+        self._headers: dict[str, dict[str, str]] = {}
+
+    def write(
+        self, file: str, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
+    ) -> None:
+        """Keeps one file's tensors, on the CPU."""
+        self._tensors[file] = {name: t.detach().cpu().clone() for name, t in tensors.items()}
+        self._headers[file] = dict(header or {})
+
+    def finish(self, manifest: Mapping[str, Any]) -> None:
+        """Keeps the manifest."""
+        self.manifest = {"format": FORMAT, "complete": True, **manifest, "files": {}}
+
+    def tensor(self, file: str, key: str, shape: tuple[int, ...]) -> Tensor:
+        """One tensor of one file; see `StoreReader.tensor`."""
+        return self._tensors[file][key]
+
+    def header(self, file: str) -> dict[str, str]:
+        """The strings kept with one file."""
+        return self._headers[file]
+
+    def copy_to(self, sink: FactorSink) -> None:
+        """Writes everything to another store and finishes it."""
+        for file, tensors in self._tensors.items():
+            sink.write(file, tensors, self._headers[file])
+        sink.finish(
+            {k: v for k, v in self.manifest.items() if k not in ("format", "complete", "files")}
+        )

@@ -1,0 +1,56 @@
+"""Pass 1: raw sums Σ a aᵀ and Σ g gᵀ and their counts, one of each per factor."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ekfac_dist.curvature.covariance import add_outer_products_, mirror_
+from ekfac_dist.data.batches import Batch
+from ekfac_dist.models.discovery import TrackedModule, factor_sizes
+from ekfac_dist.runtime.processes import World
+
+
+class CovarianceSums:
+    """The running sums of a group of modules.
+
+    Args:
+        modules: The group, in model order.
+        dtype: float32 or float64.
+        device: Where the sums are held.
+
+    Attributes:
+        sums: Raw sum [n, n] of each factor; its upper triangle is filled by `reduce`.
+        counts: Number of summed positions of each factor.
+    """
+
+    def __init__(
+        self, modules: Sequence[TrackedModule], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.sums: dict[str, Tensor] = {
+            name: torch.zeros(size, size, dtype=dtype, device=device)
+            for name, size in factor_sizes(modules).items()
+        }
+        self.counts = dict.fromkeys(self.sums, 0)
+
+    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Batch) -> None:
+        """Adds a batch's inputs to the module's input factor."""
+        add_outer_products_(self.sums[module.input], rows_Mi, bias=module.bias)
+        self.counts[module.input] += rows_Mi.shape[0]
+
+    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Batch) -> None:
+        """Adds a batch's output-gradients to the module's output factor."""
+        add_outer_products_(self.sums[module.output], rows_MO, bias=False)
+        self.counts[module.output] += rows_MO.shape[0]
+
+    def health(self) -> Tensor:
+        """Σ of all diagonals: every row's square is in it."""
+        return torch.stack([s.diagonal().sum() for s in self.sums.values()]).sum()
+
+    def reduce(self, world: World) -> None:
+        """Adds up sums and counts of all workers, and fills the upper triangles."""
+        counts = torch.tensor(list(self.counts.values()), dtype=torch.int64, device=world.device)
+        world.all_reduce_([*self.sums.values(), counts])
+        self.counts = dict(zip(self.counts, counts.tolist(), strict=True))
+        for total in self.sums.values():
+            mirror_(total)

@@ -1,0 +1,162 @@
+"""One pass over this worker's batches: what the covariance and the refit pass have in common."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ekfac_dist.data.batches import Batch, collate
+from ekfac_dist.data.sequences import Sequences
+from ekfac_dist.errors import NonFiniteError
+from ekfac_dist.models.capture import Capture, Observer
+from ekfac_dist.models.discovery import TrackedModule
+from ekfac_dist.models.labels import LabelRule
+from ekfac_dist.runtime.processes import World
+from ekfac_dist.runtime.progress import Progress
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every pass of a run computes with.
+
+    Attributes:
+        model: The prepared model, on the worker's device.
+        sequences: All sequences of the run.
+        shard: This worker's batches, as numbers of sequences.
+        world: The workers.
+        dtype: Precision of the running sums.
+        show_progress: Whether worker 0 shows progress.
+    """
+
+    model: nn.Module
+    sequences: Sequences
+    shard: Sequence[Sequence[int]]
+    world: World
+    dtype: torch.dtype
+    show_progress: bool
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """Some sequences as a batch on the worker's device."""
+        return collate([self.sequences[number] for number in numbers]).to(self.world.device)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What one pass took, over all workers.
+
+    Attributes:
+        seconds: From the first worker's start to the end of the reduction.
+        loss: Mean −log p(label) over all labels, in nats.
+    """
+
+    seconds: float
+    loss: float
+
+
+class SummingObserver(Observer, Protocol):
+    """An observer whose running sums tell whether all that went in was finite."""
+
+    def health(self) -> Tensor:
+        """A scalar that is finite exactly as long as every running sum is."""
+
+    def reduce(self, world: World) -> None:
+        """Adds up the running sums of all workers."""
+
+
+def run_pass(
+    name: str,
+    work: Work,
+    modules: Sequence[TrackedModule],
+    observer: SummingObserver,
+    rule: LabelRule,
+) -> PassResult:
+    """Runs this worker's batches through the model and reduces what the observer summed.
+
+    Args:
+        name: What the pass is called in progress and errors.
+        work: Model, data and workers.
+        modules: The tracked modules of this pass.
+        observer: What is done with inputs and gradients.
+        rule: Where labels come from.
+
+    Raises:
+        NonFiniteError: NaN or infinity was met; the module and sequence are named where known.
+        PeerError: Another worker failed.
+    """
+    world = work.world
+    own_tokens = sum(int(work.sequences.num_positions[numbers].sum()) for numbers in work.shard)
+    all_tokens = int(work.sequences.num_positions.sum())
+    start = time.perf_counter()
+    loss = torch.zeros((), dtype=torch.float64, device=world.device)
+    progress = Progress(
+        name,
+        total=own_tokens,
+        unit="tokens",
+        num_sequences=sum(map(len, work.shard)),
+        scale=all_tokens / own_tokens if own_tokens else 1.0,
+        enabled=work.show_progress and world.is_main,
+    )
+    with Capture(work.model, modules, observer, work.dtype) as capture, progress:
+        for numbers in work.shard:
+            batch = work.batch(numbers)
+            loss += capture.run(batch, rule).loss
+            if not torch.isfinite(observer.health() + loss).item():
+                _raise_non_finite(name, work, modules, numbers, rule)
+            progress.update(batch.num_positions, len(numbers))
+            world.check_peers()
+    observer.reduce(world)
+    world.all_reduce_([loss])
+    return PassResult(
+        time.perf_counter() - start, loss.item() / int(work.sequences.num_labels.sum())
+    )
+
+
+class _FirstNonFinite:
+    """Remembers the first module whose input or output-gradient is not finite."""
+
+    def __init__(self) -> None:
+        self.found: str | None = None
+
+    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Batch) -> None:
+        self._look(f"the input of module {module.name}", rows_Mi)
+
+    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Batch) -> None:
+        self._look(f"the output-gradient of module {module.name}", rows_MO)
+
+    def _look(self, what: str, rows: Tensor) -> None:
+        if self.found is None and not torch.isfinite(rows).all():
+            self.found = what
+
+
+def _raise_non_finite(
+    name: str,
+    work: Work,
+    modules: Sequence[TrackedModule],
+    numbers: Sequence[int],
+    rule: LabelRule,
+) -> None:
+    """Runs a batch again, one sequence at a time, to name where NaN or infinity first appears."""
+    advice = (
+        "Check the model's weights, or use a wider dtype; data.max_tokens and the text of that "
+        "sequence may matter too."
+    )
+    for number in numbers:
+        batch = work.batch([number])
+        first = _FirstNonFinite()
+        with Capture(work.model, modules, first, work.dtype) as capture:
+            loss = capture.run(batch, rule).loss
+        where = first.found or (None if torch.isfinite(loss) else "the logits")
+        if where is not None:
+            raise NonFiniteError(
+                f"NaN or infinity in {where}, in the {name} pass, at sequence {batch.indices[0]} "
+                f"of the data. {advice}"
+            )
+    indices = [int(work.sequences.indices[number]) for number in numbers]
+    raise NonFiniteError(
+        f"NaN or infinity in a running sum of the {name} pass, in the step of sequences "
+        f"{indices[0]} to {indices[-1]} ({len(indices)} of them), though each alone is finite: the "
+        f"sum overflowed. Use factors.accumulate: float64. {advice}"
+    )

@@ -1,0 +1,416 @@
+"""The run that joins the stages: from a model and sequences to a store of factors."""
+
+import importlib.metadata
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ekfac_dist.config import DataConfig, EstimateConfig, FactorsConfig, ModelConfig
+from ekfac_dist.curvature.eigenbasis import check_size
+from ekfac_dist.curvature.kronecker import kfac_lambda
+from ekfac_dist.data.batches import assign_batches, plan_batches
+from ekfac_dist.data.sequences import Sequences, from_examples, tokenize
+from ekfac_dist.data.source import open_source
+from ekfac_dist.errors import DataError
+from ekfac_dist.models.capture import prepared
+from ekfac_dist.models.discovery import Discovery, TrackedModule, discover, fingerprint, partition
+from ekfac_dist.models.labels import COVARIANCE_PASS, REFIT_PASS, LabelRule
+from ekfac_dist.models.loading import context_length, load_model, load_tokenizer
+from ekfac_dist.runtime.memory import peak_bytes
+from ekfac_dist.runtime.processes import World
+from ekfac_dist.runtime.progress import Progress
+from ekfac_dist.runtime.store import (
+    FactorSink,
+    MemoryStore,
+    NoStore,
+    StoreWriter,
+    check_output,
+    spectrum_file,
+)
+from ekfac_dist.stages.covariance import CovarianceSums
+from ekfac_dist.stages.eigenbasis import Basis, run_eigenbasis
+from ekfac_dist.stages.factors import Factors, load_factors
+from ekfac_dist.stages.passes import Work, run_pass
+from ekfac_dist.stages.refit import LambdaSums
+
+_SOFTWARE = ("ekfac_dist", "torch", "transformers", "accelerate", "safetensors")
+
+
+@dataclass
+class Summary:
+    """What a run did, for its closing table.
+
+    Attributes:
+        seconds: Of each stage: covariance, eigenbasis, refit.
+        losses: Mean −log p(label) of each pass, in nats per label.
+        sequences: All of the run's sequences.
+        discovery: What was tracked.
+        workers: W.
+        num_groups: Groups of modules, one pair of passes each.
+        peak_bytes: The largest peak memory of any worker, by place ("host", "device").
+    """
+
+    sequences: Sequences
+    discovery: Discovery
+    workers: int
+    num_groups: int
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"covariance": 0.0, "eigenbasis": 0.0, "refit": 0.0}
+    )
+    losses: dict[str, float] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Inputs:
+    """What a run starts from, once everything is loaded and found good.
+
+    Attributes:
+        config: The run's whole configuration.
+        model: The model, on the worker's device.
+        sequences: All sequences.
+        discovery: What is tracked.
+    """
+
+    config: EstimateConfig
+    model: nn.Module
+    sequences: Sequences
+    discovery: Discovery
+
+
+def run_estimate(config: EstimateConfig, world: World, say: Any = print) -> Summary:
+    """Fits and stores factors as configured.
+
+    Args:
+        config: The run's configuration.
+        world: The workers.
+        say: Takes a line of text for people; called on worker 0 only.
+
+    Raises:
+        UserError: Anything that the user can mend, on every worker.
+    """
+    tell = say if world.is_main else (lambda line: None)
+    assert config.output is not None
+    output = config.output
+    # First of all, for it costs nothing: whether the result has somewhere to go.
+    world.on_main(lambda: check_output(output, config.as_dict()))
+    tokenizer, tokenizer_print = world.main_first(lambda: load_tokenizer(config.model))
+    sequences = _load_sequences(config, tokenizer, tokenizer_print, world)
+    counts = sequences.counts
+    tell(
+        f"data          {len(sequences)} of {counts.rows} sequences ({counts.unlabelled} left out: "
+        f"no label), {int(sequences.num_positions.sum())} counted positions, "
+        f"{int(sequences.num_labels.sum())} labels"
+    )
+    if counts.truncated:
+        tell(
+            f"truncation    {counts.truncated} sequences cut to {config.data.max_tokens} tokens, "
+            f"{counts.tokens_cut} tokens lost"
+        )
+    model = world.main_first(lambda: load_model(config.model, world.device))
+    with prepared(model):
+        inputs = check_inputs(config, model, sequences, world)
+        coverage = inputs.discovery.coverage
+        tell(
+            f"model         {type(model).__name__}, {coverage.model_parameters} parameters, "
+            f"{str(next(model.parameters()).dtype).removeprefix('torch.')}"
+        )
+        tell(f"tracked       {coverage_line(inputs.discovery)}")
+        for name, why in coverage.skipped.items():
+            tell(f"not tracked   {name}: {why}")
+        return fit(inputs, world, open_store(output, config, world), show_progress=True)
+
+
+def coverage_line(discovery: Discovery) -> str:
+    """How much of a model is tracked, in one line."""
+    coverage = discovery.coverage
+    of_mlp = coverage.tracked_parameters / max(1, coverage.mlp_parameters)
+    of_all = coverage.tracked_parameters / max(1, coverage.model_parameters)
+    return (
+        f"{len(discovery.modules)} modules, {len(discovery.factors)} factors; "
+        f"{coverage.tracked_parameters} parameters: {of_mlp:.1%} of the MLP's, {of_all:.1%} of all"
+    )
+
+
+def estimate_factors(
+    model: nn.Module,
+    data: Any,
+    *,
+    output: str | Path | None = None,
+    modules: Sequence[str] | None = None,
+    labels: str = "sampled",
+    seed: int = 0,
+    refit: str = "per_sequence",
+    accumulate: str = "float32",
+    partitions: int | str = "auto",
+    batch_tokens: int = 4096,
+    max_tokens: int | None = None,
+    keep_covariance: bool = True,
+    progress: bool = False,
+) -> Factors:
+    """Fits EK-FAC factors of a causal language model's MLP modules (Grosse et al. 2023, §2.2).
+
+    Under `accelerate launch`, call it on every worker with the same model and the same whole data;
+    it shards the data itself. The model must be on the worker's device and comes back as it was.
+
+    Args:
+        model: A Hugging Face causal language model.
+        data: A `datasets.Dataset` or an iterable of examples or batches with `input_ids` and, if
+            wanted, `labels` (−100 for none) and `attention_mask`; padding is taken off.
+        output: Directory of the factor store; None keeps the factors in memory, on every worker.
+        modules: Globs of module names; None for every MLP linear.
+        labels: "sampled" from the model's softmax, or "data" for the data's own.
+        seed: Seed of sampled labels.
+        refit: "per_sequence", "per_token" or "none".
+        accumulate: Precision of running sums, "float32" or "float64".
+        partitions: Number of groups of modules, one pair of passes each.
+        batch_tokens: Token budget of a batch, padding included.
+        max_tokens: Longer sequences are cut to this many tokens; None leaves them whole.
+        keep_covariance: Store the raw covariance sums too.
+        progress: Show progress on worker 0.
+
+    Returns:
+        The factors, ready to solve with, on every worker.
+
+    Raises:
+        UserError: Anything that the caller can mend, on every worker alike.
+    """
+    world = World.start()
+    with world.agree():
+        sequences = from_examples(data, max_tokens)
+        config = EstimateConfig(
+            model=ModelConfig(
+                name=str(getattr(model, "name_or_path", "") or type(model).__name__),
+                dtype="auto",
+                modules=None if modules is None else list(modules),
+            ),
+            data=DataConfig(
+                source=type(data).__name__, max_tokens=max_tokens or int(sequences.max_tokens)
+            ),
+            factors=FactorsConfig(
+                labels=labels,  # type: ignore[arg-type]
+                seed=seed,
+                refit=refit,  # type: ignore[arg-type]
+                accumulate=accumulate,  # type: ignore[arg-type]
+                partitions=partitions,  # type: ignore[arg-type]
+                keep_covariance=keep_covariance,
+            ),
+            batch_tokens=batch_tokens,
+            output=str(output) if output is not None else "(memory)",
+        )
+        world = world.at(next(model.parameters()).device)
+    if output is not None:
+        world.on_main(lambda: check_output(output, config.as_dict()))
+    memory = MemoryStore()
+    with prepared(model):
+        inputs = check_inputs(config, model, sequences, world)
+        sink = memory if output is None else open_store(output, config, world)
+        fit(inputs, world, sink, show_progress=progress)
+    if output is None:
+        return Factors(memory)
+    world.barrier()
+    return load_factors(output)
+
+
+def open_store(output: str | Path, config: EstimateConfig, world: World) -> FactorSink:
+    """The store that worker 0 writes; on the others, one that takes nothing."""
+    writer = world.on_main(lambda: StoreWriter(output, config.as_dict()))
+    return writer if writer is not None else NoStore()
+
+
+def _load_sequences(
+    config: EstimateConfig, tokenizer: Any, tokenizer_fingerprint: str, world: World
+) -> Sequences:
+    def load() -> Sequences:
+        rows = open_source(config.data)
+        shown = world.is_main
+        with Progress("tokenising", total=len(rows), unit="sequences", enabled=shown) as progress:
+            return tokenize(rows, config.data, tokenizer, tokenizer_fingerprint, progress.update)
+
+    return world.main_first(load)
+
+
+def check_inputs(
+    config: EstimateConfig, model: nn.Module, sequences: Sequences, world: World
+) -> Inputs:
+    """Finds the modules and checks, on every worker, all that can be known to fail later.
+
+    Raises:
+        ModelError: As `discover` does.
+        DataError: A sequence is longer than the model's context, or has tokens it does not know;
+            or workers hold different data.
+        DecompositionError: A factor is too large for worker 0's device.
+    """
+    with world.agree():
+        longest = int(sequences.num_positions.max())
+        context = context_length(model)
+        if context is not None and longest > context:
+            raise DataError(
+                f"The longest sequence has {longest} positions, but the model reads {context} at "
+                f"most; set data.max_tokens to {context} or less."
+            )
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+        if isinstance(embeddings, nn.Embedding) and sequences.max_id >= embeddings.num_embeddings:
+            raise DataError(
+                f"The data has token id {sequences.max_id}, but the model knows "
+                f"{embeddings.num_embeddings} tokens; use the tokenizer that belongs to the model."
+            )
+        discovery = discover(model, config.model.modules, world.device)
+    main_device = torch.device(world.share(world.device.type))
+    with world.agree():
+        for factor, size in discovery.factors.items():
+            check_size(factor, size, main_device)
+    prints = world.gather(sequences.fingerprint)
+    if len(set(prints)) > 1:
+        different = next(rank for rank, found in enumerate(prints) if found != prints[0])
+        raise DataError(
+            f"Worker {different} has other data than worker 0; every worker must be given the "
+            "whole data, the same and in the same order."
+        )
+    return Inputs(config, model, sequences, discovery)
+
+
+def fit(inputs: Inputs, world: World, sink: FactorSink, *, show_progress: bool) -> Summary:
+    """Runs every stage for every group of modules and finishes the store.
+
+    Args:
+        inputs: Model (prepared), data and configuration.
+        world: The workers.
+        sink: Where factors go.
+        show_progress: Whether worker 0 shows progress.
+    """
+    config, factors = inputs.config, inputs.config.factors
+    sequences, discovery = inputs.sequences, inputs.discovery
+    lengths = sequences.num_positions
+    batches = plan_batches(lengths, config.batch_tokens)
+    costs = [len(numbers) * int(lengths[numbers].max()) for numbers in batches]
+    shard = [batches[k] for k in assign_batches(costs, world.size)[world.rank]]
+    dtype = getattr(torch, factors.accumulate)
+    work = Work(inputs.model, sequences, shard, world, dtype, show_progress)
+    groups = partition(discovery.modules, 1 if factors.partitions == "auto" else factors.partitions)
+    summary = Summary(sequences, discovery, world.size, len(groups))
+    for number, group in enumerate(groups, start=1):
+        suffix = f" {number}/{len(groups)}" if len(groups) > 1 else ""
+        _fit_group(group, suffix, work, factors, sink, summary)
+    peaks = world.gather(peak_bytes(world.device))
+    summary.peak_bytes = {place: max(p.get(place, 0) for p in peaks) for place in peaks[0]}
+    with world.agree(takes_part=world.is_main):
+        sink.finish(_manifest(inputs, summary))
+    return summary
+
+
+def _fit_group(
+    group: list[TrackedModule],
+    suffix: str,
+    work: Work,
+    factors: FactorsConfig,
+    sink: FactorSink,
+    summary: Summary,
+) -> None:
+    """Both passes and the decomposition of one group of modules."""
+    world, dtype = work.world, work.dtype
+    covariance = CovarianceSums(group, dtype, world.device)
+    rule = LabelRule(factors.labels, factors.seed, COVARIANCE_PASS)
+    result = run_pass("covariance" + suffix, work, group, covariance, rule)
+    summary.seconds["covariance"] += result.seconds
+    summary.losses["covariance"] = result.loss
+    bases, seconds = run_eigenbasis(
+        "eigenbasis" + suffix,
+        covariance,
+        world,
+        sink,
+        keep_covariance=factors.keep_covariance,
+        show_progress=work.show_progress,
+    )
+    summary.seconds["eigenbasis"] += seconds
+    start = time.perf_counter()
+    num_sequences = len(work.sequences)
+    if factors.refit == "none":
+        spectra = _kfac(group, bases, covariance.counts, num_sequences, dtype)
+    else:
+        per_token = factors.refit == "per_token"
+        sums = LambdaSums(group, bases, per_token=per_token, dtype=dtype, device=world.device)
+        rule = LabelRule(factors.labels, factors.seed, REFIT_PASS)
+        result = run_pass("refit" + suffix, work, group, sums, rule)
+        summary.losses["refit"] = result.loss
+        spectra = {name: total.div_(num_sequences) for name, total in sums.sums.items()}
+    with world.agree(takes_part=world.is_main):
+        for name, spectrum in spectra.items():
+            sink.write(spectrum_file(name), {"lambda": spectrum})
+    summary.seconds["refit"] += time.perf_counter() - start
+
+
+def _kfac(
+    group: list[TrackedModule],
+    bases: dict[str, Basis],
+    counts: dict[str, int],
+    num_sequences: int,
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    return {
+        module.name: kfac_lambda(
+            bases[module.output].eigenvalues,
+            bases[module.input].eigenvalues,
+            counts[module.input],
+            num_sequences,
+        ).to(dtype)
+        for module in group
+    }
+
+
+def _manifest(inputs: Inputs, summary: Summary) -> dict[str, Any]:
+    """Every entry of the manifest but format, complete and files."""
+    config, sequences, discovery = inputs.config, inputs.sequences, inputs.discovery
+    num_positions = int(sequences.num_positions.sum())
+    counts, coverage = sequences.counts, discovery.coverage
+    return {
+        "model": {
+            "name": config.model.name,
+            "revision": config.model.revision,
+            "class": type(inputs.model).__name__,
+            "dtype": str(next(inputs.model.parameters()).dtype).removeprefix("torch."),
+            "fingerprint": fingerprint(inputs.model, discovery.modules),
+        },
+        "data": {
+            "source": config.data.source,
+            "split": config.data.split,
+            "fingerprint": sequences.fingerprint,
+            "num_sequences": len(sequences),
+            "num_positions": num_positions,
+            "num_labels": int(sequences.num_labels.sum()),
+            "max_tokens": config.data.max_tokens,
+            "num_rows": counts.rows,
+            "num_unlabelled": counts.unlabelled,
+            "num_truncated": counts.truncated,
+            "num_tokens_cut": counts.tokens_cut,
+        },
+        "fisher": {
+            "labels": config.factors.labels,
+            "seed": config.factors.seed,
+            "refit": config.factors.refit,
+        },
+        "modules": {module.name: module.as_dict() for module in discovery.modules},
+        "coverage": {
+            "mlp_parameters": coverage.mlp_parameters,
+            "tracked_parameters": coverage.tracked_parameters,
+            "model_parameters": coverage.model_parameters,
+            "skipped": coverage.skipped,
+        },
+        "passes": {
+            name: {
+                "num_sequences": len(sequences),
+                "num_positions": num_positions,
+                "seconds": round(seconds, 3),
+                "workers": summary.workers,
+                **({"loss": summary.losses[name]} if name in summary.losses else {}),
+            }
+            for name, seconds in summary.seconds.items()
+        },
+        "software": {name: importlib.metadata.version(name) for name in _SOFTWARE},
+        "config": config.as_dict(),
+    }

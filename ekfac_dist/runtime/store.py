@@ -13,7 +13,7 @@ of them are in place. This module knows names, bytes and tensors; it knows no ma
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,11 +67,26 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def _canonical(content: bytes) -> list[bytes | memoryview]:
+    """A safetensors file with its header's strings in order, which `save` leaves to chance.
+
+    The same tensors and strings then are the same bytes, in every process.
+    """
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little"), text, memoryview(content)[8 + size :]]
+
+
+def _write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -150,10 +165,12 @@ class StoreWriter:
         """
         path = self.path / file
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        content = save(on_cpu, metadata=dict(header) if header else None)
-        _write_atomically(path, content)
-        digest = hashlib.sha256(content).hexdigest()
-        self.files[file] = {"bytes": len(content), "sha256": digest}
+        parts = _canonical(save(on_cpu, metadata=dict(header) if header else None))
+        _write_atomically(path, parts)
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+        self.files[file] = {"bytes": sum(map(len, parts)), "sha256": digest.hexdigest()}
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Writes the manifest that makes the store complete.
@@ -175,7 +192,7 @@ class StoreWriter:
 
     def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
         text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
-        _write_atomically(self.path / MANIFEST, text.encode() + b"\n")
+        _write_atomically(self.path / MANIFEST, [text.encode(), b"\n"])
 
 
 def check_output(path: str | Path, config: Mapping[str, Any]) -> None:

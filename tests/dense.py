@@ -1,0 +1,158 @@
+"""Independent dense computations that the package is compared with.
+
+Nothing here uses the package's mathematics: plain autograd, one sequence at a time, dense matrices.
+vec is row-major, so (S ⊗ A) vec V = vec(S V Aᵀ) for a weight V of shape O×I.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass
+class DenseModule:
+    """One module's raw material, sequence by sequence."""
+
+    gradients: list  # G_n [O, I], by autograd on the weight (and bias)
+    acts: list  # a [T, I], with the bias coordinate
+    grads: list  # g [T, O]
+
+    @property
+    def N(self):
+        return len(self.gradients)
+
+    @property
+    def M(self):
+        return sum(len(a) for a in self.acts)
+
+    @property
+    def A(self):
+        return sum(a.T @ a for a in self.acts) / self.M
+
+    @property
+    def S(self):
+        return sum(g.T @ g for g in self.grads) / self.M
+
+    @property
+    def F(self):
+        vectors = torch.stack([G.flatten() for G in self.gradients])
+        return vectors.T @ vectors / self.N
+
+    def lam(self, per_token=False):
+        return dense_lambda(self.A, self.S, self.squares(per_token), self.N)
+
+    def squares(self, per_token=False):
+        """The matrices whose rotated squares are summed."""
+        if not per_token:
+            return self.gradients
+        return [
+            torch.outer(g, a)
+            for gs, xs in zip(self.grads, self.acts, strict=True)
+            for g, a in zip(gs, xs, strict=True)
+        ]
+
+    @property
+    def Q(self):
+        return torch.kron(
+            torch.linalg.eigh(self.S).eigenvectors, torch.linalg.eigh(self.A).eigenvectors
+        )
+
+    def E(self, per_token=False):
+        Q = self.Q
+        return Q @ torch.diag(self.lam(per_token).flatten()) @ Q.T
+
+    @property
+    def K(self):
+        return self.M / self.N * torch.kron(self.S, self.A)
+
+
+def dense_lambda(A, S, gradients, N):
+    QA, QS = torch.linalg.eigh(A).eigenvectors, torch.linalg.eigh(S).eigenvectors
+    total = sum((QS.T @ G @ QA) ** 2 for G in gradients)
+    return total / N
+
+
+def sequence_loss(model, ids, targets):
+    """Sum of −log p(target) over labelled positions, one sequence, no padding."""
+    logits = model(input_ids=ids[None], use_cache=False).logits[0]
+    log_p = torch.log_softmax(logits.double(), -1)
+    keep = targets != -100
+    return -log_p[torch.arange(len(ids))[keep], targets[keep]].sum()
+
+
+def dense_modules(model, sequences, names):
+    """`DenseModule` of each named module.
+
+    Args:
+        model: A causal language model in float64 and evaluation mode.
+        sequences: (ids [L], targets [L]) of each sequence; every position is a counted one.
+        names: Module names.
+    """
+    found = {name: DenseModule([], [], []) for name in names}
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    for ids, targets in sequences:
+        seen = {}
+        handles = [
+            model.get_submodule(name).register_forward_hook(
+                lambda module, args, output, name=name: seen.__setitem__(
+                    name, (args[0].detach().clone(), output, output.retain_grad())
+                )
+            )
+            for name in names
+        ]
+        model.zero_grad()
+        sequence_loss(model, ids, targets).backward()
+        for handle in handles:
+            handle.remove()
+        for name, dense in found.items():
+            module = model.get_submodule(name)
+            G = weight_gradient(module)
+            a, output, _ = seen[name]
+            a = a.reshape(-1, a.shape[-1])
+            if module.bias is not None:
+                a = torch.cat([a, torch.ones(len(a), 1, dtype=a.dtype)], 1)
+            dense.gradients.append(G)
+            dense.acts.append(a)
+            dense.grads.append(output.grad.reshape(-1, output.shape[-1]).clone())
+    model.zero_grad()
+    return found
+
+
+def weight_gradient(module: nn.Module):
+    """The module's weight gradient as O×I, the bias gradient as its last column."""
+    G = module.weight.grad.T if isinstance(module, Conv1D) else module.weight.grad
+    if module.bias is not None:
+        G = torch.cat([G, module.bias.grad[:, None]], 1)
+    return G.clone()
+
+
+def drawn_targets(model, ids, has_label, uniform):
+    """Labels drawn one position at a time, by the definition of the inverse CDF."""
+    with torch.no_grad():
+        p = torch.softmax(model(input_ids=ids[None], use_cache=False).logits[0].double(), -1)
+    targets = torch.full((len(ids),), -100)
+    for t in range(len(ids)):
+        if has_label[t]:
+            cumulated = 0.0
+            for label in range(p.shape[1]):
+                cumulated += p[t, label].item()
+                if cumulated > uniform[t]:
+                    break
+            targets[t] = label
+    return targets
+
+
+def dense_E(factors, name):
+    """The package's E of one module as a matrix, by applying it to unit matrices."""
+    module = factors.modules[name]
+    size = module.num_outputs * module.input_size
+    basis = torch.eye(size, dtype=torch.float64).view(size, module.num_outputs, module.input_size)
+    return factors.apply({name: basis})[name].reshape(size, size).T
+
+
+def relative(found, expected):
+    """‖found − expected‖ / ‖expected‖."""
+    return ((found - expected).norm() / expected.norm()).item()

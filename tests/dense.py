@@ -5,6 +5,7 @@ vec is row-major, so (S ⊗ A) vec V = vec(S V Aᵀ) for a weight V of shape O×
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -96,11 +97,7 @@ def dense_modules(model, sequences, names):
     for ids, targets in sequences:
         seen = {}
         handles = [
-            model.get_submodule(name).register_forward_hook(
-                lambda module, args, output, name=name: seen.__setitem__(
-                    name, (args[0].detach().clone(), output, output.retain_grad())
-                )
-            )
+            model.get_submodule(name).register_forward_hook(partial(_remember, seen, name))
             for name in names
         ]
         model.zero_grad()
@@ -110,7 +107,7 @@ def dense_modules(model, sequences, names):
         for name, dense in found.items():
             module = model.get_submodule(name)
             G = weight_gradient(module)
-            a, output, _ = seen[name]
+            a, output = seen[name]
             a = a.reshape(-1, a.shape[-1])
             if module.bias is not None:
                 a = torch.cat([a, torch.ones(len(a), 1, dtype=a.dtype)], 1)
@@ -119,6 +116,11 @@ def dense_modules(model, sequences, names):
             dense.grads.append(output.grad.reshape(-1, output.shape[-1]).clone())
     model.zero_grad()
     return found
+
+
+def _remember(seen, name, module, args, output):
+    output.retain_grad()
+    seen[name] = (args[0].detach().clone(), output)
 
 
 def weight_gradient(module: nn.Module):

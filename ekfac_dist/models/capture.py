@@ -161,6 +161,9 @@ class Capture:
         if not output.requires_grad:
             # A clone, since an activation in place may not overwrite a leaf of the graph.
             output = output.detach().requires_grad_().clone()
+        elif output._is_view():
+            # An activation in place would cut a view, and the hook on it, out of the graph.
+            output = output.clone()
 
         def on_gradient(gradient: Tensor) -> None:
             self._see_gradient(module, gradient, batch)

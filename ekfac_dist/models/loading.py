@@ -10,7 +10,12 @@ import safetensors
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
 
 from ekfac_dist.config import ModelConfig
 from ekfac_dist.errors import ModelError
@@ -27,22 +32,22 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
         ModelError: It cannot be found or read, is no causal language model, has only pickled
             weights, or lacks weights of its own.
     """
-    assert config.name is not None
+    _check_settings(config)
     name = config.name
-    _check_directory(name)
-    arguments: dict[str, Any] = {
-        "revision": config.revision,
-        "trust_remote_code": config.trust_remote_code,
-    }
     dtype: Any = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
-    _hush_transformers()
     try:
-        AutoConfig.from_pretrained(name, **arguments)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, output_loading_info=True, **arguments
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+            **_origin(config),
         )
     except safetensors.SafetensorError as error:
-        raise ModelError(f"The weights of model {name} are damaged: {_brief(error)}.") from error
+        raise ModelError(
+            f"The weights of model {name} are damaged: {_brief(error)}. Copy or save them again."
+        ) from error
     except _LOAD_ERRORS as error:
         raise ModelError(f"Model {name} could not be loaded: {_brief(error)}.") from error
     model, report = loaded
@@ -60,12 +65,12 @@ def load_tokenizer(config: ModelConfig) -> tuple[Any, str]:
     """The model's tokenizer, and a fingerprint of what it does.
 
     Raises:
-        ModelError: The model has none that can be loaded.
+        ModelError: There is no such causal language model, or it has no tokenizer that can be
+            loaded.
     """
+    _check_settings(config)  # here already, before a long text is tokenised for nothing
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(config.name, **_origin(config))
     except _LOAD_ERRORS as error:
         raise ModelError(
             f"The tokenizer of model {config.name} could not be loaded: {_brief(error)}. Put the "
@@ -90,13 +95,37 @@ def context_length(model: nn.Module) -> int | None:
     return None
 
 
+def _origin(config: ModelConfig) -> dict[str, Any]:
+    return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+
+
+def _check_settings(config: ModelConfig) -> None:
+    """Refuses what is no causal language model, as far as can be told without its weights."""
+    assert config.name is not None
+    _hush_transformers()
+    _check_directory(config.name)
+    try:
+        settings = AutoConfig.from_pretrained(config.name, **_origin(config))
+    except _LOAD_ERRORS as error:
+        raise ModelError(f"Model {config.name} could not be loaded: {_brief(error)}.") from error
+    brings_code = "AutoModelForCausalLM" in (getattr(settings, "auto_map", None) or {})
+    if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING and not brings_code:
+        raise ModelError(
+            f"Model {config.name} is of type {settings.model_type!r}, which is no causal language "
+            "model that transformers knows; give one that is."
+        )
+
+
 def _check_directory(name: str) -> None:
     path = Path(name)
     if path.is_file():
         raise ModelError(f"model.name is the file {name}; give the directory that it is in.")
     if not path.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise ModelError(f"There is no model directory {name}.")
+            raise ModelError(
+                f"There is no model directory {name}; model.name is a directory that exists, or a "
+                "hub id."
+            )
         return
     if not (path / "config.json").is_file():
         raise ModelError(
@@ -111,7 +140,10 @@ def _check_directory(name: str) -> None:
                 "when they are read; save it again with safetensors: "
                 "model.save_pretrained(directory)."
             )
-        raise ModelError(f"Model {name} has no safetensors weights.")
+        raise ModelError(
+            f"Model {name} has no safetensors weights; save it with "
+            "model.save_pretrained(directory)."
+        )
 
 
 def _hush_transformers() -> None:
@@ -122,4 +154,4 @@ def _hush_transformers() -> None:
 
 def _brief(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return " ".join(lines[:2]).rstrip(".") or type(error).__name__
+    return " ".join(lines[:2]).rstrip(" .,:;!") or type(error).__name__

@@ -1,4 +1,4 @@
-"""What must not matter: padding, batches, order, partitions, checkpointing, where factors are kept."""
+"""What must not matter: padding, batches, order, partitions, checkpointing, where factors lie."""
 
 import hashlib
 

@@ -106,7 +106,7 @@ def test_sampled_labels_are_those_drawn_by_the_definition():
 
 def test_the_mean_trace_over_seeds_approaches_the_exact_expectation():
     model, data = build("gpt2"), examples(number=6, longest=5)
-    names = [n for n in estimate_factors(model, data, **FIT).modules]
+    names = list(estimate_factors(model, data, **FIT).modules)
     expected = dict.fromkeys(names, 0.0)
     for example in data:
         ids, _ = shifted(example)

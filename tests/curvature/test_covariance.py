@@ -1,0 +1,38 @@
+import pytest
+import torch
+from dense import relative
+
+from ekfac_dist.curvature.covariance import add_outer_products_, mirror_
+
+
+@pytest.mark.parametrize("size", [1, 5, 191, 192, 193, 500, 2100])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_mirrored_half_equals_the_full_product(size, bias):
+    torch.manual_seed(0)
+    total = torch.zeros(size + bias, size + bias, dtype=torch.float64)
+    rows = torch.randn(40, size, dtype=torch.float64) * torch.linspace(0.1, 2, size)
+    for part in rows.split(15):
+        add_outer_products_(total, part, bias=bias)
+    full = torch.cat([rows, torch.ones(40, 1, dtype=torch.float64)], 1) if bias else rows
+    assert relative(mirror_(total), full.T @ full) < 1e-14
+    assert torch.equal(total, total.T)
+
+
+def test_low_precision_rows_are_summed_in_the_precision_of_the_sum():
+    torch.manual_seed(0)
+    rows = (torch.rand(4000, 4) + 1).to(torch.bfloat16)
+    total = torch.zeros(4, 4)
+    for part in rows.split(10):
+        add_outer_products_(total, part, bias=False)
+    exact = rows.double().T @ rows.double()
+    assert relative(mirror_(total).double(), exact) < 1e-5
+    running = torch.zeros(4, 4, dtype=torch.bfloat16)
+    for part in rows.split(10):
+        running += part.T @ part
+    assert relative(running.double(), exact) > 1e-2  # what low-precision sums would have done
+
+
+def test_no_rows_add_nothing():
+    total = torch.zeros(3, 3)
+    add_outer_products_(total, torch.empty(0, 2), bias=True)
+    assert not total.any()

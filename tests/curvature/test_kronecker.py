@@ -1,0 +1,60 @@
+import pytest
+import torch
+from dense import relative
+
+from ekfac_dist.curvature import kronecker
+from ekfac_dist.curvature.spectrum import departure, effective_rank
+from ekfac_dist.errors import ConfigError
+
+
+@pytest.fixture
+def parts():
+    torch.manual_seed(0)
+    QA, _ = torch.linalg.qr(torch.randn(5, 5).double())
+    QS, _ = torch.linalg.qr(torch.randn(4, 4).double())
+    lam = torch.rand(4, 5).double() ** 4 * 10
+    return QS, QA, lam
+
+
+def test_solve_equals_the_dense_damped_solve(parts):
+    QS, QA, lam = parts
+    Q = torch.kron(QS, QA)
+    E = Q @ torch.diag(lam.flatten()) @ Q.T
+    V = torch.randn(3, 4, 5).double()
+    damping = 0.1 * lam.mean().item()
+    damped = E + damping * torch.eye(20).double()
+    dense = torch.linalg.solve(damped, V.reshape(3, 20).T).T.reshape(3, 4, 5)
+    found = kronecker.solve(V, QS, QA, lam, damping)
+    assert relative(found, dense) < 1e-10
+    # Rows for columns, the mistake that isotropic inputs cannot show.
+    assert relative(kronecker.solve(V, QS.T, QA.T, lam, damping), dense) > 0.1
+    assert relative(V / (lam.mean() + damping), dense) > 0.1
+
+
+def test_apply_undoes_solve(parts):
+    QS, QA, lam = parts
+    V = torch.randn(4, 5).double()
+    solved = kronecker.solve(V, QS, QA, lam, 0.3)
+    assert relative(kronecker.apply(solved, QS, QA, lam) + 0.3 * solved, V) < 1e-10
+
+
+def test_no_damping_where_lambda_has_zeros_is_refused(parts):
+    QS, QA, lam = parts
+    before = lam.clone()
+    with pytest.raises(ConfigError, match="zeros"):
+        kronecker.solve(torch.ones(4, 5).double(), QS, QA, lam * 0, 0.0)
+    assert torch.equal(lam, before)
+
+
+def test_effective_rank_counts_directions():
+    assert effective_rank(torch.ones(7)) == pytest.approx(7)
+    assert effective_rank(torch.tensor([0.0, 3.0, 0.0])) == pytest.approx(1)
+    assert effective_rank(torch.zeros(4)) == 0
+    assert 1 < effective_rank(torch.tensor([5.0, 1.0])) < 2
+
+
+def test_departure_is_relative_to_lambda():
+    lam = torch.tensor([[3.0, 4.0]])
+    assert departure(lam, lam) == 0
+    assert departure(lam, lam * 0) == pytest.approx(1)
+    assert departure(lam * 0, lam * 0) == 0

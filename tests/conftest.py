@@ -1,0 +1,25 @@
+"""What every test needs before anything heavy is imported."""
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS))  # `import workshop` from any test
+
+# Nothing is looked up on a hub, and no cache outlives the session or is shared with the user's own.
+_caches = tempfile.mkdtemp(prefix="ekfac_dist-tests-")
+atexit.register(shutil.rmtree, _caches, ignore_errors=True)
+os.environ.update(
+    HF_HOME=_caches,
+    HF_DATASETS_CACHE=os.path.join(_caches, "datasets"),
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import torch  # noqa: E402 - only now that the caches are set
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))

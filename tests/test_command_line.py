@@ -1,0 +1,183 @@
+"""The command line, on real workers: files on disk against dense autograd, and what people see."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from dense import dense_modules, relative
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from workshop import (
+    run_cli,
+    save_tiny_gpt2,
+    save_tiny_llama,
+    texts,
+    write_jsonl,
+    write_yaml,
+)
+
+
+def fit(directory, workers, prompt=False):
+    """Runs `estimate` on a text whose rows are `directory`'s own; returns the finished process."""
+    rows = [
+        {"text": text, "asked": text[: 3 * (k % 4)], "said": text[3 * (k % 4) :]}
+        for k, text in enumerate(texts(11, words=(1, 12)))
+    ]
+    data = write_jsonl(directory / "text.jsonl", rows)
+    columns = {"text": "said", "prompt": "asked"} if prompt else {"text": "text"}
+    config = write_yaml(
+        directory / "run.yaml",
+        {
+            "model": {"name": directory / "model", "dtype": "float64"},
+            "data": {"source": data, "max_tokens": 20, **columns},
+            "factors": {"labels": "data", "accumulate": "float64"},
+            "batch_tokens": 64,
+            "output": directory / "store",
+        },
+    )
+    done = run_cli(["estimate", "--config", config], workers)
+    assert done.returncode == 0, done.stderr
+    return rows, done
+
+
+@pytest.mark.parametrize(
+    ("save", "prompt", "settings"),
+    [(save_tiny_llama, False, {"mlp_bias": True}), (save_tiny_gpt2, True, {})],
+)
+def test_the_files_of_two_workers_hold_what_dense_autograd_says(tmp_path, save, prompt, settings):
+    save(tmp_path / "model", dtype=torch.float64, **settings)
+    rows, _ = fit(tmp_path, 2, prompt)
+    store = tmp_path / "store"
+    manifest = json.loads((store / "manifest.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    sequences = []
+    for row in rows:
+        asked = row["asked"] if prompt else ""
+        text = row["asked"] + row["said"]
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        ids = torch.tensor(encoded["input_ids"])[:20]
+        begins = torch.tensor([start for start, _ in encoded["offset_mapping"]])[:20]
+        # BOS, the first token, is nobody's label.
+        labelled = (begins >= len(asked)) & (torch.arange(len(ids)) > 0)
+        if not labelled.any():
+            continue
+        last = int(labelled.nonzero().max())
+        targets = torch.where(labelled, ids, -100)[1 : last + 1]
+        sequences.append((ids[:last], targets))
+    assert manifest["complete"] is True
+    assert manifest["format"] == "ekfac_dist/1"
+    assert manifest["data"]["num_sequences"] == len(sequences)
+    assert manifest["data"]["num_positions"] == sum(len(ids) for ids, _ in sequences)
+    assert manifest["passes"]["refit"]["workers"] == 2
+    oracle = dense_modules(model, sequences, list(manifest["modules"]))
+    for name, entry in manifest["modules"].items():
+        dense = oracle[name]
+        covariances, bases = {}, {}
+        for side, expected in (("input", dense.A), ("output", dense.S)):
+            covariances[side] = load_file(store / "covariance" / f"{entry[side]}.safetensors")[
+                "sum"
+            ]
+            assert relative(covariances[side] / dense.M, expected) < 1e-10
+            basis = load_file(store / "eigenbasis" / f"{entry[side]}.safetensors")
+            bases[side] = basis["eigenvectors"]
+            rebuilt = bases[side] @ torch.diag(basis["eigenvalues"]) @ bases[side].T
+            assert relative(rebuilt, expected) < 1e-10
+            assert (basis["eigenvalues"].diff() >= 0).all()
+        lam = load_file(store / "spectrum" / f"{name}.safetensors")["lambda"]
+        Q = torch.kron(bases["output"], bases["input"])
+        assert relative(lam.flatten(), torch.diag(Q.T @ dense.F @ Q)) < 1e-10
+        assert relative(Q @ torch.diag(lam.flatten()) @ Q.T, dense.E()) < 1e-8
+    files = {str(p.relative_to(store)) for p in store.rglob("*.safetensors")}
+    assert files == set(manifest["files"])
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("fitted")
+    save_tiny_llama(directory / "model")
+    _, done = fit(directory, 2)
+    return directory, done
+
+
+def test_estimate_says_who_works_what_is_covered_and_what_it_took(fitted):
+    _, done = fitted
+    for words in (
+        "workers       2, backend gloo",
+        "2 × cpu, 1 thread",
+        "11 of 11 sequences",
+        "LlamaForCausalLM",
+        "100.0% of the MLP's",
+        "peak memory",
+        "tokens/s",
+    ):
+        assert words in done.stdout
+    for stage in ("covariance", "eigenbasis", "refit"):
+        assert sum(line.startswith(stage) for line in done.stdout.splitlines()) == 1
+        # One worker alone shows progress, in whole lines.
+        assert (
+            sum(line.startswith(stage) and "100%" in line for line in done.stderr.splitlines()) == 1
+        )
+    assert "\r" not in done.stderr
+
+
+def test_inspect_shows_every_module_and_verifies_every_file(fitted):
+    directory, _ = fitted
+    picture = directory / "spectra.png"
+    done = run_cli(["inspect", directory / "store", "--verify", "--plot", picture])
+    assert done.returncode == 0, done.stderr
+    assert "all as they were written" in done.stdout
+    assert done.stdout.count(".mlp.") == 6
+    assert done.stdout.count("shared") == 2
+    assert "empirical Fisher" in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_flipped_bit_is_found(fitted, tmp_path):
+    directory, _ = fitted
+    shutil.copytree(directory / "store", tmp_path / "store")
+    victim = sorted((tmp_path / "store" / "spectrum").iterdir())[0]
+    content = bytearray(victim.read_bytes())
+    content[-3] ^= 4
+    victim.write_bytes(content)
+    done = run_cli(["inspect", tmp_path / "store", "--verify"])
+    assert done.returncode == 2
+    assert f"BAD  spectrum/{victim.name}" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [[], ["estimate"], ["inspect"], ["demo"]])
+def test_help_is_short_and_quick(command):
+    done = run_cli([*command, "--help"])
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) < 90
+    # It is quick because nothing heavy is imported for it.
+    code = (
+        "import sys\n"
+        "from ekfac_dist.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "except SystemExit:\n    pass\n"
+        "print('torch' in sys.modules)"
+    )
+    probe = [sys.executable, "-c", code, *command, "--help"]
+    asked = subprocess.run(probe, capture_output=True, text=True, check=True)
+    assert asked.stdout.splitlines()[-1] == "False"
+
+
+def test_the_fitted_store_loads_for_its_model_and_no_other(fitted, tmp_path):
+    from ekfac_dist import load_factors
+    from ekfac_dist.errors import StoreError
+
+    directory, _ = fitted
+    model = AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float64)
+    factors = load_factors(directory / "store", model=model)
+    name, module = next(iter(factors.modules.items()))
+    gradient = torch.randn(module.num_outputs, module.input_size)
+    assert factors.solve({name: gradient})[name].shape == gradient.shape
+    other = save_tiny_llama(tmp_path / "other", seed=1)
+    model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float64)
+    with pytest.raises(StoreError, match="weights or dtype differ"):
+        load_factors(directory / "store", model=model)

@@ -6,6 +6,7 @@ sentence. Heavy imports wait inside the commands, so that help and mistakes are 
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -187,7 +188,31 @@ class _Parser(ArgumentParser):
     """Raises `ConfigError` instead of printing a usage text and exiting."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ConfigError(f"{' '.join(message.split())} (see {self.prog} --help)") from ex
+        raise ConfigError(f"{_in_words(message)}. See {self.prog} --help.") from ex
+
+
+_TYPES_IN_WORDS = {
+    "int": "a whole number",
+    "bool": "true or false",
+    "str": "text",
+    "list[str]": "a list of texts",
+    "NoneType": "null",
+}
+
+
+def _in_words(message: str) -> str:
+    """The parser's complaint as a sentence without its end: what was given and what would do."""
+    message = " ".join(message.split())
+    found = re.fullmatch(r'Parser key "(.+?)": (.*?)(?:Got|Given) value: (.*)', message)
+    if not found:
+        return message[:1].upper() + message[1:]
+    name, types, value = found.groups()
+    wanted = []
+    for kind, choices in re.findall(
+        r"(list\[str\]|(?<=<class ')\w+|Literal\[(.+?)\])", types.partition("Errors:")[0]
+    ):
+        wanted.append(_TYPES_IN_WORDS.get(kind, choices.strip("'").replace("', '", " or ") or kind))
+    return f"{name} is {value}; it must be {' or '.join(wanted)}"
 
 
 class _HelpFormatter(DefaultHelpFormatter):
@@ -250,19 +275,18 @@ def _check_fields(file: str, fields: list[str]) -> None:
         ) from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"The configuration {file} holds no fields; see `ekfac-dist --help`.")
-    for name in _leaves(content, fields):
-        if name not in fields:
-            raise ConfigError(
-                f"The configuration {file} has an unknown field {name}{_suggest(name, fields)}"
-            )
-
-
-def _leaves(content: Mapping[Any, Any], fields: list[str], prefix: str = "") -> Iterator[str]:
     groups = {field.partition(".")[0] for field in fields if "." in field}
+    for name in _leaves(content, groups):
+        if name not in fields:
+            nearest = _suggest(name, [*fields, *groups])
+            raise ConfigError(f"The configuration {file} has an unknown field {name}{nearest}")
+
+
+def _leaves(content: Mapping[Any, Any], groups: set[str], prefix: str = "") -> Iterator[str]:
     for key, value in content.items():
         name = f"{prefix}{key}"
         if name in groups and isinstance(value, Mapping):
-            yield from _leaves(value, fields, f"{name}.")
+            yield from _leaves(value, groups, f"{name}.")
         elif name in groups:
             raise ConfigError(f"The field {name} is {value!r}; it must hold fields of its own.")
         else:

@@ -63,6 +63,7 @@ class DataConfig:
     Args:
         source: A .jsonl, .json, .csv, .parquet or .txt file, a saved `datasets` directory, or a
             hub id.
+        subset: Which subset of a hub data set that has several.
         split: Which split of the source.
         text: Column that holds the text.
         prompt: Column whose tokens come first and carry no label.
@@ -71,6 +72,7 @@ class DataConfig:
     """
 
     source: str | None = None
+    subset: str | None = None
     split: str = "train"
     text: str = "text"
     prompt: str | None = None

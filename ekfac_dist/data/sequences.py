@@ -71,7 +71,7 @@ class Sequences:
         num_labels: Labels of each kept sequence [N].
         counts: What became of the source's rows.
         max_tokens: Length of the longest row.
-        max_id: The largest token id.
+        max_id: The largest token id, of labels too.
 
     Raises:
         DataError: No sequence is left.
@@ -89,7 +89,8 @@ class Sequences:
                 zip(part["input_ids"], part["labels"], strict=True)
             ):
                 self.max_tokens = max(self.max_tokens, len(ids))
-                self.max_id = max(self.max_id, int(np.max(ids, initial=0)))
+                largest = max(np.max(ids, initial=0), np.max(labels[1:], initial=0))
+                self.max_id = max(self.max_id, int(largest))
                 labelled = np.flatnonzero(np.asarray(labels)[1:] != NO_LABEL)
                 if labelled.size:
                     positions[start + offset] = labelled[-1] + 1
@@ -218,7 +219,7 @@ def _text(value: object, column: str) -> str:
         return ""
     if not isinstance(value, str):
         raise DataError(
-            f"Column {column!r} holds {value!r}, a {type(value).__name__}; it must hold text."
+            f"Column {column!r} holds {value!r} ({type(value).__name__}); it must hold text."
         )
     return value
 
@@ -272,7 +273,8 @@ def from_examples(data: Any, max_tokens: int | None = None) -> Sequences:
         max_tokens: Longer sequences are cut to this many tokens.
 
     Raises:
-        DataError: No example; or one without `input_ids`, or of inconsistent lengths.
+        DataError: No example; one without `input_ids`, or of inconsistent lengths; or something
+            that is no token id.
     """
     columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "tokens_cut": []}
     for example in data:
@@ -281,10 +283,10 @@ def from_examples(data: Any, max_tokens: int | None = None) -> Sequences:
                 f"The data holds a {type(example).__name__} without 'input_ids'; give mappings "
                 "with 'input_ids' and, if wanted, 'attention_mask' and 'labels'."
             )
-        ids = _rows(example["input_ids"])
-        labels = _rows(example["labels"]) if example.get("labels") is not None else ids
-        given = example.get("attention_mask")
-        masks = _rows(given) if given is not None else [np.ones_like(row) for row in ids]
+        ids = _rows(example, "input_ids")
+        labels = _rows(example, "labels") if example.get("labels") is not None else ids
+        masked = example.get("attention_mask") is not None
+        masks = _rows(example, "attention_mask") if masked else [np.ones_like(row) for row in ids]
         if not [len(row) for row in ids] == [len(row) for row in labels] == [len(m) for m in masks]:
             raise DataError(
                 "An example's input_ids, labels and attention_mask have different lengths: "
@@ -294,6 +296,11 @@ def from_examples(data: Any, max_tokens: int | None = None) -> Sequences:
         for row, label, mask in zip(ids, labels, masks, strict=True):
             real = mask.astype(bool)
             row, label = row[real], label[real]
+            if np.min(row, initial=0) < 0 or np.min(label[label != NO_LABEL], initial=0) < 0:
+                raise DataError(
+                    "An example holds a token id below 0; ids are 0 or more, and a label that is "
+                    f"none is {NO_LABEL}."
+                )
             limit = len(row) if max_tokens is None else max_tokens
             columns["input_ids"].append(row[:limit])
             columns["labels"].append(label[:limit])
@@ -303,11 +310,22 @@ def from_examples(data: Any, max_tokens: int | None = None) -> Sequences:
     return Sequences(Dataset.from_dict(columns))
 
 
-def _rows(value: Any) -> list[np.ndarray]:
+def _rows(example: Mapping[str, Any], column: str) -> list[np.ndarray]:
     """One array per sequence, of an example (one dimension) or a batch (two)."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().numpy()
-    if not isinstance(value, np.ndarray) and len(value) and hasattr(value[0], "__len__"):
-        return [np.asarray(row, dtype=np.int64) for row in value]
-    array = np.asarray(value, dtype=np.int64)
-    return [array] if array.ndim == 1 else list(array)
+    value = _as_array(example[column])
+    if isinstance(value, np.ndarray):
+        rows = list(value) if value.ndim == 2 else [value]
+    elif isinstance(value, (list, tuple)) and value and np.ndim(value[0]):
+        rows = [np.asarray(_as_array(row)) for row in value]  # lengths may differ
+    else:
+        rows = [np.asarray(value)]
+    if any(row.ndim != 1 or (row.size and row.dtype.kind not in "iub") for row in rows):
+        raise DataError(
+            f"An example's {column} is no sequence of whole numbers, nor a batch of them; give a "
+            "tensor, an array or a list."
+        )
+    return [row.astype(np.int64) for row in rows]
+
+
+def _as_array(value: Any) -> Any:
+    return value.detach().cpu().numpy() if hasattr(value, "detach") else value

@@ -1,5 +1,6 @@
 """Opening a data set: local files, saved data sets and hub ids, all through `datasets`."""
 
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -30,7 +31,8 @@ def open_source(config: DataConfig) -> Dataset:
     assert config.source is not None
     # Neither bars of its own nor the unanswerable question whether to try the network again.
     datasets.disable_progress_bars()
-    rows = _open(config.source, config.split)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # errors are ours to tell
+    rows = _open(config.source, config.subset, config.split)
     for column in (config.text, config.prompt):
         if column is not None and column not in rows.column_names:
             raise DataError(
@@ -38,14 +40,19 @@ def open_source(config: DataConfig) -> Dataset:
                 f"{', '.join(rows.column_names) or 'none'}."
             )
     if len(rows) == 0:
-        raise DataError(f"{config.source} (split {config.split}) has no rows.")
+        raise DataError(_no_rows(config.source, config.split))
     if config.max_sequences is not None:
         rows = rows.select(range(min(config.max_sequences, len(rows))))
     return rows
 
 
-def _open(source: str, split: str) -> Dataset:
+def _open(source: str, subset: str | None, split: str) -> Dataset:
     path = Path(source)
+    if subset is not None and path.exists():
+        raise DataError(
+            f"data.subset is {subset!r}, but {source} is a local path; only hub data sets have "
+            "subsets."
+        )
     ending = path.suffix.lower()
     if path.is_dir():
         return _open_saved(path, split)
@@ -56,11 +63,11 @@ def _open(source: str, split: str) -> Dataset:
                 f"{', '.join(BUILDERS)}."
             )
         if path.stat().st_size == 0:
-            raise DataError(f"{source} is empty.")
+            raise DataError(f"{source} is empty; give a file that holds text.")
         return _load(source, split, BUILDERS[ending], data_files={"train": str(path.absolute())})
     if ending in BUILDERS or source.startswith((".", "/", "~")):
         raise DataError(f"There is no file {source}; data.source names a file that exists.")
-    return _load(source, split, source)
+    return _load(source, split, source, name=subset)
 
 
 def _open_saved(path: Path, split: str) -> Dataset:
@@ -89,7 +96,7 @@ def _open_saved(path: Path, split: str) -> Dataset:
 
 
 def _load(source: str, split: str, builder: str, **arguments: object) -> Dataset:
-    local = bool(arguments)
+    local = "data_files" in arguments
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -104,13 +111,25 @@ def _load(source: str, split: str, builder: str, **arguments: object) -> Dataset
     except UnicodeDecodeError as error:
         raise DataError(f"{source} is not UTF-8 text: {error}.") from error
     except ValueError as error:
-        if "split" in str(error).lower():
-            raise DataError(f"{source} has no split {split!r}: {_cause(error)}.") from error
-        raise DataError(f"{source} could not be read: {_cause(error)}.") from error
+        said = _cause(error)
+        if "corresponds to no data" in said:
+            raise DataError(_no_rows(source, split)) from error
+        if "Unrecognized instruction" in said:
+            raise DataError(
+                f"data.split is {split!r}, which names no split or part of one, such as train or "
+                "train[:1000]."
+            ) from error
+        if "split" in said.lower():
+            raise DataError(f"{source} has no split {split!r}: {said}.") from error
+        raise DataError(f"{source} could not be read: {said}.") from error
     except (OSError, ImportError, RuntimeError) as error:
         kind = "could not be read" if local else "is no file here and could not be had from the hub"
         raise DataError(f"{source} {kind}: {_cause(error)}.") from error
     return rows
+
+
+def _no_rows(source: str, split: str) -> str:
+    return f"{source} (split {split}) has no rows; give data that has some."
 
 
 def _cause(error: BaseException) -> str:
@@ -119,4 +138,4 @@ def _cause(error: BaseException) -> str:
     while said.__cause__ is not None:
         said = said.__cause__
     text = str(said).strip() or str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
+    return text.splitlines()[0].rstrip(" .!")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ekfac_dist.data.batches import Batch
 from ekfac_dist.errors import ModelError
-from ekfac_dist.models.discovery import TrackedModule, same_tensor
+from ekfac_dist.models.discovery import TrackedModule, only_input, same_tensor
 from ekfac_dist.models.labels import LabelRule, LogitGradient, logit_gradient
 
 
@@ -96,11 +96,17 @@ class Capture:
         for module in self.modules:
 
             def hook(
-                hooked: nn.Module, args: Any, output: Any, module: TrackedModule = module
+                hooked: nn.Module,
+                args: Any,
+                kwargs: Any,
+                output: Tensor,
+                module: TrackedModule = module,
             ) -> Tensor | None:
-                return self._on_forward(module, args, output)
+                return self._on_forward(module, only_input(args, kwargs), output)
 
-            self._handles.append(self.model.get_submodule(module.name).register_forward_hook(hook))
+            self._handles.append(
+                self.model.get_submodule(module.name).register_forward_hook(hook, with_kwargs=True)
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -150,12 +156,12 @@ class Capture:
             if module.name not in seen:
                 raise ModelError(f"Module {module.name} {fault}. Leave it out with model.modules.")
 
-    def _on_forward(self, module: TrackedModule, args: Any, output: Any) -> Tensor | None:
+    def _on_forward(self, module: TrackedModule, tensor: Tensor, output: Tensor) -> Tensor | None:
         if self._batch is None:
             return None
         batch = self._batch
         if self._in_forward:
-            self._see_input(module, args[0], batch)
+            self._see_input(module, tensor, batch)
         if not torch.is_grad_enabled():
             return None
         if not output.requires_grad:

@@ -265,17 +265,23 @@ def _trace(
     handles = []
     for name, module in modules.items():
 
-        def hook(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
             # The tensors are held until the end, so no address is used twice.
-            inputs[name].append((args[0], args[0]._version))
+            tensor = only_input(args, kwargs)
+            inputs[name].append((tensor, tensor._version))
 
-        handles.append(module.register_forward_pre_hook(hook))
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         model(input_ids=torch.zeros(1, 3, dtype=torch.long, device=device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     return inputs
+
+
+def only_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a linear map was called with, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def same_tensor(one: tuple[Tensor, int], other: tuple[Tensor, int]) -> bool:

@@ -23,6 +23,7 @@ REFIT_PASS = 1
 
 # Rows of logits whose softmax and CDF are held at a time.
 _CHUNK_ELEMENTS = 2**24
+_CDF_BLOCK = 64
 
 # float16 gradients below 6e-8 vanish; a power of two shifts them up and is taken off exactly.
 _GRADIENT_SCALES = {torch.float16: 1024.0}
@@ -83,6 +84,9 @@ def uniforms(seed: int, pass_number: int, index: int, num_positions: int) -> np.
 def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """The class at which the cumulated probability first exceeds a uniform number.
 
+    The class's block is found first, from block sums, and the class inside its block then: a whole
+    row need not be cumulated in float64, which would cost as much as half of the model's head.
+
     Args:
         probabilities: [M, V], each row summing to about 1.
         uniform: [M] float64 in [0, 1).
@@ -90,10 +94,25 @@ def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         [M] int64; never a class of probability zero.
     """
-    cdf = probabilities.cumsum(-1, dtype=torch.float64)
-    threshold = uniform.unsqueeze(-1) * cdf[:, -1:]
-    found = torch.searchsorted(cdf, threshold, right=True).squeeze(-1)
-    return found.clamp_(max=probabilities.shape[-1] - 1)
+    num_rows, num_classes = probabilities.shape
+    padding = -num_classes % _CDF_BLOCK
+    if padding:
+        probabilities = torch.nn.functional.pad(probabilities, (0, padding))
+    blocks = probabilities.view(num_rows, -1, _CDF_BLOCK)
+    up_to_block = blocks.sum(-1).double().cumsum(-1)
+    threshold = uniform.unsqueeze(-1) * up_to_block[:, -1:]
+    block = _first_above(up_to_block, threshold)
+    before = torch.nn.functional.pad(up_to_block, (1, 0)).gather(-1, block)
+    rows = torch.arange(num_rows, device=block.device)
+    inside = blocks[rows, block.squeeze(-1)].cumsum(-1, dtype=torch.float64)
+    # Rounding of the block sums may put the threshold a hair outside of its block.
+    within = (threshold - before).clamp_(min=0).minimum(inside[:, -1:] * (1 - 2.0**-52))
+    return (block * _CDF_BLOCK + _first_above(inside, within)).squeeze(-1)
+
+
+def _first_above(cdf: Tensor, threshold: Tensor) -> Tensor:
+    """First index [M, 1] of each row [M, n] of a CDF that is above its threshold [M, 1]."""
+    return torch.searchsorted(cdf, threshold, right=True).clamp_(max=cdf.shape[-1] - 1)
 
 
 def logit_gradient(logits: Tensor, batch: Batch, rule: LabelRule) -> LogitGradient:

@@ -32,8 +32,7 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
         ModelError: It cannot be found or read, is no causal language model, has only pickled
             weights, or lacks weights of its own.
     """
-    _check_settings(config)
-    name = config.name
+    name = _check_settings(config)
     dtype: Any = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -68,12 +67,12 @@ def load_tokenizer(config: ModelConfig) -> tuple[Any, str]:
         ModelError: There is no such causal language model, or it has no tokenizer that can be
             loaded.
     """
-    _check_settings(config)  # here already, before a long text is tokenised for nothing
+    name = _check_settings(config)  # here already, before a long text is tokenised for nothing
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.name, **_origin(config))
+        tokenizer = AutoTokenizer.from_pretrained(name, **_origin(config))
     except _LOAD_ERRORS as error:
         raise ModelError(
-            f"The tokenizer of model {config.name} could not be loaded: {_brief(error)}. Put the "
+            f"The tokenizer of model {name} could not be loaded: {_brief(error)}. Put the "
             "tokenizer's files beside the model's."
         ) from error
     digest = hashlib.sha256(type(tokenizer).__name__.encode())
@@ -99,21 +98,27 @@ def _origin(config: ModelConfig) -> dict[str, Any]:
     return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
 
 
-def _check_settings(config: ModelConfig) -> None:
-    """Refuses what is no causal language model, as far as can be told without its weights."""
+def _check_settings(config: ModelConfig) -> str:
+    """Refuses what is no causal language model, as far as can be told without its weights.
+
+    Returns:
+        The model's name.
+    """
     assert config.name is not None
+    name = config.name
     _hush_transformers()
-    _check_directory(config.name)
+    _check_directory(name)
     try:
-        settings = AutoConfig.from_pretrained(config.name, **_origin(config))
+        settings = AutoConfig.from_pretrained(name, **_origin(config))
     except _LOAD_ERRORS as error:
-        raise ModelError(f"Model {config.name} could not be loaded: {_brief(error)}.") from error
+        raise ModelError(f"Model {name} could not be loaded: {_brief(error)}.") from error
     brings_code = "AutoModelForCausalLM" in (getattr(settings, "auto_map", None) or {})
     if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING and not brings_code:
         raise ModelError(
-            f"Model {config.name} is of type {settings.model_type!r}, which is no causal language "
+            f"Model {name} is of type {settings.model_type!r}, which is no causal language "
             "model that transformers knows; give one that is."
         )
+    return name
 
 
 def _check_directory(name: str) -> None:

@@ -5,11 +5,13 @@ was. Called from here, a sentence that a worker has said is the last word, and i
 status of the whole.
 """
 
+import io
 import logging
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 
 from ekfac_dist.errors import ConfigError
 
@@ -37,7 +39,15 @@ def launch_workers(arguments: Sequence[str]) -> int:
             "launch is given no command to run; write the launcher's options first, then "
             f"{' or '.join(_COMMANDS)} and its options."
         )
-    options = launch_command_parser().parse_args(list(arguments))
+    complaint = io.StringIO()
+    try:
+        with redirect_stderr(complaint):
+            options = launch_command_parser().parse_args(list(arguments))
+    except SystemExit as left:
+        if not left.code:
+            raise  # help, which was asked for
+        reason = complaint.getvalue().strip().rpartition("error: ")[2]
+        raise ConfigError(f"The launcher refuses its options: {reason}.") from left
     if options.training_script not in _COMMANDS:
         raise ConfigError(
             f"launch can run {', '.join(_COMMANDS)}, not {options.training_script!r}."

@@ -12,6 +12,7 @@ failure are kept apart:
 import itertools
 import json
 import os
+import re
 import socket
 import time
 import weakref
@@ -248,10 +249,13 @@ class World:
         """Tells the others that this worker ends; True if none had said so before."""
         if self.size == 1:
             return True
-        store = _default_store()
-        first = store.add(self._failure_key + "/number", 1) == 1
-        if first:
-            store.set(self._failure_key, json.dumps([self.rank, message]))
+        try:
+            store = _default_store()
+            first = store.add(self._failure_key + "/number", 1) == 1
+            if first:
+                store.set(self._failure_key, json.dumps([self.rank, message]))
+        except RuntimeError:
+            return True  # the key-value store has gone with its worker, and said nothing
         return first
 
     def check_peers(self) -> None:
@@ -260,7 +264,8 @@ class World:
         if self.size == 1 or now - self._last_peer_check < PEER_CHECK_SECONDS:
             return
         self._last_peer_check = now
-        self._raise_if_announced()
+        with self._collective():
+            self._raise_if_announced()
 
     def _raise_if_announced(self) -> None:
         store = _default_store()
@@ -277,10 +282,11 @@ class World:
             # why, that is the cause to report.
             with suppress(RuntimeError):  # the key-value store may have gone with its worker
                 self._raise_if_announced()
+            # Gloo begins with a line of its own source and ends with advice on its logs.
+            cause = re.sub(r"^\[\S+:\d+\] ", "", _first_line(error)).partition(". ")[0]
             raise PeerError(
-                f"{self.who} lost its connection to another worker, which has ended without a "
-                f"word ({_first_line(error)}); look for that worker's own message or for the "
-                "system ending it for memory."
+                f"The connection to another worker was lost ({cause}): it has ended without a "
+                "word. Look for that worker's own message, or for the system ending it for memory."
             ) from error
 
 

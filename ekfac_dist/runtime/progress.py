@@ -66,7 +66,8 @@ class Progress:
                 total=total,
                 desc=f"{name:<12}",
                 file=self.stream,
-                bar_format="{desc} {percentage:3.0f}%|{bar}|{postfix}",
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {unit}",
+                unit="",
                 dynamic_ncols=True,
                 leave=True,
             )
@@ -84,7 +85,7 @@ class Progress:
             return
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.set_postfix_str(self._describe(now), refresh=False)
+            self._bar.unit = self._describe(now)  # whatever stands there is what the bar ends in
             self._bar.update(amount)
         elif now - self._last_line >= LOG_SECONDS:
             self._last_line = now
@@ -120,7 +121,8 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(self._describe(time.monotonic()), refresh=True)
+            self._bar.unit = self._describe(time.monotonic())
+            self._bar.refresh()
             self._bar.close()
         elif self.enabled and kind is None and self.done:
             self._print(time.monotonic())

@@ -14,8 +14,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +28,7 @@ from ekfac_dist.errors import OutputError, StoreError
 FORMAT = "ekfac_dist/1"
 MANIFEST = "manifest.json"
 FOLDERS = ("covariance", "eigenbasis", "spectrum")
+_TEMPORARY_MANIFEST = f".{MANIFEST}.*.tmp"
 MANIFEST_KEYS = (
     "model",
     "data",
@@ -96,11 +97,13 @@ def _write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         finally:
             os.close(directory)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OutputError(
             f"{path} cannot be written: {error.strerror or error}. Give an output directory that "
             "can be written and has room."
         ) from error
+    finally:
+        with suppress(OSError):  # it is there only if the writing failed
+            temporary.unlink()
 
 
 class FactorSink(Protocol):
@@ -178,9 +181,12 @@ class StoreWriter:
         Args:
             manifest: Every entry but format, complete and files.
         """
+        # What an unfinished run of the same configuration has left.
         for file in _stored_files(self.path):
             if file not in self.files:
-                (self.path / file).unlink()  # left by an unfinished run of the same configuration
+                (self.path / file).unlink()
+        for temporary in self.path.glob(_TEMPORARY_MANIFEST):
+            temporary.unlink()
         self._write_manifest(
             {
                 "format": FORMAT,
@@ -206,6 +212,11 @@ def check_output(path: str | Path, config: Mapping[str, Any]) -> None:
         OutputError: It cannot be written, or holds anything but an unfinished store of this run.
     """
     path = Path(path)
+    if path.is_symlink() and not path.exists():
+        raise OutputError(
+            f"output {path} cannot be made: it is a link to {os.readlink(path)}, which does not "
+            "exist. Give another directory."
+        )
     if not path.exists():
         parent = next(p for p in path.absolute().parents if p.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -216,8 +227,10 @@ def check_output(path: str | Path, config: Mapping[str, Any]) -> None:
         return
     if not path.is_dir():
         raise OutputError(f"output {path} is a file; give a directory that is new or empty.")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise OutputError(f"output {path} cannot be written; give another directory.")
     try:
-        entries = list(path.iterdir())
+        entries = [entry for entry in path.iterdir() if not _is_from_a_false_start(entry)]
     except OSError as error:
         raise OutputError(f"output {path} cannot be read: {error.strerror}.") from error
     if not entries:
@@ -231,7 +244,7 @@ def check_output(path: str | Path, config: Mapping[str, Any]) -> None:
         manifest = _read_json(path)
     except StoreError as error:
         raise OutputError(
-            f"output {path} exists and its manifest cannot be read ({error}); give another "
+            f"output {path} exists, but no manifest can be read from it: {error} Give another "
             "directory, or remove this one."
         ) from error
     if manifest.get("format") != FORMAT:
@@ -250,12 +263,19 @@ def check_output(path: str | Path, config: Mapping[str, Any]) -> None:
         )
 
 
+def _is_from_a_false_start(entry: Path) -> bool:
+    """Whether it is all that a run leaves which is killed before its manifest is in place."""
+    if entry.name in FOLDERS and entry.is_dir():
+        return not any(entry.iterdir())
+    return entry.match(_TEMPORARY_MANIFEST)
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except OSError as error:
         raise StoreError(f"{path / MANIFEST} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"{path / MANIFEST} is not JSON: {error}.") from error
     if not isinstance(manifest, dict):
         raise StoreError(f"{path / MANIFEST} is no JSON object.")
@@ -291,7 +311,13 @@ class StoreReader:
             )
         missing = [key for key in MANIFEST_KEYS if not isinstance(self.manifest.get(key), dict)]
         if missing:
-            raise StoreError(f"{path / Path(MANIFEST)} lacks {', '.join(missing)}.")
+            raise StoreError(f"{self.path / MANIFEST} lacks {', '.join(missing)}.")
+        for file, listed in self.manifest["files"].items():
+            if not _is_listing(file, listed):
+                raise StoreError(
+                    f"{self.path / MANIFEST} lists {file!r} as {listed!r}; it must list files in "
+                    f"{', '.join(FOLDERS)}, each with its bytes and sha256."
+                )
 
     @contextmanager
     def open(self, file: str) -> Iterator[Any]:
@@ -376,6 +402,19 @@ class StoreReader:
         """Size of all files, the manifest included."""
         listed = sum(entry["bytes"] for entry in self.manifest["files"].values())
         return listed + (self.path / MANIFEST).stat().st_size
+
+
+def _is_listing(file: str, listed: object) -> bool:
+    """Whether it tells a file inside the store, its size and its SHA-256."""
+    parts = PurePosixPath(file).parts
+    return (
+        len(parts) > 1
+        and parts[0] in FOLDERS
+        and ".." not in parts
+        and isinstance(listed, dict)
+        and isinstance(listed.get("bytes"), int)
+        and isinstance(listed.get("sha256"), str)
+    )
 
 
 class MemoryStore:

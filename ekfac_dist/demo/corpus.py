@@ -1,0 +1,274 @@
+"""A corpus that every machine already has: Python's own standard library.
+
+Its modules' sources, split into top-level functions and classes, and their documentation strings
+become rows {"text", "module", "kind"} of a JSONL file. The same Python gives the same bytes. This
+module reads and writes files; it knows no model and no tokenizer.
+"""
+
+import ast
+import contextlib
+import hashlib
+import inspect
+import json
+import os
+import sysconfig
+import tokenize
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from ekfac_dist.errors import DataError, OutputError
+
+Kind = Literal["source", "doc"]
+
+# Not the library itself (installed packages, tests, tools with a life of their own), or data tables
+# in the shape of code.
+SKIPPED_FOLDERS = frozenset(
+    {
+        "__pycache__",
+        "dist-packages",
+        "encodings",
+        "ensurepip",
+        "idlelib",
+        "lib-dynload",
+        "lib2to3",
+        "pydoc_data",
+        "site-packages",
+        "test",
+        "tests",
+        "turtledemo",
+    }
+)
+# The build's own settings: they differ between machines with the same Python.
+SKIPPED_PREFIXES = ("_sysconfigdata",)
+
+MIN_CHARACTERS = 60
+MAX_CHARACTERS = 1200
+HELD_OUT_SHARE = 1 / 32
+
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True)
+class Row:
+    """One text of the corpus.
+
+    Attributes:
+        text: The text itself.
+        module: Dotted name of the module that it comes from.
+        kind: source: a function or class, or a part of one; doc: a documentation string.
+    """
+
+    text: str
+    module: str
+    kind: Kind
+
+
+def write_corpus(path: str | Path, stdlib: str | Path | None = None) -> int:
+    """Writes the corpus as JSONL, whole or not at all.
+
+    Args:
+        path: The file to write; its folder is made if missing.
+        stdlib: Folder of the sources; None: the running Python's standard library.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        DataError: The folder holds no Python source that gives a row.
+        OutputError: The file cannot be written.
+    """
+    rows = corpus_rows(stdlib)
+    lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+    write_text(Path(path), lines)
+    return len(rows)
+
+
+def write_text(path: Path, lines: Iterable[str]) -> None:
+    """Writes a text file under a temporary name and renames it, so that it is whole if it exists.
+
+    Args:
+        path: The file; its folder is made if missing.
+        lines: Its content, line ends included.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror or error}. Give a directory that can be "
+            "written and has room."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def read_corpus(path: str | Path) -> list[Row]:
+    """The rows of a file that `write_corpus` wrote, in order.
+
+    Args:
+        path: The file.
+
+    Raises:
+        DataError: It cannot be read, or a line is no such row.
+    """
+    rows = []
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                rows.append(_parse_row(line, f"{path}, line {number}"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} cannot be read: {error}. Give a file of `write_corpus`."
+        ) from error
+    return rows
+
+
+def corpus_rows(stdlib: str | Path | None = None) -> list[Row]:
+    """Every row of the corpus, no text twice.
+
+    They come in the order of a hash of their texts, so that the first rows of any number are a fair
+    sample of all modules, and a row keeps its place among the others when some are added.
+
+    Args:
+        stdlib: Folder of the sources; None: the running Python's standard library.
+
+    Raises:
+        DataError: The folder holds no Python source that gives a row.
+    """
+    folder = Path(stdlib or sysconfig.get_path("stdlib"))
+    by_digest: dict[bytes, Row] = {}
+    for file in _source_files(folder):
+        for row in _rows_of_file(file, _module_name(file.relative_to(folder))):
+            by_digest.setdefault(hashlib.sha256(row.text.encode()).digest(), row)
+    if not by_digest:
+        raise DataError(
+            f"{folder} holds no Python sources to make a corpus of; use a Python that was "
+            "installed with its library's sources."
+        )
+    return [by_digest[digest] for digest in sorted(by_digest)]
+
+
+def split_by_module(
+    rows: Iterable[Row], share: float = HELD_OUT_SHARE
+) -> tuple[list[Row], list[Row]]:
+    """Parts training rows from held-out ones by whole modules.
+
+    A documentation string is a row of its own and lies inside a source row too; both are on the
+    same side only if the module is.
+
+    Args:
+        rows: Rows of a corpus.
+        share: About which share of all modules to hold out, from 0 to 1.
+
+    Returns:
+        (training rows, held-out rows), each in the order given.
+    """
+    kept: list[Row] = []
+    held_out: list[Row] = []
+    for row in rows:
+        digest = hashlib.sha256(row.module.encode()).digest()
+        is_held_out = int.from_bytes(digest[:4], "big") < share * 2**32
+        (held_out if is_held_out else kept).append(row)
+    return kept, held_out
+
+
+def _source_files(folder: Path) -> Iterator[Path]:
+    """Python files below `folder`, in a fixed order, leaving skipped folders unvisited."""
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(set(folders) - SKIPPED_FOLDERS)
+        for name in sorted(files):
+            if name.endswith(".py") and not name.startswith(SKIPPED_PREFIXES):
+                yield Path(root) / name
+
+
+def _module_name(file: Path) -> str:
+    parts = file.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def _rows_of_file(file: Path, module: str) -> Iterator[Row]:
+    try:
+        with tokenize.open(file) as opened:
+            source = opened.read()
+        tree = ast.parse(source)
+    except (SyntaxError, UnicodeDecodeError):
+        return  # templates and the like, that only look like modules
+    for text in _docstrings(tree):
+        for part in _cut(text):
+            yield Row(part, module, "doc")
+    for text in _definitions(tree, source):
+        for part in _cut(text):
+            yield Row(part, module, "source")
+
+
+def _docstrings(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, Documented):
+            text = ast.get_docstring(node, clean=False)
+            if text:
+                # An escape in a string can stand for half a surrogate pair, which UTF-8 cannot.
+                yield inspect.cleandoc(text).encode(errors="replace").decode()
+
+
+def _definitions(tree: ast.Module, source: str) -> Iterator[str]:
+    """Source of each top-level function and class, decorators included."""
+    # Not splitlines(): it cuts at form feeds too, which `ast` does not count as lines.
+    lines = source.split("\n")
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            yield "\n".join(lines[first - 1 : node.end_lineno])
+
+
+def _cut(text: str) -> Iterator[str]:
+    """Parts of a text of reasonable size; what is too short, or no text for people, is left out."""
+    part: list[str] = []
+    for line in text.split("\n"):
+        while part and _length([*part, line]) > MAX_CHARACTERS:
+            end = _best_end(part)
+            yield from _if_reasonable(part[:end])
+            part = part[end:]
+        part.append(line)
+    yield from _if_reasonable(part)
+
+
+def _best_end(lines: list[str]) -> int:
+    """Where to cut: after the last blank line of the second half, else after the last line."""
+    for end in range(len(lines), len(lines) // 2, -1):
+        if not lines[end - 1].strip():
+            return end
+    return len(lines)
+
+
+def _length(lines: list[str]) -> int:
+    return sum(len(line) + 1 for line in lines)
+
+
+def _if_reasonable(lines: list[str]) -> Iterator[str]:
+    part = "\n".join(lines).strip("\n").rstrip()
+    # One line longer than a whole part is data rather than text.
+    if len(part.strip()) >= MIN_CHARACTERS and len(part) <= MAX_CHARACTERS:
+        yield part
+
+
+def _parse_row(line: str, where: str) -> Row:
+    try:
+        row = Row(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{where}: is no row of text, module and kind ({error}).") from error
+    if not isinstance(row.text, str) or not isinstance(row.module, str):
+        raise DataError(f"{where}: text and module must be strings.")
+    if row.kind not in get_args(Kind):
+        raise DataError(f"{where}: kind is {row.kind!r}; it must be source or doc.")
+    return row

@@ -5,6 +5,7 @@ cannot be meant; types are checked by the command line's parser.
 """
 
 import dataclasses
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -162,6 +163,10 @@ class EstimateConfig:
         ):
             if not value:
                 raise ConfigError(f"{name} is not given; set it in the YAML file or as --{name}.")
+        # A shell expands ~ only where it sees it: not in a YAML file, nor behind --output=.
+        self.model.name = os.path.expanduser(self.model.name or "")
+        self.data.source = os.path.expanduser(self.data.source or "")
+        self.output = os.path.expanduser(self.output or "")
 
     def as_dict(self) -> dict[str, Any]:
         """The whole configuration as plain nested dictionaries."""

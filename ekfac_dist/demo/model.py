@@ -203,7 +203,9 @@ def _train(
     )
     model.train()
     # Whole thousandths, because how many steps fit into the time is not known beforehand.
-    with Progress("training", total=1000, unit="‰", enabled=show_progress) as progress:
+    with Progress(
+        "training", total=1000, unit="‰", show_rate=False, enabled=show_progress
+    ) as progress:
         while schedule.share_done < 1:
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate

@@ -13,7 +13,6 @@ The last two steps are other commands, started as a person would start them.
 """
 
 import json
-import os
 import platform
 import shutil
 import signal
@@ -216,7 +215,7 @@ def fit_factors(paths: DemoPaths, settings: DemoSettings, workers: int) -> int:
         return 0
     if _config_of_store(paths.factors) != _plain(config):
         _remove(paths.factors)
-    command = launch_command(paths.accelerate_config, paths.estimate_config, workers)
+    command = launch_command(paths.accelerate_config, paths.estimate_config)
     _say(4, "factors", f"fitting on {workers} workers")
     return _call("estimate", command)
 
@@ -241,19 +240,16 @@ def estimate_config(paths: DemoPaths, settings: DemoSettings) -> EstimateConfig:
     )
 
 
-def launch_command(accelerate_config: Path, estimate_config: Path, workers: int) -> list[str]:
+def launch_command(accelerate_config: Path, estimate_config: Path) -> list[str]:
     """The command that runs `estimate` on several workers of this machine.
 
     Args:
         accelerate_config: Configuration of Accelerate's launcher.
         estimate_config: Configuration of `estimate`.
-        workers: How many workers share this machine's cores.
     """
-    threads = max(1, _num_cores() // workers)
     return [
         *(sys.executable, "-m", "ekfac_dist", "launch"),
         *("--config_file", str(accelerate_config)),
-        *("--num_cpu_threads_per_process", str(threads)),
         *("estimate", "--config", str(estimate_config)),
     ]
 
@@ -374,10 +370,3 @@ def _say(step: int, name: str, text: str) -> None:
 
 def _clock(start: float) -> str:
     return f"{time.monotonic() - start:.0f} s"
-
-
-def _num_cores() -> int:
-    """Cores that this process may use; a container often allows fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

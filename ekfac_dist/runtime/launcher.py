@@ -5,6 +5,7 @@ was. Called from here, a sentence that a worker has said is the last word, and i
 status of the whole.
 """
 
+import argparse
 import io
 import logging
 import os
@@ -25,13 +26,14 @@ def launch_workers(arguments: Sequence[str]) -> int:
         arguments: The launcher's own options, then the command and its options.
 
     Returns:
-        0, or the exit status of the first worker that failed: 2 where it has said why; 1 for any
-        other.
+        0, or the exit status of the first worker that failed: 2 where it has said why, 1 for any
+        other; 128 + N if signal N ended the launcher.
 
     Raises:
         ConfigError: There is no command to run, or the launcher refuses its options.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if not any(command in arguments for command in _COMMANDS):
@@ -55,8 +57,8 @@ def launch_workers(arguments: Sequence[str]) -> int:
     options.training_script_args = [options.training_script, *options.training_script_args]
     options.training_script = "ekfac_dist"
     options.module = True
-    if options.config_file is not None and _uses_cpu(options.config_file):
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # the launcher itself forgets it
+    if options.config_file is not None:
+        _complete(options)
     # The launcher's log repeats, as an error of its own, what the worker has said already.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
@@ -70,6 +72,9 @@ def launch_workers(arguments: Sequence[str]) -> int:
             cause = f"was ended by {failure.signal_name()}"
         print(f"ekfac-dist: error: worker {rank} {cause}", file=sys.stderr, flush=True)
         return 1
+    except SignalException as error:
+        print(f"ekfac-dist: ended by {error.sigval.name}", file=sys.stderr, flush=True)
+        return 128 + error.sigval
     except subprocess.CalledProcessError as error:
         return 2 if error.returncode == 2 else 1
     except (ValueError, FileNotFoundError, ConnectionError) as error:
@@ -77,14 +82,26 @@ def launch_workers(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _uses_cpu(config_file: str) -> bool:
+def _complete(options: argparse.Namespace) -> None:
+    """Hands on two things that the launcher itself leaves out: use_cpu, and enough threads.
+
+    Args:
+        options: The launcher's options, which name its configuration.
+    """
     from accelerate.commands.config.config_args import load_config_from_file
 
+    file = options.config_file
     try:
-        return bool(load_config_from_file(config_file).use_cpu)
+        config = load_config_from_file(file)
+        workers = int(options.num_processes or config.num_processes)
+        machines = int(options.num_machines or config.num_machines)
+        uses_cpu = bool(config.use_cpu)
     except FileNotFoundError as error:
-        raise ConfigError(f"There is no launcher configuration {config_file}.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"The launcher configuration {config_file} cannot be used: {error}."
-        ) from error
+        raise ConfigError(f"There is no launcher configuration {file}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"The launcher configuration {file} cannot be used: {error}.") from error
+    if uses_cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    if options.num_cpu_threads_per_process is None and "OMP_NUM_THREADS" not in os.environ:
+        workers_here = max(1, workers // max(1, machines))
+        options.num_cpu_threads_per_process = max(1, len(os.sched_getaffinity(0)) // workers_here)

@@ -140,8 +140,8 @@ def main():
     threads = f"{torch.get_num_threads()} threads" if args.device == "cpu" else ""
     print(
         f"hidden {args.hidden}, MLP {args.mlp}, {args.layers} layers, vocabulary "
-        f"{args.vocabulary}; {args.sequences} sequences of {args.lengths[0]}-{args.lengths[1]} tokens, "
-        f"{sum(lengths)} counted positions; {args.dtype}, {args.labels} labels, {args.refit}"
+        f"{args.vocabulary}; {args.sequences} sequences of {args.lengths[0]}-{args.lengths[1]} "
+        f"tokens, {sum(lengths)} counted positions; {args.dtype}, {args.labels} labels, {args.refit}"
     )
     print(f"{args.device} {threads}: float32 GEMM {rate / 1e9:,.0f} GFLOP/s\n")
     header = ["pass", "seconds", "tokens/s", "GFLOP model", "GFLOP curvature", "GFLOP/s", "of GEMM"]

@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 
 from ekfac_dist.demo import run
 from ekfac_dist.demo.model import ModelShape
-from ekfac_dist.demo.run import DemoPaths, DemoSettings, launch_command, run_demo
+from ekfac_dist.demo.run import DemoPaths, DemoSettings, run_demo
 from ekfac_dist.errors import ConfigError, OutputError
 from ekfac_dist.runtime.store import FORMAT, MANIFEST_KEYS
 
@@ -198,15 +198,6 @@ def test_the_written_configurations_are_what_they_should_be(calls, tmp_path):
     assert launcher.distributed_type == DistributedType.MULTI_GPU
     assert launcher.use_cpu is True
     assert launcher.num_processes == 3
-
-
-@pytest.mark.parametrize(("cores", "workers", "threads"), [(2, 2, 1), (8, 3, 2), (2, 4, 1)])
-def test_workers_share_the_cores(monkeypatch, tmp_path, cores, workers, threads):
-    monkeypatch.setattr(run, "_num_cores", lambda: cores)
-    command = launch_command(tmp_path / "a.yaml", tmp_path / "e.yaml", workers)
-    at = command.index("--num_cpu_threads_per_process")
-    assert command[at + 1] == str(threads)
-    assert command[-1] == str(tmp_path / "e.yaml")
 
 
 @pytest.mark.slow

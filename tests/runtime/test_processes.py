@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from worker_collectives import CHECKS
 from workshop import run_cli, run_workers, save_tiny_llama, texts, write_jsonl
 
@@ -45,12 +46,19 @@ def test_workers_agree_that(name: str, became: list[dict[str, str]]):
 # -- someone has gone ------------------------------------------------------------------------------
 
 
-def survivors(workers: int, victim: int, manner: str, collective: str) -> dict[int, str]:
-    """What each of the others says, without a launcher that would end them."""
+def survivors(
+    workers: int, victim: int, manner: str, collective: str, *, store_outlives: bool = False
+) -> dict[int, str]:
+    """What each of the others says, without a launcher that would end them.
+
+    The key-value store is worker 0's and goes with it, or outlives them all as a launcher's does.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    store = dist.TCPStore("127.0.0.1", port, is_master=True) if store_outlives else None
     common = {
+        "TORCHELASTIC_USE_AGENT_STORE": str(store is not None),
         "WORLD_SIZE": str(workers),
         "LOCAL_WORLD_SIZE": str(workers),
         "MASTER_ADDR": "127.0.0.1",
@@ -96,7 +104,7 @@ def test_a_worker_that_dies_is_missed_at_once(
 
 
 def test_a_failure_announced_before_leaving_is_what_the_others_tell():
-    said = survivors(3, 1, "announce", "all_reduce")
+    said = survivors(3, 1, "announce", "all_reduce", store_outlives=True)
     assert said == dict.fromkeys((0, 2), "worker 1 of 3: NaN in module a.")
 
 

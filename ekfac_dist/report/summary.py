@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from ekfac_dist.report.tables import table
 from ekfac_dist.runtime.memory import as_text
 from ekfac_dist.runtime.store import StoreReader
-from ekfac_dist.stages.run import Summary, coverage_line
+from ekfac_dist.stages.record import Summary, coverage_line
 
 
 def opening_lines(workers: Sequence[tuple[str, str, int]], backend: str) -> list[str]:

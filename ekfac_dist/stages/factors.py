@@ -14,10 +14,10 @@ from ekfac_dist.models.discovery import TrackedModule, fingerprint
 from ekfac_dist.runtime.store import (
     MemoryStore,
     StoreReader,
-    StoreWriter,
     eigenbasis_file,
     spectrum_file,
 )
+from ekfac_dist.runtime.store_writer import StoreWriter
 
 
 class FactorSource(Protocol):

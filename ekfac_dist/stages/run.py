@@ -1,9 +1,7 @@
 """The run that joins the stages: from a model and sequences to a store of factors."""
 
-import importlib.metadata
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from ekfac_dist.data.sequences import Sequences, from_examples, tokenize
 from ekfac_dist.data.source import open_source
 from ekfac_dist.errors import DataError
 from ekfac_dist.models.capture import prepared
-from ekfac_dist.models.discovery import Discovery, TrackedModule, discover, fingerprint, partition
+from ekfac_dist.models.discovery import TrackedModule, discover, partition
 from ekfac_dist.models.labels import COVARIANCE_PASS, REFIT_PASS, LabelRule
 from ekfac_dist.models.loading import context_length, load_model, load_tokenizer
 from ekfac_dist.runtime.memory import peak_bytes
@@ -28,59 +26,15 @@ from ekfac_dist.runtime.store import (
     FactorSink,
     MemoryStore,
     NoStore,
-    StoreWriter,
-    check_output,
     spectrum_file,
 )
+from ekfac_dist.runtime.store_writer import StoreWriter, check_output
 from ekfac_dist.stages.covariance import CovarianceSums
 from ekfac_dist.stages.eigenbasis import Basis, run_eigenbasis
 from ekfac_dist.stages.factors import Factors, load_factors
 from ekfac_dist.stages.passes import Work, run_pass
+from ekfac_dist.stages.record import Inputs, Summary, coverage_line, manifest
 from ekfac_dist.stages.refit import LambdaSums
-
-_SOFTWARE = ("ekfac_dist", "torch", "transformers", "accelerate", "safetensors")
-
-
-@dataclass
-class Summary:
-    """What a run did, for its closing table.
-
-    Attributes:
-        seconds: Of each stage: covariance, eigenbasis, refit.
-        losses: Mean −log p(label) of each pass, in nats per label.
-        sequences: All of the run's sequences.
-        discovery: What was tracked.
-        workers: W.
-        num_groups: Groups of modules, one pair of passes each.
-        peak_bytes: The largest peak memory of any worker, by place ("host", "device").
-    """
-
-    sequences: Sequences
-    discovery: Discovery
-    workers: int
-    num_groups: int
-    seconds: dict[str, float] = field(
-        default_factory=lambda: {"covariance": 0.0, "eigenbasis": 0.0, "refit": 0.0}
-    )
-    losses: dict[str, float] = field(default_factory=dict)
-    peak_bytes: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass
-class Inputs:
-    """What a run starts from, once everything is loaded and found good.
-
-    Attributes:
-        config: The run's whole configuration.
-        model: The model, on the worker's device.
-        sequences: All sequences.
-        discovery: What is tracked.
-    """
-
-    config: EstimateConfig
-    model: nn.Module
-    sequences: Sequences
-    discovery: Discovery
 
 
 def run_estimate(config: EstimateConfig, world: World, say: Any = print) -> Summary:
@@ -124,17 +78,6 @@ def run_estimate(config: EstimateConfig, world: World, say: Any = print) -> Summ
         for name, why in coverage.skipped.items():
             tell(f"not tracked   {name}: {why}")
         return fit(inputs, world, open_store(output, config, world), show_progress=True)
-
-
-def coverage_line(discovery: Discovery) -> str:
-    """How much of a model is tracked, in one line."""
-    coverage = discovery.coverage
-    of_mlp = coverage.tracked_parameters / max(1, coverage.mlp_parameters)
-    of_all = coverage.tracked_parameters / max(1, coverage.model_parameters)
-    return (
-        f"{len(discovery.modules)} modules, {len(discovery.factors)} factors; "
-        f"{coverage.tracked_parameters} parameters: {of_mlp:.1%} of the MLP's, {of_all:.1%} of all"
-    )
 
 
 def estimate_factors(
@@ -300,7 +243,7 @@ def fit(inputs: Inputs, world: World, sink: FactorSink, *, show_progress: bool) 
     peaks = world.gather(peak_bytes(world.device))
     summary.peak_bytes = {place: max(p.get(place, 0) for p in peaks) for place in peaks[0]}
     with world.agree(takes_part=world.is_main):
-        sink.finish(_manifest(inputs, summary))
+        sink.finish(manifest(inputs, summary))
     return summary
 
 
@@ -360,57 +303,4 @@ def _kfac(
             num_sequences,
         ).to(dtype)
         for module in group
-    }
-
-
-def _manifest(inputs: Inputs, summary: Summary) -> dict[str, Any]:
-    """Every entry of the manifest but format, complete and files."""
-    config, sequences, discovery = inputs.config, inputs.sequences, inputs.discovery
-    num_positions = int(sequences.num_positions.sum())
-    counts, coverage = sequences.counts, discovery.coverage
-    return {
-        "model": {
-            "name": config.model.name,
-            "revision": config.model.revision,
-            "class": type(inputs.model).__name__,
-            "dtype": str(next(inputs.model.parameters()).dtype).removeprefix("torch."),
-            "fingerprint": fingerprint(inputs.model, discovery.modules),
-        },
-        "data": {
-            "source": config.data.source,
-            "split": config.data.split,
-            "fingerprint": sequences.fingerprint,
-            "num_sequences": len(sequences),
-            "num_positions": num_positions,
-            "num_labels": int(sequences.num_labels.sum()),
-            "max_tokens": config.data.max_tokens,
-            "num_rows": counts.rows,
-            "num_unlabelled": counts.unlabelled,
-            "num_truncated": counts.truncated,
-            "num_tokens_cut": counts.tokens_cut,
-        },
-        "fisher": {
-            "labels": config.factors.labels,
-            "seed": config.factors.seed,
-            "refit": config.factors.refit,
-        },
-        "modules": {module.name: module.as_dict() for module in discovery.modules},
-        "coverage": {
-            "mlp_parameters": coverage.mlp_parameters,
-            "tracked_parameters": coverage.tracked_parameters,
-            "model_parameters": coverage.model_parameters,
-            "skipped": coverage.skipped,
-        },
-        "passes": {
-            name: {
-                "num_sequences": len(sequences),
-                "num_positions": num_positions,
-                "seconds": round(seconds, 3),
-                "workers": summary.workers,
-                **({"loss": summary.losses[name]} if name in summary.losses else {}),
-            }
-            for name, seconds in summary.seconds.items()
-        },
-        "software": {name: importlib.metadata.version(name) for name in _SOFTWARE},
-        "config": config.as_dict(),
     }

@@ -140,7 +140,7 @@ def main():
     threads = f"{torch.get_num_threads()} threads" if args.device == "cpu" else ""
     print(
         f"hidden {args.hidden}, MLP {args.mlp}, {args.layers} layers, vocabulary "
-        f"{args.vocabulary}; {args.sequences} sequences of {args.lengths[0]}-{args.lengths[1]} "
+        f"{args.vocabulary}; {args.sequences} sequences, {args.lengths[0]}-{args.lengths[1]} "
         f"tokens, {sum(lengths)} counted positions; {args.dtype}, {args.labels} labels, {args.refit}"
     )
     print(f"{args.device} {threads}: float32 GEMM {rate / 1e9:,.0f} GFLOP/s\n")

@@ -20,12 +20,11 @@ from ekfac_dist.runtime.store import (
     MemoryStore,
     NoStore,
     StoreReader,
-    StoreWriter,
-    check_output,
     covariance_file,
     eigenbasis_file,
     spectrum_file,
 )
+from ekfac_dist.runtime.store_writer import StoreWriter, check_output
 
 CONFIG = {"model": {"name": "tiny"}, "output": "here", "batch_tokens": 4096, "modules": None}
 BASIS, SUM, SPECTRUM = eigenbasis_file("a.input"), covariance_file("a.input"), spectrum_file("a")

@@ -141,7 +141,8 @@ def main():
     print(
         f"hidden {args.hidden}, MLP {args.mlp}, {args.layers} layers, vocabulary "
         f"{args.vocabulary}; {args.sequences} sequences, {args.lengths[0]}-{args.lengths[1]} "
-        f"tokens, {sum(lengths)} counted positions; {args.dtype}, {args.labels} labels, {args.refit}"
+        f"tokens, {sum(lengths)} counted positions; {args.dtype}, {args.labels} labels, "
+        f"{args.refit}"
     )
     print(f"{args.device} {threads}: float32 GEMM {rate / 1e9:,.0f} GFLOP/s\n")
     header = ["pass", "seconds", "tokens/s", "GFLOP model", "GFLOP curvature", "GFLOP/s", "of GEMM"]

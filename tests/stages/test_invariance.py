@@ -82,7 +82,7 @@ def test_gradient_checkpointing_counts_every_position_once(family):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model.train()
     repeats = []
     handle = model.get_submodule(next(iter(plain.modules))).register_forward_hook(

@@ -107,7 +107,8 @@ def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     inside = blocks[rows, block.squeeze(-1)].cumsum(-1, dtype=torch.float64)
     # Rounding of the block sums may put the threshold a hair outside of its block.
     within = (threshold - before).clamp_(min=0).minimum(inside[:, -1:] * (1 - 2.0**-52))
-    return (block * _CDF_BLOCK + _first_above(inside, within)).squeeze(-1)
+    found = (block * _CDF_BLOCK + _first_above(inside, within)).squeeze(-1)
+    return found.clamp_(max=num_classes - 1)  # NaN is told of later, by the running sums
 
 
 def _first_above(cdf: Tensor, threshold: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class Progress:
         total: Whole amount of work in units proportional to time.
         unit: Name of the unit, in the plural.
         num_sequences: Number of sequences in `total`, where sequences are what is worked on.
-        scale: What the shown rates are multiplied by (all workers' work over this worker's).
+        whole: All workers' `total` and `num_sequences`; the shown rates are scaled to them.
         enabled: False on every worker but the first.
         show_rate: Whether the rate in `unit` says something to people.
         stream: Where to show it; standard error by default.
@@ -44,7 +44,7 @@ class Progress:
         total: float,
         unit: str,
         num_sequences: int | None = None,
-        scale: float = 1.0,
+        whole: tuple[float, int] | None = None,
         enabled: bool = True,
         show_rate: bool = True,
         stream: TextIO | None = None,
@@ -53,7 +53,7 @@ class Progress:
         self.total = total
         self.unit = unit
         self.num_sequences = num_sequences
-        self.scale = scale
+        self.whole = whole or (total, num_sequences or 0)
         self.enabled = enabled
         self.show_rate = show_rate
         self.stream = stream or sys.stderr
@@ -95,9 +95,11 @@ class Progress:
         seconds = max(now - self._start, 1e-9)
         parts = []
         if self.num_sequences is not None:
-            parts.append(f"{_rate(self.scale * self.sequences_done / seconds)} sequences/s")
+            scale = self.whole[1] / self.num_sequences if self.num_sequences else 1.0
+            parts.append(f"{_rate(scale * self.sequences_done / seconds)} sequences/s")
         if self.show_rate:
-            parts.append(f"{_rate(self.scale * self.done / seconds)} {self.unit}/s")
+            scale = self.whole[0] / self.total if self.total else 1.0
+            parts.append(f"{_rate(scale * self.done / seconds)} {self.unit}/s")
         if 0 < self.done < self.total:
             left = seconds * (self.total - self.done) / self.done
             parts.append(f"{_clock(left)} left")

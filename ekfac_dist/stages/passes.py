@@ -96,7 +96,7 @@ def run_pass(
         total=own_tokens,
         unit="tokens",
         num_sequences=sum(map(len, work.shard)),
-        scale=all_tokens / own_tokens if own_tokens else 1.0,
+        whole=(all_tokens, len(work.sequences)),
         enabled=work.show_progress and world.is_main,
     )
     with Capture(work.model, modules, observer, work.dtype) as capture, progress:

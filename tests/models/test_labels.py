@@ -65,6 +65,12 @@ def test_the_inverse_cdf_agrees_with_numpys_cumulated_sum(num_classes, dtype):
     assert (p[np.arange(500), found] > 0).all()
 
 
+def test_a_softmax_of_nan_still_gives_a_class():
+    p = torch.full((3, 65), torch.nan)
+    found = inverse_cdf(p, torch.tensor([0.0, 0.5, 0.99], dtype=torch.float64))
+    assert ((found >= 0) & (found < 65)).all()
+
+
 def test_draws_follow_the_softmax():
     torch.manual_seed(0)
     p = torch.softmax(2 * torch.randn(12), 0).double()

@@ -64,7 +64,9 @@ def test_a_line_tells_the_rates_and_the_time_left(clock: Clock):
 def test_rates_are_those_of_all_workers(clock: Clock):
     """The shown worker does a quarter of the work; the time left is its own."""
     log = io.StringIO()
-    progress = Progress("refit", total=250, unit="tokens", num_sequences=50, scale=4.0, stream=log)
+    progress = Progress(
+        "refit", total=250, unit="tokens", num_sequences=50, whole=(1000, 200), stream=log
+    )
     clock.pass_(LOG_SECONDS)
     progress.update(125, 10)
     assert log.getvalue() == "refit         50%  4.0 sequences/s, 50.0 tokens/s, 0:00:10 left\n"

@@ -7,6 +7,7 @@ sentence. Heavy imports wait inside the commands, so that help and mistakes are 
 import difflib
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -65,6 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         _say_error(str(error))
         return 2
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough. Nothing more can be flushed to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("ekfac-dist: interrupted", file=sys.stderr)
         return 130
@@ -118,7 +123,7 @@ def inspect(arguments: list[str]) -> int:
 
     if given["verify"]:
         verify_store(given["store"], print)
-    print(inspect_store(given["store"]))
+    print(inspect_store(given["store"]), flush=True)
     if given["plot"] is not None:
         plot_spectra(given["store"], given["plot"])
         print(f"spectra are in {given['plot']}")

@@ -1,0 +1,73 @@
+"""The same factors on a CUDA device as on the CPU. Run with: bash launch/test.sh -m gpu."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from dense import dense_E, relative
+from networks import KINDS, build, examples
+from workshop import run_cli, save_tiny_llama, texts, write_jsonl
+
+from ekfac_dist import estimate_factors, load_factors
+from ekfac_dist.curvature.eigenbasis import decompose
+
+pytestmark = pytest.mark.gpu
+LAUNCHERS = Path(__file__).parents[1] / "launch" / "accelerate"
+
+
+@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("labels", ["data", "sampled"])
+def test_a_fit_on_the_gpu_equals_one_on_the_cpu(family, labels):
+    data = examples(prompts=True)
+    settings = {"labels": labels, "accumulate": "float64", "batch_tokens": 24}
+    on_cpu = estimate_factors(build(family), data, **settings)
+    on_gpu = estimate_factors(build(family).cuda(), data, **settings)
+    for name, module in on_cpu.modules.items():
+        assert relative(dense_E(on_gpu, name), dense_E(on_cpu, name)) < 1e-8
+        gradient = torch.randn(module.num_outputs, module.input_size, dtype=torch.float64)
+        solved = on_gpu.solve({name: gradient.cuda()})[name]
+        assert solved.is_cuda
+        assert relative(solved.cpu(), on_cpu.solve({name: gradient})[name]) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_on_the_gpu_is_near_the_exact_factors(dtype):
+    data = examples(16)
+    exact = estimate_factors(build("llama"), data, labels="data", accumulate="float64")
+    low = estimate_factors(build("llama").to("cuda", dtype), data, labels="data")
+    for name in exact.modules:
+        traces = [f.module(name).lambda_OI.sum().item() for f in (low, exact)]
+        assert traces[0] == pytest.approx(traces[1], rel=0.05)
+
+
+def test_a_decomposition_that_fails_on_the_gpu_is_made_on_the_cpu(monkeypatch):
+    right = torch.linalg.eigh
+
+    def fails_on_the_gpu(matrix):
+        if matrix.is_cuda:
+            raise torch.linalg.LinAlgError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR")
+        return right(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_on_the_gpu)
+    rows = torch.randn(50, 20, dtype=torch.float64)
+    basis = decompose("f", rows.T @ rows, 50, torch.device("cuda"))
+    assert basis.attempts == 3
+    assert basis.residual < 1e-12
+
+
+def test_the_command_line_fits_on_one_gpu(tmp_path):
+    model = save_tiny_llama(tmp_path / "model")
+    data = write_jsonl(tmp_path / "text.jsonl", [{"text": text} for text in texts(20)])
+    done = run_cli(
+        [
+            "launch",
+            "--config_file",
+            LAUNCHERS / "one_gpu.yaml",
+            *("estimate", "--model.name", model, "--data.source", data),
+            *("--output", tmp_path / "store"),
+        ],
+        env={"ACCELERATE_USE_CPU": "false"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cuda" in done.stdout
+    assert load_factors(tmp_path / "store").manifest["complete"] is True

@@ -9,8 +9,9 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
@@ -170,21 +171,23 @@ def _reporting(world: "World") -> Iterator[None]:
 
     try:
         yield
-    except UserError as error:
+    except Exception as error:
         if world.size == 1:
             raise
-        if was_agreed(error):
-            if world.is_main:
-                _say_error(str(error))
-            world.barrier()  # nobody leaves, and has the launcher end the rest, before it is said
-        # An orderly end would wait for workers that may have gone.
-        elif world.announce_failure(str(error)):
+        mendable = isinstance(error, UserError) and error.mendable
+        is_defect = not isinstance(error, UserError)
+        agreed = was_agreed(error)
+        if is_defect:
+            print(f"ekfac-dist: {world.who} failed:", file=sys.stderr)
+            traceback.print_exc()
+        elif agreed and mendable and world.is_main:
+            _say_error(str(error))
+        if agreed:
+            with suppress(UserError):  # a worker may have been lost since
+                world.barrier()  # nobody leaves before it is said
+        elif world.announce_failure(error) and not is_defect:
             _say_error(f"{world.who}: {error}")
-        _leave(2)
-    except Exception as error:
-        if world.size > 1:
-            world.announce_failure(f"{type(error).__name__}: {error}")
-        raise
+        _leave(2 if mendable else 1)
 
 
 def _leave(status: int) -> NoReturn:

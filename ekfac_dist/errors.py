@@ -9,6 +9,8 @@ and keeps its traceback.
 class UserError(Exception):
     """A fault that the user can mend; its text is a sentence meant for them."""
 
+    mendable = True
+
 
 class ConfigError(UserError, ValueError):
     """A configuration or argument that cannot be what was meant."""
@@ -43,4 +45,14 @@ class LaunchError(UserError):
 
 
 class PeerError(UserError):
-    """Another worker failed; this one ends with it. The failing worker tells the cause."""
+    """Another worker failed, and this one ends with it.
+
+    Args:
+        message: Which worker, and the cause where it is known.
+        mendable: Whether the cause is one that the user can mend; not so for a defect or a worker
+            that was lost.
+    """
+
+    def __init__(self, message: str, *, mendable: bool = False) -> None:
+        super().__init__(message)
+        self.mendable = mendable

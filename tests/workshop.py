@@ -32,7 +32,7 @@ from transformers import (
 )
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
-VOCABULARY = 320
+VOCABULARY = 321  # no multiple of anything
 CONTEXT = 128
 
 _WORDS = """
@@ -87,16 +87,19 @@ def _trained_tokenizer() -> str:
     return tokenizer.to_str()
 
 
-def tiny_tokenizer(*, bos: bool = True, eos: bool = False) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(
+    *, bos: bool = True, eos: bool = False, trims: bool = False
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of `VOCABULARY` tokens.
 
     Args:
         bos: Whether it puts `BOS` before every text, as Llama's does.
         eos: Whether it puts `EOS` after every text.
+        trims: Whether its offsets leave out the space that a token begins with, as GPT-NeoX's do.
     """
     tokenizer = Tokenizer.from_str(_trained_tokenizer())
     single = [BOS] * bos + ["$A"] + [EOS] * eos
-    steps = [processors.ByteLevel(trim_offsets=False)]
+    steps = [processors.ByteLevel(trim_offsets=trims)]
     if bos or eos:
         special = [(name, tokenizer.token_to_id(name)) for name in (BOS, EOS)]
         steps.append(processors.TemplateProcessing(single=single, special_tokens=special))

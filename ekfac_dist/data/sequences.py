@@ -7,6 +7,7 @@ out and counted. `index` is always the row in the source, whatever was left out 
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from ekfac_dist.config import DataConfig
 from ekfac_dist.errors import DataError
 
 NO_LABEL = -100
-_CACHE_VERSION = "1"
+_CACHE_VERSION = "2"
 _MAP_ROWS = 256
 
 
@@ -236,11 +237,13 @@ def _encode(
         return_special_tokens_mask=with_prompt,
         verbose=False,
     )
+    trimmed = with_prompt and _trims_offsets(tokenizer)
     all_ids, all_labels, all_cut = [], [], []
     for row, ids in enumerate(encoded["input_ids"]):
         labels = list(ids)
         if with_prompt:
-            starts = _starts(encoded["offset_mapping"][row], encoded["special_tokens_mask"][row])
+            special = encoded["special_tokens_mask"][row]
+            starts = _starts(encoded["offset_mapping"][row], special, trimmed=trimmed)
             end = len(prompts[row])
             labels = [
                 token if start >= end else NO_LABEL
@@ -252,11 +255,29 @@ def _encode(
     return {"input_ids": all_ids, "labels": all_labels, "tokens_cut": all_cut}
 
 
-def _starts(offsets: Iterable[tuple[int, int]], special: Iterable[int]) -> list[int]:
-    """Where in the text each token begins; a special token begins where the one before it ended."""
+def _trims_offsets(tokenizer: Any) -> bool:
+    """Whether the tokenizer's tokens hold the space before them, but its offsets leave it out.
+
+    So it is with byte-level tokenizers whose post-processor trims offsets, GPT-NeoX's among them.
+    """
+    step = json.loads(tokenizer.backend_tokenizer.to_str()).get("post_processor") or {}
+    return any(part.get("trim_offsets") for part in step.get("processors", [step]))
+
+
+def _starts(
+    offsets: Iterable[tuple[int, int]], special: Iterable[int], *, trimmed: bool
+) -> list[int]:
+    """Where in the text each token begins; a special token begins where the one before it ended.
+
+    Args:
+        offsets: Where the tokenizer says that each token begins and ends.
+        special: Whether each is a special token.
+        trimmed: Whether the offsets leave out a space that belongs to the token.
+    """
     starts, last_end = [], 0
     for (start, end), is_special in zip(offsets, special, strict=True):
-        starts.append(last_end if is_special else start)
+        begins_at_last_end = is_special or (trimmed and start > last_end)
+        starts.append(last_end if begins_at_last_end else start)
         if not is_special:
             last_end = end
     return starts

@@ -1,5 +1,6 @@
 """Opening a data set: local files, saved data sets and hub ids, all through `datasets`."""
 
+import glob
 import logging
 import os
 import warnings
@@ -64,7 +65,9 @@ def _open(source: str, subset: str | None, split: str) -> Dataset:
             )
         if path.stat().st_size == 0:
             raise DataError(f"{source} is empty; give a file that holds text.")
-        return _load(source, split, BUILDERS[ending], data_files={"train": str(path.absolute())})
+        return _load(
+            source, split, BUILDERS[ending], data_files={"train": glob.escape(str(path.absolute()))}
+        )
     if ending in BUILDERS or source.startswith((".", "/", "~")):
         raise DataError(f"There is no file {source}; data.source names a file that exists.")
     return _load(source, split, source, name=subset)

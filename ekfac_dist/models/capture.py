@@ -62,6 +62,18 @@ def _drops_out(model: nn.Module) -> bool:
     return any(isinstance(p, (int, float)) and p > 0 for p in probabilities)
 
 
+@contextmanager
+def _precisely(device: torch.device) -> Iterator[None]:
+    """Computes as written: neither autocast nor a fast float32 of the caller's reaches the sums."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 class Capture:
     """Hooks on the tracked modules of a prepared model, for as long as the context lasts.
 
@@ -187,7 +199,7 @@ class Capture:
         if module.leads:
             # Held only until the last module that shares it has read it.
             self._shared[module.input] = (tensor, tensor._version)
-            with torch.no_grad():
+            with torch.no_grad(), _precisely(tensor.device):
                 rows = self._rows(module, "input", tensor.detach(), module.num_inputs, batch)
                 self.observer.on_input(module, rows, batch)
         else:
@@ -206,10 +218,11 @@ class Capture:
         if module.name in self._with_gradient:
             raise ModelError(f"Module {module.name} received two gradients in one backward.")
         self._with_gradient.add(module.name)
-        rows = self._rows(module, "output", gradient, module.num_outputs, batch)
-        if self._scale != 1.0:
-            rows = rows / self._scale
-        self.observer.on_gradient(module, rows, batch)
+        with _precisely(gradient.device):
+            rows = self._rows(module, "output", gradient, module.num_outputs, batch)
+            if self._scale != 1.0:
+                rows = rows / self._scale
+            self.observer.on_gradient(module, rows, batch)
 
     def _rows(
         self, module: TrackedModule, side: str, tensor: Tensor, size: int, batch: Batch

@@ -78,12 +78,14 @@ class Coverage:
     Attributes:
         mlp_parameters: Parameters in MLP blocks.
         tracked_parameters: Parameters of tracked modules.
+        tracked_mlp_parameters: Those of them that are in MLP blocks.
         model_parameters: All of the model's parameters.
         skipped: MLP parameters (or modules) that are not tracked, and why.
     """
 
     mlp_parameters: int
     tracked_parameters: int
+    tracked_mlp_parameters: int
     model_parameters: int
     skipped: dict[str, str]
 
@@ -166,6 +168,7 @@ def discover(model: nn.Module, globs: Sequence[str] | None, device: torch.device
     coverage = Coverage(
         mlp_parameters=sum(p.numel() for p in block_parameters.values()),
         tracked_parameters=sum(p.numel() for n, p in parameters.items() if n in covered),
+        tracked_mlp_parameters=sum(p.numel() for n, p in block_parameters.items() if n in covered),
         model_parameters=sum(p.numel() for p in parameters.values()),
         skipped=skipped,
     )

@@ -143,12 +143,17 @@ def logit_gradient(logits: Tensor, batch: Batch, rule: LabelRule) -> LogitGradie
     step = max(1, _CHUNK_ELEMENTS // flat.shape[1])
     for start in range(0, batch.labelled.numel(), step):
         rows = batch.labelled[start : start + step]
-        residual = torch.softmax(flat[rows].to(wide), -1)
+        scores = flat[rows].to(wide)
+        residual = torch.softmax(scores, -1)
         labels = (
             targets[rows] if draws is None else inverse_cdf(residual, draws[start : start + step])
         )
         at = (torch.arange(len(rows), device=rows.device), labels)
-        loss -= residual[at].log().sum(dtype=torch.float64)
+        # −log p(label) by the likeliest class, whose probability cannot vanish as the label's can.
+        likeliest = residual.max(-1)
+        log_total = scores.gather(-1, likeliest.indices[:, None]).squeeze(-1)
+        log_total = log_total.double() - likeliest.values.double().log()
+        loss += (log_total - scores[at]).sum()
         residual[at] -= 1
         gradient[rows] = (residual if scale == 1.0 else residual * scale).to(gradient.dtype)
         chosen.append(labels)

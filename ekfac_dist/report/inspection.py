@@ -60,6 +60,16 @@ def inspect_store(path: str | Path) -> str:
     Raises:
         StoreError: The store is missing, incomplete or damaged.
     """
+    try:
+        return _summary(path)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"{path}: the manifest or a file's header lacks something, or holds something else: "
+            f"{type(error).__name__} {error}."
+        ) from error
+
+
+def _summary(path: str | Path) -> str:
     reader = StoreReader(path)
     factors = Factors(reader)
     manifest = reader.manifest
@@ -86,14 +96,15 @@ def inspect_store(path: str | Path) -> str:
                 f"{max(float(h['residual']) for h in headers):.0e}",
             ]
         )
-    tracked, mlp = coverage["tracked_parameters"], coverage["mlp_parameters"]
+    tracked, of_mlp = coverage["tracked_parameters"], coverage["tracked_mlp_parameters"]
     lines = [
         f"model         {model['name']} ({model['class']}, {model['dtype']})",
         f"data          {data['source']}: {data['num_sequences']} sequences, "
         f"{data['num_positions']} counted positions, {data['num_labels']} labels",
         f"fisher        labels: {fisher['labels']} ({kind}), seed {fisher['seed']}, "
         f"refit: {fisher['refit']}",
-        f"coverage      {tracked} parameters tracked: {tracked / max(1, mlp):.1%} of the MLP's, "
+        f"coverage      {tracked} parameters tracked: "
+        f"{of_mlp / max(1, coverage['mlp_parameters']):.1%} of the MLP's, "
         f"{tracked / max(1, coverage['model_parameters']):.1%} of all",
         *(f"not tracked   {name}: {why}" for name, why in coverage["skipped"].items()),
         f"store         {as_text(reader.total_bytes())}, {len(manifest['files'])} files",
@@ -115,7 +126,8 @@ def inspect_store(path: str | Path) -> str:
         ),
         "",
         "rank: effective, exp of the entropy of the eigenvalues. Λ−KFAC: ‖Λ − M/N·λ_S λ_Aᵀ‖ / ‖Λ‖.",
-        "residual: the larger of ‖AQ − QΛ‖/‖A‖ for the module's two factors, in float64.",
+        "residual: the larger ‖AQ − QΛ‖/‖A‖ of the module's two factors, in float64, before Q is",
+        "rounded to the precision that it is stored in.",
     ]
     return "\n".join(lines)
 

@@ -33,7 +33,9 @@ def closing_table(summary: Summary, output: str) -> str:
     """
     tokens = int(summary.sequences.num_positions.sum())
     rows = []
-    for stage, seconds in summary.seconds.items():
+    stages = [stage for stage, seconds in summary.seconds.items() if seconds]
+    for stage in stages:
+        seconds = summary.seconds[stage]
         passes = stage in summary.losses
         rate = f"{tokens * summary.num_groups / max(seconds, 1e-9):,.0f}" if passes else ""
         loss = f"{summary.losses[stage]:.4f}" if passes else ""

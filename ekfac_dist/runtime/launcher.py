@@ -64,7 +64,10 @@ def launch_workers(arguments: Sequence[str]) -> int:
     try:
         launch_command(options)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        # One that a signal ended is the cause of the others' ends, whichever was seen first.
+        rank, failure = min(
+            error.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp)
+        )
         if failure.exitcode == 2:
             return 2
         cause = f"ended with status {failure.exitcode}"

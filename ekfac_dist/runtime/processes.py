@@ -5,8 +5,10 @@ same order, whatever their number, so one code path serves one worker and many. 
 failure are kept apart:
 
 * inside `World.agree`, every worker learns of the failure of any, and all raise together;
-* anywhere else a worker fails alone. It announces that in the process group's key-value store, and
-  the others raise `PeerError` at their next `check_peers` or collective.
+* anywhere else a worker fails alone.
+
+Either way the failure is announced in the process group's key-value store, and the others raise
+`PeerError` at their next `check_peers` or collective.
 """
 
 import itertools
@@ -15,7 +17,6 @@ import os
 import re
 import socket
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -37,7 +38,7 @@ BUCKET_BYTES = 64 * 2**20
 PEER_CHECK_SECONDS = 1.0
 
 _runs = itertools.count()
-_agreed: weakref.WeakSet[BaseException] = weakref.WeakSet()
+_AGREED = "_ekfac_dist_agreed"  # marks an error that every worker raised together
 
 
 def launched_processes() -> int:
@@ -170,12 +171,12 @@ class World:
         if self.size == 1:
             return
         for bucket in _buckets(tensors, BUCKET_BYTES):
+            alone = len(bucket) == 1
+            flat = bucket[0] if alone else torch.cat([t.reshape(-1) for t in bucket])
             with self._collective():
-                if len(bucket) == 1:
-                    dist.all_reduce(bucket[0])
-                    continue
-                flat = torch.cat([t.reshape(-1) for t in bucket])
                 dist.all_reduce(flat)
+            if alone:
+                continue
             parts = flat.split([t.numel() for t in bucket])
             for tensor, part in zip(bucket, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
@@ -202,23 +203,55 @@ class World:
             yield
         except Exception as caught:
             error = caught
-        said = None if error is None else (type(error).__name__, str(error))
-        reports = self.gather((takes_part, said, isinstance(error, UserError)))
-        failed = [rank for rank, (_, told, _) in enumerate(reports) if told is not None]
+            if not isinstance(error, PeerError):
+                self.announce_failure(error)  # who is in a long block need not finish it
+        own = None
+        if error is not None and not isinstance(error, PeerError):
+            own = (type(error).__name__, str(error), isinstance(error, UserError))
+        reports = self.gather((takes_part, own))
+        failed = [rank for rank, (_, told) in enumerate(reports) if told is not None]
         if not failed:
+            if error is not None:
+                raise error
             return
-        if error is not None and not isinstance(error, UserError):
-            raise error
-        kind, message = reports[failed[0]][1] or ("", "")
-        alike = {told for took_part, told, _ in reports if took_part} == {(kind, message)}
-        is_user_error = reports[failed[0]][2]
-        if not is_user_error:
+        self._failure_key += "+"  # what was announced has been told
+        first = reports[failed[0]][1]
+        assert first is not None
+        kind, message, mendable = first
+        alike = {told for took_part, told in reports if took_part} == {first}
+        if not mendable:
             message = f"{kind}: {message}"
-        if not alike or not is_user_error:
+        if not alike or not mendable:
             message = f"worker {failed[0]} of {self.size}: {message}"
-        shown = (PeerError if error is None else type(error))(message)
-        _agreed.add(shown)
+        if error is None or own is None:
+            shown: Exception = PeerError(message, mendable=mendable)
+        elif isinstance(error, UserError):
+            shown = type(error)(message)
+        else:
+            shown = error  # a defect keeps its traceback
+        setattr(shown, _AGREED, True)
+        if shown is error:
+            raise shown
         raise shown from error
+
+    def require_same(self, what: str, value: object) -> None:
+        """Refuses, on every worker, a value that is not the same on all of them.
+
+        Args:
+            what: What it is, in the plural.
+            value: Something that can be sent and compared.
+
+        Raises:
+            LaunchError: The values differ.
+        """
+        values = self.gather(value)
+        other = next((rank for rank, found in enumerate(values) if found != values[0]), None)
+        with self.agree():
+            if other is not None:
+                raise LaunchError(
+                    f"Worker {other} has other {what} than worker 0 "
+                    f"({_difference(values, other)}); every worker must be given the same."
+                )
 
     def main_first(self, action: Callable[[], T]) -> T:
         """Runs `action` on each host's first worker, then on its others, which find caches filled.
@@ -245,15 +278,18 @@ class World:
 
     # -- failures of one worker alone -------------------------------------------------------------
 
-    def announce_failure(self, message: str) -> bool:
-        """Tells the others that this worker ends; True if none had said so before."""
+    def announce_failure(self, error: BaseException) -> bool:
+        """Tells the others that this worker has failed; True if none had said so before."""
         if self.size == 1:
             return True
+        message, mendable = str(error), isinstance(error, UserError) and error.mendable
+        if not isinstance(error, UserError):
+            message = f"{type(error).__name__}: {message}"
         try:
             store = _default_store()
             first = store.add(self._failure_key + "/number", 1) == 1
             if first:
-                store.set(self._failure_key, json.dumps([self.rank, message]))
+                store.set(self._failure_key, json.dumps([self.rank, message, mendable]))
         except RuntimeError:
             return True  # the key-value store has gone with its worker, and said nothing
         return first
@@ -270,13 +306,15 @@ class World:
     def _raise_if_announced(self) -> None:
         store = _default_store()
         if store.check([self._failure_key]):
-            rank, message = json.loads(store.get(self._failure_key))
-            raise PeerError(f"worker {rank} of {self.size}: {message}")
+            rank, message, mendable = json.loads(store.get(self._failure_key))
+            raise PeerError(f"worker {rank} of {self.size}: {message}", mendable=mendable)
 
     @contextmanager
     def _collective(self) -> Iterator[None]:
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             # A connection that closes under a collective means that a worker has left. If it said
             # why, that is the cause to report.
@@ -292,7 +330,16 @@ class World:
 
 def was_agreed(error: BaseException) -> bool:
     """Whether every worker raised this error together, so that worker 0 can speak for all."""
-    return error in _agreed
+    return getattr(error, _AGREED, False)
+
+
+def _difference(values: Sequence[Any], other: int) -> str:
+    """What differs between worker 0's value and another's: the first key, or the values."""
+    one, two = values[0], values[other]
+    if isinstance(one, dict) and isinstance(two, dict):
+        key = next(key for key in {**one, **two} if one.get(key) != two.get(key))
+        return f"{key}: {two.get(key)!r} and {one.get(key)!r}"
+    return f"{two!r} and {one!r}"
 
 
 def _default_store() -> Any:

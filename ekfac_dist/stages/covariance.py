@@ -45,7 +45,8 @@ class CovarianceSums:
 
     def health(self) -> Tensor:
         """Σ of all diagonals: every row's square is in it."""
-        return torch.stack([s.diagonal().sum() for s in self.sums.values()]).sum()
+        traces = [s.diagonal().sum(dtype=torch.float64) for s in self.sums.values()]
+        return torch.stack(traces).sum()
 
     def reduce(self, world: World) -> None:
         """Adds up sums and counts of all workers, and fills the upper triangles."""

@@ -77,6 +77,7 @@ def run_eigenbasis(
                 vectors.copy_(basis.eigenvectors)  # the sum's memory takes the eigenvectors
                 values.copy_(basis.eigenvalues)
                 header |= basis.header()
+            del basis  # in float64, it need not live through the next decomposition
             header = world.share(header)
             world.broadcast_(vectors)
             world.broadcast_(values)

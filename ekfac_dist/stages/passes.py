@@ -48,7 +48,7 @@ class PassResult:
     """What one pass took, over all workers.
 
     Attributes:
-        seconds: From the first worker's start to the end of the reduction.
+        seconds: From this worker's start to the end of the reduction.
         loss: Mean −log p(label) over all labels, in nats.
     """
 
@@ -99,7 +99,7 @@ def run_pass(
         whole=(all_tokens, len(work.sequences)),
         enabled=work.show_progress and world.is_main,
     )
-    with Capture(work.model, modules, observer, work.dtype) as capture, progress:
+    with world.agree(), Capture(work.model, modules, observer, work.dtype) as capture, progress:
         for numbers in work.shard:
             batch = work.batch(numbers)
             loss += capture.run(batch, rule).loss
@@ -115,20 +115,19 @@ def run_pass(
 
 
 class _FirstNonFinite:
-    """Remembers the first module whose input or output-gradient is not finite."""
+    """Remembers the first input, and the first output-gradient, that is not finite."""
 
     def __init__(self) -> None:
-        self.found: str | None = None
+        self.input: str | None = None
+        self.gradient: str | None = None
 
     def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Batch) -> None:
-        self._look(f"the input of module {module.name}", rows_Mi)
+        if self.input is None and not torch.isfinite(rows_Mi).all():
+            self.input = f"the input of module {module.name}"
 
     def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Batch) -> None:
-        self._look(f"the output-gradient of module {module.name}", rows_MO)
-
-    def _look(self, what: str, rows: Tensor) -> None:
-        if self.found is None and not torch.isfinite(rows).all():
-            self.found = what
+        if self.gradient is None and not torch.isfinite(rows_MO).all():
+            self.gradient = f"the output-gradient of module {module.name}"
 
 
 def _raise_non_finite(
@@ -148,7 +147,8 @@ def _raise_non_finite(
         first = _FirstNonFinite()
         with Capture(work.model, modules, first, work.dtype) as capture:
             loss = capture.run(batch, rule).loss
-        where = first.found or (None if torch.isfinite(loss) else "the logits")
+        logits = None if torch.isfinite(loss) else "the logits"
+        where = first.input or logits or first.gradient  # as they come about
         if where is not None:
             raise NonFiniteError(
                 f"NaN or infinity in {where}, in the {name} pass, at sequence {batch.indices[0]} "

@@ -8,7 +8,7 @@ from torch import nn
 
 from ekfac_dist.config import EstimateConfig
 from ekfac_dist.data.sequences import Sequences
-from ekfac_dist.models.discovery import Discovery, fingerprint
+from ekfac_dist.models.discovery import Discovery
 
 _SOFTWARE = ("ekfac_dist", "torch", "transformers", "accelerate", "safetensors")
 
@@ -47,18 +47,20 @@ class Inputs:
         model: The model, on the worker's device.
         sequences: All sequences.
         discovery: What is tracked.
+        fingerprint: SHA-256 of the tracked parameters.
     """
 
     config: EstimateConfig
     model: nn.Module
     sequences: Sequences
     discovery: Discovery
+    fingerprint: str
 
 
 def coverage_line(discovery: Discovery) -> str:
     """How much of a model is tracked, in one line."""
     coverage = discovery.coverage
-    of_mlp = coverage.tracked_parameters / max(1, coverage.mlp_parameters)
+    of_mlp = coverage.tracked_mlp_parameters / max(1, coverage.mlp_parameters)
     of_all = coverage.tracked_parameters / max(1, coverage.model_parameters)
     return (
         f"{len(discovery.modules)} modules, {len(discovery.factors)} factors; "
@@ -77,7 +79,7 @@ def manifest(inputs: Inputs, summary: Summary) -> dict[str, Any]:
             "revision": config.model.revision,
             "class": type(inputs.model).__name__,
             "dtype": str(next(inputs.model.parameters()).dtype).removeprefix("torch."),
-            "fingerprint": fingerprint(inputs.model, discovery.modules),
+            "fingerprint": inputs.fingerprint,
         },
         "data": {
             "source": config.data.source,
@@ -101,6 +103,7 @@ def manifest(inputs: Inputs, summary: Summary) -> dict[str, Any]:
         "coverage": {
             "mlp_parameters": coverage.mlp_parameters,
             "tracked_parameters": coverage.tracked_parameters,
+            "tracked_mlp_parameters": coverage.tracked_mlp_parameters,
             "model_parameters": coverage.model_parameters,
             "skipped": coverage.skipped,
         },
@@ -113,6 +116,7 @@ def manifest(inputs: Inputs, summary: Summary) -> dict[str, Any]:
                 **({"loss": summary.losses[name]} if name in summary.losses else {}),
             }
             for name, seconds in summary.seconds.items()
+            if name != "refit" or config.factors.refit != "none"
         },
         "software": {name: importlib.metadata.version(name) for name in _SOFTWARE},
         "config": config.as_dict(),

@@ -59,7 +59,9 @@ class LambdaSums:
             vectors = self._bases[module.input].eigenvectors
             acts = rotate_rows(rows_Mi, vectors, bias=module.bias)
         else:
-            acts = rows_Mi.clone()  # the model may write over its own
+            acts = (
+                rows_Mi if batch.real is not None else rows_Mi.clone()
+            )  # the model may write there
         self._acts[module.input] = acts
         self._readers_left[module.input] = len(self._readers[module.input])
 
@@ -96,7 +98,7 @@ class LambdaSums:
 
     def health(self) -> Tensor:
         """Σ of all sums: every square is in it."""
-        return torch.stack([s.sum() for s in self.sums.values()]).sum()
+        return torch.stack([s.sum(dtype=torch.float64) for s in self.sums.values()]).sum()
 
     def reduce(self, world: World) -> None:
         """Adds up the sums of all workers."""

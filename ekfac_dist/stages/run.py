@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from ekfac_dist.config import DataConfig, EstimateConfig, FactorsConfig, ModelConfig
@@ -16,7 +17,7 @@ from ekfac_dist.data.sequences import Sequences, from_examples, tokenize
 from ekfac_dist.data.source import open_source
 from ekfac_dist.errors import DataError
 from ekfac_dist.models.capture import prepared
-from ekfac_dist.models.discovery import TrackedModule, discover, partition
+from ekfac_dist.models.discovery import TrackedModule, discover, fingerprint, partition
 from ekfac_dist.models.labels import COVARIANCE_PASS, REFIT_PASS, LabelRule
 from ekfac_dist.models.loading import context_length, load_model, load_tokenizer
 from ekfac_dist.runtime.memory import peak_bytes
@@ -85,7 +86,7 @@ def estimate_factors(
     data: Any,
     *,
     output: str | Path | None = None,
-    modules: Sequence[str] | None = None,
+    modules: str | Sequence[str] | None = None,
     labels: str = "sampled",
     seed: int = 0,
     refit: str = "per_sequence",
@@ -100,13 +101,17 @@ def estimate_factors(
 
     Under `accelerate launch`, call it on every worker with the same model and the same whole data;
     it shards the data itself. The model must be on the worker's device and comes back as it was.
+    While worker 0 decomposes a factor the others wait in a collective, for as long as the process
+    group's time-out allows: give `Accelerator` an `InitProcessGroupKwargs(timeout=…)` of hours if
+    factors are large and decomposed on a CPU.
 
     Args:
         model: A Hugging Face causal language model.
         data: A `datasets.Dataset` or an iterable of examples or batches with `input_ids` and, if
             wanted, `labels` (−100 for none) and `attention_mask`; padding is taken off.
-        output: Directory of the factor store; None keeps the factors in memory, on every worker.
-        modules: Globs of module names; None for every MLP linear.
+        output: Directory of the factor store, seen by every worker; None keeps the factors in
+            memory, on every worker.
+        modules: A glob of module names, or several; None for every MLP linear.
         labels: "sampled" from the model's softmax, or "data" for the data's own.
         seed: Seed of sampled labels.
         refit: "per_sequence", "per_token" or "none".
@@ -123,6 +128,10 @@ def estimate_factors(
     Raises:
         UserError: Anything that the caller can mend, on every worker alike.
     """
+    if isinstance(modules, str):
+        modules = [modules]
+    # Accelerate's containers compute the same, and speak to the other workers at every forward.
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     world = World.start()
     with world.agree():
         sequences = from_examples(data, max_tokens)
@@ -147,10 +156,14 @@ def estimate_factors(
             output=str(output) if output is not None else "(memory)",
         )
         world = world.at(next(model.parameters()).device)
+    given = {"labels": labels, "seed": seed, "refit": refit, "accumulate": accumulate}
+    given |= {"partitions": partitions, "batch_tokens": batch_tokens, "modules": modules}
+    given |= {"keep_covariance": keep_covariance, "an output": output is not None}
+    world.require_same("arguments", given)
     if output is not None:
         world.on_main(lambda: check_output(output, config.as_dict()))
     memory = MemoryStore()
-    with prepared(model):
+    with torch.inference_mode(False), prepared(model):
         inputs = check_inputs(config, model, sequences, world)
         sink = memory if output is None else open_store(output, config, world)
         fit(inputs, world, sink, show_progress=progress)
@@ -185,8 +198,8 @@ def check_inputs(
 
     Raises:
         ModelError: As `discover` does.
-        DataError: A sequence is longer than the model's context, or has tokens it does not know;
-            or workers hold different data.
+        DataError: A sequence is longer than the model's context, or has tokens it does not know.
+        LaunchError: Workers hold different data or models.
         DecompositionError: A factor is too large for worker 0's device.
     """
     with world.agree():
@@ -208,14 +221,10 @@ def check_inputs(
     with world.agree():
         for factor, size in discovery.factors.items():
             check_size(factor, size, main_device)
-    prints = world.gather(sequences.fingerprint)
-    if len(set(prints)) > 1:
-        different = next(rank for rank, found in enumerate(prints) if found != prints[0])
-        raise DataError(
-            f"Worker {different} has other data than worker 0; every worker must be given the "
-            "whole data, the same and in the same order."
-        )
-    return Inputs(config, model, sequences, discovery)
+    world.require_same("data, by fingerprint,", sequences.fingerprint)
+    weights = fingerprint(model, discovery.modules)
+    world.require_same("model weights, by fingerprint,", weights)
+    return Inputs(config, model, sequences, discovery, weights)
 
 
 def fit(inputs: Inputs, world: World, sink: FactorSink, *, show_progress: bool) -> Summary:
@@ -260,6 +269,7 @@ def _fit_group(
     covariance = CovarianceSums(group, dtype, world.device)
     rule = LabelRule(factors.labels, factors.seed, COVARIANCE_PASS)
     result = run_pass("covariance" + suffix, work, group, covariance, rule)
+    _require_each_position_once(covariance.counts, work)
     summary.seconds["covariance"] += result.seconds
     summary.losses["covariance"] = result.loss
     bases, seconds = run_eigenbasis(
@@ -285,7 +295,15 @@ def _fit_group(
     with world.agree(takes_part=world.is_main):
         for name, spectrum in spectra.items():
             sink.write(spectrum_file(name), {"lambda": spectrum})
-    summary.seconds["refit"] += time.perf_counter() - start
+    if factors.refit != "none":
+        summary.seconds["refit"] += time.perf_counter() - start
+
+
+def _require_each_position_once(counts: dict[str, int], work: Work) -> None:
+    expected = int(work.sequences.num_positions.sum())
+    wrong = {factor: count for factor, count in counts.items() if count != expected}
+    if wrong:
+        raise RuntimeError(f"counted positions are {expected}, but sums hold {wrong}")
 
 
 def _kfac(

@@ -78,6 +78,21 @@ def test_a_decomposition_that_always_fails_is_an_error_that_names_the_factor(mon
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize(("first", "last"), [("cpu", "cuda"), ("cuda", "cpu")])
+def test_the_last_attempt_is_on_another_device(monkeypatch, first, last):
+    asked = []
+
+    def fails(matrix, device, backwards):
+        asked.append((device.type, backwards))
+        raise RuntimeError("failed")
+
+    monkeypatch.setattr(eigenbasis, "_eigh", fails)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(DecompositionError, match=f"on {first}: failed; on {first}: .* on {last}: "):
+        decompose("f", covariance(4), 1, torch.device(first))
+    assert asked == [(first, False), (first, True), (last, False)]
+
+
 def test_a_wrong_result_is_found_and_tried_again(monkeypatch):
     right = torch.linalg.eigh
     calls = []

@@ -18,6 +18,7 @@ from ekfac_dist.data.sequences import NO_LABEL, Sequences, from_examples, tokeni
 from ekfac_dist.errors import DataError
 
 TOKENIZER = tiny_tokenizer()
+TRIMMING = tiny_tokenizer(trims=True)
 fresh = itertools.count()
 
 
@@ -86,13 +87,16 @@ def test_a_token_across_the_prompts_end_carries_no_label():
 words = st.text(st.sampled_from("aeorstwk .:\n"), max_size=12)
 
 
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, TRIMMING], ids=["whole", "trimmed"])
 @given(prompt=words, text=words)
-def test_labels_are_the_shortest_end_that_leaves_the_prompt_whole(prompt: str, text: str):
+def test_labels_are_the_shortest_end_that_leaves_the_prompt_whole(
+    tokenizer: Any, prompt: str, text: str
+):
     ids = TOKENIZER(prompt + text)["input_ids"]
     plain = TOKENIZER.decode(ids[1:])
     assert plain == prompt + text, "a byte-level tokenizer loses nothing"
     try:
-        sequences = with_prompts([(prompt, text)])
+        sequences = with_prompts([(prompt, text)], tokenizer=tokenizer)
     except DataError:
         # Each token but the BOS begins inside the prompt.
         assert len(ids) == 1 or len(TOKENIZER.decode(ids[1:-1])) < len(prompt)

@@ -149,3 +149,12 @@ def test_a_file_that_is_not_what_its_ending_says_is_named(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=rf"{name} is not (what its ending|UTF-8)"):
         opened(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["part[1].jsonl", "b*.jsonl", "what?.jsonl", "[a]*.jsonl"])
+def test_a_files_name_is_no_pattern(tmp_path, name):
+    for other in ("bb.jsonl", "part1.jsonl", "whats.jsonl", "ab.jsonl"):
+        (tmp_path / other).write_text('{"text": "another file"}\n')
+    (tmp_path / name).write_text('{"text": "this file"}\n')
+    rows = open_source(DataConfig(source=str(tmp_path / name)))
+    assert rows["text"][:] == ["this file"]

@@ -72,11 +72,18 @@ def test_the_sum_of_outer_products_is_the_weight_gradient_bias_last(family):
 
 
 def test_the_models_own_mean_loss_differs_by_the_number_of_labels_alone():
-    model, data = build("llama"), examples(1, longest=8)
+    # GPT-2, whose norms are float64 throughout; Llama's are float32 and would round.
+    model, data = build("gpt2"), examples(1, longest=8)
     recorder, modules, batch, _ = captured(model, data)
     found = recorder.weight_gradients(modules, batch.lengths)
-    ids = data[0]["input_ids"][None]
-    model(input_ids=ids, labels=ids).loss.backward()
+    ids = data[0]["input_ids"]
+    logits = model(input_ids=ids[None, :-1]).logits[0]
+    torch.nn.functional.cross_entropy(logits, ids[1:], reduction="mean").backward()
+    for module in modules:
+        mean = weight_gradient(model.get_submodule(module.name))
+        assert relative(found[module.name][0], mean * batch.num_labels) < 1e-10
+    model.zero_grad()
+    model(input_ids=ids[None], labels=ids[None]).loss.backward()
     for module in modules:
         own = weight_gradient(model.get_submodule(module.name)) * batch.num_labels
         assert relative(found[module.name][0], own) < 1e-6  # the model's own loss is float32
@@ -281,3 +288,50 @@ def test_low_precision_models_are_near_the_float64_factors(dtype, tolerance):
     for name in exact.modules:
         found, expected = (f.module(name).lambda_OI.sum() for f in (low, exact))
         assert found == pytest.approx(expected.item(), rel=tolerance)
+
+
+@pytest.mark.parametrize("refit", ["per_sequence", "per_token"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_autocast_of_the_callers_reaches_the_model_and_not_the_sums(family, refit):
+    data = examples(6)
+    fit = {"labels": "data", "refit": refit}
+    plain = estimate_factors(build(family).float(), data, **fit)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = estimate_factors(build(family).float(), data, **fit)
+    for name in plain.modules:
+        assert low.module(name).lambda_OI.dtype == torch.float32
+        traces = [f.module(name).lambda_OI.sum().item() for f in (low, plain)]
+        assert traces[0] == pytest.approx(traces[1], rel=0.1)
+
+
+def test_a_fast_float32_of_the_callers_does_not_reach_the_sums_and_stays_set():
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        seen = []
+
+        class Watch(Recorder):
+            def on_input(self, module, rows, batch):
+                seen.append(torch.get_float32_matmul_precision())
+
+            def on_gradient(self, module, rows, batch):
+                seen.append(torch.get_float32_matmul_precision())
+
+        model = build("llama")
+        with prepared(model):
+            modules = discover(model, None, CPU).modules
+            with Capture(model, modules, Watch(), torch.float32) as capture:
+                capture.run(collate(list(from_examples(examples(2)))), DATA_LABELS)
+        assert set(seen) == {"highest"}
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_fit_inside_inference_mode_works():
+    model, data = build("llama"), examples(3)
+    expected = estimate_factors(model, data)
+    with torch.inference_mode():
+        found = estimate_factors(model, data)
+    name = next(iter(expected.modules))
+    assert torch.equal(found.module(name).lambda_OI, expected.module(name).lambda_OI)

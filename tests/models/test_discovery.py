@@ -41,6 +41,14 @@ def test_globs_choose_and_what_they_leave_out_is_named():
     assert set(found.coverage.skipped.values()) == {"not chosen by model.modules"}
 
 
+def test_the_share_of_the_mlp_counts_the_mlps_own_alone():
+    coverage = discover(build("llama"), ["*.q_proj", "*.k_proj"], CPU).coverage
+    assert coverage.tracked_parameters > 0
+    assert coverage.tracked_mlp_parameters == 0
+    coverage = discover(build("llama"), ["model.*_proj"], CPU).coverage
+    assert coverage.tracked_mlp_parameters == coverage.mlp_parameters < coverage.tracked_parameters
+
+
 def test_a_follower_without_its_leader_leads_itself():
     found = discover(build("llama"), ["*.up_proj"], CPU)
     assert all(module.leads for module in found.modules)

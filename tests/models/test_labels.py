@@ -141,6 +141,14 @@ def test_the_gradient_is_that_of_the_summed_cross_entropy(model):
     assert result.scale == 1
 
 
+def test_a_label_of_vanishing_probability_has_a_finite_loss():
+    batch = collate(list(from_examples([{"input_ids": torch.tensor([1, 2])}])))
+    logits = torch.tensor([[[500.0, 0.0, -700.0]]])
+    result = logit_gradient(logits, batch, LabelRule("data", 0, 0))
+    assert result.loss.item() == pytest.approx(1200, rel=1e-6)
+    assert result.gradient.tolist() == [[[1, 0, -1]]]
+
+
 def test_float16_gradients_are_scaled_up_by_a_power_of_two(model):
     batch = collate(list(from_examples(examples(3))))
     logits = model(input_ids=batch.input_ids).logits.half()

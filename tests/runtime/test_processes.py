@@ -144,7 +144,7 @@ def test_one_worker_needs_no_group():
     assert world.broadcast_(tensor) is tensor
     world.all_reduce_([tensor])
     assert tensor.tolist() == [0, 1, 2]
-    assert world.announce_failure("nobody hears it") is True
+    assert world.announce_failure(ValueError("nobody hears it")) is True
     world.check_peers()
     world.barrier()
     world.close()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ekfac_dist.errors import DataError, ModelError, PeerError
+from ekfac_dist.errors import DataError, ModelError, NonFiniteError, PeerError
 from ekfac_dist.runtime import processes
 from ekfac_dist.runtime.processes import World, was_agreed
 
@@ -210,11 +210,11 @@ def peers_that_announce_nothing_are_not_heard(world: World, directory: Path) -> 
 def an_announced_failure_is_heard_by_the_others(world: World, directory: Path) -> None:
     run = World.start()  # a run of its own: what is announced in it stays in it
     if run.rank == 1:
-        assert run.announce_failure("NaN in module a.") is True
-        assert run.announce_failure("and once more") is False
+        assert run.announce_failure(NonFiniteError("NaN in module a.")) is True
+        assert run.announce_failure(NonFiniteError("and once more")) is False
     world.barrier()
     if run.rank != 1:
-        assert run.announce_failure("a consequence") is False
+        assert run.announce_failure(NonFiniteError("a consequence")) is False
         error = raised(run.check_peers)
         assert type(error) is PeerError
         assert str(error) == f"worker 1 of {run.size}: NaN in module a."

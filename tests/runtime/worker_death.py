@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from ekfac_dist.errors import PeerError
+from ekfac_dist.errors import NonFiniteError, PeerError
 from ekfac_dist.runtime.processes import World
 
 if __name__ == "__main__":
@@ -21,7 +21,7 @@ if __name__ == "__main__":
         if manner == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if manner == "announce":
-            world.announce_failure("NaN in module a.")
+            world.announce_failure(NonFiniteError("NaN in module a."))
         os._exit(3)
     try:
         if collective == "none":
@@ -34,5 +34,5 @@ if __name__ == "__main__":
             world.all_reduce_([torch.ones(1000), torch.ones(3)])
     except PeerError as error:
         print(error, flush=True)
-        world.announce_failure(str(error))  # harmless, even if the key-value store has gone
+        world.announce_failure(error)  # harmless, even if the key-value store has gone
         os._exit(2)

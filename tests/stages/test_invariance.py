@@ -16,8 +16,24 @@ def assert_same(one, other, tolerance=1e-12):
     assert list(one.modules) == list(other.modules)
     for key in ("num_sequences", "num_positions", "num_labels"):
         assert one.manifest["data"][key] == other.manifest["data"][key]
-    for name in one.modules:
+    for name, module in one.modules.items():
         assert relative(dense_E(one, name), dense_E(other, name)) < tolerance
+        for factor, size in (
+            (module.input, module.input_size),
+            (module.output, module.num_outputs),
+        ):
+            (count, total), (other_count, other_total) = (
+                covariance(factors, factor, size) for factors in (one, other)
+            )
+            assert count == other_count == one.manifest["data"]["num_positions"]
+            assert relative(total, other_total) < tolerance
+
+
+def covariance(factors, factor, size):
+    """A factor's count and raw sum, which E does not depend on."""
+    file = f"covariance/{factor}.safetensors"
+    count = int(factors._source.header(file)["count"])
+    return count, factors._source.tensor(file, "sum", (size, size))
 
 
 @pytest.mark.parametrize("family", KINDS)

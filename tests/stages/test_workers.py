@@ -80,3 +80,49 @@ def test_a_decomposition_that_fails_is_told_on_every_worker(tmp_path, workers):
         assert "did not converge" in sentence
     with pytest.raises(StoreError, match="incomplete"):
         load_factors(tmp_path / "store")
+
+
+@pytest.fixture(scope="module")
+def misuse(tmp_path_factory):
+    """What each of 2 workers said at each step of worker_misuse.py."""
+    output = tmp_path_factory.mktemp("misuse")
+    done = run_workers(HERE / "worker_misuse.py", 2, output, timeout=120)
+    assert done.returncode == 0, done.stderr
+    said = {}
+    for rank, step, sentence in re.findall(r"WORKER (\d) ([\w ]+): (.*)", done.stdout):
+        said.setdefault(step, {})[int(rank)] = sentence
+    return said, output
+
+
+@pytest.mark.parametrize(
+    ("step", "sentence"),
+    [
+        ("infinity", r"worker \d of 2: NaN or infinity in .* at sequence 17 of the data"),
+        ("afterwards", "None"),
+        ("another seed", r"Worker 1 has other arguments than worker 0 \(seed: 1 and 0\)"),
+        ("another model", "Worker 1 has other model weights"),
+        ("other data", "Worker 1 has other data"),
+        (
+            "output on one",
+            r"Worker 1 has other arguments than worker 0 \(an output: False and True",
+        ),
+        ("afterwards again", "None"),
+        ("a prepared model", "None"),
+        ("a plain model", "None"),
+    ],
+)
+def test_a_mistake_on_one_worker_is_told_on_every_worker_and_the_group_lives_on(
+    misuse, step, sentence
+):
+    said, _ = misuse
+    assert set(said[step]) == {0, 1}
+    assert said[step][0] == said[step][1]
+    assert re.match(sentence, said[step][0]), said[step][0]
+
+
+def test_a_model_that_accelerate_prepared_has_the_factors_of_the_plain_one(misuse):
+    _, output = misuse
+    prepared, plain = (load_factors(output / name) for name in ("prepared", "plain"))
+    assert list(prepared.modules) == list(plain.modules)
+    for name in plain.modules:
+        assert relative(dense_E(prepared, name), dense_E(plain, name)) < 1e-5

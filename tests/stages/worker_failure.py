@@ -1,5 +1,6 @@
 """Started on W workers by test_workers.py: worker 0's decomposition always fails."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -23,4 +24,5 @@ if __name__ == "__main__":
     try:
         estimate_factors(build("llama"), examples(4), output=sys.argv[1])
     except UserError as error:
-        print(f"WORKER {PartialState().process_index}: {error}", flush=True)
+        # In one piece: print's line and its end may be parted by another worker's.
+        os.write(1, f"WORKER {PartialState().process_index}: {error}\n".encode())

@@ -115,14 +115,33 @@ class Case:
 
 
 CASES: list[Case] = []
-STAND_FOR_ALL: list[Case] = []
+
+# One for each kind of bad input: these run on two real workers every time, the others when asked.
+STAND_FOR_ALL = (
+    "a model directory that is missing",
+    "a directory that is no model",
+    "pickled weights only",
+    "a model whose MLPs are not found",
+    "globs that match nothing",
+    "one sequence that makes activations infinite",
+    "a data file that is missing",
+    "a column that does not exist",
+    "a split that a file does not have",
+    "an empty .jsonl file",
+    "a .parquet file that holds binary",
+    "sequences that all have no label",
+    "an unknown field in the file",
+    "a wrong type on the command line",
+    "data.max_tokens of 0",
+    "an output that holds a finished run",
+    "an output that holds another run",
+    "an output below a file",
+)
 
 
-def case(name: str, *says: str, begun: bool = False, stands_for_all: bool = False) -> Callable:
+def case(name: str, *says: str, begun: bool = False) -> Callable:
     def add(spoil: Spoil) -> Spoil:
         CASES.append(Case(name, spoil, says, begun))
-        if stands_for_all:
-            STAND_FOR_ALL.append(CASES[-1])
         return spoil
 
     return add
@@ -131,7 +150,7 @@ def case(name: str, *says: str, begun: bool = False, stands_for_all: bool = Fals
 # -- the model -------------------------------------------------------------------------------------
 
 
-@case("a model directory that is missing", "no model directory", "nowhere", stands_for_all=True)
+@case("a model directory that is missing", "no model directory", "nowhere")
 def _(setting: Setting) -> None:
     setting.config["model"]["name"] = setting.path("nowhere")
 
@@ -231,9 +250,7 @@ def _(setting: Setting) -> None:
     setting.config["model"]["name"] = save_tiny_llama(setting.path("small"), vocab_size=100)
 
 
-@case(
-    "globs that match nothing", r"\*\.mpl\.\*", "none of", "linear", "such as", stands_for_all=True
-)
+@case("globs that match nothing", r"\*\.mpl\.\*", "none of", "linear", "such as")
 def _(setting: Setting) -> None:
     setting.config["model"]["modules"] = ["*.mlp.*", "*.mpl.*"]
 
@@ -269,7 +286,6 @@ def _(setting: Setting) -> None:
     "input of module model.layers.0.mlp.gate_proj",
     "sequence 7 ",
     begun=True,
-    stands_for_all=True,
 )
 def _(setting: Setting) -> None:
     """The token of '#' occurs in sequence 7 alone, so one worker alone meets it."""
@@ -286,7 +302,7 @@ def _(setting: Setting) -> None:
 # -- the data --------------------------------------------------------------------------------------
 
 
-@case("a data file that is missing", "no file", "elsewhere.jsonl", stands_for_all=True)
+@case("a data file that is missing", "no file", "elsewhere.jsonl")
 def _(setting: Setting) -> None:
     setting.source("elsewhere.jsonl")
 
@@ -306,7 +322,7 @@ def _(setting: Setting) -> None:
     setting.source("papers").mkdir()
 
 
-@case("a column that does not exist", "no column 'txt'", "text", stands_for_all=True)
+@case("a column that does not exist", "no column 'txt'", "text")
 def _(setting: Setting) -> None:
     setting.config["data"]["text"] = "txt"
 
@@ -417,7 +433,6 @@ def _(setting: Setting) -> None:
     "None of the 3 sequences has a label",
     "one token",
     "all prompt",
-    stands_for_all=True,
 )
 def _(setting: Setting) -> None:
     setting.config["data"]["prompt"] = "prompt"
@@ -475,7 +490,6 @@ for name, content in (("blank", ""), ("list", "- model\n- data\n"), ("text", "gp
     "config.yaml",
     "unknown field data.max_token;",
     r"did you mean data\.max_tokens\?",
-    stands_for_all=True,
 )
 def _(setting: Setting) -> None:
     setting.config["data"]["max_token"] = 64
@@ -588,7 +602,7 @@ def manifest(**entries: Any) -> str:
     return json.dumps({"format": "ekfac_dist/1", **entries})
 
 
-@case("an output that holds a finished run", "finished", "another directory", stands_for_all=True)
+@case("an output that holds a finished run", "finished", "another directory")
 def _(setting: Setting) -> None:
     output = setting.output()
     output.joinpath("manifest.json").write_text(manifest(complete=True, files={}))
@@ -721,17 +735,23 @@ def test_one_worker_refuses(case: Case, setting: Setting, capfd: pytest.CaptureF
     require_refusal(case, setting, lambda arguments: in_this_process(arguments, capfd))
 
 
-@pytest.mark.parametrize("case", STAND_FOR_ALL, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name in STAND_FOR_ALL], ids=lambda case: case.name
+)
 def test_two_workers_refuse(case: Case, setting: Setting) -> None:
     require_refusal(case, setting, lambda arguments: on_real_workers(arguments, 2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case not in STAND_FOR_ALL], ids=lambda case: case.name
+    "case", [case for case in CASES if case.name not in STAND_FOR_ALL], ids=lambda case: case.name
 )
 def test_two_workers_refuse_as_well(case: Case, setting: Setting) -> None:
     require_refusal(case, setting, lambda arguments: on_real_workers(arguments, 2))
+
+
+def test_the_cases_that_stand_for_all_exist() -> None:
+    assert set(STAND_FOR_ALL) <= {case.name for case in CASES}
 
 
 def test_a_process_of_its_own_ends_with_status_2(setting: Setting) -> None:

@@ -187,6 +187,7 @@ class Counting:
     """A tokenizer that counts its calls."""
 
     is_fast = True
+    backend_tokenizer = TOKENIZER.backend_tokenizer
 
     def __init__(self) -> None:
         self.calls = 0

@@ -56,3 +56,8 @@ class PeerError(UserError):
     def __init__(self, message: str, *, mendable: bool = False) -> None:
         super().__init__(message)
         self.mendable = mendable
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, without its full stop, to be quoted in ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ekfac_dist.errors import DecompositionError, NonFiniteError
+from ekfac_dist.errors import DecompositionError, NonFiniteError, first_line
 
 # LAPACK's 32-bit workspace size overflows here: measured, torch 2.13 CPU crashes the process.
 MAX_CPU_SIZE = 32_766
@@ -106,7 +106,7 @@ def decompose(name: str, sum_nn: Tensor, count: int, device: torch.device) -> Ei
             check_size(name, size, where)
             values, vectors = _eigh(matrix, where, backwards)
         except (RuntimeError, DecompositionError) as error:
-            failures.append(f"on {where}: {_brief(error)}")
+            failures.append(f"on {where}: {first_line(error)}")
             continue
         checks = _check(matrix, values, vectors)
         if max(checks) <= TOLERANCE:
@@ -143,7 +143,3 @@ def _check(matrix: Tensor, values: Tensor, vectors: Tensor) -> tuple[float, floa
     checks = torch.stack([residual, gram.abs().max(), trace_error]).nan_to_num(nan=torch.inf)
     first, second, third = checks.tolist()
     return first, second, third
-
-
-def _brief(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -6,7 +6,6 @@ module reads and writes files; it knows no model and no tokenizer.
 """
 
 import ast
-import contextlib
 import hashlib
 import inspect
 import json
@@ -18,7 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from ekfac_dist.errors import DataError, OutputError
+from ekfac_dist.errors import DataError
+from ekfac_dist.runtime.files import write_whole
 
 Kind = Literal["source", "doc"]
 
@@ -69,7 +69,7 @@ def write_corpus(path: str | Path, stdlib: str | Path | None = None) -> int:
     """Writes the corpus as JSONL, whole or not at all.
 
     Args:
-        path: The file to write; its folder is made if missing.
+        path: The file to write; its folder is there.
         stdlib: Folder of the sources; None: the running Python's standard library.
 
     Returns:
@@ -81,36 +81,8 @@ def write_corpus(path: str | Path, stdlib: str | Path | None = None) -> int:
     """
     rows = corpus_rows(stdlib)
     lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
-    write_text(Path(path), lines)
+    write_whole(Path(path), (line.encode() for line in lines))
     return len(rows)
-
-
-def write_text(path: Path, lines: Iterable[str]) -> None:
-    """Writes a text file under a temporary name and renames it, so that it is whole if it exists.
-
-    Args:
-        path: The file; its folder is made if missing.
-        lines: Its content, line ends included.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror or error}. Give a directory that can be "
-            "written and has room."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def read_corpus(path: str | Path) -> list[Row]:

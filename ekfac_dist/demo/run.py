@@ -29,9 +29,10 @@ import yaml
 from transformers.utils.logging import disable_progress_bar
 
 from ekfac_dist.config import DataConfig, EstimateConfig, ModelConfig
-from ekfac_dist.demo.corpus import read_corpus, split_by_module, write_corpus, write_text
+from ekfac_dist.demo.corpus import read_corpus, split_by_module, write_corpus
 from ekfac_dist.demo.model import ModelShape, train_model, train_tokenizer
 from ekfac_dist.errors import ConfigError, OutputError, StoreError
+from ekfac_dist.runtime.files import write_whole
 from ekfac_dist.runtime.store import MANIFEST, StoreReader
 
 FORMAT = "ekfac_dist/demo/1"
@@ -208,8 +209,8 @@ def make_model(paths: DemoPaths, settings: DemoSettings) -> None:
 def fit_factors(paths: DemoPaths, settings: DemoSettings, workers: int) -> int:
     """Step 4: `estimate` on several workers, unless its store is there; the exit status."""
     config = estimate_config(paths, settings)
-    write_text(paths.estimate_config, [ESTIMATE_HEADER, _as_yaml(config.as_dict())])
-    write_text(paths.accelerate_config, [ACCELERATE_CONFIG.format(workers=workers)])
+    write_whole(paths.estimate_config, [ESTIMATE_HEADER.encode(), _as_yaml(config.as_dict())])
+    write_whole(paths.accelerate_config, [ACCELERATE_CONFIG.format(workers=workers).encode()])
     if is_whole_store(paths.factors, config):
         _say(4, "factors", f"reused: {paths.factors}")
         return 0
@@ -280,7 +281,13 @@ def _claim(paths: DemoPaths, settings: DemoSettings) -> None:
         print(f"{paths.directory} holds a demo with other settings; it is made anew.", flush=True)
         for part in (paths.factors, paths.model, paths.corpus):
             _remove(part)
-    write_text(paths.marker, [json.dumps(wanted, indent=1) + "\n"])
+    try:
+        paths.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{paths.directory} cannot be made: {error.strerror or error}. Give another directory."
+        ) from error
+    write_whole(paths.marker, [json.dumps(wanted, indent=1).encode(), b"\n"])
 
 
 def _read_marker(paths: DemoPaths) -> dict[str, Any] | None:
@@ -313,8 +320,8 @@ def _plain(config: EstimateConfig) -> Any:
     return json.loads(json.dumps(config.as_dict()))
 
 
-def _as_yaml(value: Any) -> str:
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+def _as_yaml(value: Any) -> bytes:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True).encode()
 
 
 def _remove(path: Path) -> None:

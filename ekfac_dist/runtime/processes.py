@@ -28,7 +28,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
-from ekfac_dist.errors import LaunchError, PeerError, UserError
+from ekfac_dist.errors import LaunchError, PeerError, UserError, first_line
 
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ class World:
             state = PartialState(cpu=cpu, **arguments)
         except (RuntimeError, ValueError, dist.DistError) as error:
             raise LaunchError(
-                f"The workers could not be connected: {_first_line(error)}. Check the launcher's "
+                f"The workers could not be connected: {first_line(error)}. Check the launcher's "
                 "address, port and number of processes."
             ) from error
         size = state.num_processes
@@ -321,7 +321,7 @@ class World:
             with suppress(RuntimeError):  # the key-value store may have gone with its worker
                 self._raise_if_announced()
             # Gloo begins with a line of its own source and ends with advice on its logs.
-            cause = re.sub(r"^\[\S+:\d+\] ", "", _first_line(error)).partition(". ")[0]
+            cause = re.sub(r"^\[\S+:\d+\] ", "", first_line(error)).partition(". ")[0]
             raise PeerError(
                 f"The connection to another worker was lost ({cause}): it has ended without a "
                 "word. Look for that worker's own message, or for the system ending it for memory."
@@ -344,10 +344,6 @@ def _difference(values: Sequence[Any], other: int) -> str:
 
 def _default_store() -> Any:
     return dist.distributed_c10d._get_default_store()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _buckets(tensors: Sequence[Tensor], limit_bytes: int) -> Iterator[list[Tensor]]:

@@ -1,14 +1,12 @@
 """Writing a factor store: each file whole or not at all, the manifest last.
 
-A file is written under a temporary name, flushed to the disk and renamed, so a file that exists is
-whole. Worker 0 writes; see `store` for the format and for reading.
+Worker 0 writes; see `store` for the format and for reading.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ekfac_dist.errors import OutputError, StoreError
+from ekfac_dist.runtime.files import write_whole
 from ekfac_dist.runtime.store import FOLDERS, FORMAT, MANIFEST, read_manifest, stored_files
 
 _TEMPORARY_MANIFEST = f".{MANIFEST}.*.tmp"
@@ -33,30 +32,6 @@ def _canonical(content: bytes) -> list[bytes | memoryview]:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return [len(text).to_bytes(8, "little"), text, memoryview(content)[8 + size :]]
-
-
-def _write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror or error}. Give an output directory that "
-            "can be written and has room."
-        ) from error
-    finally:
-        with suppress(OSError):  # it is there only if the writing failed
-            temporary.unlink()
 
 
 class StoreWriter:
@@ -98,7 +73,7 @@ class StoreWriter:
         path = self.path / file
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         parts = _canonical(save(on_cpu, metadata=dict(header) if header else None))
-        _write_atomically(path, parts)
+        write_whole(path, parts)
         digest = hashlib.sha256()
         for part in parts:
             digest.update(part)
@@ -127,7 +102,7 @@ class StoreWriter:
 
     def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
         text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
-        _write_atomically(self.path / MANIFEST, [text.encode(), b"\n"])
+        write_whole(self.path / MANIFEST, [text.encode(), b"\n"])
 
 
 def check_output(path: str | Path, config: Mapping[str, Any]) -> None:

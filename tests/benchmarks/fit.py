@@ -94,6 +94,9 @@ def least_operations(args, lengths):
     covariance = positions * layers * (h * h + m * m + 2 * m * m + h * h) / 2
     refit = 0
     for length in lengths:
+        if args.refit == "per_token":
+            refit += layers * length * (2 * h * h + 3 * m * m + 3 * h * m)
+            continue
         gate_and_up = min(length, 2 * m) * h * h + 2 * min(length, h) * m * m + 2 * length * h * m
         down = min(length, h) * m * m + min(length, m) * h * h + length * h * m
         refit += layers * (gate_and_up + down)

@@ -93,7 +93,7 @@ def test_half_a_surrogate_pair_in_a_docstring_can_be_written(tmp_path):
 
 
 def test_what_is_written_is_read_back_and_is_the_same_bytes_each_time(stdlib, tmp_path):
-    first, second = tmp_path / "first.jsonl", tmp_path / "new" / "second.jsonl"
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
     num_rows = write_corpus(first, stdlib)
     write_corpus(second, stdlib)
     assert first.read_bytes() == second.read_bytes()

@@ -36,6 +36,7 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(hours=3)
 BUCKET_BYTES = 64 * 2**20
 PEER_CHECK_SECONDS = 1.0
+GLOO_SECONDS = 0.002
 
 _runs = itertools.count()
 _AGREED = "_ekfac_dist_agreed"  # marks an error that every worker raised together
@@ -142,6 +143,9 @@ class World:
         values: list[Any] = [None] * self.size
         with self._collective():
             dist.all_gather_object(values, value)
+        # gloo's thread frees what it sent only now, and needs the interpreter for it; a script that
+        # ended this very moment would be aborted (torch 2.13).
+        time.sleep(GLOO_SECONDS if self.backend == "gloo" else 0)
         return values
 
     def share(self, value: T) -> T:

@@ -167,10 +167,8 @@ def estimate_factors(
         inputs = check_inputs(config, model, sequences, world)
         sink = memory if output is None else open_store(output, config, world)
         fit(inputs, world, sink, show_progress=progress)
-    if output is None:
-        return Factors(memory)
     world.barrier()
-    return load_factors(output)
+    return Factors(memory) if output is None else load_factors(output)
 
 
 def open_store(output: str | Path, config: EstimateConfig, world: World) -> FactorSink:

@@ -23,7 +23,7 @@ from ekfac_dist.config import DataConfig
 from ekfac_dist.errors import DataError
 
 NO_LABEL = -100
-_CACHE_VERSION = "2"
+_CACHE_VERSION = "3"
 _MAP_ROWS = 256
 
 
@@ -243,7 +243,10 @@ def _encode(
         labels = list(ids)
         if with_prompt:
             special = encoded["special_tokens_mask"][row]
-            starts = _starts(encoded["offset_mapping"][row], special, trimmed=trimmed)
+            spaces = [0] * len(ids)
+            if trimmed:
+                spaces = [_num_spaces(token) for token in tokenizer.convert_ids_to_tokens(ids)]
+            starts = _starts(encoded["offset_mapping"][row], special, spaces)
             end = len(prompts[row])
             labels = [
                 token if start >= end else NO_LABEL
@@ -264,22 +267,29 @@ def _trims_offsets(tokenizer: Any) -> bool:
     return any(part.get("trim_offsets") for part in step.get("processors", [step]))
 
 
+def _num_spaces(token: str) -> int:
+    """Spaces at the front of a byte-level token, in which a space is written Ġ."""
+    return len(token) - len(token.lstrip("Ġ"))
+
+
 def _starts(
-    offsets: Iterable[tuple[int, int]], special: Iterable[int], *, trimmed: bool
+    offsets: Iterable[tuple[int, int]], special: Iterable[int], spaces: Iterable[int]
 ) -> list[int]:
     """Where in the text each token begins; a special token begins where the one before it ended.
 
     Args:
         offsets: Where the tokenizer says that each token begins and ends.
         special: Whether each is a special token.
-        trimmed: Whether the offsets leave out a space that belongs to the token.
+        spaces: How many spaces of each token its offsets leave out at its front.
     """
     starts, last_end = [], 0
-    for (start, end), is_special in zip(offsets, special, strict=True):
-        begins_at_last_end = is_special or (trimmed and start > last_end)
-        starts.append(last_end if begins_at_last_end else start)
-        if not is_special:
-            last_end = end
+    for (start, end), is_special, num_spaces in zip(offsets, special, spaces, strict=True):
+        if is_special:
+            starts.append(last_end)
+            continue
+        begin = max(0, start - num_spaces)  # at the text's start nothing was left out
+        starts.append(begin)
+        last_end = max(end, begin + num_spaces)
     return starts
 
 

@@ -23,3 +23,14 @@ os.environ.update(
 import torch  # noqa: E402 - only now that the caches are set
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# A slow machine is no failure. In CI the same examples come each time; elsewhere new ones do.
+settings.register_profile(
+    "here",
+    deadline=None,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("here")

@@ -1,22 +1,33 @@
 """EK-FAC curvature factors of language models' MLP blocks, fitted on many workers.
 
-The Python API: `estimate_factors` fits, `load_factors` opens what was fitted. Both are imported
-when they are first used, so that the command line answers at once.
+The Python API: `estimate_factors` fits, `load_factors` opens what was fitted, `influence_scores`
+answers queries with it. They are imported when they are first used, so that the command line
+answers at once.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ekfac_dist.influence.run import influence_scores
+    from ekfac_dist.influence.scores import InfluenceScores
     from ekfac_dist.stages.factors import Factors, load_factors
     from ekfac_dist.stages.run import estimate_factors
 
-__all__ = ["Factors", "estimate_factors", "load_factors"]
+__all__ = [
+    "Factors",
+    "InfluenceScores",
+    "estimate_factors",
+    "influence_scores",
+    "load_factors",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
     "Factors": "ekfac_dist.stages.factors",
     "load_factors": "ekfac_dist.stages.factors",
     "estimate_factors": "ekfac_dist.stages.run",
+    "InfluenceScores": "ekfac_dist.influence.scores",
+    "influence_scores": "ekfac_dist.influence.run",
 }
 
 

@@ -4,32 +4,39 @@ Exit status 0: done; 1: a defect or a worker lost; 2: something the user can men
 sentence. Heavy imports wait inside the commands, so that help and mistakes are answered at once.
 """
 
+import dataclasses
 import difflib
 import os
 import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 
-from ekfac_dist.config import EstimateConfig, field_names
+from ekfac_dist.config import EstimateConfig, QueryConfig, field_names
 from ekfac_dist.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from ekfac_dist.runtime.processes import World
 
+T = TypeVar("T")
+
 USAGE = """usage: ekfac-dist COMMAND [options]
 
-Fits EK-FAC curvature factors of a language model's MLP blocks on many workers.
+Fits EK-FAC curvature factors of a language model's MLP blocks on many workers, and answers
+influence queries from them.
 
   estimate   fit factors: ekfac-dist estimate --config configs/gpt2.yaml
   inspect    a store's summary and health: ekfac-dist inspect runs/gpt2 [--verify] [--plot FILE]
-  launch     estimate on many workers, with the options of `accelerate launch`:
+  query      score training sequences: ekfac-dist query --factors runs/gpt2 --queries queries.jsonl
+             --output runs/scores
+  report     a page to look at scores in: ekfac-dist report runs/scores [--output FILE.html]
+  launch     estimate or query on many workers, with the options of `accelerate launch`:
              ekfac-dist launch --config_file launch/accelerate/cpu.yaml estimate --config FILE
   demo       all of the main job on a small model and real text, nothing to download
 
@@ -47,7 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"estimate": estimate, "inspect": inspect, "launch": launch, "demo": demo}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "estimate": estimate,
+        "inspect": inspect,
+        "query": query,
+        "report": report,
+        "launch": launch,
+        "demo": demo,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -78,28 +92,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def estimate(arguments: list[str]) -> int:
     """Fits factors, alone or as one of the workers that a launcher started."""
+
+    def work(config: EstimateConfig, world: "World", say: Callable[[str], None]) -> str:
+        from ekfac_dist.report.summary import closing_table
+        from ekfac_dist.stages.run import run_estimate
+
+        summary = run_estimate(config, world, say)
+        return closing_table(summary, str(config.output)) if world.is_main else ""
+
     parser = _parser(
         "estimate --config FILE [--FIELD VALUE …]",
         "Fits EK-FAC factors of a causal language model's MLP blocks.",
     )
-    parser.add_class_arguments(EstimateConfig)
+    return _work(parser, EstimateConfig, arguments, work)
+
+
+def query(arguments: list[str]) -> int:
+    """Scores training sequences for queries, alone or as one of several workers."""
+
+    def work(config: QueryConfig, world: "World", say: Callable[[str], None]) -> str:
+        from ekfac_dist.influence.run import run_query
+        from ekfac_dist.report.answers import answer_tables
+
+        run_query(config, world, say)
+        return answer_tables(str(config.output)) if world.is_main else ""
+
+    parser = _parser(
+        "query --factors STORE --queries FILE --output DIRECTORY [--FIELD VALUE …]",
+        "Scores training sequences for queries: which of them make a completion more likely.",
+    )
+    return _work(parser, QueryConfig, arguments, work)
+
+
+def _work(
+    parser: ArgumentParser,
+    config_class: type[T],
+    arguments: list[str],
+    work: Callable[[T, "World", Callable[[str], None]], str],
+) -> int:
+    """Runs a command that workers share; `work` returns what worker 0 says at the end."""
+    parser.add_class_arguments(config_class)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        config = _parse_config(parser, arguments)  # before the heavy imports
-    from ekfac_dist.report.summary import closing_table, opening_lines
+        config = _parse_config(parser, config_class, arguments)  # before the heavy imports
+    from ekfac_dist.report.summary import opening_lines
     from ekfac_dist.runtime.processes import World
-    from ekfac_dist.stages.run import run_estimate
 
     world = World.start()
     with _reporting(world):
         with world.agree():
             if world.size > 1:
-                config = _parse_config(parser, arguments)
+                config = _parse_config(parser, config_class, arguments)
         for line in opening_lines(world.gather(world.describe()), world.backend):
             _say(world, line)
-        summary = run_estimate(config, world, lambda line: _say(world, line))
-        if world.is_main:
-            assert config.output is not None
-            print(closing_table(summary, config.output), flush=True)
+        _say(world, work(config, world, lambda line: _say(world, line)))
         world.barrier()
     world.close()
     if world.size > 1:
@@ -128,6 +173,22 @@ def inspect(arguments: list[str]) -> int:
     if given["plot"] is not None:
         plot_spectra(given["store"], given["plot"])
         print(f"spectra are in {given['plot']}")
+    return 0
+
+
+def report(arguments: list[str]) -> int:
+    """Writes a page to look at scores in."""
+    parser = _parser("report SCORES [--output FILE.html]", "Writes query results as one HTML file.")
+    parser.add_argument("scores", type=str, help="Output directory of a `query` run.")
+    parser.add_argument(
+        "--output", type=str | None, default=None, help="The page; by default SCORES.html."
+    )
+    given = _parse(parser, arguments, ["scores", "output"])
+    from ekfac_dist.report.page import write_report
+
+    output = given["output"] or given["scores"].rstrip("/") + ".html"
+    write_report(given["scores"], output)
+    print(f"The report is in {output}", flush=True)
     return 0
 
 
@@ -245,11 +306,9 @@ def _parser(usage: str, description: str) -> ArgumentParser:
     return parser
 
 
-def _parse_config(parser: ArgumentParser, arguments: list[str]) -> EstimateConfig:
-    parsed = _parse(parser, arguments, field_names(EstimateConfig))
-    return EstimateConfig(
-        **{name: parsed[name] for name in ("model", "data", "factors", "batch_tokens", "output")}
-    )
+def _parse_config(parser: ArgumentParser, config_class: type[T], arguments: list[str]) -> T:
+    parsed = _parse(parser, arguments, field_names(config_class))
+    return config_class(**{f.name: parsed[f.name] for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
 
 
 def _parse(parser: ArgumentParser, arguments: list[str], fields: list[str]) -> dict[str, Any]:

@@ -6,15 +6,20 @@ cannot be meant; types are checked by the command line's parser.
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ekfac_dist.errors import ConfigError
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16", "auto"]
 Labels = Literal["sampled", "data"]
 Refit = Literal["per_sequence", "per_token", "none"]
+Normalize = Literal["none", "cosine", "relatif_l", "relatif_theta"]
+PerToken = Literal["none", "top", "all"]
+
+DEFAULT_RANK = 32
+DEFAULT_TOP_K = 20
 
 
 def _require_choice(name: str, value: object, choices: Iterable[str]) -> None:
@@ -26,6 +31,12 @@ def _require_choice(name: str, value: object, choices: Iterable[str]) -> None:
 def _require_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name} is {value!r}; it must be a whole number of 1 or more.")
+
+
+def _require_given(values: Mapping[str, object]) -> None:
+    for name, value in values.items():
+        if not value:
+            raise ConfigError(f"{name} is not given; set it in the YAML file or as --{name}.")
 
 
 @dataclass(kw_only=True)
@@ -156,17 +167,185 @@ class EstimateConfig:
 
     def __post_init__(self) -> None:
         _require_positive("batch_tokens", self.batch_tokens)
-        for name, value in (
-            ("model.name", self.model.name),
-            ("data.source", self.data.source),
-            ("output", self.output),
-        ):
-            if not value:
-                raise ConfigError(f"{name} is not given; set it in the YAML file or as --{name}.")
+        names = {"model.name": self.model.name, "data.source": self.data.source}
+        _require_given({**names, "output": self.output})
         # A shell expands ~ only where it sees it: not in a YAML file, nor behind --output=.
         self.model.name = os.path.expanduser(self.model.name or "")
         self.data.source = os.path.expanduser(self.data.source or "")
         self.output = os.path.expanduser(self.output or "")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole configuration as plain nested dictionaries."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(kw_only=True)
+class QueryModelConfig:
+    """Which model answers; what is null is as it was when the factors were fitted.
+
+    Args:
+        name: Hub id or local directory.
+        revision: Hub revision.
+        dtype: float64, float32, bfloat16, float16 or auto.
+        trust_remote_code: Run Python code that comes with the model; never taken from a store.
+    """
+
+    name: str | None = None
+    revision: str | None = None
+    dtype: Dtype | None = None
+    trust_remote_code: bool = False
+
+    def over(self, fitted: Mapping[str, Any]) -> ModelConfig:
+        """What is given, over what the factors were fitted with."""
+        return ModelConfig(**{**fitted, **_given(self)})
+
+
+@dataclass(kw_only=True)
+class QueryDataConfig:
+    """Which training sequences are scored.
+
+    Without `source` they are those that the factors were fitted on, and what is null is as it was
+    then; with it, what is null has the default that it has in `estimate`.
+
+    Args:
+        source: A file, a saved `datasets` directory, or a hub id.
+        subset: Which subset of a hub data set that has several.
+        split: Which split of the source.
+        text: Column that holds the text.
+        prompt: Column whose tokens come first and carry no label.
+        max_tokens: Longer sequences are cut to this many tokens.
+        max_sequences: Use only this many sequences, the first.
+    """
+
+    source: str | None = None
+    subset: str | None = None
+    split: str | None = None
+    text: str | None = None
+    prompt: str | None = None
+    max_tokens: int | None = None
+    max_sequences: int | None = None
+
+    def over(self, fitted: Mapping[str, Any]) -> DataConfig:
+        """What is given, over what the factors were fitted on, or over the defaults."""
+        data = DataConfig(**{**(fitted if self.source is None else {}), **_given(self)})
+        data.source = os.path.expanduser(data.source or "")
+        return data
+
+
+def _given(config: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(config).items() if value is not None}
+
+
+@dataclass(kw_only=True)
+class DampingConfig:
+    """The damping λ of each module.
+
+    Args:
+        value: λ of every module.
+        relative: Whether λ is a multiple of the module's mean(Λ), or absolute.
+        modules: Other values for some modules, by name or glob.
+    """
+
+    value: float = 0.1
+    relative: bool = True
+    modules: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class ScoresConfig:
+    """Which scores are computed, and how they are shown.
+
+    Args:
+        normalize: none; cosine, relatif_l or relatif_theta (divide by the sequences' norms).
+        top_k: How many of the most positive sequences of a query to list; null: 20.
+        bottom_k: How many of the most negative; null: as many as top_k.
+        per_token: Scores of each position of the listed sequences (top), of all, or none.
+        per_module: Store the scores of each module too.
+        per_layer: Store the scores of each layer too.
+        self_influence: Store each training sequence's influence on itself.
+        low_rank: Scan with query gradients of low rank.
+        rank: That rank; null: 32. Giving it asks for low_rank.
+        rescore: Score this many of each query's top and bottom sequences again, exactly.
+        candidates: Score only these rows of the data: a list, or a file of them (JSON, or a row
+            number in each line).
+        training_size: What nats are divided by; null: the number of training sequences.
+        query_memory_gb: Budget for query gradients (powers of 1000); more queries are answered in
+            several blocks, one scan each.
+    """
+
+    normalize: Normalize = "none"
+    top_k: int | None = None
+    bottom_k: int | None = None
+    per_token: PerToken = "top"
+    per_module: bool = False
+    per_layer: bool = False
+    self_influence: bool = False
+    low_rank: bool = False
+    rank: int | None = None
+    rescore: int = 0
+    candidates: list[int] | str | None = None
+    training_size: int | None = None
+    query_memory_gb: float = 4.0
+
+    def __post_init__(self) -> None:
+        _require_choice("scores.normalize", self.normalize, get_args(Normalize))
+        _require_choice("scores.per_token", self.per_token, get_args(PerToken))
+        for name in ("top_k", "rank", "training_size"):
+            value = getattr(self, name)
+            if value is not None:
+                _require_positive(f"scores.{name}", value)
+        for name in ("bottom_k", "rescore"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or value < 0):
+                raise ConfigError(f"scores.{name} is {value!r}; it must be 0 or more.")
+        if self.rank is not None:
+            self.low_rank = True
+        if self.rescore and not self.low_rank:
+            raise ConfigError(
+                "scores.rescore is given, but scores are exact already; give scores.rank too, or "
+                "neither."
+            )
+        if not self.query_memory_gb > 0:
+            raise ConfigError(
+                f"scores.query_memory_gb is {self.query_memory_gb}; it must be above 0."
+            )
+
+    @property
+    def effective_rank(self) -> int | None:
+        """The rank of the scan's query gradients; None: they are whole."""
+        return (self.rank or DEFAULT_RANK) if self.low_rank else None
+
+
+@dataclass(kw_only=True)
+class QueryConfig:
+    """A whole run of `query`.
+
+    Args:
+        factors: Directory of the factor store.
+        queries: A .jsonl file; each line has "prompt" and "completion", or "text". Lines with the
+            same "group" are summed.
+        model: Which model; by default the one that the factors were fitted for.
+        data: Which training sequences; by default those that the factors were fitted on.
+        damping: The damping λ.
+        scores: Which scores.
+        batch_tokens: Token budget of a batch, per worker and step, padding included.
+        output: Directory of the results.
+    """
+
+    factors: str | None = None
+    queries: str | None = None
+    model: QueryModelConfig = field(default_factory=QueryModelConfig)
+    data: QueryDataConfig = field(default_factory=QueryDataConfig)
+    damping: DampingConfig = field(default_factory=DampingConfig)
+    scores: ScoresConfig = field(default_factory=ScoresConfig)
+    batch_tokens: int = 4096
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_positive("batch_tokens", self.batch_tokens)
+        _require_given({name: getattr(self, name) for name in ("factors", "queries", "output")})
+        for name in ("factors", "queries", "output"):
+            setattr(self, name, os.path.expanduser(getattr(self, name)))
 
     def as_dict(self) -> dict[str, Any]:
         """The whole configuration as plain nested dictionaries."""

@@ -48,28 +48,35 @@ def apply(matrix_OI: Tensor, basis_OO: Tensor, basis_II: Tensor, lambda_OI: Tens
     return rotate_back(lambda_OI * rotate(matrix_OI, basis_OO, basis_II), basis_OO, basis_II)
 
 
-def solve(
-    matrix_OI: Tensor, basis_OO: Tensor, basis_II: Tensor, lambda_OI: Tensor, damping: float
-) -> Tensor:
+def solve(matrix_OI: Tensor, basis_OO: Tensor, basis_II: Tensor, damped_OI: Tensor) -> Tensor:
     """(E + λ)⁻¹ V = Q_S [(Q_Sᵀ V Q_A) ⊘ (Λ + λ)] Q_Aᵀ (Grosse et al. 2023, eq. 21).
 
     Args:
         matrix_OI: V [..., O, I], weight-shaped.
         basis_OO: Q_S, eigenvectors in columns.
         basis_II: Q_A, eigenvectors in columns.
-        lambda_OI: Λ; not changed.
-        damping: λ, absolute, 0 or more.
+        damped_OI: Λ + λ, from `damped`; not changed.
 
     Returns:
         [..., O, I].
+    """
+    return rotate_back(rotate(matrix_OI, basis_OO, basis_II) / damped_OI, basis_OO, basis_II)
+
+
+def damped(lambda_OI: Tensor, damping: float) -> Tensor:
+    """Λ + λ, which can be divided by.
+
+    Args:
+        lambda_OI: Λ; not changed.
+        damping: λ, absolute, 0 or more.
 
     Raises:
-        ConfigError: Λ + λ is zero somewhere, so that there is no inverse.
+        ConfigError: It is zero somewhere, so that there is no inverse.
     """
-    damped = lambda_OI + damping
-    if not bool((damped > 0).all()):
+    damped_OI = lambda_OI + damping
+    if not bool((damped_OI > 0).all()):
         raise ConfigError(
             f"damping is {damping:g} and Λ has zeros, so there is no inverse; give a damping "
             "above 0."
         )
-    return rotate_back(rotate(matrix_OI, basis_OO, basis_II) / damped, basis_OO, basis_II)
+    return damped_OI

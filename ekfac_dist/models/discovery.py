@@ -103,6 +103,13 @@ class Discovery:
         return factor_sizes(self.modules)
 
 
+def layer_name(module: str) -> str:
+    """The layer that a module belongs to: its name up to the first number, or the whole of it."""
+    parts = module.split(".")
+    number = next((k for k, part in enumerate(parts) if part.isdecimal()), len(parts))
+    return ".".join(parts[: number + 1])
+
+
 def factor_sizes(modules: Iterable[TrackedModule]) -> dict[str, int]:
     """Size n of every factor of some modules, by name, in model order."""
     sizes: dict[str, int] = {}
@@ -209,19 +216,23 @@ def partition(modules: Sequence[TrackedModule], number: int) -> list[list[Tracke
     return groups
 
 
-def fingerprint(model: nn.Module, modules: Iterable[TrackedModule]) -> str:
+def fingerprint(
+    model: nn.Module, modules: Iterable[TrackedModule], dtype: torch.dtype | None = None
+) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of the tracked modules' parameters.
 
     Args:
         model: The model.
         modules: Its tracked modules, in model order.
+        dtype: As if the parameters were held in that one; None: as they are.
     """
     digest = hashlib.sha256()
     for module in modules:
         for name, parameter in model.get_submodule(module.name).named_parameters():
-            label = f"{module.name}.{name}|{parameter.dtype}|{tuple(parameter.shape)}|"
+            held = parameter.detach().to(dtype=dtype)
+            label = f"{module.name}.{name}|{held.dtype}|{tuple(held.shape)}|"
             digest.update(label.encode())
-            content = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            content = held.cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(content.numpy().data)
     return digest.hexdigest()
 
@@ -310,10 +321,12 @@ def _with_shared_inputs(
         if leader is None:
             leader = name
             leaders.append((name, bias))
-        num_inputs, num_outputs = _sizes(module)
+        described = describe(module)
+        assert described is not None
+        kind, num_inputs, num_outputs, _ = described
         yield TrackedModule(
             name=name,
-            kind=CONV1D if isinstance(module, Conv1D) else LINEAR,
+            kind=kind,
             num_inputs=num_inputs,
             num_outputs=num_outputs,
             bias=bias,
@@ -322,10 +335,13 @@ def _with_shared_inputs(
         )
 
 
-def _sizes(module: Any) -> tuple[int, int]:
+def describe(module: Any) -> tuple[str, int, int, bool] | None:
+    """Kind, inputs, outputs and whether there is a bias; None of what is no linear map."""
     if isinstance(module, Conv1D):
-        return module.nx, module.nf
-    return module.in_features, module.out_features
+        return CONV1D, module.nx, module.nf, module.bias is not None
+    if isinstance(module, nn.Linear):
+        return LINEAR, module.in_features, module.out_features, module.bias is not None
+    return None
 
 
 def _refuse_tied(model: nn.Module, tracked: Iterable[str]) -> None:

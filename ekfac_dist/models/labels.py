@@ -53,12 +53,19 @@ class LogitGradient:
         scale: A power of two; 1 but for float16.
         loss: Sum of −log p(label) over the batch, float64 scalar on the logits' device, in nats.
         labels: The labels of the batch's labelled positions, in order.
+        losses: −log p of each of them, float64, in nats.
     """
 
     gradient: Tensor
     scale: float
     loss: Tensor
     labels: Tensor
+    losses: Tensor
+
+    def by_sequence(self, batch: Batch) -> Tensor:
+        """−log p of each of the batch's sequences [B], float64."""
+        owner = batch.labelled // batch.input_ids.shape[1]
+        return self.losses.new_zeros(len(batch.lengths)).index_add_(0, owner, self.losses)
 
 
 def uniforms(seed: int, pass_number: int, index: int, num_positions: int) -> np.ndarray:
@@ -138,8 +145,7 @@ def logit_gradient(logits: Tensor, batch: Batch, rule: LabelRule) -> LogitGradie
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     targets = batch.targets.flatten()
     draws = _uniforms_of(batch, rule).to(logits.device) if rule.labels == "sampled" else None
-    loss = torch.zeros((), dtype=torch.float64, device=logits.device)
-    chosen = []
+    chosen, losses = [], []
     step = max(1, _CHUNK_ELEMENTS // flat.shape[1])
     for start in range(0, batch.labelled.numel(), step):
         rows = batch.labelled[start : start + step]
@@ -153,11 +159,12 @@ def logit_gradient(logits: Tensor, batch: Batch, rule: LabelRule) -> LogitGradie
         likeliest = residual.max(-1)
         log_total = scores.gather(-1, likeliest.indices[:, None]).squeeze(-1)
         log_total = log_total.double() - likeliest.values.double().log()
-        loss += (log_total - scores[at]).sum()
+        losses.append(log_total - scores[at])
         residual[at] -= 1
         gradient[rows] = (residual if scale == 1.0 else residual * scale).to(gradient.dtype)
         chosen.append(labels)
-    return LogitGradient(gradient.view_as(logits), scale, loss, torch.cat(chosen))
+    nats = torch.cat(losses)
+    return LogitGradient(gradient.view_as(logits), scale, nats.sum(), torch.cat(chosen), nats)
 
 
 def _uniforms_of(batch: Batch, rule: LabelRule) -> Tensor:

@@ -14,6 +14,7 @@ from ekfac_dist.report.tables import table
 from ekfac_dist.runtime.memory import as_text
 from ekfac_dist.runtime.store import StoreReader, eigenbasis_file, spectrum_file
 from ekfac_dist.stages.factors import Factors
+from ekfac_dist.stages.record import FISHER_NAMES
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def _summary(path: str | Path) -> str:
     manifest = reader.manifest
     data, fisher, model = manifest["data"], manifest["fisher"], manifest["model"]
     coverage = manifest["coverage"]
-    kind = "true Fisher" if fisher["labels"] == "sampled" else "empirical Fisher"
+    kind = FISHER_NAMES[fisher["labels"]]
     rows = []
     for name, module in factors.modules.items():
         spectra = _spectra(reader, factors, name)

@@ -1,9 +1,14 @@
-"""Files that are whole if they exist."""
+"""Files that are whole if they exist, and the same bytes for the same content."""
 
+import hashlib
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
 
 from ekfac_dist.errors import OutputError
 
@@ -39,3 +44,29 @@ def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     finally:
         with suppress(OSError):  # it is there only if the writing failed
             temporary.unlink()
+
+
+def safetensors_parts(
+    tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
+) -> list[bytes | memoryview]:
+    """A safetensors file's content: the same tensors and strings are the same bytes, always.
+
+    Args:
+        tensors: What it holds; moved to the CPU and made contiguous.
+        header: Strings for its header, which are put in order; `save` leaves theirs to chance.
+    """
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content = save(on_cpu, metadata=dict(header) if header else None)
+    size = int.from_bytes(content[:8], "little")
+    written = json.loads(content[8 : 8 + size])
+    if "__metadata__" in written:
+        written["__metadata__"] = dict(sorted(written["__metadata__"].items()))
+    text = json.dumps(written, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little"), text, memoryview(content)[8 + size :]]
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,7 +16,7 @@ from contextlib import redirect_stderr
 
 from ekfac_dist.errors import ConfigError
 
-_COMMANDS = ("estimate",)
+_COMMANDS = ("estimate", "query")
 
 
 def launch_workers(arguments: Sequence[str]) -> int:

@@ -10,7 +10,6 @@ them are in place. This module has the names and the reading, `store_writer` the
 names, bytes and tensors; they know no mathematics.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ekfac_dist.errors import StoreError
+from ekfac_dist.runtime.files import file_sha256
 
 FORMAT = "ekfac_dist/1"
 MANIFEST = "manifest.json"
@@ -58,11 +58,6 @@ def stored_files(store: Path) -> list[str]:
     """Every file in a store's folders, as a path inside the store."""
     found = [p for folder in FOLDERS for p in (store / folder).rglob("*") if p.is_file()]
     return sorted(str(path.relative_to(store)) for path in found)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class FactorSink(Protocol):
@@ -114,13 +109,16 @@ class StoreReader:
 
     Args:
         path: The store's directory.
+        verify: Whether to check a file's SHA-256 before it is read for the first time.
 
     Raises:
         StoreError: It is missing, of another format, or incomplete.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, verify: bool = False) -> None:
         self.path = Path(path)
+        self._verify = verify
+        self._verified: set[str] = set()
         if not self.path.is_dir():
             raise StoreError(f"{path} is no directory; give the output of an `estimate` run.")
         if not (self.path / MANIFEST).is_file():
@@ -154,7 +152,27 @@ class StoreReader:
             file: Its path inside the store.
 
         Raises:
-            StoreError: It is not listed, missing, of another size, or no safetensors file.
+            StoreError: It is not listed, missing, damaged, or no safetensors file.
+        """
+        path = self.check(file)
+        if self._verify and file not in self._verified:
+            if file_sha256(path) != self.manifest["files"][file]["sha256"]:
+                raise StoreError(
+                    f"{path} is damaged: its SHA-256 is not the one in the manifest. Copy the "
+                    "store again, or fit the factors again."
+                )
+            self._verified.add(file)
+        try:
+            with safe_open(path, framework="pt") as opened:
+                yield opened
+        except (SafetensorError, OSError) as error:
+            raise StoreError(f"{path} is no whole safetensors file: {error}.") from error
+
+    def check(self, file: str) -> Path:
+        """Where a file is, if the manifest lists it and it is there with the right size.
+
+        Raises:
+            StoreError: It is not.
         """
         listed = self.manifest["files"].get(file)
         if listed is None:
@@ -168,11 +186,7 @@ class StoreReader:
             raise StoreError(
                 f"{path} has {found} bytes; the manifest says {listed['bytes']}: it is damaged."
             )
-        try:
-            with safe_open(path, framework="pt") as opened:
-                yield opened
-        except (SafetensorError, OSError) as error:
-            raise StoreError(f"{path} is no whole safetensors file: {error}.") from error
+        return path
 
     def tensor(self, file: str, key: str, shape: tuple[int, ...]) -> Tensor:
         """One tensor of one file.
@@ -217,7 +231,7 @@ class StoreReader:
                 yield file, "is missing"
             elif path.stat().st_size != listed["bytes"]:
                 yield file, f"has {path.stat().st_size} bytes, not {listed['bytes']}"
-            elif _sha256(path) != listed["sha256"]:
+            elif file_sha256(path) != listed["sha256"]:
                 yield file, "has another SHA-256: its content has changed"
             else:
                 yield file, None

@@ -10,28 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor
 
 from ekfac_dist.errors import OutputError, StoreError
-from ekfac_dist.runtime.files import write_whole
+from ekfac_dist.runtime.files import safetensors_parts, write_whole
 from ekfac_dist.runtime.store import FOLDERS, FORMAT, MANIFEST, read_manifest, stored_files
 
 _TEMPORARY_MANIFEST = f".{MANIFEST}.*.tmp"
-
-
-def _canonical(content: bytes) -> list[bytes | memoryview]:
-    """A safetensors file with its header's strings in order, which `save` leaves to chance.
-
-    The same tensors and strings then are the same bytes, in every process.
-    """
-    size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + size])
-    if "__metadata__" in header:
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return [len(text).to_bytes(8, "little"), text, memoryview(content)[8 + size :]]
 
 
 class StoreWriter:
@@ -71,8 +56,7 @@ class StoreWriter:
             header: Strings for the file's own header.
         """
         path = self.path / file
-        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        parts = _canonical(save(on_cpu, metadata=dict(header) if header else None))
+        parts = safetensors_parts(tensors, header)
         write_whole(path, parts)
         digest = hashlib.sha256()
         for part in parts:

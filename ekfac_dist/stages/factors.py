@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ekfac_dist.curvature import kronecker
+from ekfac_dist.curvature.damping import DEFAULT, Damping
 from ekfac_dist.errors import ConfigError, StoreError
-from ekfac_dist.models.discovery import TrackedModule, fingerprint
+from ekfac_dist.models.discovery import TrackedModule, describe, fingerprint
 from ekfac_dist.runtime.store import (
     MemoryStore,
     StoreReader,
@@ -42,6 +43,14 @@ class ModuleFactors:
     basis_OO: Tensor
     basis_II: Tensor
     lambda_OI: Tensor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "ModuleFactors":
+        """The same factors on a device and in a dtype; copies only what is not there already."""
+        return ModuleFactors(
+            self.basis_OO.to(device, dtype),
+            self.basis_II.to(device, dtype),
+            self.lambda_OI.to(device, dtype),
+        )
 
 
 class Factors:
@@ -86,15 +95,45 @@ class Factors:
             lambda_OI=self._lambdas[name],
         )
 
-    def solve(self, gradients: Mapping[str, Tensor], damping: float = 0.1) -> dict[str, Tensor]:
-        """(E + λ)⁻¹ applied to each module's gradient, λ = damping · mean(Λ) of that module.
+    def damping_of(self, name: str, damping: Damping) -> float:
+        """λ of one module; errors as for `damped`."""
+        self.damped(name, damping)
+        return damping.absolute(name, self.module(name).lambda_OI)
+
+    def damped(self, name: str, damping: Damping, factors: ModuleFactors | None = None) -> Tensor:
+        """Λ + λ of one module, [O, I].
+
+        Args:
+            name: The module.
+            damping: How λ is chosen.
+            factors: The module's factors, if they have been moved elsewhere.
+
+        Raises:
+            ConfigError: No damping for the module, or one of zero where Λ has zeros.
+        """
+        stored_OI = self.module(name).lambda_OI
+        lambda_OI = stored_OI if factors is None else factors.lambda_OI
+        try:
+            return kronecker.damped(lambda_OI, damping.absolute(name, stored_OI))
+        except ConfigError as error:
+            raise ConfigError(f"Module {name}: {error}") from error
+
+    def solve(
+        self,
+        gradients: Mapping[str, Tensor],
+        damping: float | Mapping[str, float] | Damping = DEFAULT,
+        *,
+        relative: bool = True,
+    ) -> dict[str, Tensor]:
+        """(E + λ)⁻¹ applied to each module's gradient; by default λ = 0.1 · mean(Λ) of the module.
 
         Grosse et al. 2023, eq. 21. Stored factors are never changed.
 
         Args:
             gradients: By module name, weight-shaped [..., O, I]; I includes the bias, last. A
                 Conv1D's weight has to be transposed to O×I.
-            damping: λ relative to each module's mean(Λ), 0 or more.
+            damping: λ of every module, 0 or more; or of each, by name or glob.
+            relative: Whether `damping` is a multiple of the module's mean(Λ), or λ itself.
 
         Returns:
             The same names and shapes, in the wider of the gradient's and the factors' dtype, on
@@ -105,18 +144,12 @@ class Factors:
                 where Λ has zeros.
             StoreError: A file is missing or damaged.
         """
-        if not damping >= 0:
-            raise ConfigError(f"damping is {damping}; it must be 0 or more.")
+        chosen = Damping.of(damping, relative)
         solved = {}
         for name, gradient in gradients.items():
             fitted, gradient = self._at(name, gradient)
-            absolute = damping * fitted.lambda_OI.mean().item()
-            try:
-                solved[name] = kronecker.solve(
-                    gradient, fitted.basis_OO, fitted.basis_II, fitted.lambda_OI, absolute
-                )
-            except ConfigError as error:
-                raise ConfigError(f"Module {name}: {error}") from error
+            damped_OI = self.damped(name, chosen, fitted)
+            solved[name] = kronecker.solve(gradient, fitted.basis_OO, fitted.basis_II, damped_OI)
         return solved
 
     def apply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -151,13 +184,7 @@ class Factors:
             )
         dtype = torch.promote_types(gradient.dtype, fitted.lambda_OI.dtype)
 
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(gradient.device, dtype)
-
-        fitted = ModuleFactors(
-            moved(fitted.basis_OO), moved(fitted.basis_II), moved(fitted.lambda_OI)
-        )
-        return fitted, gradient.to(dtype)
+        return fitted.to(gradient.device, dtype), gradient.to(dtype)
 
     def _basis(self, factor: str, size: int) -> Tensor:
         if factor not in self._bases:
@@ -167,40 +194,85 @@ class Factors:
         return self._bases[factor]
 
 
-def load_factors(path: str | Path, model: nn.Module | None = None) -> Factors:
+def load_factors(
+    path: str | Path, model: nn.Module | None = None, *, verify: bool = True
+) -> Factors:
     """Opens a factor store.
+
+    A module's files are read, memory-mapped, when the module is first used. The store is the same
+    whatever number of workers fitted it, and for whatever device or dtype it is used with.
 
     Args:
         path: The store's directory.
-        model: The model that the factors are to be used with; its tracked parameters are compared
-            with those that the factors were fitted for.
+        model: The model that the factors are to be used with; its tracked modules are compared with
+            those that the factors were fitted for. It may hold the same weights in another dtype.
+        verify: Check each file's SHA-256 before it is first read.
 
     Raises:
-        StoreError: The store is missing, incomplete, of another format, or of another model.
+        StoreError: The store is missing, incomplete, of another format, or of another model; or a
+            file of it is missing or of another size. One that has changed is told when it is read.
     """
-    factors = Factors(StoreReader(path))
+    reader = StoreReader(path, verify=verify)
+    factors = Factors(reader)
+    for module in factors.modules.values():
+        for file in (
+            eigenbasis_file(module.input),
+            eigenbasis_file(module.output),
+            spectrum_file(module.name),
+        ):
+            reader.check(file)
     if model is not None:
-        _check_model(str(path), factors, model)
+        check_model(str(path), factors, model)
     return factors
 
 
-def _check_model(path: str, factors: Factors, model: nn.Module) -> None:
+def check_model(path: str, factors: Factors, model: nn.Module) -> None:
+    """Refuses a model that factors were not fitted for.
+
+    Args:
+        path: What to call the factors in an error.
+        factors: The factors.
+        model: The model.
+
+    Raises:
+        StoreError: It lacks a module, or has one of another shape, or other weights.
+    """
     fitted = factors.manifest["model"]
-    for name in factors.modules:
+    said = f"{path} holds factors of {fitted.get('name')} ({fitted.get('class')}"
+    for module in factors.modules.values():
         try:
-            model.get_submodule(name)
+            found = describe(model.get_submodule(module.name))
         except AttributeError as error:
             raise StoreError(
-                f"{path} holds factors of {fitted.get('name')} ({fitted.get('class')}), whose "
-                f"module {name} this {type(model).__name__} lacks."
+                f"{said}), whose module {module.name} this {type(model).__name__} lacks."
             ) from error
-    found = fingerprint(model, factors.modules.values())
-    if found != fitted["fingerprint"]:
-        raise StoreError(
-            f"{path} holds factors of {fitted.get('name')} ({fitted.get('class')}, "
-            f"{fitted.get('dtype')}) with parameter fingerprint {fitted['fingerprint'][:12]}…; the "
-            f"given {type(model).__name__} has {found[:12]}…: its weights or dtype differ."
-        )
+        wanted = (module.kind, module.num_inputs, module.num_outputs, module.bias)
+        if found != wanted:
+            raise StoreError(
+                f"{said}), whose module {module.name} is {_in_words(wanted)}; in this "
+                f"{type(model).__name__} it is {_in_words(found)}."
+            )
+    found_print = fingerprint(model, factors.modules.values())
+    if found_print == fitted["fingerprint"]:
+        return
+    dtype = getattr(torch, str(fitted.get("dtype")), None)
+    if (
+        dtype is not None
+        and fingerprint(model, factors.modules.values(), dtype) == (fitted["fingerprint"])
+    ):
+        return  # the same weights, held in another dtype
+    raise StoreError(
+        f"{said}, {fitted.get('dtype')}) with parameter fingerprint "
+        f"{fitted['fingerprint'][:12]}…; the given {type(model).__name__} has {found_print[:12]}…: its "
+        "weights differ."
+    )
+
+
+def _in_words(described: tuple[str, int, int, bool] | None) -> str:
+    if described is None:
+        return "no linear map"
+    kind, num_inputs, num_outputs, bias = described
+    return f"{kind} {num_inputs}→{num_outputs}{' with a bias' if bias else ''}"
 
 
 def _tracked_module(name: str, entry: Any) -> TrackedModule:

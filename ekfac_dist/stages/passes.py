@@ -1,7 +1,7 @@
 """One pass over this worker's batches: what the covariance and the refit pass have in common."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +29,7 @@ class Work:
         world: The workers.
         dtype: Precision of the running sums.
         show_progress: Whether worker 0 shows progress.
+        called: What errors call a sequence; {} stands for its row in the source.
     """
 
     model: nn.Module
@@ -37,6 +38,7 @@ class Work:
     world: World
     dtype: torch.dtype
     show_progress: bool
+    called: str = "sequence {} of the data"
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Some sequences as a batch on the worker's device."""
@@ -72,6 +74,7 @@ def run_pass(
     modules: Sequence[TrackedModule],
     observer: SummingObserver,
     rule: LabelRule,
+    on_loss: Callable[[Batch, Tensor], None] | None = None,
 ) -> PassResult:
     """Runs this worker's batches through the model and reduces what the observer summed.
 
@@ -81,6 +84,7 @@ def run_pass(
         modules: The tracked modules of this pass.
         observer: What is done with inputs and gradients.
         rule: Where labels come from.
+        on_loss: Called after each batch with −log p of each of its sequences [B], float64.
 
     Raises:
         NonFiniteError: NaN or infinity was met; the module and sequence are named where known.
@@ -102,7 +106,10 @@ def run_pass(
     with world.agree(), Capture(work.model, modules, observer, work.dtype) as capture, progress:
         for numbers in work.shard:
             batch = work.batch(numbers)
-            loss += capture.run(batch, rule).loss
+            result = capture.run(batch, rule)
+            loss += result.loss
+            if on_loss is not None:
+                on_loss(batch, result.by_sequence(batch))
             if not torch.isfinite(observer.health() + loss).item():
                 _raise_non_finite(name, work, modules, numbers, rule)
             progress.update(batch.num_positions, len(numbers))
@@ -151,8 +158,8 @@ def _raise_non_finite(
         where = first.input or logits or first.gradient  # as they come about
         if where is not None:
             raise NonFiniteError(
-                f"NaN or infinity in {where}, in the {name} pass, at sequence {batch.indices[0]} "
-                f"of the data. {advice}"
+                f"NaN or infinity in {where}, in the {name} pass, at "
+                f"{work.called.format(batch.indices[0])}. {advice}"
             )
     indices = [int(work.sequences.indices[number]) for number in numbers]
     raise NonFiniteError(

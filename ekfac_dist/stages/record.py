@@ -11,6 +11,8 @@ from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.models.discovery import Discovery
 
 _SOFTWARE = ("ekfac_dist", "torch", "transformers", "accelerate", "safetensors")
+# What each kind of labels makes of the Fisher.
+FISHER_NAMES = {"sampled": "true Fisher", "data": "empirical Fisher"}
 
 
 @dataclass
@@ -68,6 +70,11 @@ def coverage_line(discovery: Discovery) -> str:
     )
 
 
+def software() -> dict[str, str]:
+    """Versions of the packages that a result depends on."""
+    return {name: importlib.metadata.version(name) for name in _SOFTWARE}
+
+
 def manifest(inputs: Inputs, summary: Summary) -> dict[str, Any]:
     """Every entry of the manifest but format, complete and files."""
     config, sequences, discovery = inputs.config, inputs.sequences, inputs.discovery
@@ -118,6 +125,6 @@ def manifest(inputs: Inputs, summary: Summary) -> dict[str, Any]:
             for name, seconds in summary.seconds.items()
             if name != "refit" or config.factors.refit != "none"
         },
-        "software": {name: importlib.metadata.version(name) for name in _SOFTWARE},
+        "software": software(),
         "config": config.as_dict(),
     }

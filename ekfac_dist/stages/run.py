@@ -13,16 +13,13 @@ from ekfac_dist.config import DataConfig, EstimateConfig, FactorsConfig, ModelCo
 from ekfac_dist.curvature.eigenbasis import check_size
 from ekfac_dist.curvature.kronecker import kfac_lambda
 from ekfac_dist.data.batches import assign_batches, plan_batches
-from ekfac_dist.data.sequences import Sequences, from_examples, tokenize
-from ekfac_dist.data.source import open_source
-from ekfac_dist.errors import DataError
+from ekfac_dist.data.sequences import Sequences, from_examples
 from ekfac_dist.models.capture import prepared
 from ekfac_dist.models.discovery import TrackedModule, discover, fingerprint, partition
 from ekfac_dist.models.labels import COVARIANCE_PASS, REFIT_PASS, LabelRule
-from ekfac_dist.models.loading import context_length, load_model, load_tokenizer
+from ekfac_dist.models.loading import load_model, load_tokenizer
 from ekfac_dist.runtime.memory import peak_bytes
 from ekfac_dist.runtime.processes import World
-from ekfac_dist.runtime.progress import Progress
 from ekfac_dist.runtime.store import (
     FactorSink,
     MemoryStore,
@@ -33,6 +30,7 @@ from ekfac_dist.runtime.store_writer import StoreWriter, check_output
 from ekfac_dist.stages.covariance import CovarianceSums
 from ekfac_dist.stages.eigenbasis import Basis, run_eigenbasis
 from ekfac_dist.stages.factors import Factors, load_factors
+from ekfac_dist.stages.loading import check_sequences, load_sequences
 from ekfac_dist.stages.passes import Work, run_pass
 from ekfac_dist.stages.record import Inputs, Summary, coverage_line, manifest
 from ekfac_dist.stages.refit import LambdaSums
@@ -55,7 +53,7 @@ def run_estimate(config: EstimateConfig, world: World, say: Any = print) -> Summ
     # First of all, for it costs nothing: whether the result has somewhere to go.
     world.on_main(lambda: check_output(output, config.as_dict()))
     tokenizer, tokenizer_print = world.main_first(lambda: load_tokenizer(config.model))
-    sequences = _load_sequences(config, tokenizer, tokenizer_print, world)
+    sequences = load_sequences(config.data, tokenizer, tokenizer_print, world)
     counts = sequences.counts
     tell(
         f"data          {len(sequences)} of {counts.rows} sequences ({counts.unlabelled} left out: "
@@ -177,18 +175,6 @@ def open_store(output: str | Path, config: EstimateConfig, world: World) -> Fact
     return writer if writer is not None else NoStore()
 
 
-def _load_sequences(
-    config: EstimateConfig, tokenizer: Any, tokenizer_fingerprint: str, world: World
-) -> Sequences:
-    def load() -> Sequences:
-        rows = open_source(config.data)
-        shown = world.is_main
-        with Progress("tokenising", total=len(rows), unit="sequences", enabled=shown) as progress:
-            return tokenize(rows, config.data, tokenizer, tokenizer_fingerprint, progress.update)
-
-    return world.main_first(load)
-
-
 def check_inputs(
     config: EstimateConfig, model: nn.Module, sequences: Sequences, world: World
 ) -> Inputs:
@@ -201,19 +187,7 @@ def check_inputs(
         DecompositionError: A factor is too large for worker 0's device.
     """
     with world.agree():
-        longest = int(sequences.num_positions.max())
-        context = context_length(model)
-        if context is not None and longest > context:
-            raise DataError(
-                f"The longest sequence has {longest} positions, but the model reads {context} at "
-                f"most; set data.max_tokens to {context} or less."
-            )
-        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-        if isinstance(embeddings, nn.Embedding) and sequences.max_id >= embeddings.num_embeddings:
-            raise DataError(
-                f"The data has token id {sequences.max_id}, but the model knows "
-                f"{embeddings.num_embeddings} tokens; use the tokenizer that belongs to the model."
-            )
+        check_sequences(model, sequences, "set data.max_tokens to {context} or less")
         discovery = discover(model, config.model.modules, world.device)
     main_device = torch.device(world.share(world.device.type))
     with world.agree():

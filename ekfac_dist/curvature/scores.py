@@ -1,0 +1,131 @@
+"""Inner products of training sequences' gradients with preconditioned query gradients.
+
+For one module a sequence's gradient is G_n = Σ_t g_t a_tᵀ [O, I], and its score for query q is
+⟨P_q, G_n⟩ = Σ_t g_tᵀ P_q a_t. In multiply-add pairs, for a sequence of T positions and Q queries:
+
+    by sequence     form G_n once, then Q products of matrices          (T + Q)·O·I
+    by position     the bilinear form at each position                  T·Q·O·I
+    low rank        P_q = U_q V_qᵀ of rank r, at each position          T·Q·r·(O + I)
+
+So scores of whole sequences are computed by sequence unless the rank is low and the queries are
+few; scores of positions have no such choice. Everything here is in whichever basis the arguments
+share: the parameters' own, or the eigenbasis.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+# Memory of the gradients that are held at a time.
+GRADIENT_BYTES = 2**28
+
+
+def with_bias(rows_Mi: Tensor) -> Tensor:
+    """Input rows with the bias coordinate, a 1, appended: [M, i + 1]."""
+    return torch.nn.functional.pad(rows_Mi, (0, 1), value=1.0)
+
+
+def sequence_gradients(
+    acts_MI: Tensor, grads_MO: Tensor, lengths: Sequence[int]
+) -> Iterator[tuple[slice, Tensor]]:
+    """G_n = Σ_t g_t a_tᵀ of every sequence, a few at a time.
+
+    Args:
+        acts_MI: Input rows, sequence after sequence.
+        grads_MO: Output-gradient rows, likewise.
+        lengths: Rows of each sequence; they sum to M.
+
+    Yields:
+        (which sequences, their gradients [n, O, I]); overwritten by the next.
+    """
+    num_inputs, num_outputs = acts_MI.shape[1], grads_MO.shape[1]
+    step = max(1, GRADIENT_BYTES // (num_inputs * num_outputs * acts_MI.element_size()))
+    buffer = acts_MI.new_empty(min(step, len(lengths)), num_outputs, num_inputs)
+    start = 0
+    for first in range(0, len(lengths), step):
+        part = lengths[first : first + step]
+        rows = slice(start, start + sum(part))
+        acts_nTI = _by_sequence(acts_MI[rows], part)
+        grads_nTO = _by_sequence(grads_MO[rows], part)
+        gradients_nOI = buffer[: len(part)]
+        torch.bmm(grads_nTO.transpose(1, 2), acts_nTI, out=gradients_nOI)
+        yield slice(first, first + len(part)), gradients_nOI
+        start = rows.stop
+
+
+def position_scores(query_OI: Tensor, acts_MI: Tensor, grads_MO: Tensor) -> Tensor:
+    """g_tᵀ P a_t at every position: [M]."""
+    return ((acts_MI @ query_OI.T) * grads_MO).sum(-1)
+
+
+def low_rank_position_scores(
+    left_QOr: Tensor, right_QIr: Tensor, acts_MI: Tensor, grads_MO: Tensor
+) -> Tensor:
+    """g_tᵀ U Vᵀ a_t for every query, at every position: [Q, M]."""
+    num_queries, _, rank = left_QOr.shape
+    left = grads_MO @ left_QOr.transpose(0, 1).reshape(-1, num_queries * rank)
+    right = acts_MI @ right_QIr.transpose(0, 1).reshape(-1, num_queries * rank)
+    return left.mul_(right).view(-1, num_queries, rank).sum(-1).T
+
+
+def sum_by_sequence(scores_QM: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Sums of positions' scores over each sequence: [Q, n]."""
+    return torch.stack([part.sum(-1) for part in scores_QM.split(list(lengths), -1)], -1)
+
+
+def low_rank(matrix_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """U [O, r] and V [I, r] such that U Vᵀ is nearly the best approximation of that rank.
+
+    Subspace iteration from a random start (Halko et al. 2011, algorithm 4.4), the start being the
+    same each time; exact where the rank is the matrix's own.
+
+    Args:
+        matrix_OI: The matrix.
+        rank: r, at most min(O, I).
+    """
+    num_rows, num_columns = matrix_OI.shape
+    if rank > min(matrix_OI.shape):
+        raise ValueError(f"rank {rank} is above that of a matrix of shape {[*matrix_OI.shape]}")
+    if 4 * rank >= min(matrix_OI.shape):
+        left, values, right = torch.linalg.svd(matrix_OI, full_matrices=False)
+        return left[:, :rank] * values[:rank], right[:rank].T
+    if num_rows < num_columns:
+        right, left = low_rank(matrix_OI.T, rank)
+        return left, right
+    generator = torch.Generator().manual_seed(num_rows * num_columns + rank)
+    start = torch.randn(num_columns, rank + _OVERSAMPLING, generator=generator)
+    basis = _orthogonal(matrix_OI @ start.to(matrix_OI))
+    for _ in range(_ITERATIONS):
+        basis = _orthogonal(matrix_OI @ _orthogonal(matrix_OI.T @ basis))
+    left, values, right = torch.linalg.svd(basis.T @ matrix_OI, full_matrices=False)
+    return basis @ (left[:, :rank] * values[:rank]), right[:rank].T
+
+
+_OVERSAMPLING = 8
+_ITERATIONS = 2
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    return torch.linalg.qr(matrix).Q
+
+
+def _by_sequence(rows_MX: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Rows as [n, T, X], with rows of zeros after the end of a shorter sequence."""
+    longest = max(lengths)
+    if min(lengths) == longest:
+        return rows_MX.view(len(lengths), longest, -1)
+    return torch.nn.utils.rnn.pad_sequence(list(rows_MX.split(list(lengths))), batch_first=True)
+
+
+def spearman(one_n: Tensor, other_n: Tensor) -> float | None:
+    """Rank correlation of two vectors, equal values sharing their mean rank; None if undefined."""
+    one, other = (_centred_ranks(values) for values in (one_n, other_n))
+    scale = one.norm() * other.norm()
+    return None if scale == 0 else float((one @ other / scale).clamp(-1, 1))
+
+
+def _centred_ranks(values_n: Tensor) -> Tensor:
+    _, which, counts = torch.unique(values_n, return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2)[which].double()
+    return ranks - ranks.mean()

@@ -1,0 +1,274 @@
+"""From an answer to the files that keep it: see `results` for what they are."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from ekfac_dist.config import DataConfig, QueryConfig
+from ekfac_dist.curvature.damping import Damping
+from ekfac_dist.data.sequences import NO_LABEL, Sequences
+from ekfac_dist.influence import results
+from ekfac_dist.influence.queries import QuerySet
+from ekfac_dist.influence.results import ResultsWriter
+from ekfac_dist.influence.scores import InfluenceScores, Listed
+from ekfac_dist.stages.factors import Factors
+from ekfac_dist.stages.record import FISHER_NAMES, software
+
+SIGN = "positive: more of the training sequence makes the query more likely; negative: less likely"
+NORMALIZATIONS = {
+    "none": "",
+    "cosine": ", over sqrt(self-influence of q · self-influence of z)",
+    "relatif_l": ", over sqrt(self-influence of z) (RelatIF, l-relative)",
+    "relatif_theta": ", over ||(F+λ)^-1 ∇log p(z)|| (RelatIF, θ-relative)",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Scores, and what they were computed from.
+
+    Attributes:
+        scores: The scores.
+        queries: The queries.
+        train: The whole training set.
+        scored: What was scored of it.
+        factors: The factors.
+        store: Where they are.
+        damping: How λ was chosen.
+        data: Where the training set is from.
+        config: The run's configuration.
+        tokenizer: The model's tokenizer.
+        workers: W.
+        seconds: What the run took.
+    """
+
+    scores: InfluenceScores
+    queries: QuerySet
+    train: Sequences
+    scored: Sequences
+    factors: Factors
+    store: str
+    damping: Damping
+    data: DataConfig
+    config: QueryConfig
+    tokenizer: Any
+    workers: int
+    seconds: float
+
+
+def scale_in_words(scores: InfluenceScores) -> str:
+    """What a score is, in one line."""
+    return (
+        f"score = ∇log p(q)ᵀ (F+λ)^-1 ∇log p(z), summed over modules"
+        f"{NORMALIZATIONS[scores.normalize]}; nats = the sum / {scores.training_size}"
+    )
+
+
+def write_answer(output: str, answer: Answer, rows: Dataset) -> None:
+    """Writes a whole directory of results.
+
+    Args:
+        output: The directory, new or empty.
+        answer: The answer.
+        rows: The training data's rows, for their texts.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    scores = answer.scores
+    writer = ResultsWriter(output)
+    writer.lines(results.QUERIES, _query_lines(answer))
+    writer.tensors(results.SCORES, _tensors(scores))
+    texts = _Texts(answer, rows)
+    writer.lines(results.TOP, _listed_lines(scores, scores.top, texts))
+    writer.lines(results.BOTTOM, _listed_lines(scores, scores.bottom, texts))
+    columns = np.unique(np.concatenate([end.columns for end in [*scores.top, *scores.bottom]]))
+    if scores.details is not None:
+        details = scores.details
+        writer.tensors(
+            results.DETAILS,
+            {
+                "pair_query": torch.from_numpy(details.rows),
+                "pair_index": torch.from_numpy(scores.indices[details.columns]),
+                "offsets": torch.from_numpy(details.offsets),
+                "token_scores": details.token_scores.float(),
+                "layer_token_scores": details.layer_token_scores.float(),
+                "module_scores": details.module_scores.float(),
+            },
+        )
+    writer.lines(results.SEQUENCES, (texts.line(int(column)) for column in columns))
+    writer.finish(manifest(answer))
+
+
+def manifest(answer: Answer) -> dict[str, Any]:
+    """Every entry of the results' manifest but format, complete and files."""
+    scores, factors, damping = answer.scores, answer.factors, answer.damping
+    fitted = factors.manifest
+    canonical = json.dumps(fitted, sort_keys=True).encode()
+    return {
+        "model": fitted["model"],
+        "factors": {
+            "path": answer.store,
+            "sha256_of_manifest": hashlib.sha256(canonical).hexdigest(),
+            "fisher": FISHER_NAMES[fitted["fisher"]["labels"]],
+            **fitted["fisher"],
+            "num_sequences": fitted["data"]["num_sequences"],
+        },
+        "data": {
+            **{
+                name: getattr(answer.data, name)
+                for name in ("source", "split", "text", "prompt", "max_tokens")
+            },
+            "fingerprint": answer.train.fingerprint,
+            "same_as_fitted": answer.train.fingerprint == fitted["data"]["fingerprint"],
+            "num_sequences": len(answer.train),
+            "num_scored": len(answer.scored),
+        },
+        "num_queries": len(answer.queries.rows),
+        "scores": {
+            "sign": SIGN,
+            "scale": scale_in_words(scores),
+            "normalize": scores.normalize,
+            "training_size": scores.training_size,
+        },
+        "damping": {
+            "kind": "relative" if damping.relative else "absolute",
+            "value": damping.value,
+            "modules": dict(damping.modules),
+            "absolute": scores.damping,
+        },
+        "scan": {
+            "rank": answer.config.scores.effective_rank,
+            "ranks": scores.ranks,
+            "num_scans": scores.num_scans,
+            "rescored": answer.config.scores.rescore,
+            "spearman": [row.spearman for row in scores.rescored],
+            "overlap": [row.overlap for row in scores.rescored],
+        },
+        "layers": list(scores.layers),
+        "modules": {
+            name: scores.layers[layer]
+            for name, layer in zip(scores.modules, scores.layer_of, strict=True)
+        },
+        "top_k": len(scores.top[0].columns),
+        "bottom_k": len(scores.bottom[0].columns),
+        "per_token": answer.config.scores.per_token,
+        "workers": answer.workers,
+        "seconds": round(answer.seconds, 3),
+        "software": software(),
+        "config": answer.config.as_dict(),
+    }
+
+
+def _tensors(scores: InfluenceScores) -> dict[str, Tensor]:
+    tensors = {
+        "scores": scores.scores.float(),
+        "indices": torch.from_numpy(scores.indices),
+    }
+    if scores.normalize != "none":
+        tensors |= {"norms": scores.norms.float(), "query_norms": scores.query_norms.float()}
+    for name in ("module_scores", "layer_scores", "self_influence", "token_scores"):
+        found = getattr(scores, name)
+        if found is not None:
+            tensors[name] = found.float()
+    if scores.token_offsets is not None:
+        tensors["token_offsets"] = torch.from_numpy(scores.token_offsets)
+    if scores.rescored:
+        lengths = torch.tensor([len(row.columns) for row in scores.rescored])
+        columns = np.concatenate([row.columns for row in scores.rescored])
+        tensors |= {
+            "exact_query": torch.arange(len(lengths)).repeat_interleave(lengths),
+            "exact_index": torch.from_numpy(scores.indices[columns]),
+            "exact_scores": torch.cat([row.exact_scores for row in scores.rescored]).float(),
+            "scan_scores": torch.cat([row.scan_scores for row in scores.rescored]).float(),
+        }
+    return tensors
+
+
+def _query_lines(answer: Answer) -> Iterator[dict[str, Any]]:
+    texts, sequences = answer.queries.texts, answer.queries.sequences
+    assert texts is not None
+    for row, (numbers, group) in enumerate(
+        zip(answer.queries.rows, answer.queries.groups, strict=True)
+    ):
+        members = []
+        for number in numbers:
+            sequence = sequences[number]
+            ids, is_label = _whole(sequence.inputs, sequence.targets)
+            members.append(
+                {
+                    "line": texts[number].line,
+                    "prompt": texts[number].prompt,
+                    "completion": texts[number].completion,
+                    "tokens": token_texts(answer.tokenizer, ids),
+                    "is_label": is_label,
+                    "nats": answer.scores.query_losses[number],
+                }
+            )
+        yield {"query": row, "group": group, "members": members}
+
+
+def _whole(inputs: np.ndarray, targets: np.ndarray) -> tuple[list[int], list[bool]]:
+    """All of a sequence's tokens, the last one too, and whether each carries a label."""
+    ids = [*inputs.tolist(), int(targets[-1])]
+    return ids, [False, *(targets != NO_LABEL).tolist()]
+
+
+class _Texts:
+    """Texts and tokens of the scored sequences, by column."""
+
+    def __init__(self, answer: Answer, rows: Dataset) -> None:
+        self._answer = answer
+        self._rows = rows
+
+    def text(self, column: int) -> str:
+        """Prompt and text, as they were tokenised together."""
+        data, index = self._answer.data, int(self._answer.scored.indices[column])
+        row = self._rows[index]
+        prompt = (row[data.prompt] or "") if data.prompt is not None else ""
+        return f"{prompt}{row[data.text] or ''}"
+
+    def line(self, column: int) -> dict[str, Any]:
+        """What the file of sequences says of one."""
+        sequence = self._answer.scored[column]
+        ids, is_label = _whole(sequence.inputs, sequence.targets)
+        return {
+            "index": sequence.index,
+            "text": self.text(column),
+            "tokens": token_texts(self._answer.tokenizer, ids),
+            "is_label": is_label,
+        }
+
+
+def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    """Each token as people read it; bytes that are no whole character become �."""
+    return [
+        tokenizer.convert_tokens_to_string([token]) if token is not None else "�"
+        for token in tokenizer.convert_ids_to_tokens(ids)
+    ]
+
+
+def _listed_lines(
+    scores: InfluenceScores, ends: list[Listed], texts: _Texts
+) -> Iterator[dict[str, Any]]:
+    for row, end in enumerate(ends):
+        in_nats = scores.in_nats(end.scores, row, end.columns)
+        for rank, column in enumerate(end.columns.tolist(), start=1):
+            line = {
+                "query": row,
+                "rank": rank,
+                "index": int(scores.indices[column]),
+                "score": float(end.scores[rank - 1]),
+                "nats": float(in_nats[rank - 1]),
+                "text": texts.text(column),
+            }
+            if scores.rescored:
+                line["scan_score"] = float(scores.scores[row, column])
+            yield line

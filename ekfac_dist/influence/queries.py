@@ -1,0 +1,254 @@
+"""Queries: read from a file, or given as examples; tokenised; grouped into rows of scores.
+
+A query is a completion behind a prompt, or a text with an empty prompt. Its loss is the sum of
+−log p over the completion's tokens, as a training sequence's is over its own labels. Queries of one
+group are summed: they share a row.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from ekfac_dist.data.sequences import NO_LABEL, Sequences, from_examples
+from ekfac_dist.data.tokenizing import encode, require_offsets
+from ekfac_dist.errors import DataError
+
+
+@dataclass(frozen=True)
+class Query:
+    """One query's text.
+
+    Attributes:
+        prompt: What comes first and carries no label; may be empty.
+        completion: What the query is about.
+        group: Name of the group that it is summed with; None: it stands alone.
+        line: Where it was read, from 1.
+    """
+
+    prompt: str
+    completion: str
+    group: str | None
+    line: int
+
+
+@dataclass(frozen=True)
+class QuerySet:
+    """Tokenised queries, and which of them share a row of scores.
+
+    Attributes:
+        sequences: The queries' sequences, in the order given; all have labels.
+        rows: Numbers of the queries of each row, in order of the rows' first queries.
+        groups: Each row's group; None for a query that stands alone.
+        texts: The queries' texts, where they were given as such.
+    """
+
+    sequences: Sequences
+    rows: tuple[tuple[int, ...], ...]
+    groups: tuple[str | None, ...]
+    texts: tuple[Query, ...] | None = None
+
+
+def read_queries(path: str | Path) -> list[Query]:
+    """The queries of a JSONL file.
+
+    Args:
+        path: A file of JSON objects, one a line, each with "prompt" and "completion", or "text",
+            and perhaps a "group"; blank lines are passed over, other fields ignored.
+
+    Raises:
+        DataError: The file cannot be read or holds no query, or a line, which is named, is none.
+    """
+    queries = []
+    try:
+        with Path(path).open(encoding="utf-8") as opened:
+            for number, line in enumerate(opened, start=1):
+                if line.strip():
+                    queries.append(_parse(line, f"{path}, line {number}", number))
+    except OSError as error:
+        raise DataError(
+            f"The queries {path} cannot be read: {error.strerror or error}. Give a .jsonl file."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"The queries {path} are not UTF-8 text: {error}.") from error
+    if not queries:
+        raise DataError(f"{path} holds no query; {_WANTED}.")
+    return queries
+
+
+_WANTED = 'each line must be {"prompt": …, "completion": …} or {"text": …}'
+
+
+def _parse(line: str, where: str, number: int) -> Query:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: is not JSON ({error}); {_WANTED}.") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: is {type(row).__name__}, not an object; {_WANTED}.")
+    return parse_query(row, where, number)
+
+
+def parse_query(row: Mapping[str, Any], where: str, number: int) -> Query:
+    """A query from its fields.
+
+    Args:
+        row: With "prompt" and "completion", or "text", and perhaps a "group".
+        where: How an error calls it.
+        number: Its line.
+
+    Raises:
+        DataError: It is no query.
+    """
+    fields = [name for name in ("prompt", "completion", "text") if row.get(name) is not None]
+    if fields not in (["prompt", "completion"], ["text"]):
+        raise DataError(f"{where}: has {' and '.join(fields) or 'no text'}; {_WANTED}.")
+    for name in (*fields, *(["group"] if row.get("group") is not None else [])):
+        if not isinstance(row[name], str):
+            raise DataError(f"{where}: {name} is {row[name]!r}; it must be text.")
+    completion = row["text"] if fields == ["text"] else row["completion"]
+    if not completion:
+        raise DataError(f"{where}: {fields[-1]} is empty; it must hold what the query is about.")
+    return Query(row.get("prompt") or "", completion, row.get("group"), number)
+
+
+def tokenize_queries(
+    queries: Sequence[Query], tokenizer: Any, context: int | None, source: str
+) -> QuerySet:
+    """Tokenises queries as training text is: prompt and completion together.
+
+    Args:
+        queries: One or more.
+        tokenizer: A `transformers` tokenizer.
+        context: The longest input that the model reads; None: no limit.
+        source: How an error calls where they come from.
+
+    Raises:
+        DataError: A query, whose line is named, has nothing to predict, or is longer than the
+            model's context; or a prompt cannot be told from what follows.
+    """
+    if any(query.prompt for query in queries):
+        require_offsets(tokenizer, "a prompt")
+    columns = encode(
+        tokenizer, [query.prompt for query in queries], [q.completion for q in queries], None
+    )
+    for query, ids, labels in zip(queries, columns["input_ids"], columns["labels"], strict=True):
+        where = f"{source}, line {query.line}"
+        labelled = [t for t, label in enumerate(labels) if t and label != NO_LABEL]
+        if not labelled:
+            raise DataError(
+                f"{where}: no token begins in the completion {query.completion!r} with another "
+                "before it, so there is nothing to predict; give a longer one."
+            )
+        if context is not None and labelled[-1] > context:
+            raise DataError(
+                f"{where}: has {len(ids)} tokens, but the model reads {context} at most; shorten "
+                "it."
+            )
+    return _grouped(
+        Sequences(Dataset.from_dict(columns)), [query.group for query in queries], tuple(queries)
+    )
+
+
+def query_examples(data: Any) -> QuerySet:
+    """Queries from examples that are tokenised already, each a row of its own.
+
+    Args:
+        data: As `from_examples` takes; a mapping may have a "group".
+
+    Raises:
+        DataError: As `from_examples`; or a query has no label.
+    """
+    examples = list(data)
+    sequences = from_examples(examples)
+    if sequences.counts.unlabelled:
+        missing = min(set(range(sequences.counts.rows)) - set(sequences.indices.tolist()))
+        raise DataError(
+            f"Query {missing} (from 0) has no label, so there is nothing to predict; label at "
+            "least one of its tokens after the first."
+        )
+    groups = [example.get("group") for example in examples]
+    if len(groups) != len(sequences):  # batches, which have no group
+        groups = [None] * len(sequences)
+    return _grouped(sequences, groups)
+
+
+def _grouped(
+    sequences: Sequences, groups: Iterable[str | None], texts: tuple[Query, ...] | None = None
+) -> QuerySet:
+    rows: list[list[int]] = []
+    names: list[str | None] = []
+    for number, group in enumerate(groups):
+        if group is not None and group in names:
+            rows[names.index(group)].append(number)
+        else:
+            rows.append([number])
+            names.append(group)
+    return QuerySet(sequences, tuple(map(tuple, rows)), tuple(names), texts)
+
+
+def read_candidates(candidates: list[int] | str | None) -> list[int] | None:
+    """Rows of the data that alone are to be scored.
+
+    Args:
+        candidates: The rows themselves, or a file that holds them: a JSON list, or a row number in
+            each line.
+
+    Raises:
+        DataError: The file cannot be read, or holds something else.
+    """
+    if not isinstance(candidates, str):
+        return candidates
+    try:
+        text = Path(candidates).expanduser().read_text(encoding="utf-8")
+        rows = json.loads(text) if text.lstrip().startswith("[") else [*map(int, text.split())]
+    except OSError as error:
+        raise DataError(
+            f"The candidates {candidates} cannot be read: {error.strerror or error}."
+        ) from error
+    except ValueError as error:
+        raise DataError(
+            f"The candidates {candidates} are no list of row numbers ({error}); give a JSON list, "
+            "or a row number in each line."
+        ) from error
+    return rows
+
+
+def pick_candidates(sequences: Sequences, candidates: Sequence[int] | None) -> np.ndarray:
+    """Numbers of the sequences that are to be scored, in data order.
+
+    Args:
+        sequences: The training sequences.
+        candidates: Their rows in the data; None: all.
+
+    Raises:
+        DataError: There is no such row, it is no number, is given twice, or has no label.
+    """
+    if candidates is None:
+        return np.arange(len(sequences))
+    if not len(candidates):
+        raise DataError("scores.candidates is empty; give at least one row, or null for all.")
+    wrong = [c for c in candidates if isinstance(c, bool) or not isinstance(c, (int, np.integer))]
+    if wrong:
+        raise DataError(f"scores.candidates holds {wrong[0]!r}; rows are whole numbers from 0.")
+    rows = np.array(candidates, dtype=np.int64)
+    outside = rows[(rows < 0) | (rows >= sequences.counts.rows)]
+    if outside.size:
+        raise DataError(
+            f"scores.candidates holds {outside[0]}, but the data has rows 0 to "
+            f"{sequences.counts.rows - 1}."
+        )
+    rows, times = np.unique(rows, return_counts=True)
+    if (times > 1).any():
+        raise DataError(f"scores.candidates holds {rows[times > 1][0]} twice.")
+    found = np.isin(rows, sequences.indices)
+    if not found.all():
+        raise DataError(
+            f"scores.candidates holds {rows[~found][0]}, but that row has no label to learn from, "
+            "so its gradient is zero; leave it out."
+        )
+    return np.searchsorted(sequences.indices, rows)

@@ -1,0 +1,183 @@
+"""The directory that `query` writes, and how it is read again. Knows files; no model, no factors.
+
+    manifest.json         what was scored, with which factors, damping, sign and scale
+    queries.jsonl         a line per row of the scores: its queries, with their tokens
+    scores.safetensors    scores [Q, N] float32, indices [N] (rows in the data), and if asked for
+                          self_influence [N], module_scores [Q, modules, N], layer_scores
+                          [Q, layers, N], token_scores [Q, positions] with token_offsets [N + 1];
+                          with a normalisation its divisors, query_norms [Q] and norms [N];
+                          with re-scoring exact_query, exact_index, exact_scores, scan_scores [E]
+    top.jsonl             a line per (query, rank), the most positive first: query, rank, index,
+                          score, nats, text
+    bottom.jsonl          the same, the most negative first
+    details.safetensors   for the sequences of both lists ("pairs", a query and a sequence each):
+                          pair_query, pair_index [P], offsets [P + 1], token_scores [positions],
+                          layer_token_scores [layers, positions], module_scores [P, modules]
+    sequences.jsonl       a line per sequence in either list: index, text, tokens, is_label
+
+Position t of a sequence reads token t and predicts token t + 1, so a sequence with L positions has
+L + 1 tokens. Q counts rows, each a query or a group of them; N counts the scored sequences, in data
+order.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ekfac_dist.errors import OutputError, StoreError
+from ekfac_dist.runtime.files import file_sha256, safetensors_parts, write_whole
+
+FORMAT = "ekfac_dist/scores/1"
+MANIFEST = "manifest.json"
+QUERIES = "queries.jsonl"
+SCORES = "scores.safetensors"
+TOP = "top.jsonl"
+BOTTOM = "bottom.jsonl"
+DETAILS = "details.safetensors"
+SEQUENCES = "sequences.jsonl"
+
+
+class ResultsWriter:
+    """Writes one directory of results, the manifest last. Worker 0 owns it.
+
+    Args:
+        path: The directory, new or empty.
+
+    Raises:
+        OutputError: It cannot be made, or holds anything.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._files: dict[str, dict[str, Any]] = {}
+        check_new(self.path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"output {self.path} cannot be made: {error.strerror or error}. Give a directory "
+                "that can be written."
+            ) from error
+
+    def tensors(self, file: str, tensors: Mapping[str, Tensor]) -> None:
+        """Writes one safetensors file."""
+        self._write(file, safetensors_parts(tensors))
+
+    def lines(self, file: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Writes one JSONL file."""
+        self._write(file, [_json(row).encode() + b"\n" for row in rows])
+
+    def finish(self, manifest: Mapping[str, Any]) -> None:
+        """Writes the manifest that makes the results complete.
+
+        Args:
+            manifest: Every entry but format, complete and files.
+        """
+        whole = {"format": FORMAT, "complete": True, **manifest, "files": self._files}
+        write_whole(self.path / MANIFEST, [_json(whole, indent=1).encode(), b"\n"])
+
+    def _write(self, file: str, parts: list[bytes | memoryview]) -> None:
+        write_whole(self.path / file, parts)
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+        self._files[file] = {"bytes": sum(map(len, parts)), "sha256": digest.hexdigest()}
+
+
+class ResultsReader:
+    """Reads a complete directory of results.
+
+    Args:
+        path: The directory.
+
+    Attributes:
+        path: The directory.
+        manifest: Its manifest.
+
+    Raises:
+        StoreError: It is missing, of another format, incomplete, or a file of it has changed.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        file = self.path / MANIFEST
+        try:
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise StoreError(
+                f"{file} cannot be read: {error.strerror or error}. Give the output directory of a "
+                "`query` run."
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise StoreError(f"{file} is not JSON: {error}.") from error
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        if found != FORMAT:
+            raise StoreError(
+                f"{path} has format {found!r}; this version reads {FORMAT!r}, the output of a "
+                "`query` run."
+            )
+        if manifest.get("complete") is not True:
+            raise StoreError(f"{path} is incomplete: its run did not finish. Run `query` again.")
+        self.manifest: dict[str, Any] = manifest
+        for name, listed in manifest["files"].items():
+            part = self.path / name
+            if not part.is_file():
+                raise StoreError(f"{part} is missing, though the manifest lists it.")
+            if file_sha256(part) != listed["sha256"]:
+                raise StoreError(
+                    f"{part} has changed since it was written: another SHA-256. Run `query` again."
+                )
+
+    def has(self, file: str) -> bool:
+        """Whether the run wrote that file."""
+        return file in self.manifest["files"]
+
+    def tensors(self, file: str) -> dict[str, Tensor]:
+        """Every tensor of a safetensors file."""
+        try:
+            return load_file(self.path / file)
+        except (SafetensorError, OSError) as error:
+            raise StoreError(f"{self.path / file} cannot be read: {error}.") from error
+
+    def lines(self, file: str) -> list[dict[str, Any]]:
+        """Every row of a JSONL file."""
+        with (self.path / file).open(encoding="utf-8") as opened:
+            return [json.loads(line) for line in opened]
+
+
+def check_new(path: str | Path) -> None:
+    """Refuses an output directory that holds anything or cannot be made; touches nothing.
+
+    Raises:
+        OutputError: It exists and is not empty, or cannot be written.
+    """
+    path = Path(path)
+    if os.path.lexists(path):
+        if not path.is_dir():
+            raise OutputError(f"output {path} exists and is no directory; give another.")
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise OutputError(f"output {path} cannot be written; give another directory.")
+        entries = [entry.name for entry in path.iterdir()]
+        if entries:
+            raise OutputError(
+                f"output {path} exists already (it holds {sorted(entries)[0]}); give a directory "
+                "that is new or empty, or remove this one."
+            )
+        return
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"output {path} cannot be made: {parent} is no directory that can be written. Give "
+            "another directory."
+        )
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)

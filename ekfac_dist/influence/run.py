@@ -1,0 +1,273 @@
+"""`query`, the command, and `influence_scores`, the function: load all, score, write."""
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from datasets import Dataset
+from torch import nn
+
+from ekfac_dist.config import Normalize, PerToken, QueryConfig, ScoresConfig
+from ekfac_dist.curvature.damping import DEFAULT, Damping
+from ekfac_dist.data.sequences import Sequences, from_examples
+from ekfac_dist.data.source import open_source
+from ekfac_dist.data.tokenizing import encode
+from ekfac_dist.errors import ConfigError, DataError
+from ekfac_dist.influence.gradients import Setting
+from ekfac_dist.influence.output import Answer, write_answer
+from ekfac_dist.influence.queries import (
+    QuerySet,
+    parse_query,
+    pick_candidates,
+    query_examples,
+    read_candidates,
+    read_queries,
+    tokenize_queries,
+)
+from ekfac_dist.influence.results import check_new
+from ekfac_dist.influence.scores import InfluenceScores
+from ekfac_dist.influence.scoring import compute_scores, list_lengths
+from ekfac_dist.models.capture import prepared
+from ekfac_dist.models.loading import context_length, load_model, load_tokenizer
+from ekfac_dist.runtime.processes import World
+from ekfac_dist.stages.factors import Factors, check_model, load_factors
+from ekfac_dist.stages.loading import check_sequences, load_sequences
+
+
+def run_query(config: QueryConfig, world: World, say: Any = print) -> Answer:
+    """Answers the configured queries and writes the results.
+
+    Args:
+        config: The run's configuration.
+        world: The workers.
+        say: Takes a line of text for people; called on worker 0 only.
+
+    Raises:
+        UserError: Anything that the user can mend, on every worker.
+    """
+    tell = say if world.is_main else (lambda line: None)
+    output, queries_file, store = map(str, (config.output, config.queries, config.factors))
+    start = time.perf_counter()
+    world.on_main(lambda: check_new(output))
+    with world.agree():
+        damping = _damping(config)
+        texts = read_queries(queries_file)
+        candidates = read_candidates(config.scores.candidates)
+        factors = load_factors(store)
+        fitted = factors.manifest["config"]
+        model_config = config.model.over(fitted["model"])
+        data_config = config.data.over(fitted["data"])
+    tokenizer, tokenizer_print = world.main_first(lambda: load_tokenizer(model_config))
+    with world.agree():
+        # With the context unknown yet: what has nothing to predict is told before a model is read.
+        tokenize_queries(texts, tokenizer, None, queries_file)
+    train = load_sequences(data_config, tokenizer, tokenizer_print, world)
+    with world.agree():
+        columns = pick_candidates(train, candidates)
+        list_lengths(config.scores, len(columns))
+    scored = train.take(columns)
+    _tell_data(tell, train, scored, factors)
+    model = world.main_first(lambda: load_model(model_config, world.device))
+    with prepared(model):
+        with world.agree():
+            check_model(store, factors, model)
+            advice = "set data.max_tokens to {context} or less"
+            check_sequences(model, scored, advice)
+            queries = tokenize_queries(texts, tokenizer, context_length(model), queries_file)
+        _require_same(world, train, queries)
+        setting = _setting(model, factors, damping, world, config.batch_tokens, True)
+        training_size = config.scores.training_size or len(train)
+        scores = compute_scores(setting, queries, scored, training_size, config.scores, tell)
+    answer = Answer(
+        scores=scores,
+        queries=queries,
+        train=train,
+        scored=scored,
+        factors=factors,
+        store=store,
+        damping=damping,
+        data=data_config,
+        config=config,
+        tokenizer=tokenizer,
+        workers=world.size,
+        seconds=time.perf_counter() - start,
+    )
+    world.on_main(lambda: write_answer(output, answer, open_source(data_config)))
+    return answer
+
+
+def influence_scores(
+    model: nn.Module,
+    factors: Factors,
+    queries: Iterable[Any],
+    train: Iterable[Any],
+    *,
+    tokenizer: Any = None,
+    damping: float | Mapping[str, float] | Damping = DEFAULT,
+    relative: bool = True,
+    normalize: Normalize = "none",
+    rank: int | None = None,
+    rescore: int = 0,
+    top_k: int | None = None,
+    bottom_k: int | None = None,
+    per_token: PerToken = "none",
+    per_module: bool = False,
+    per_layer: bool = False,
+    self_influence: bool = False,
+    candidates: Iterable[int] | None = None,
+    training_size: int | None = None,
+    batch_tokens: int = 4096,
+    max_tokens: int | None = None,
+    query_memory_gb: float = 4.0,
+    progress: bool = False,
+) -> InfluenceScores:
+    """Scores training sequences for queries: ∇log p(q)ᵀ (F + λ)⁻¹ ∇log p(z) (Grosse et al. 2023).
+
+    Under `accelerate launch`, call it on every worker with the same arguments; it shards the
+    training data itself, and every worker returns the whole answer. The model must be on the
+    worker's device and comes back as it was.
+
+    Args:
+        model: The Hugging Face causal language model that the factors were fitted for.
+        factors: From `load_factors` or `estimate_factors`.
+        queries: Examples as `estimate_factors` takes, with `input_ids` and `labels` (−100 for the
+            prompt); or, with a tokenizer, mappings with "prompt" and "completion", or "text". Those
+            with the same "group" are summed.
+        train: The training sequences: examples; or, with a tokenizer, mappings with "text" and
+            perhaps "prompt".
+        tokenizer: For queries and training sequences that are text.
+        damping: λ of every module, or of each, by name or glob.
+        relative: Whether `damping` is a multiple of the module's mean(Λ), or λ itself.
+        normalize: "none"; "cosine", in the inner product of (F + λ)⁻¹; or RelatIF (Barshan et al.
+            2020): "relatif_l" divides by the root of a sequence's self-influence, "relatif_theta"
+            by ‖(F + λ)⁻¹ ∇log p(z)‖.
+        rank: Rank of query gradients in the scan, such as 32; None: whole gradients.
+        rescore: With a rank, score this many sequences at either end of the scan again, exactly.
+        top_k: Length of the list of the most positive sequences; None: 20 or all.
+        bottom_k: Length of the list of the most negative; None: as `top_k`.
+        per_token: Scores of positions: of the listed sequences ("top"), of "all", or "none".
+        per_module: Give the scores of each module too.
+        per_layer: Give the scores of each layer too.
+        self_influence: Give each training sequence's influence on itself.
+        candidates: Score only these rows of `train`.
+        training_size: What nats are divided by; None: the number of training sequences.
+        batch_tokens: Token budget of a batch, padding included.
+        max_tokens: Longer training sequences are cut to this many tokens; None leaves them whole.
+        query_memory_gb: Budget for query gradients (powers of 1000); more queries take more scans.
+        progress: Show progress on worker 0.
+
+    Returns:
+        The scores, on the CPU.
+
+    Raises:
+        UserError: Anything that the caller can mend, on every worker alike.
+    """
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    world = World.start()
+    with world.agree(), torch.inference_mode(False):
+        config = ScoresConfig(
+            normalize=normalize,
+            top_k=top_k,
+            bottom_k=bottom_k,
+            per_token=per_token,
+            per_module=per_module,
+            per_layer=per_layer,
+            self_influence=self_influence,
+            rank=rank,
+            rescore=rescore,
+            candidates=None if candidates is None else list(candidates),
+            training_size=training_size,
+            query_memory_gb=query_memory_gb,
+        )
+        chosen = Damping.of(damping, relative)
+        asked = _queries_of(queries, tokenizer, context_length(model))
+        sequences = _sequences_of(train, tokenizer, max_tokens)
+        scored = sequences.take(pick_candidates(sequences, read_candidates(config.candidates)))
+        check_sequences(model, scored, "give max_tokens={context}")
+        check_sequences(model, asked.sequences, "shorten the query")
+        check_model("factors", factors, model)
+        world = world.at(next(model.parameters()).device)
+    _require_same(world, sequences, asked)
+    world.require_same("arguments", {**vars(config), "damping": repr(chosen)})
+    setting = _setting(model, factors, chosen, world, batch_tokens, progress)
+    with torch.inference_mode(False), prepared(model):
+        say = print if progress and world.is_main else (lambda line: None)
+        size = training_size or len(sequences)
+        return compute_scores(setting, asked, scored, size, config, say)
+
+
+def _setting(
+    model: nn.Module,
+    factors: Factors,
+    damping: Damping,
+    world: World,
+    batch_tokens: int,
+    show_progress: bool,
+) -> Setting:
+    double = next(model.parameters()).dtype == torch.float64
+    return Setting(
+        model=model,
+        factors=factors,
+        damping=damping,
+        dtype=torch.float64 if double else torch.float32,
+        world=world,
+        batch_tokens=batch_tokens,
+        show_progress=show_progress,
+        in_eigenbasis=False,
+    )
+
+
+def _require_same(world: World, train: Sequences, queries: QuerySet) -> None:
+    world.require_same("data, by fingerprint,", train.fingerprint)
+    world.require_same("queries, by fingerprint,", queries.sequences.fingerprint)
+
+
+def _damping(config: QueryConfig) -> Damping:
+    return Damping(config.damping.value, config.damping.relative, config.damping.modules)
+
+
+def _queries_of(queries: Iterable[Any], tokenizer: Any, context: int | None) -> QuerySet:
+    rows = list(queries)
+    if not rows:
+        raise DataError("There are no queries; give at least one.")
+    if all(isinstance(row, Mapping) and "input_ids" in row for row in rows):
+        return query_examples(rows)
+    _require_tokenizer(tokenizer, "queries")
+    parsed = []
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise DataError(f"Query {number} is {type(row).__name__}; give mappings.")
+        parsed.append(parse_query(row, f"query {number}", number))
+    return tokenize_queries(parsed, tokenizer, context, "queries")
+
+
+def _sequences_of(train: Iterable[Any], tokenizer: Any, max_tokens: int | None) -> Sequences:
+    rows = train if hasattr(train, "__getitem__") else list(train)
+    first = next(iter(rows), None)
+    if not isinstance(first, Mapping) or "text" not in first or "input_ids" in first:
+        return from_examples(rows, max_tokens)
+    _require_tokenizer(tokenizer, "training sequences")
+    prompts = [str(row.get("prompt") or "") for row in rows]
+    columns = encode(tokenizer, prompts, [str(row["text"]) for row in rows], max_tokens)
+    return Sequences(Dataset.from_dict(columns))
+
+
+def _require_tokenizer(tokenizer: Any, what: str) -> None:
+    if tokenizer is None:
+        raise ConfigError(f"The {what} are text, but there is no tokenizer; give tokenizer=….")
+
+
+def _tell_data(tell: Any, train: Sequences, scored: Sequences, factors: Factors) -> None:
+    counts = train.counts
+    some = "" if len(scored) == len(train) else f", {len(scored)} of them scored"
+    tell(
+        f"data          {len(train)} of {counts.rows} sequences ({counts.unlabelled} left out: no "
+        f"label){some}, {int(scored.num_positions.sum())} positions"
+    )
+    if train.fingerprint != factors.manifest["data"]["fingerprint"]:
+        tell(
+            "              not the sequences that the factors were fitted on: scores are of these, "
+            "in the curvature of those"
+        )

@@ -1,0 +1,281 @@
+"""Training gradients against query gradients: scores of all sequences, and details of some.
+
+A training gradient lives for one batch. Two observers read the same rows: `Scan` sums scores over
+positions as soon as it can; `DetailSums` keeps the scores of positions and modules for chosen pairs
+of a row of queries and a sequence.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ekfac_dist.curvature import scores as products
+from ekfac_dist.curvature.refit import rotate_rows
+from ekfac_dist.data.batches import Batch
+from ekfac_dist.data.sequences import Sequences
+from ekfac_dist.influence.gradients import (
+    Countdown,
+    LowRankGradients,
+    PreparedQueries,
+    Setting,
+    WholeGradients,
+)
+from ekfac_dist.models.discovery import TrackedModule
+from ekfac_dist.runtime.processes import World
+
+
+class _TrainingRows:
+    """Rows of training sequences, in the basis in which gradients are compared."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._acts: dict[str, Tensor] = {}
+        self._readers = Countdown(setting.modules)
+        self._number = {module.name: k for k, module in enumerate(setting.modules)}
+        self._total = setting.zeros(dtype=torch.float64)
+
+    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Batch) -> None:
+        """Keeps a batch's inputs until the gradients come."""
+        if self._setting.in_eigenbasis:
+            basis_II = self._setting.factors.module(module.name).basis_II.to(rows_Mi)
+            rows_MI = rotate_rows(rows_Mi, basis_II, bias=module.bias)
+        elif module.bias:
+            rows_MI = products.with_bias(rows_Mi)
+        else:
+            rows_MI = rows_Mi if batch.real is not None else rows_Mi.clone()  # the model may write
+        self._acts[module.input] = rows_MI
+
+    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Batch) -> None:
+        """Uses a batch's inputs and gradients."""
+        if self._setting.in_eigenbasis:
+            basis_OO = self._setting.factors.module(module.name).basis_OO.to(rows_MO)
+            rows_MO = rotate_rows(rows_MO, basis_OO, bias=False)
+        self._use(module, self._acts[module.input], rows_MO, batch)
+        if self._readers.is_last(module):
+            del self._acts[module.input]
+
+    def _use(self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: Batch) -> None:
+        raise NotImplementedError
+
+    def health(self) -> Tensor:
+        """Σ of all scores, which is finite only if every score is."""
+        return self._total
+
+
+class Scan(_TrainingRows):
+    """Scores of every training sequence for every row of a block.
+
+    Args:
+        setting: What gradients are computed with.
+        prepared: The block.
+        sequences: The training sequences that are scored.
+        parts: Which part of the scores each module belongs to [modules]; None: none are kept.
+        with_norms: Whether to sum the sequences' own norms; in the eigenbasis only.
+        with_positions: Whether to keep the scores of every position.
+
+    Attributes:
+        scores: [Q, N].
+        part_scores: [Q, parts, N], or None.
+        norms: Σ over modules of ⟨G, (F + λ)⁻¹ G⟩ and of ‖(F + λ)⁻¹ G‖² [2, N], or None.
+        position_scores: [Q, positions], or None; sequence after sequence.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        prepared: PreparedQueries,
+        sequences: Sequences,
+        *,
+        parts: np.ndarray | None,
+        with_norms: bool,
+        with_positions: bool,
+    ) -> None:
+        super().__init__(setting)
+        self._prepared = prepared
+        self._columns = Columns(sequences)
+        self._parts = parts
+        num_rows, num_columns = len(prepared.rows), len(sequences)
+        self.scores: Tensor = setting.zeros(num_rows, num_columns)
+        self.part_scores: Tensor | None = None
+        self.norms: Tensor | None = None
+        self.position_scores: Tensor | None = None
+        if parts is not None:
+            number = int(parts.max()) + 1
+            self.part_scores = setting.zeros(num_rows, number, num_columns)
+        if with_norms:
+            self.norms = setting.zeros(2, num_columns)
+        if with_positions:
+            self.position_scores = setting.zeros(num_rows, self._columns.num_positions)
+
+    def _use(self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: Batch) -> None:
+        gradients = self._prepared.gradients[module.name]
+        columns = self._columns.of(batch).to(acts_MI.device)
+        scores_Qn = None
+        if self.position_scores is not None or isinstance(gradients, LowRankGradients):
+            scores_QM = _all_position_scores(gradients, acts_MI, grads_MO)
+            scores_Qn = products.sum_by_sequence(scores_QM, batch.lengths)
+            if self.position_scores is not None:
+                self.position_scores[:, self._columns.positions_of(batch)] += scores_QM
+        if scores_Qn is None or self.norms is not None:
+            scores_Qn = self._by_sequence(module, acts_MI, grads_MO, batch, columns, scores_Qn)
+        self.scores[:, columns] += scores_Qn
+        if self.part_scores is not None and self._parts is not None:
+            part = int(self._parts[self._number[module.name]])
+            self.part_scores[:, part, columns] += scores_Qn
+        self._total += scores_Qn.sum(dtype=torch.float64)
+
+    def _by_sequence(
+        self,
+        module: TrackedModule,
+        acts_MI: Tensor,
+        grads_MO: Tensor,
+        batch: Batch,
+        columns: Tensor,
+        scores_Qn: Tensor | None,
+    ) -> Tensor:
+        """Scores and norms from each sequence's whole gradient; scores only if not there yet."""
+        gradients = self._prepared.gradients[module.name]
+        found, weights = [], None
+        if self.norms is not None:
+            fitted = self._setting.at_device(module.name)
+            inverse = 1 / self._setting.factors.damped(module.name, self._setting.damping, fitted)
+            weights = torch.stack([inverse, inverse.square()]).flatten(1)
+        for which, sums_nOI in products.sequence_gradients(acts_MI, grads_MO, batch.lengths):
+            flat = sums_nOI.flatten(1)
+            if scores_Qn is None:
+                assert isinstance(gradients, WholeGradients)
+                found.append(gradients.matrices_QOI.flatten(1) @ flat.T)
+            if weights is not None and self.norms is not None:
+                norms = weights @ flat.square_().T
+                self.norms[:, columns[which]] += norms
+                self._total += norms.sum(dtype=torch.float64)
+        return torch.cat(found, -1) if scores_Qn is None else scores_Qn
+
+    def reduce(self, world: World) -> None:
+        """Puts the scores of all workers' sequences together."""
+        world.all_reduce_([t for t in self._results() if t is not None])
+
+    def _results(self) -> list[Tensor | None]:
+        return [self.scores, self.part_scores, self.norms, self.position_scores]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Rows of a block paired with training sequences, sequence by sequence.
+
+    Attributes:
+        places: The row's place in the block, of each pair [P].
+        columns: The sequence's column of each pair [P], ascending.
+        offsets: Where each pair's positions begin [P + 1].
+    """
+
+    places: np.ndarray
+    columns: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def of(cls, wanted: Sequence[tuple[int, int]], sequences: Sequences) -> "Pairs":
+        """From (place in the block, column), no pair twice."""
+        ordered = sorted({(column, place) for place, column in wanted})
+        columns = np.array([column for column, _ in ordered], dtype=np.int64)
+        places = np.array([place for _, place in ordered], dtype=np.int64)
+        lengths = sequences.num_positions[columns]
+        return cls(places, columns, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+
+
+class DetailSums(_TrainingRows):
+    """Scores of modules, layers and positions for chosen pairs.
+
+    Args:
+        setting: What gradients are computed with.
+        prepared: The block that the pairs' rows are of.
+        sequences: The training sequences that columns count.
+        pairs: The pairs.
+        layer_of: Number of each module's layer [modules].
+
+    Attributes:
+        module_scores: [P, modules].
+        layer_position_scores: [layers, positions].
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        prepared: PreparedQueries,
+        sequences: Sequences,
+        pairs: Pairs,
+        layer_of: np.ndarray,
+    ) -> None:
+        super().__init__(setting)
+        self._prepared = prepared
+        self._pairs = pairs
+        self._columns = Columns(sequences)
+        self._layer_of = layer_of
+        self.module_scores = setting.zeros(len(pairs.places), len(setting.modules))
+        self.layer_position_scores = setting.zeros(int(layer_of.max()) + 1, int(pairs.offsets[-1]))
+
+    def _use(self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: Batch) -> None:
+        gradients = self._prepared.gradients[module.name]
+        number = self._number[module.name]
+        layer = self.layer_position_scores[self._layer_of[number]]
+        start = 0
+        for column, length in zip(self._columns.of(batch).tolist(), batch.lengths, strict=True):
+            rows = slice(start, start + length)
+            first, last = np.searchsorted(self._pairs.columns, [column, column + 1])
+            for pair in range(int(first), int(last)):
+                scores_T = gradients.position_scores(
+                    int(self._pairs.places[pair]), acts_MI[rows], grads_MO[rows]
+                )
+                begin = int(self._pairs.offsets[pair])
+                layer[begin : begin + length] += scores_T
+                total = scores_T.sum()
+                self.module_scores[pair, number] = total
+                self._total += total
+            start += length
+
+    def reduce(self, world: World) -> None:
+        """Puts the pairs of all workers' sequences together."""
+        world.all_reduce_([self.module_scores, self.layer_position_scores])
+
+
+class Columns:
+    """Where a batch's sequences, and their positions, stand among the scored ones.
+
+    Args:
+        sequences: The scored sequences, in data order.
+    """
+
+    def __init__(self, sequences: Sequences) -> None:
+        self._indices = sequences.indices
+        self._offsets = np.concatenate([[0], np.cumsum(sequences.num_positions)])
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of all sequences."""
+        return int(self._offsets[-1])
+
+    def of(self, batch: Batch) -> Tensor:
+        """Column of each sequence of a batch [n]."""
+        return torch.from_numpy(np.searchsorted(self._indices, batch.indices))
+
+    def positions_of(self, batch: Batch) -> Tensor:
+        """Place, among all positions, of each position of a batch [M]."""
+        starts = self._offsets[np.searchsorted(self._indices, batch.indices)]
+        return torch.from_numpy(
+            np.concatenate([s + np.arange(n) for s, n in zip(starts, batch.lengths, strict=True)])
+        )
+
+
+def _all_position_scores(
+    gradients: WholeGradients | LowRankGradients, acts_MI: Tensor, grads_MO: Tensor
+) -> Tensor:
+    """⟨P_q, g aᵀ⟩ of every row of a block at every position: [Q, M]."""
+    if isinstance(gradients, LowRankGradients):
+        return products.low_rank_position_scores(
+            gradients.left_QOr, gradients.right_QIr, acts_MI, grads_MO
+        )
+    number = len(gradients.matrices_QOI)
+    return torch.stack([gradients.position_scores(k, acts_MI, grads_MO) for k in range(number)])

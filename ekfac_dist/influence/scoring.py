@@ -1,0 +1,344 @@
+"""From queries and training sequences to scores: blocks of queries, one scan each, then details.
+
+for each block of rows that fits the memory budget
+    query gradients      whole, or of low rank
+    scan                 every training sequence, once
+    re-score             if asked for: whole gradients, for the ends of the scan's scores alone
+    details              scores of positions, layers and modules of what is listed
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ekfac_dist.config import DEFAULT_TOP_K, ScoresConfig
+from ekfac_dist.curvature.scores import spearman
+from ekfac_dist.data.batches import assign_batches, plan_batches
+from ekfac_dist.data.sequences import Sequences
+from ekfac_dist.errors import ConfigError
+from ekfac_dist.influence.gradients import (
+    DATA_LABELS,
+    LowRankGradients,
+    PreparedQueries,
+    Setting,
+    bytes_per_row,
+    prepare,
+)
+from ekfac_dist.influence.queries import QuerySet
+from ekfac_dist.influence.scan import DetailSums, Pairs, Scan
+from ekfac_dist.influence.scores import Details, InfluenceScores, Listed, Rescored
+from ekfac_dist.models.discovery import layer_name
+from ekfac_dist.runtime.memory import as_text
+from ekfac_dist.stages.passes import SummingObserver, Work, run_pass
+
+
+def compute_scores(
+    setting: Setting,
+    queries: QuerySet,
+    scored: Sequences,
+    training_size: int,
+    config: ScoresConfig,
+    say: Callable[[str], None],
+) -> InfluenceScores:
+    """Scores training sequences for queries.
+
+    Args:
+        setting: Model (prepared), factors, damping, workers.
+        queries: The queries.
+        scored: The training sequences that are scored.
+        training_size: What raw scores are divided by to be in nats.
+        config: Which scores.
+        say: Takes a line for people.
+
+    Raises:
+        UserError: Anything that the user can mend, on every worker.
+    """
+    top_k, bottom_k = list_lengths(config, len(scored))
+    needs_norms = config.self_influence or config.normalize != "none"
+    setting = replace(setting, in_eigenbasis=needs_norms)
+    names = tuple(module.name for module in setting.modules)
+    layers = tuple(dict.fromkeys(map(layer_name, names)))
+    with setting.world.agree():  # a damping that cannot be used is told before all else
+        damping = {name: setting.factors.damping_of(name, setting.damping) for name in names}
+    num_rows = len(queries.rows)
+    result = InfluenceScores(
+        scores=torch.zeros(num_rows, len(scored), dtype=setting.dtype),
+        indices=scored.indices,
+        training_size=training_size,
+        normalize=config.normalize,
+        norms=torch.ones(len(scored), dtype=setting.dtype),
+        query_norms=torch.ones(num_rows, dtype=setting.dtype),
+        modules=names,
+        layers=layers,
+        layer_of=np.array([layers.index(layer_name(name)) for name in names]),
+        damping=damping,
+        query_losses=[math.nan] * len(queries.sequences),
+    )
+    run = _Scoring(setting, queries, scored, config, (top_k, bottom_k), result, say)
+    run.all_blocks()
+    return result
+
+
+def list_lengths(config: ScoresConfig, num_scored: int) -> tuple[int, int]:
+    """How many sequences each list of a query has: (most positive, most negative).
+
+    Raises:
+        ConfigError: More than there are.
+    """
+    top_k = min(DEFAULT_TOP_K, num_scored) if config.top_k is None else config.top_k
+    bottom_k = top_k if config.bottom_k is None else config.bottom_k
+    for name, value in (("top_k", top_k), ("bottom_k", bottom_k), ("rescore", config.rescore)):
+        if value > num_scored:
+            raise ConfigError(
+                f"scores.{name} is {value}, but only {num_scored} sequences are scored; give "
+                f"{num_scored} or less."
+            )
+    if 0 < config.rescore < max(top_k, bottom_k):
+        raise ConfigError(
+            f"scores.rescore is {config.rescore}, but lists of {max(top_k, bottom_k)} are asked "
+            "for; score at least as many again."
+        )
+    return top_k, bottom_k
+
+
+@dataclass
+class _Scoring:
+    """One answer in the making: what it is computed from, and what there is of it so far."""
+
+    setting: Setting
+    queries: QuerySet
+    scored: Sequences
+    config: ScoresConfig
+    list_lengths: tuple[int, int]
+    result: InfluenceScores
+    say: Callable[[str], None]
+    listed: dict[int, tuple[Listed, Listed]] = field(default_factory=dict)
+    rescored: dict[int, Rescored] = field(default_factory=dict)
+    details: list[Details] = field(default_factory=list)
+
+    def all_blocks(self) -> None:
+        """Answers every row."""
+        rows = list(range(len(self.queries.rows)))
+        rank, result = self.config.effective_rank, self.result
+        blocks = self._blocks(rows, rank)
+        result.num_scans = len(blocks)
+        one = as_text(bytes_per_row(self.setting.modules, rank, self.setting.dtype))
+        kind = "whole" if rank is None else f"of rank {rank}"
+        scans = f"{len(blocks)} scan{'s' * (len(blocks) > 1)} of the data"
+        self.say(
+            f"queries       {len(self.queries.sequences)} in {len(rows)} rows of scores; gradients "
+            f"{kind}, {one} a row, {len(blocks[0])} at a time: {scans}"
+        )
+        for number, block in enumerate(blocks, start=1):
+            self._answer(block, f" {number}/{len(blocks)}" if len(blocks) > 1 else "")
+        result.top = [self.listed[row][0] for row in rows]
+        result.bottom = [self.listed[row][1] for row in rows]
+        result.rescored = [self.rescored[row] for row in rows if row in self.rescored]
+        if self.details:
+            result.details = Details.join(self.details)
+
+    def _blocks(self, rows: Sequence[int], rank: int | None) -> list[list[int]]:
+        """Cuts rows into blocks whose gradients fit the budget, one row at least."""
+        one = bytes_per_row(self.setting.modules, rank, self.setting.dtype)
+        size = max(1, int(self.config.query_memory_gb * 1e9 // one))
+        return [list(rows[k : k + size]) for k in range(0, len(rows), size)]
+
+    def _answer(self, rows: list[int], suffix: str) -> None:
+        """Scans the data for one block, and looks closer at the ends of its scores."""
+        prepared = self._prepare("queries" + suffix, rows, self.config.effective_rank)
+        if self.config.low_rank:
+            self._note_ranks(prepared)
+            self._multiply_out(prepared)
+        self._scan(prepared, "scan" + suffix)
+        if self.config.rescore:
+            del prepared  # whole gradients need the room
+            for number, some in enumerate(self._blocks(rows, None), start=1):
+                part = f" (part {number})" if len(some) < len(rows) else ""
+                self._score_again(some, suffix + part)
+            return
+        columns = np.arange(len(self.scored))
+        for row in rows:
+            self.listed[row] = self._ends(self.result.scores[row], columns, self.list_lengths)
+        if self.config.per_token != "none":
+            wanted = self._listed_pairs(rows)
+            self.details.append(self._detail("details" + suffix, prepared, wanted))
+
+    def _prepare(self, name: str, rows: list[int], rank: int | None) -> PreparedQueries:
+        prepared = prepare(name, self.setting, self.queries, rows, rank)
+        for number, loss in prepared.losses.items():
+            self.result.query_losses[number] = loss
+        return prepared
+
+    def _note_ranks(self, prepared: PreparedQueries) -> None:
+        first_time = not self.result.ranks
+        for name, gradients in prepared.gradients.items():
+            assert isinstance(gradients, LowRankGradients)
+            self.result.ranks[name] = gradients.left_QOr.shape[-1]
+        asked = self.config.effective_rank
+        reduced = {name: rank for name, rank in self.result.ranks.items() if rank != asked}
+        if reduced and first_time:
+            name, rank = next(iter(reduced.items()))
+            self.say(
+                f"rank          {asked} is more than {len(reduced)} of {len(self.result.ranks)} "
+                f"modules have: reduced there, to {rank} in {name}"
+            )
+
+    def _multiply_out(self, prepared: PreparedQueries) -> None:
+        """Multiplies low-rank gradients out where the scan is then cheaper and memory allows.
+
+        See `curvature.scores` for what each way costs.
+        """
+        num_rows = len(prepared.rows)
+        whole = bytes_per_row(self.setting.modules, None, self.setting.dtype)
+        if self.config.per_token == "all" or whole * num_rows > self.config.query_memory_gb * 1e9:
+            return
+        length = float(self.scored.num_positions.mean())
+        for module in self.setting.modules:
+            gradients = prepared.gradients[module.name]
+            assert isinstance(gradients, LowRankGradients)
+            sizes, rank = (module.num_outputs, module.input_size), gradients.left_QOr.shape[-1]
+            if (length + num_rows) * math.prod(sizes) < length * num_rows * rank * sum(sizes):
+                prepared.gradients[module.name] = gradients.whole()
+
+    def _scan(self, prepared: PreparedQueries, name: str) -> None:
+        config, result, rows = self.config, self.result, prepared.rows
+        parts = None
+        if config.per_module:
+            parts = np.arange(len(result.modules))
+        elif config.per_layer:
+            parts = result.layer_of
+        scan = Scan(
+            self.setting,
+            prepared,
+            self.scored,
+            parts=parts,
+            with_norms=self.setting.in_eigenbasis and 0 in rows,  # they are no query's
+            with_positions=config.per_token == "all",
+        )
+        self._pass(name, scan, np.arange(len(self.scored)))
+        if scan.norms is not None:
+            self._take_norms(scan.norms.cpu())
+        if config.normalize == "cosine":
+            own = prepared.self_influence.clamp(min=0).sqrt().cpu()
+            result.query_norms[rows] = own.to(self.setting.dtype)
+        scale = result.scale(rows, slice(None))
+        result.scores[rows] = scan.scores.cpu() * scale
+        if scan.part_scores is not None:
+            self._take_parts(scan.part_scores.cpu() * scale[:, None], rows)
+        if scan.position_scores is not None:
+            lengths = self.scored.num_positions
+            owner = np.repeat(np.arange(len(self.scored)), lengths)
+            if result.token_scores is None:
+                size = (len(result.scores), len(owner))
+                result.token_scores = torch.zeros(size, dtype=self.setting.dtype)
+                result.token_offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+            result.token_scores[rows] = scan.position_scores.cpu() * scale[:, owner]
+
+    def _pass(self, name: str, observer: SummingObserver, columns: np.ndarray) -> None:
+        """Runs some of the scored sequences through the model, shared out over the workers."""
+        setting, world = self.setting, self.setting.world
+        some = self.scored.take(columns)
+        batches = plan_batches(some.num_positions, setting.batch_tokens)
+        costs = [len(b) * int(some.num_positions[b].max()) for b in batches]
+        shard = [batches[k] for k in assign_batches(costs, world.size)[world.rank]]
+        work = Work(setting.model, some, shard, world, setting.dtype, setting.show_progress)
+        run_pass(name, work, setting.modules, observer, DATA_LABELS)
+
+    def _take_norms(self, sums: Tensor) -> None:
+        """Makes the normalisation's norms of ⟨G, (F + λ)⁻¹ G⟩ and ‖(F + λ)⁻¹ G‖²."""
+        own, solved = sums.clamp(min=0)
+        if self.config.self_influence:
+            self.result.self_influence = own
+        if self.config.normalize in ("cosine", "relatif_l"):
+            self.result.norms = own.sqrt()
+        elif self.config.normalize == "relatif_theta":
+            self.result.norms = solved.sqrt()
+
+    def _take_parts(self, parts: Tensor, rows: list[int]) -> None:
+        """Keeps the scores of modules, of layers, or of both."""
+        result, num_rows = self.result, len(self.result.scores)
+        if self.config.per_module:
+            if result.module_scores is None:
+                result.module_scores = parts.new_zeros(num_rows, *parts.shape[1:])
+            result.module_scores[rows] = parts
+        if self.config.per_layer:
+            if self.config.per_module:
+                sums = parts.new_zeros(len(rows), len(result.layers), parts.shape[2])
+                parts = sums.index_add_(1, torch.from_numpy(result.layer_of), parts)
+            if result.layer_scores is None:
+                result.layer_scores = parts.new_zeros(num_rows, *parts.shape[1:])
+            result.layer_scores[rows] = parts
+
+    def _ends(
+        self, scores: Tensor, columns: np.ndarray, lengths: tuple[int, int]
+    ) -> tuple[Listed, Listed]:
+        """The largest and the smallest of some scores; equal ones in data order."""
+        orders = [
+            torch.sort(scores, descending=descending, stable=True).indices[:length]
+            for descending, length in zip((True, False), lengths, strict=True)
+        ]
+        top, bottom = (Listed(columns[order.numpy()], scores[order]) for order in orders)
+        return top, bottom
+
+    def _listed_pairs(self, rows: list[int]) -> list[tuple[int, int]]:
+        """(place in the block, column) of whatever is in a list of these rows."""
+        return [
+            (place, int(column))
+            for place, row in enumerate(rows)
+            for ends in self.listed[row]
+            for column in ends.columns
+        ]
+
+    def _detail(
+        self, name: str, prepared: PreparedQueries, wanted: Sequence[tuple[int, int]]
+    ) -> Details:
+        """Runs the sequences of some pairs once more; scores normalised as all are."""
+        pairs = Pairs.of(wanted, self.scored)
+        sums = DetailSums(self.setting, prepared, self.scored, pairs, self.result.layer_of)
+        self._pass(name, sums, np.unique(pairs.columns))
+        rows = np.array(prepared.rows, dtype=np.int64)[pairs.places]
+        scale = self.result.pair_scale(rows, pairs.columns)
+        owner = np.repeat(np.arange(len(rows)), np.diff(pairs.offsets))
+        return Details(
+            rows,
+            pairs.columns,
+            pairs.offsets,
+            sums.layer_position_scores.cpu() * scale[owner],
+            sums.module_scores.cpu() * scale[:, None],
+        )
+
+    def _score_again(self, rows: list[int], suffix: str) -> None:
+        """Exact scores, by whole gradients, of the sequences that the scan put at either end."""
+        prepared = self._prepare("whole queries" + suffix, rows, None)
+        ends = (self.config.rescore, self.config.rescore if self.list_lengths[1] else 0)
+        columns = np.arange(len(self.scored))
+        wanted = [
+            (place, int(column))
+            for place, row in enumerate(rows)
+            for end in self._ends(self.result.scores[row], columns, ends)
+            for column in end.columns
+        ]
+        found = self._detail("re-score" + suffix, prepared, wanted)
+        scores = found.module_scores.sum(1)
+        for row in rows:
+            mine = np.flatnonzero(found.rows == row)
+            candidates, exact = found.columns[mine], scores[torch.from_numpy(mine)]
+            scanned = self.result.scores[row][torch.from_numpy(candidates)]
+            self.listed[row] = self._ends(exact, candidates, self.list_lengths)
+            before = self._ends(scanned, candidates, self.list_lengths)
+            kept = sum(
+                len(np.intersect1d(one.columns, other.columns))
+                for one, other in zip(self.listed[row], before, strict=True)
+            )
+            overlap = kept / sum(self.list_lengths)
+            rank_correlation = spearman(scanned, exact)
+            self.rescored[row] = Rescored(candidates, scanned, exact, rank_correlation, overlap)
+        if self.config.per_token != "none":
+            listed = {(rows[place], column) for place, column in self._listed_pairs(rows)}
+            pairs = zip(found.rows.tolist(), found.columns.tolist(), strict=True)
+            kept_pairs = [k for k, pair in enumerate(pairs) if pair in listed]
+            self.details.append(found.take(np.array(kept_pairs, dtype=np.int64)))

@@ -1,0 +1,58 @@
+"""What every command loads first, on every worker: token sequences that the model can read."""
+
+from typing import Any
+
+from torch import nn
+
+from ekfac_dist.config import DataConfig
+from ekfac_dist.data.sequences import Sequences
+from ekfac_dist.data.source import open_source
+from ekfac_dist.data.tokenizing import tokenize
+from ekfac_dist.errors import DataError
+from ekfac_dist.models.loading import context_length
+from ekfac_dist.runtime.processes import World
+from ekfac_dist.runtime.progress import Progress
+
+
+def load_sequences(
+    config: DataConfig, tokenizer: Any, tokenizer_fingerprint: str, world: World
+) -> Sequences:
+    """Opens and tokenises a data set, on each host's first worker first.
+
+    Raises:
+        DataError: As `open_source` and `tokenize` do, on every worker.
+    """
+
+    def load() -> Sequences:
+        rows = open_source(config)
+        shown = world.is_main
+        with Progress("tokenising", total=len(rows), unit="sequences", enabled=shown) as progress:
+            return tokenize(rows, config, tokenizer, tokenizer_fingerprint, progress.update)
+
+    return world.main_first(load)
+
+
+def check_sequences(model: nn.Module, sequences: Sequences, advice: str) -> None:
+    """Refuses sequences that a model cannot read.
+
+    Args:
+        model: The model.
+        sequences: The sequences.
+        advice: What would do if one is too long, with {context} for the model's limit.
+
+    Raises:
+        DataError: One is longer than the model's context, or has a token that it does not know.
+    """
+    longest = int(sequences.num_positions.max())
+    context = context_length(model)
+    if context is not None and longest > context:
+        raise DataError(
+            f"The longest sequence has {longest} positions, but the model reads {context} at "
+            f"most; {advice.format(context=context)}."
+        )
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if isinstance(embeddings, nn.Embedding) and sequences.max_id >= embeddings.num_embeddings:
+        raise DataError(
+            f"The data has token id {sequences.max_id}, but the model knows "
+            f"{embeddings.num_embeddings} tokens; use the tokenizer that belongs to the model."
+        )

@@ -248,9 +248,17 @@ class _Texts:
 
 
 def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    """Each token as people read it; bytes that are no whole character become �."""
+    """Each token as people read it; bytes that are no whole character become �.
+
+    A token is decoded alone, and what SentencePiece writes for a space, ▁, is put back: alone or in
+    front it would be lost.
+    """
     return [
-        tokenizer.convert_tokens_to_string([token]) if token is not None else "�"
+        "�"
+        if token is None
+        else token.replace("▁", " ")
+        if "▁" in token
+        else tokenizer.convert_tokens_to_string([token])
         for token in tokenizer.convert_ids_to_tokens(ids)
     ]
 

@@ -39,7 +39,7 @@ def test_apply_undoes_solve(parts):
 
 
 def test_no_damping_where_lambda_has_zeros_is_refused(parts):
-    QS, QA, lam = parts
+    _, _, lam = parts
     before = lam.clone()
     with pytest.raises(ConfigError, match="zeros"):
         kronecker.damped(lam * 0, 0.0)

@@ -1,0 +1,369 @@
+"""The report in Chromium, opened from the disk with the network off.
+
+    bash launch/setup.sh test,browser && bash launch/test.sh -m browser
+
+CHROMIUM names the browser; Debian's is looked for without it.
+"""
+
+import os
+import shutil
+
+import pytest
+from made_results import Made
+
+from ekfac_dist.report.page import write_report
+
+pytestmark = pytest.mark.browser
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+MINUS = "−"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """Opens a report; at the end nothing has been asked of a network and nothing has failed."""
+    contexts, faults = [], []
+
+    def judge(route):
+        if route.request.url.startswith("file:"):
+            route.continue_()
+        else:
+            faults.append(f"asked for {route.request.url}")
+            route.abort()
+
+    def open_report(made, viewport=DESKTOP, address="", **settings):
+        output = tmp_path / "report.html"
+        if not output.exists():
+            write_report(made.write(tmp_path / "scores"), output)
+        phone = viewport is PHONE
+        context = browser.new_context(
+            viewport=viewport, is_mobile=phone, has_touch=phone, **settings
+        )
+        contexts.append(context)
+        context.set_offline(True)
+        context.route("**/*", judge)
+        page = context.new_page()
+        page.on("console", lambda m: faults.append(m.text) if m.type != "log" else None)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("requestfailed", lambda request: faults.append(f"failed: {request.url}"))
+        page.goto(f"{output.as_uri()}{address}")
+        return page
+
+    yield open_report
+    for context in contexts:
+        context.close()
+    assert faults == []
+
+
+def number(text):
+    return float(text.replace(MINUS, "-").replace(",", "").replace("+", ""))
+
+
+def facts(page, box):
+    names, values = page.locator(f"{box} dt"), page.locator(f"{box} dd")
+    return dict(zip(names.all_inner_texts(), values.all_inner_texts(), strict=True))
+
+
+def token_score(made, query, index, t):
+    p = made.pairs.index((query, index))
+    return float(made.details["token_scores"][int(made.details["offsets"][p]) + t])
+
+
+def fits(page):
+    return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+# -- with a pointer --------------------------------------------------------------------------------
+
+
+def test_a_pointer_chooses_a_query_a_sequence_and_a_token(opened):
+    made = Made(num_queries=3)
+    page = opened(made)
+    page.select_option("#query-select", "2")
+    page.locator("#list-bottom").click()
+    page.locator("#canvas-rows .row").nth(4).click()
+    index = made.bottom[2][4]
+    assert page.locator("#sequence-title").inner_text() == f"Sequence #{index}"
+    seen = facts(page, "#sequence-facts")
+    assert number(seen["Score"]) == pytest.approx(float(made.scores_QN[2, index]), rel=1e-3)
+    assert number(seen["Nats"]) == pytest.approx(made.nats(2, index), rel=1e-3)
+    page.locator("#token-3").hover()
+    seen = facts(page, "#tooltip")
+    assert number(seen["Score"]) == pytest.approx(token_score(made, 2, index, 3), rel=1e-3)
+    assert seen["Predicts"].strip() == made.sequences[index][4].strip()
+    assert page.locator("#tokens-note").inner_text().count("the one before the prediction") == 1
+    page.locator("#token-24").hover()
+    assert facts(page, "#tooltip")["Score"] == "none: the last token predicts nothing"
+    assert page.url.endswith(f"#query=2&list=bottom&sequence={index}")
+
+
+def test_the_layers_bars_and_map_show_their_values(opened):
+    made = Made(num_queries=1)
+    page = opened(made)
+    index = made.top[0][0]
+    p = made.pairs.index((0, index))
+    page.locator("#bar-2").hover()
+    seen = facts(page, "#tooltip")
+    modules = made.details["module_scores"][p, 6:9]
+    assert number(seen["Score"]) == pytest.approx(float(modules.sum()), rel=1e-3)
+    assert number(seen["mlp.up_proj"]) == pytest.approx(float(modules[1]), rel=1e-3)
+    box = page.locator("#map canvas").bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 8.5 / 24, box["y"] + box["height"] * 3.5 / 4)
+    seen = facts(page, "#tooltip")
+    begin, end = made.details["offsets"][p : p + 2].tolist()
+    exact = made.details["layer_token_scores"][:, begin:end]
+    assert (seen["Layer"], seen["Position"]) == ("3", "8")
+    limit = float(exact.abs().max())
+    assert number(seen["Score"]) == pytest.approx(float(exact[3, 8]), rel=0.06, abs=limit / 100)
+    page.locator("#bar-2").click()
+    assert page.locator("#layer-select").input_value() == "2"
+    page.locator("#token-5").hover()
+    assert "Layer 2" in facts(page, "#tooltip")
+
+
+def test_colours_have_the_signs_hue_and_the_largest_is_deepest(opened):
+    made = Made(num_queries=1)
+    page = opened(made, color_scheme="light")
+    index = made.top[0][0]
+    scores = [token_score(made, 0, index, t) for t in range(24)]
+    colours = page.evaluate(
+        "[...document.querySelectorAll('.token')].map((n) => getComputedStyle(n).backgroundColor)"
+    )
+    deepest = max(range(24), key=lambda t: abs(scores[t]))
+    hue = "76, 152, 214" if scores[deepest] > 0 else "240, 146, 48"
+    assert colours[deepest] == f"rgb({hue})"
+    for t, colour in enumerate(colours[:24]):
+        if abs(scores[t]) > 0.01 * abs(scores[deepest]):
+            assert ("76, 152, 214" in colour) == (scores[t] > 0)
+
+
+def test_a_flagged_sequence_says_why_and_shows_its_strongest_token(opened):
+    made = Made(num_queries=1)
+    page = opened(made)
+    flagged = page.locator("#canvas-rows .row:has(.badge)")
+    assert flagged.first.locator(".badge").inner_text() == "2 tokens"
+    flagged.first.click()
+    flag = page.locator("#sequence-flag")
+    assert "2 tokens of 24 hold 90 % of the sum of the absolute token scores" in flag.inner_text()
+    flag.locator("button").click()
+    assert page.locator(".token.active").get_attribute("id") == "token-8"
+
+
+def test_the_filter_keeps_what_contains_the_text(opened):
+    made = Made(num_queries=1, tokens={i: [" needle", " in", " hay"] for i in range(0, 60, 2)})
+    page = opened(made)
+    page.fill("#filter", "needle in")
+    wanted = [i for i in made.top[0] if i % 2 == 0]
+    assert page.locator("#canvas-rows .row").count() == len(wanted)
+    assert page.locator("#ranking-count").inner_text() == f"{len(wanted)} of 8"
+    page.fill("#filter", "no such text")
+    assert page.locator("#sequence-title").inner_text() == "No sequence chosen"
+    page.fill("#filter", "")
+    assert page.locator("#canvas-rows .row").count() == 8
+
+
+# -- with the keyboard alone -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_the_keyboard_does_all_of_it(opened, viewport):
+    made = Made(num_queries=3)
+    page = opened(made, viewport)
+    press = page.keyboard.press
+    press("]")
+    assert page.locator("#query-select").input_value() == "1"
+    for _ in range(12):
+        if page.evaluate("document.activeElement.id") == "rows":
+            break
+        press("Tab")
+    press("ArrowDown")
+    press("j")
+    press("n")
+    press("End")
+    index = made.bottom[1][-1]
+    assert page.locator('.row[aria-selected="true"] .which').inner_text().endswith(f"#{index}")
+    assert page.locator("#rows").get_attribute("aria-activedescendant") == "row-7"
+    press("Enter")
+    for _ in range(8):
+        if page.evaluate("document.activeElement.id") == "tokens":
+            break
+        press("Tab")
+    assert page.locator("#sequence").is_visible()
+    press("Home")
+    press("ArrowRight")
+    press("ArrowRight")
+    seen = facts(page, "#tooltip")
+    assert number(seen["Score"]) == pytest.approx(token_score(made, 1, index, 2), rel=1e-3)
+    press("ArrowDown")
+    press("Tab")
+    assert page.evaluate("document.activeElement.id") == "bars"
+    press("ArrowDown")
+    press("Enter")
+    assert page.locator("#layer-select").input_value() == "1"
+    press("Tab")
+    assert page.evaluate("document.activeElement.id") == "map"
+    press("ArrowRight")
+    press("ArrowDown")
+    seen = facts(page, "#tooltip")
+    assert (seen["Layer"], seen["Position"]) == ("1", "1")
+    press("Escape")
+    page.wait_for_function("document.activeElement.id === 'rows'")
+    assert page.locator("#tooltip").is_hidden()
+    assert page.locator("#sequence").is_visible() == (viewport is DESKTOP)
+    press("/")
+    assert page.evaluate("document.activeElement.id") == "filter"
+
+
+def test_every_stop_of_the_tab_key_is_named_and_its_focus_seen(opened):
+    page = opened(Made(num_queries=3))
+    stops = []
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        stop = page.evaluate(
+            """() => {
+              const node = document.activeElement;
+              const label = node.getAttribute("aria-label") || node.labels?.[0]?.innerText
+                || node.innerText;
+              const { outlineStyle } = getComputedStyle(node);
+              return [node.id || node.tagName, label.trim(), outlineStyle];
+            }"""
+        )
+        if stop[0] in ("BODY", "query-back", *(s[0] for s in stops)):
+            break
+        stops.append(stop)
+    ids = [stop[0] for stop in stops]
+    wanted = ["query-select", "list-top", "filter", "rows", "tokens", "bars", "map", "SUMMARY"]
+    assert [one for one in ids if one in wanted] == wanted
+    assert all(label and outline == "solid" for _, label, outline in stops)
+
+
+# -- on a small screen -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_opens_a_sequence_over_the_list_and_goes_back(opened, scheme):
+    made = Made(num_queries=2, num_layers=12)
+    page = opened(made, PHONE, color_scheme=scheme)
+    assert fits(page)
+    assert page.locator("#sequence").is_hidden()
+    page.locator("#canvas-rows .row").nth(1).tap()
+    index = made.top[0][1]
+    assert page.locator("#sequence-title").inner_text() == f"Sequence #{index}"
+    page.locator("#token-3").tap()
+    seen = facts(page, "#tooltip")
+    assert number(seen["Score"]) == pytest.approx(token_score(made, 0, index, 3), rel=1e-3)
+    assert page.evaluate("document.querySelector('#sequence').scrollWidth <= innerWidth")
+    box = page.locator("#tooltip").bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 390
+    page.locator("#step-on").tap()
+    assert page.locator("#sequence-title").inner_text() == f"Sequence #{made.top[0][2]}"
+    page.go_back()
+    assert page.locator("#sequence").is_hidden()
+    page.locator("#canvas-rows .row").nth(0).tap()
+    page.locator("#close").tap()
+    page.wait_for_selector("#sequence", state="hidden")
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_an_address_opens_what_it_names(opened, viewport):
+    made = Made(num_queries=2)
+    opened(made)
+    index = made.bottom[1][3]
+    page = opened(made, viewport, f"#query=1&list=bottom&sequence={index}")
+    assert page.locator("#sequence-title").inner_text() == f"Sequence #{index}"
+    assert page.locator("#sequence").is_visible()
+    assert page.locator("#query-select").input_value() == "1"
+
+
+@pytest.mark.parametrize(
+    "address", ["#query=9", "#query=x&list=&sequence=-1", "#%%%", "#sequence=1"]
+)
+def test_an_address_of_nothing_opens_the_first_query(opened, address):
+    page = opened(Made(), address=address)
+    assert page.locator("#query-select").input_value() == "0"
+
+
+# -- what results can be ---------------------------------------------------------------------------
+
+
+def test_hostile_text_is_shown_as_text(opened):
+    text = "</script><img src=x onerror=alert(1)>\u202e\x00"
+    made = Made(num_queries=1, prompt=text, completion=text, model=text, group=text)
+    made.tokens = {i: [text, "\n", "\t", "  ", "end"] for i in range(60)}
+    page = opened(made)
+    assert page.locator("img").count() == 0
+    seen = page.locator("#token-0").inner_text()
+    assert seen == "</script><img src=x onerror=alert(1)>U+202E␀"
+    assert page.locator("#token-1 .mark").inner_text() == "↵"
+    assert page.locator("#token-2 .mark").inner_text() == "→"
+    assert "blank" in page.locator("#token-3").get_attribute("class")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"per_token": "none"},
+        {"num_queries": 1, "group": "towers"},
+        {"normalize": "relatif_l", "rescored": 10},
+        {"num_sequences": 3, "listed": 3, "num_layers": 1},
+        {"num_sequences": 1, "listed": 1},
+        {"num_sequences": 20, "tokens": {i: ["a"] for i in range(20)}},
+        {"listed": 0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_every_kind_of_results_opens(opened, settings, viewport):
+    made = Made(**settings)
+    page = opened(made, viewport)
+    assert page.locator("#canvas-rows .row").count() == made.listed
+    assert fits(page)
+    if made.listed:
+        page.locator("#canvas-rows .row").first.click()
+        assert page.locator("#sequence-title").inner_text() == f"Sequence #{made.top[0][0]}"
+    if made.per_token == "none":
+        assert "--scores.per_token top" in page.locator("#tokens-note").inner_text()
+        assert page.locator("#layers").is_hidden()
+
+
+def test_a_thousand_sequences_are_a_few_rows_at_a_time(opened):
+    made = Made(num_queries=1, num_sequences=1000, listed=1000, num_layers=6, num_tokens=40)
+    page = opened(made)
+    count = "document.querySelectorAll('#canvas-rows .row').length"
+    counts = [page.evaluate(count)]
+    for part in (0.25, 0.5, 1.0):
+        page.evaluate(
+            f"async () => {{ const rows = document.getElementById('rows');"
+            f" rows.scrollTop = {part} * rows.scrollHeight;"
+            " await new Promise(requestAnimationFrame); await new Promise(requestAnimationFrame); }"
+        )
+        counts.append(page.evaluate(count))
+    assert max(counts) < 40
+    assert page.locator("#row-999").is_visible()
+    page.locator("#rows").focus()
+    for _ in range(30):
+        page.keyboard.press("PageUp")
+    page.keyboard.press("End")
+    assert page.locator("#row-999").get_attribute("aria-selected") == "true"
+    assert page.locator("#sequence-title").inner_text() == f"Sequence #{made.top[0][999]}"
+    assert page.evaluate("document.querySelectorAll('*').length") < 1500

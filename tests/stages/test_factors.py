@@ -33,16 +33,16 @@ def random_gradients(factors, number=2):
 
 
 @pytest.mark.parametrize("family", KINDS)
-@pytest.mark.parametrize(("damping", "relative_to_mean"), [(0.1, True), (1e-3, True), (0.05, False)])
-def test_solve_is_the_dense_solve_with_a_dense_E(family, damping, relative_to_mean):
+@pytest.mark.parametrize(("damping", "to_mean"), [(0.1, True), (1e-3, True), (0.05, False)])
+def test_solve_is_the_dense_solve_with_a_dense_E(family, damping, to_mean):
     model, data, factors = fitted(family)
     names = list(factors.modules)
     dense = dense_modules(model, [shifted(e) for e in data], names)
     gradients = random_gradients(factors)
-    solved = factors.solve(gradients, damping, relative=relative_to_mean)
+    solved = factors.solve(gradients, damping, relative=to_mean)
     for name in (names[0], names[-1]):
         E = dense[name].E()
-        value = damping * dense[name].lam().mean() if relative_to_mean else damping
+        value = damping * dense[name].lam().mean() if to_mean else damping
         damped = E + value * torch.eye(len(E), dtype=E.dtype)
         flat = gradients[name].flatten(1)
         expected = torch.linalg.solve(damped, flat.T).T.view_as(gradients[name])

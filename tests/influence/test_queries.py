@@ -1,0 +1,92 @@
+"""Queries as they are read, tokenised and grouped; candidates as they are picked."""
+
+import pytest
+import torch
+from workshop import texts, tiny_tokenizer, write_jsonl
+
+from ekfac_dist.data.sequences import NO_LABEL, from_examples
+from ekfac_dist.errors import DataError
+from ekfac_dist.influence.queries import (
+    pick_candidates,
+    query_examples,
+    read_candidates,
+    read_queries,
+    tokenize_queries,
+)
+
+TOKENIZER = tiny_tokenizer()
+
+
+def asked(tmp_path, rows, context=None):
+    path = write_jsonl(tmp_path / "queries.jsonl", rows)
+    return tokenize_queries(read_queries(path), TOKENIZER, context, str(path))
+
+
+def test_a_completion_alone_carries_labels(tmp_path):
+    queries = asked(tmp_path, [{"prompt": "The worker", "completion": " sends a batch"}])
+    sequence = queries.sequences[0]
+    whole = TOKENIZER("The worker sends a batch")["input_ids"]
+    labelled = [target for target in sequence.targets.tolist() if target != NO_LABEL]
+    assert sequence.inputs.tolist() == whole[:-1]
+    assert TOKENIZER.decode(labelled) == " sends a batch"
+
+
+def test_a_text_is_a_completion_behind_nothing(tmp_path):
+    text = texts(1)[0]
+    one = asked(tmp_path, [{"text": text}])
+    other = asked(tmp_path, [{"prompt": "", "completion": text}])
+    assert one.sequences.fingerprint == other.sequences.fingerprint
+    assert one.sequences[0].targets.tolist() == TOKENIZER(text)["input_ids"][1:]
+
+
+def test_groups_share_a_row_in_order_of_their_first_queries(tmp_path):
+    groups = ["x", None, "y", "x", None, "y"]
+    rows = [{"text": text, "group": group} for text, group in zip(texts(6), groups, strict=True)]
+    queries = asked(tmp_path, rows)
+    assert queries.rows == ((0, 3), (1,), (2, 5), (4,))
+    assert queries.groups == ("x", None, "y", None)
+
+
+def test_blank_lines_count_as_lines_and_other_fields_are_ignored(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text('\n{"text": "a b c", "id": 7}\n   \n{"prompt": "a", "completion": "b"}\n')
+    assert [query.line for query in read_queries(path)] == [2, 4]
+
+
+def test_a_query_longer_than_the_context_is_named_by_its_line(tmp_path):
+    rows = [{"text": "a b"}, {"text": texts(1, words=(20, 20))[0]}]
+    with pytest.raises(DataError, match=r"line 2: has \d+ tokens, but the model reads 9"):
+        asked(tmp_path, rows, context=9)
+
+
+def test_a_completion_in_which_no_token_begins_is_refused(tmp_path):
+    assert TOKENIZER.tokenize("a token")[-1] == "Ġtoken"  # it begins in the prompt
+    with pytest.raises(DataError, match=r"line 1: no token begins in the completion 'ken'"):
+        asked(tmp_path, [{"prompt": "a to", "completion": "ken"}])
+
+
+def test_examples_are_queries_and_one_without_a_label_is_named():
+    good = {"input_ids": torch.tensor([1, 2, 3]), "group": "g"}
+    queries = query_examples([good, good, {"input_ids": torch.tensor([3, 4])}])
+    assert queries.rows == ((0, 1), (2,))
+    bad = {"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([1, NO_LABEL])}
+    with pytest.raises(DataError, match=r"Query 1 .* has no label"):
+        query_examples([good, bad])
+
+
+def test_candidates_come_from_a_list_or_either_kind_of_file(tmp_path):
+    (tmp_path / "rows.json").write_text("[4, 1]\n")
+    (tmp_path / "rows.txt").write_text("4\n1\n")
+    assert read_candidates([4, 1]) == [4, 1]
+    assert read_candidates(str(tmp_path / "rows.json")) == [4, 1]
+    assert read_candidates(str(tmp_path / "rows.txt")) == [4, 1]
+    assert read_candidates(None) is None
+
+
+def test_candidates_are_rows_of_the_data_not_of_what_is_left_of_it():
+    data = [{"input_ids": ids} for ids in ([1, 2], [3], [4, 5], [6, 7])]  # row 1 has no label
+    sequences = from_examples(data)
+    assert pick_candidates(sequences, [3, 0]).tolist() == [0, 2]
+    assert pick_candidates(sequences, None).tolist() == [0, 1, 2]
+    with pytest.raises(DataError, match="holds 1, but that row has no label"):
+        pick_candidates(sequences, [0, 1])

@@ -1,0 +1,52 @@
+"""Started on W workers by test_workers.py: answers queries in several ways, as a script would."""
+
+import sys
+from pathlib import Path
+
+from accelerate import Accelerator
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from networks import build, examples
+
+from ekfac_dist import influence_scores, load_factors
+
+ANSWERS = {
+    "exact": {"per_token": "top", "per_module": True},
+    "eigenbasis": {"normalize": "cosine", "self_influence": True, "per_token": "all"},
+    "two stages": {"rank": 2, "rescore": 5, "per_token": "top"},
+    "blocks": {"query_memory_gb": 2e-5, "per_layer": True},
+    "one candidate": {"candidates": [3], "top_k": 1, "per_token": "top"},
+}
+
+
+def main(root: Path) -> None:
+    """Answers everything with the factors in `root`, on all workers; each keeps what it got."""
+    accelerator = Accelerator(cpu=True)
+    model = build("llama_bias")
+    factors = load_factors(root / "store", model=model)
+    queries, train = examples(4, seed=2, prompts=True), examples(11, seed=1, prompts=True)
+    queries[1]["group"] = queries[3]["group"] = "pair"
+    answers = {}
+    for name, options in ANSWERS.items():
+        options = {"batch_tokens": 20, "top_k": 2, **options}
+        found = influence_scores(model, factors, queries, train, **options)
+        answers[name] = {
+            "scores": found.scores,
+            "nats": found.nats,
+            "losses": found.query_losses,
+            "top": [end.columns.tolist() for end in found.top],
+            "num_scans": found.num_scans,
+            "self_influence": found.self_influence,
+            "token_scores": found.token_scores,
+            "parts": found.module_scores if found.layer_scores is None else found.layer_scores,
+            "details": None if found.details is None else found.details.layer_token_scores,
+            "exact": [row.exact_scores for row in found.rescored],
+        }
+    workers, rank = accelerator.num_processes, accelerator.process_index
+    torch.save(answers, root / f"answers-{workers}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,195 @@
+"""`query` and `report`, as commands: files on disk against dense autograd, and what people see."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from dense import relative
+from dense_scores import DenseScores
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from workshop import run_cli, save_tiny_gpt2, save_tiny_llama, texts, write_jsonl, write_yaml
+
+QUERIES = [
+    {"prompt": "The worker reads", "completion": " a batch of tokens"},
+    {"text": "Each layer keeps one factor."},
+    {"prompt": "Label", "completion": " sums", "group": "pair"},
+    {"prompt": "Gradient", "completion": " counts", "group": "pair"},
+]
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def fitted(request, tmp_path_factory):
+    """A directory with a model, text, queries and factors; gpt2's text has prompts."""
+    directory = tmp_path_factory.mktemp(request.param)
+    prompt = request.param == "gpt2"
+    if prompt:
+        save_tiny_gpt2(directory / "model", dtype=torch.float64)
+    else:
+        save_tiny_llama(directory / "model", dtype=torch.float64, mlp_bias=True)
+    rows = [
+        {"said": text[3 * (k % 4) :], "asked": text[: 3 * (k % 4)] if prompt else None}
+        for k, text in enumerate(texts(11, words=(1, 12)))
+    ]
+    config = write_yaml(
+        directory / "estimate.yaml",
+        {
+            "model": {"name": directory / "model", "dtype": "float64"},
+            "data": {
+                "source": write_jsonl(directory / "text.jsonl", rows),
+                "max_tokens": 20,
+                "text": "said",
+                "prompt": "asked" if prompt else None,
+            },
+            "factors": {"labels": "data", "accumulate": "float64"},
+            "batch_tokens": 64,
+            "output": directory / "store",
+        },
+    )
+    assert run_cli(["estimate", "--config", config]).returncode == 0
+    write_jsonl(directory / "queries.jsonl", QUERIES)
+    return directory
+
+
+def ask(directory, output, *options, workers=1):
+    arguments = ["query", "--factors", directory / "store", "--output", output]
+    arguments += ["--queries", directory / "queries.jsonl", "--batch_tokens", "64", *options]
+    done = run_cli(arguments, workers)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def dense_answer(directory):
+    """[rows, N] and −log p of each query, from the files alone."""
+    model = AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float64).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory / "model")
+    names = json.loads((directory / "store" / "manifest.json").read_text())["modules"]
+
+    def example(prompt, text, limit):
+        found = tokenizer(prompt + text, return_offsets_mapping=True)
+        ids = torch.tensor(found["input_ids"][:limit])
+        starts = [start for start, _ in found["offset_mapping"]][:limit]
+        labels = [i if s >= len(prompt) else -100 for i, s in zip(ids, starts, strict=True)]
+        return {"input_ids": ids, "labels": torch.tensor(labels)}
+
+    rows = [json.loads(line) for line in (directory / "text.jsonl").read_text().splitlines()]
+    train = [example(row["asked"] or "", row["said"], 20) for row in rows]
+    train = [t for t in train if (t["labels"][1:] != -100).any()]
+    asked = [(q.get("prompt", ""), q.get("completion") or q["text"]) for q in QUERIES]
+    queries = [example(prompt, completion, None) for prompt, completion in asked]
+    scores = DenseScores(model, names, train).scores(queries, train)
+    return torch.stack([scores[0], scores[1], scores[2] + scores[3]])
+
+
+def test_two_workers_files_hold_what_dense_autograd_says(fitted, tmp_path):
+    done = ask(fitted, tmp_path / "scores", "--scores.top_k", "4", workers=2)
+    found = load_file(tmp_path / "scores" / "scores.safetensors")
+    expected = dense_answer(fitted)
+    assert found["scores"].dtype == torch.float32
+    assert relative(found["scores"].double(), expected) < 1e-6
+    manifest = json.loads((tmp_path / "scores" / "manifest.json").read_text())
+    assert manifest["format"] == "ekfac_dist/scores/1"
+    assert manifest["complete"] is True
+    size = manifest["scores"]["training_size"]
+    assert size == manifest["data"]["num_sequences"] == expected.shape[1]
+    top = [json.loads(x) for x in (tmp_path / "scores" / "top.jsonl").read_text().splitlines()]
+    assert [(line["query"], line["rank"]) for line in top] == [
+        (query, rank) for query in range(3) for rank in range(1, 5)
+    ]
+    rows = [json.loads(line) for line in (fitted / "text.jsonl").read_text().splitlines()]
+    indices = found["indices"].tolist()
+    for line in top:
+        order = expected[line["query"]].argsort(descending=True)
+        column = order[line["rank"] - 1].item()
+        row = rows[line["index"]]
+        assert line["index"] == indices[column]
+        assert line["score"] == pytest.approx(expected[line["query"], column].item(), rel=1e-6)
+        assert line["nats"] == pytest.approx(line["score"] / size, rel=1e-6)
+        assert line["text"] == (row["asked"] or "") + row["said"]
+    for said in ("workers       2", "empirical Fisher", "0.1 · mean(Λ)", "positive: more of"):
+        assert said in done.stdout
+
+
+def test_every_option_is_in_the_files(fitted, tmp_path):
+    options = {
+        "normalize": "relatif_l",
+        "per_token": "all",
+        "per_module": "true",
+        "per_layer": "true",
+        "self_influence": "true",
+        "rank": 3,
+        "rescore": 6,
+        "top_k": 3,
+        "bottom_k": 2,
+    }
+    given = [part for name, value in options.items() for part in (f"--scores.{name}", str(value))]
+    done = ask(fitted, tmp_path / "scores", *given, "--damping.value", "0.2")
+    found = load_file(tmp_path / "scores" / "scores.safetensors")
+    scores, norms = found["scores"].double(), found["norms"].double()
+    assert torch.allclose(found["self_influence"].double().sqrt(), norms, rtol=1e-5)
+    assert relative(found["module_scores"].double().sum(1), scores) < 1e-5
+    assert relative(found["layer_scores"].double().sum(1), scores) < 1e-5
+    starts = found["token_offsets"].tolist()
+    for column, (start, end) in enumerate(itertools.pairwise(starts)):
+        sums = found["token_scores"][:, start:end].double().sum(1)
+        assert relative(sums, scores[:, column]) < 1e-4
+    manifest = json.loads((tmp_path / "scores" / "manifest.json").read_text())
+    assert manifest["scan"]["rank"] == 3
+    assert len(manifest["scan"]["spearman"]) == len(manifest["scan"]["overlap"]) == 3
+    assert manifest["damping"]["value"] == 0.2
+    assert manifest["config"]["scores"]["normalize"] == "relatif_l"
+    details = load_file(tmp_path / "scores" / "details.safetensors")
+    exact = {
+        (q, i): s
+        for q, i, s in zip(
+            found["exact_query"].tolist(),
+            found["exact_index"].tolist(),
+            found["exact_scores"].tolist(),
+            strict=True,
+        )
+    }
+    for pair, (q, i) in enumerate(
+        zip(details["pair_query"].tolist(), details["pair_index"].tolist(), strict=True)
+    ):
+        assert details["module_scores"][pair].sum().item() == pytest.approx(exact[q, i], rel=1e-4)
+    assert "rank correlation" in done.stdout
+    assert "relatif_l" in done.stdout
+
+
+def test_the_same_query_twice_writes_the_same_bytes(fitted, tmp_path):
+    for name in ("one", "two"):
+        ask(fitted, tmp_path / name, "--scores.rank", "4")
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
+    for name in names:
+        if name != "manifest.json":
+            one, two = (tmp_path / k / name for k in ("one", "two"))
+            assert one.read_bytes() == two.read_bytes(), name
+
+
+def test_other_data_can_be_scored_and_that_is_said(fitted, tmp_path):
+    data = write_jsonl(tmp_path / "other.jsonl", [{"text": text} for text in texts(7, seed=5)])
+    done = ask(fitted, tmp_path / "scores", "--data.source", data, "--data.max_tokens", "30")
+    assert "not the sequences that the factors were fitted on" in done.stdout
+    manifest = json.loads((tmp_path / "scores" / "manifest.json").read_text())
+    assert manifest["data"]["same_as_fitted"] is False
+    assert manifest["data"]["num_scored"] == 7
+    assert manifest["data"]["max_tokens"] == 30
+
+
+def test_a_rank_above_the_matrixs_is_reduced_and_that_is_said(fitted, tmp_path):
+    done = ask(fitted, tmp_path / "scores", "--scores.rank", "99")
+    assert "99 is more than" in done.stdout
+    assert "reduced" in done.stdout
+
+
+def test_a_report_is_written_from_the_results(fitted, tmp_path):
+    ask(fitted, tmp_path / "scores")
+    done = run_cli(["report", tmp_path / "scores"])
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "scores.html").read_text()
+    assert "batch of tokens" in page
+    again = run_cli(["report", tmp_path / "scores"])
+    assert again.returncode == 2
+    assert "exists" in again.stderr

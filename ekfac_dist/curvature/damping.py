@@ -2,7 +2,7 @@
 
 import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -34,6 +34,11 @@ class Damping:
     modules: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.modules, Mapping):
+            raise ConfigError(
+                f"damping of modules is {self.modules!r}; it must give each a number, by name or "
+                "glob."
+            )
         given = [("damping", self.value)] if self.value is not None else []
         given += [(f"damping of {name}", value) for name, value in self.modules.items()]
         for what, value in given:
@@ -49,6 +54,23 @@ class Damping:
         if isinstance(value, Mapping):
             return cls(None, relative, dict(value))
         return cls(value, relative)
+
+    def require_used(self, names: Iterable[str]) -> None:
+        """Refuses a value that is no module's.
+
+        Args:
+            names: All modules.
+
+        Raises:
+            ConfigError: A name or glob of `modules` matches none of them.
+        """
+        names = list(names)
+        for glob in self.modules:
+            if not fnmatch.filter(names, glob) and glob not in names:
+                raise ConfigError(
+                    f"damping is given for {glob!r}, which is no tracked module's name, nor a glob "
+                    f"of any, such as {', '.join(names[:2])}."
+                )
 
     def absolute(self, name: str, lambda_OI: Tensor) -> float:
         """λ of one module.

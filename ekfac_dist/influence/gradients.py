@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ekfac_dist.curvature import scores as products
+from ekfac_dist.curvature import products
 from ekfac_dist.curvature.damping import Damping
 from ekfac_dist.curvature.kronecker import rotate_back
 from ekfac_dist.curvature.refit import rotate_rows

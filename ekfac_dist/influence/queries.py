@@ -6,6 +6,7 @@ group are summed: they share a row.
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from datasets import Dataset
 
 from ekfac_dist.data.sequences import NO_LABEL, Sequences, from_examples
 from ekfac_dist.data.tokenizing import encode, require_offsets
-from ekfac_dist.errors import DataError
+from ekfac_dist.errors import DataError, first_line
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def read_queries(path: str | Path) -> list[Query]:
     """
     queries = []
     try:
-        with Path(path).open(encoding="utf-8") as opened:
+        with Path(path).open("rb") as opened:
             for number, line in enumerate(opened, start=1):
                 if line.strip():
                     queries.append(_parse(line, f"{path}, line {number}", number))
@@ -73,8 +74,6 @@ def read_queries(path: str | Path) -> list[Query]:
         raise DataError(
             f"The queries {path} cannot be read: {error.strerror or error}. Give a .jsonl file."
         ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"The queries {path} are not UTF-8 text: {error}.") from error
     if not queries:
         raise DataError(f"{path} holds no query; {_WANTED}.")
     return queries
@@ -83,11 +82,20 @@ def read_queries(path: str | Path) -> list[Query]:
 _WANTED = 'each line must be {"prompt": …, "completion": …} or {"text": …}'
 
 
-def _parse(line: str, where: str, number: int) -> Query:
+def _parse(line: bytes, where: str, number: int) -> Query:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: is not UTF-8 text ({error.reason} at byte {error.start + 1}); save the file "
+            "as UTF-8."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: is not JSON ({error.msg}: column {error.colno}); {_WANTED}."
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: is not JSON ({error}); {_WANTED}.") from error
+        raise DataError(f"{where}: is not JSON ({first_line(error)}); {_WANTED}.") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: is {type(row).__name__}, not an object; {_WANTED}.")
     return parse_query(row, where, number)
@@ -106,10 +114,16 @@ def parse_query(row: Mapping[str, Any], where: str, number: int) -> Query:
     """
     fields = [name for name in ("prompt", "completion", "text") if row.get(name) is not None]
     if fields not in (["prompt", "completion"], ["text"]):
-        raise DataError(f"{where}: has {' and '.join(fields) or 'no text'}; {_WANTED}.")
+        found = " and ".join(fields or map(str, row)) or "no text"
+        raise DataError(f"{where}: has {found}; {_WANTED}.")
     for name in (*fields, *(["group"] if row.get("group") is not None else [])):
         if not isinstance(row[name], str):
             raise DataError(f"{where}: {name} is {row[name]!r}; it must be text.")
+        if any("\ud800" <= character <= "\udfff" for character in row[name]):
+            raise DataError(
+                f"{where}: {name} is {row[name]!r}, which holds half of a surrogate pair; give "
+                "whole characters."
+            )
     completion = row["text"] if fields == ["text"] else row["completion"]
     if not completion:
         raise DataError(f"{where}: {fields[-1]} is empty; it must hold what the query is about.")
@@ -204,16 +218,17 @@ def read_candidates(candidates: list[int] | str | None) -> list[int] | None:
     if not isinstance(candidates, str):
         return candidates
     try:
-        text = Path(candidates).expanduser().read_text(encoding="utf-8")
+        text = Path(os.path.expanduser(candidates)).read_text(encoding="utf-8")
         rows = json.loads(text) if text.lstrip().startswith("[") else [*map(int, text.split())]
     except OSError as error:
         raise DataError(
-            f"The candidates {candidates} cannot be read: {error.strerror or error}."
+            f"The candidates {candidates} cannot be read: {error.strerror or error}. Give a file "
+            "of row numbers, or a list of them."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
-            f"The candidates {candidates} are no list of row numbers ({error}); give a JSON list, "
-            "or a row number in each line."
+            f"The candidates {candidates} are no list of row numbers ({first_line(error)}); give a "
+            "JSON list, or a row number in each line."
         ) from error
     return rows
 
@@ -235,16 +250,18 @@ def pick_candidates(sequences: Sequences, candidates: Sequence[int] | None) -> n
     wrong = [c for c in candidates if isinstance(c, bool) or not isinstance(c, (int, np.integer))]
     if wrong:
         raise DataError(f"scores.candidates holds {wrong[0]!r}; rows are whole numbers from 0.")
-    rows = np.array(candidates, dtype=np.int64)
-    outside = rows[(rows < 0) | (rows >= sequences.counts.rows)]
-    if outside.size:
+    last = sequences.counts.rows - 1
+    outside = [c for c in candidates if not 0 <= c <= last]
+    if outside:
         raise DataError(
-            f"scores.candidates holds {outside[0]}, but the data has rows 0 to "
-            f"{sequences.counts.rows - 1}."
+            f"scores.candidates holds {outside[0]}, but the data has rows 0 to {last}; give rows "
+            "that it has."
         )
-    rows, times = np.unique(rows, return_counts=True)
+    rows, times = np.unique(np.array(candidates, dtype=np.int64), return_counts=True)
     if (times > 1).any():
-        raise DataError(f"scores.candidates holds {rows[times > 1][0]} twice.")
+        raise DataError(
+            f"scores.candidates holds {rows[times > 1][0]} more than once; give each row once."
+        )
     found = np.isin(rows, sequences.indices)
     if not found.all():
         raise DataError(

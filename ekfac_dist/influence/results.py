@@ -24,6 +24,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ekfac_dist.errors import OutputError, StoreError
+from ekfac_dist.errors import OutputError, StoreError, first_line
 from ekfac_dist.runtime.files import file_sha256, safetensors_parts, write_whole
 
 FORMAT = "ekfac_dist/scores/1"
@@ -42,6 +43,8 @@ TOP = "top.jsonl"
 BOTTOM = "bottom.jsonl"
 DETAILS = "details.safetensors"
 SEQUENCES = "sequences.jsonl"
+
+_MEND = "Run `query` again."
 
 
 class ResultsWriter:
@@ -61,10 +64,7 @@ class ResultsWriter:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(
-                f"output {self.path} cannot be made: {error.strerror or error}. Give a directory "
-                "that can be written."
-            ) from error
+            raise _cannot_be_made(self.path, error) from error
 
     def tensors(self, file: str, tensors: Mapping[str, Tensor]) -> None:
         """Writes one safetensors file."""
@@ -116,7 +116,7 @@ class ResultsReader:
                 "`query` run."
             ) from error
         except (ValueError, RecursionError) as error:
-            raise StoreError(f"{file} is not JSON: {error}.") from error
+            raise StoreError(f"{file} is not JSON: {first_line(error)}. {_MEND}") from error
         found = manifest.get("format") if isinstance(manifest, dict) else None
         if found != FORMAT:
             raise StoreError(
@@ -124,15 +124,24 @@ class ResultsReader:
                 "`query` run."
             )
         if manifest.get("complete") is not True:
-            raise StoreError(f"{path} is incomplete: its run did not finish. Run `query` again.")
+            raise StoreError(f"{path} is incomplete: its run did not finish. {_MEND}")
         self.manifest: dict[str, Any] = manifest
-        for name, listed in manifest["files"].items():
+        files = manifest.get("files")
+        if not isinstance(files, dict):
+            raise StoreError(f"{file} has no list of files. {_MEND}")
+        for name, listed in files.items():
+            digest = listed.get("sha256") if isinstance(listed, dict) else None
+            if Path(name).name != name or not isinstance(digest, str):
+                raise StoreError(
+                    f"{file} lists {name!r} as {listed!r}; it must list files beside it, each with "
+                    f"its sha256. {_MEND}"
+                )
             part = self.path / name
             if not part.is_file():
-                raise StoreError(f"{part} is missing, though the manifest lists it.")
-            if file_sha256(part) != listed["sha256"]:
+                raise StoreError(f"{part} is missing, though the manifest lists it. {_MEND}")
+            if file_sha256(part) != digest:
                 raise StoreError(
-                    f"{part} has changed since it was written: another SHA-256. Run `query` again."
+                    f"{part} has changed since it was written: another SHA-256. {_MEND}"
                 )
 
     def has(self, file: str) -> bool:
@@ -141,19 +150,25 @@ class ResultsReader:
 
     def tensors(self, file: str) -> dict[str, Tensor]:
         """Every tensor of a safetensors file."""
+        path = self._listed(file)
         try:
-            return load_file(self.path / file)
+            return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise StoreError(f"{self.path / file} cannot be read: {error}.") from error
+            raise StoreError(f"{path} cannot be read: {first_line(error)}. {_MEND}") from error
 
     def lines(self, file: str) -> list[dict[str, Any]]:
         """Every row of a JSONL file."""
-        with (self.path / file).open(encoding="utf-8") as opened:
+        with self._listed(file).open(encoding="utf-8") as opened:
             return [json.loads(line) for line in opened]
+
+    def _listed(self, file: str) -> Path:
+        if not self.has(file):
+            raise StoreError(f"{self.path / MANIFEST} does not list {file}. {_MEND}")
+        return self.path / file
 
 
 def check_new(path: str | Path) -> None:
-    """Refuses an output directory that holds anything or cannot be made; touches nothing.
+    """Refuses an output directory that holds anything or cannot be made; leaves nothing.
 
     Raises:
         OutputError: It exists and is not empty, or cannot be written.
@@ -177,6 +192,28 @@ def check_new(path: str | Path) -> None:
             f"output {path} cannot be made: {parent} is no directory that can be written. Give "
             "another directory."
         )
+    try:
+        _make_and_remove(path)
+    except OSError as error:
+        raise _cannot_be_made(path, error) from error
+
+
+def _make_and_remove(path: Path) -> None:
+    """Tries it: a file system, or the length of a name, may forbid what permissions allow."""
+    made = [directory for directory in (path, *path.parents) if not directory.exists()]
+    try:
+        path.mkdir(parents=True)
+    finally:
+        for directory in made:
+            with suppress(OSError):  # not made, or in use by now
+                directory.rmdir()
+
+
+def _cannot_be_made(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"output {path} cannot be made: {error.strerror or error}. Give a directory that can be "
+        "written."
+    )
 
 
 def _json(value: Any, indent: int | None = None) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ekfac_dist.curvature import scores as products
+from ekfac_dist.curvature import products
 from ekfac_dist.curvature.refit import rotate_rows
 from ekfac_dist.data.batches import Batch
 from ekfac_dist.data.sequences import Sequences
@@ -97,6 +97,7 @@ class Scan(_TrainingRows):
         self._prepared = prepared
         self._columns = Columns(sequences)
         self._parts = parts
+        self._sums = products.SequenceGradients()
         num_rows, num_columns = len(prepared.rows), len(sequences)
         self.scores: Tensor = setting.zeros(num_rows, num_columns)
         self.part_scores: Tensor | None = None
@@ -143,7 +144,7 @@ class Scan(_TrainingRows):
             fitted = self._setting.at_device(module.name)
             inverse = 1 / self._setting.factors.damped(module.name, self._setting.damping, fitted)
             weights = torch.stack([inverse, inverse.square()]).flatten(1)
-        for which, sums_nOI in products.sequence_gradients(acts_MI, grads_MO, batch.lengths):
+        for which, sums_nOI in self._sums.of(acts_MI, grads_MO, batch.lengths):
             flat = sums_nOI.flatten(1)
             if scores_Qn is None:
                 assert isinstance(gradients, WholeGradients)

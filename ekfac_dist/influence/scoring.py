@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.config import DEFAULT_TOP_K, ScoresConfig
-from ekfac_dist.curvature.scores import spearman
+from ekfac_dist.curvature.products import spearman
 from ekfac_dist.data.batches import assign_batches, plan_batches
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.errors import ConfigError
@@ -31,6 +31,7 @@ from ekfac_dist.influence.gradients import (
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.influence.scan import DetailSums, Pairs, Scan
 from ekfac_dist.influence.scores import Details, InfluenceScores, Listed, Rescored
+from ekfac_dist.models.capture import precisely
 from ekfac_dist.models.discovery import layer_name
 from ekfac_dist.runtime.memory import as_text
 from ekfac_dist.stages.passes import SummingObserver, Work, run_pass
@@ -62,7 +63,9 @@ def compute_scores(
     setting = replace(setting, in_eigenbasis=needs_norms)
     names = tuple(module.name for module in setting.modules)
     layers = tuple(dict.fromkeys(map(layer_name, names)))
-    with setting.world.agree():  # a damping that cannot be used is told before all else
+    with setting.world.agree():
+        # A damping that cannot be used is told before all else.
+        setting.damping.require_used(names)
         damping = {name: setting.factors.damping_of(name, setting.damping) for name in names}
     num_rows = len(queries.rows)
     result = InfluenceScores(
@@ -190,7 +193,7 @@ class _Scoring:
     def _multiply_out(self, prepared: PreparedQueries) -> None:
         """Multiplies low-rank gradients out where the scan is then cheaper and memory allows.
 
-        See `curvature.scores` for what each way costs.
+        See `curvature.products` for what each way costs.
         """
         num_rows = len(prepared.rows)
         whole = bytes_per_row(self.setting.modules, None, self.setting.dtype)
@@ -202,7 +205,8 @@ class _Scoring:
             assert isinstance(gradients, LowRankGradients)
             sizes, rank = (module.num_outputs, module.input_size), gradients.left_QOr.shape[-1]
             if (length + num_rows) * math.prod(sizes) < length * num_rows * rank * sum(sizes):
-                prepared.gradients[module.name] = gradients.whole()
+                with precisely(self.setting.world.device):
+                    prepared.gradients[module.name] = gradients.whole()
 
     def _scan(self, prepared: PreparedQueries, name: str) -> None:
         config, result, rows = self.config, self.result, prepared.rows

@@ -12,6 +12,7 @@ few; scores of positions have no such choice. Everything here is in whichever ba
 share: the parameters' own, or the eigenbasis.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -26,32 +27,46 @@ def with_bias(rows_Mi: Tensor) -> Tensor:
     return torch.nn.functional.pad(rows_Mi, (0, 1), value=1.0)
 
 
-def sequence_gradients(
-    acts_MI: Tensor, grads_MO: Tensor, lengths: Sequence[int]
-) -> Iterator[tuple[slice, Tensor]]:
-    """G_n = Σ_t g_t a_tᵀ of every sequence, a few at a time.
+class SequenceGradients:
+    """Makes the gradients of sequences, a few at a time, in memory that is used again.
 
-    Args:
-        acts_MI: Input rows, sequence after sequence.
-        grads_MO: Output-gradient rows, likewise.
-        lengths: Rows of each sequence; they sum to M.
-
-    Yields:
-        (which sequences, their gradients [n, O, I]); overwritten by the next.
+    Fresh memory of this size costs as much as a fifth of the products that fill it.
     """
-    num_inputs, num_outputs = acts_MI.shape[1], grads_MO.shape[1]
-    step = max(1, GRADIENT_BYTES // (num_inputs * num_outputs * acts_MI.element_size()))
-    buffer = acts_MI.new_empty(min(step, len(lengths)), num_outputs, num_inputs)
-    start = 0
-    for first in range(0, len(lengths), step):
-        part = lengths[first : first + step]
-        rows = slice(start, start + sum(part))
-        acts_nTI = _by_sequence(acts_MI[rows], part)
-        grads_nTO = _by_sequence(grads_MO[rows], part)
-        gradients_nOI = buffer[: len(part)]
-        torch.bmm(grads_nTO.transpose(1, 2), acts_nTI, out=gradients_nOI)
-        yield slice(first, first + len(part)), gradients_nOI
-        start = rows.stop
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+
+    def of(
+        self, acts_MI: Tensor, grads_MO: Tensor, lengths: Sequence[int]
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """G_n = Σ_t g_t a_tᵀ of every sequence.
+
+        Args:
+            acts_MI: Input rows, sequence after sequence.
+            grads_MO: Output-gradient rows, likewise.
+            lengths: Rows of each sequence; they sum to M.
+
+        Yields:
+            (which sequences, their gradients [n, O, I]); the next ones overwrite them.
+        """
+        num_inputs, num_outputs = acts_MI.shape[1], grads_MO.shape[1]
+        step = max(1, GRADIENT_BYTES // (num_inputs * num_outputs * acts_MI.element_size()))
+        start = 0
+        for first in range(0, len(lengths), step):
+            part = lengths[first : first + step]
+            rows = slice(start, start + sum(part))
+            acts_nTI = _by_sequence(acts_MI[rows], part)
+            grads_nTO = _by_sequence(grads_MO[rows], part)
+            gradients_nOI = self._room(acts_MI, len(part), num_outputs, num_inputs)
+            torch.bmm(grads_nTO.transpose(1, 2), acts_nTI, out=gradients_nOI)
+            yield slice(first, first + len(part)), gradients_nOI
+            start = rows.stop
+
+    def _room(self, like: Tensor, *size: int) -> Tensor:
+        number = math.prod(size)
+        if self._buffer is None or self._buffer.numel() < number:
+            self._buffer = like.new_empty(number)
+        return self._buffer[:number].view(size)
 
 
 def position_scores(query_OI: Tensor, acts_MI: Tensor, grads_MO: Tensor) -> Tensor:

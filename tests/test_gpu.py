@@ -8,7 +8,7 @@ from dense import dense_E, relative
 from networks import KINDS, build, examples
 from workshop import run_cli, save_tiny_llama, texts, write_jsonl
 
-from ekfac_dist import estimate_factors, load_factors
+from ekfac_dist import estimate_factors, influence_scores, load_factors
 from ekfac_dist.curvature.eigenbasis import decompose
 
 pytestmark = pytest.mark.gpu
@@ -71,3 +71,15 @@ def test_the_command_line_fits_on_one_gpu(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "cuda" in done.stdout
     assert load_factors(tmp_path / "store").manifest["complete"] is True
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": "cosine"}, {"rank": 3, "rescore": 6}])
+@pytest.mark.parametrize("family", KINDS)
+def test_scores_on_the_gpu_equal_those_on_the_cpu(family, options):
+    train, queries = examples(12, seed=1, prompts=True), examples(4, seed=2, prompts=True)
+    factors = estimate_factors(build(family), train, labels="data", accumulate="float64")
+    options = {"top_k": 3, "per_token": "top", "per_module": True, "batch_tokens": 24, **options}
+    on_cpu = influence_scores(build(family), factors, queries, train, **options)
+    on_gpu = influence_scores(build(family).cuda(), factors, queries, train, **options)
+    assert relative(on_gpu.module_scores, on_cpu.module_scores) < 1e-8
+    assert relative(on_gpu.details.token_scores, on_cpu.details.token_scores) < 1e-8

@@ -11,11 +11,21 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
-from ekfac_dist.config import DataConfig, EstimateConfig, FactorsConfig, ModelConfig, field_names
+from ekfac_dist.config import (
+    DampingConfig,
+    DataConfig,
+    EstimateConfig,
+    FactorsConfig,
+    ModelConfig,
+    QueryConfig,
+    ScoresConfig,
+    field_names,
+)
 from ekfac_dist.demo.run import DemoSettings
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+QUERY = ROOT / "configs" / "query.yaml"
+CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - {QUERY})
 LAUNCHERS = sorted((ROOT / "launch" / "accelerate").glob("*.yaml"))
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
 
@@ -51,6 +61,16 @@ def test_a_configuration_is_an_estimate_configuration(path):
     config = as_config(plain)
     assert config.output.startswith("runs/")
     assert config.factors.accumulate == "float32"
+
+
+def test_the_queries_configuration_is_a_query_configuration():
+    plain = load(QUERY)
+    assert set(leaves(plain)) <= set(field_names(QueryConfig))
+    parts = {"damping": DampingConfig, "scores": ScoresConfig}
+    config = QueryConfig(
+        **{name: parts[name](**value) if name in parts else value for name, value in plain.items()}
+    )
+    assert config.factors == load(ROOT / "configs" / "gpt2.yaml")["output"]
 
 
 def test_the_demos_configuration_is_what_the_demo_fits():

@@ -102,8 +102,8 @@ def test_what_is_written_is_read_back_and_is_the_same_bytes_each_time(stdlib, tm
     assert set(json.loads(first.read_text().splitlines()[0])) == {"text", "module", "kind"}
 
 
-def test_the_real_library_gives_thousands_of_rows_in_a_fair_order():
-    rows = corpus_rows()
+def test_the_real_library_gives_thousands_of_rows_in_a_fair_order(library_rows):
+    rows = library_rows
     assert len(rows) > 5000
     assert {row.kind for row in rows} == {"source", "doc"}
     assert len({row.module for row in rows[:1000]}) > 100

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,14 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
-from ekfac_dist.demo import run
+from ekfac_dist.demo import commands, configs, run
+from ekfac_dist.demo.answers import QUERIES, answers_with_modules
+from ekfac_dist.demo.directory import DemoPaths, DemoSettings, remove
 from ekfac_dist.demo.model import ModelShape
-from ekfac_dist.demo.run import DemoPaths, DemoSettings, run_demo
+from ekfac_dist.demo.run import run_demo
 from ekfac_dist.errors import ConfigError, OutputError
+from ekfac_dist.influence import results
+from ekfac_dist.influence.results import ResultsWriter
 from ekfac_dist.runtime.store import FORMAT, MANIFEST_KEYS
 
 ROWS = [
@@ -32,6 +37,7 @@ SETTINGS = DemoSettings(
     max_sequences=20,
     max_tokens=32,
 )
+FROM_FACTORS_ON = ["estimate", "inspect", "query", "report"]
 
 
 @pytest.fixture
@@ -50,15 +56,17 @@ def calls(tmp_path, monkeypatch):
 
     def call(step, command):
         called.append(step)
-        if step == "estimate":
+        if step in ("estimate", "query"):
             config = yaml.safe_load(Path(command[-1]).read_text())
-            write_store(config)
+            (write_store if step == "estimate" else write_scores)(config)
+        if step == "report":
+            Path(command[-1]).write_text("a page")
         return 0
 
     original_train_model = run.train_model
     monkeypatch.setattr(run, "write_corpus", write_corpus)
     monkeypatch.setattr(run, "train_model", train_model)
-    monkeypatch.setattr(run, "_call", call)
+    monkeypatch.setattr(run, "call", call)
     return called
 
 
@@ -69,39 +77,91 @@ def write_store(config, **changes):
     (store / "manifest.json").write_text(json.dumps({**manifest, "config": config, **changes}))
 
 
-def test_all_steps_are_taken_once_and_a_second_run_takes_the_last_alone(calls, tmp_path, capsys):
+def write_scores(config, **changes):
+    """Results in which row 10·query + rank is on that rank of that query."""
+    queries = [json.loads(line) for line in Path(config["queries"]).read_text().splitlines()]
+    writer = ResultsWriter(config["output"])
+    writer.lines(
+        results.QUERIES,
+        [
+            {"query": number, "group": None, "members": [{**query, "nats": 1.0}]}
+            for number, query in enumerate(queries)
+        ],
+    )
+    writer.lines(
+        results.TOP,
+        [
+            {"query": q, "rank": rank, "index": 10 * q + rank, "score": -rank, "nats": -rank / 20}
+            for q in range(len(queries))
+            for rank in range(1, 8)
+        ],
+    )
+    writer.finish({"config": {**config, **changes}})
+
+
+def test_all_steps_are_taken_once_and_a_second_run_reuses_what_they_made(calls, tmp_path, capsys):
     assert run_demo(tmp_path / "demo", settings=SETTINGS) == 0
-    assert calls == ["corpus", "model", "estimate", "inspect"]
+    assert calls == ["corpus", "model", *FROM_FACTORS_ON]
     said = capsys.readouterr().out
-    assert all(f"{step}/5" in said for step in range(1, 6))
+    assert all(f"{step}/8" in said for step in range(1, 9))
     assert "nats per token on held-out" in said
     calls.clear()
     assert run_demo(tmp_path / "demo", settings=SETTINGS) == 0
     assert calls == ["inspect"]
-    assert capsys.readouterr().out.count("reused") == 4
+    again = capsys.readouterr().out
+    assert again.count("reused") == 6
+    assert answers_with_modules(DemoPaths(tmp_path / "demo")) in said
+    assert answers_with_modules(DemoPaths(tmp_path / "demo")) in again
 
 
-def test_another_number_of_workers_reuses_the_factors(calls, tmp_path):
+def test_each_querys_top_texts_are_shown_with_the_modules_of_their_rows(calls, tmp_path):
+    run_demo(tmp_path, settings=SETTINGS)
+    blocks = answers_with_modules(DemoPaths(tmp_path)).split("\n\n")
+    assert len(blocks) == len(QUERIES) == 3
+    for number, block in enumerate(blocks):
+        rows = [line.split() for line in block.splitlines()[4:]]
+        assert [row[0] for row in rows] == [f"m{10 * number + rank}" for rank in range(1, 6)]
+        assert [row[1:4] for row in rows][1] == ["source", "-2", "-0.1"]
+        assert rows[0][4:6] == ["def", f"function_{10 * number + 1}(value):"]
+
+
+def test_another_number_of_workers_reuses_factors_and_scores(calls, tmp_path):
     run_demo(tmp_path, workers=2, settings=SETTINGS)
     calls.clear()
     run_demo(tmp_path, workers=3, settings=SETTINGS)
     assert calls == ["inspect"]
 
 
-def test_a_new_model_needs_new_factors(calls, tmp_path):
+def test_a_new_model_needs_new_factors_scores_and_report(calls, tmp_path):
     run_demo(tmp_path, settings=SETTINGS)
-    run._remove(tmp_path / "model")
+    remove(tmp_path / "model")
     calls.clear()
     run_demo(tmp_path, settings=SETTINGS)
-    assert calls == ["model", "estimate", "inspect"]
+    assert calls == ["model", *FROM_FACTORS_ON]
+
+
+def test_new_factors_need_new_scores_and_a_new_report(calls, tmp_path):
+    run_demo(tmp_path, settings=SETTINGS)
+    remove(tmp_path / "factors")
+    calls.clear()
+    run_demo(tmp_path, settings=SETTINGS)
+    assert calls == FROM_FACTORS_ON
+
+
+def test_scores_of_old_factors_are_gone_before_new_ones_are_fitted(calls, tmp_path, monkeypatch):
+    run_demo(tmp_path, settings=SETTINGS)
+    remove(tmp_path / "factors")
+    monkeypatch.setattr(run, "call", lambda *_: 1)
+    assert run_demo(tmp_path, settings=SETTINGS) == 1
+    assert not (tmp_path / "scores").exists()
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_other_settings_make_everything_anew(calls, tmp_path, capsys):
     run_demo(tmp_path, settings=SETTINGS)
     calls.clear()
-    other = DemoSettings(**{**SETTINGS.__dict__, "max_steps": 3})
-    assert run_demo(tmp_path, settings=other) == 0
-    assert calls == ["corpus", "model", "estimate", "inspect"]
+    assert run_demo(tmp_path, settings=replace(SETTINGS, max_steps=3)) == 0
+    assert calls == ["corpus", "model", *FROM_FACTORS_ON]
     assert "made anew" in capsys.readouterr().out
 
 
@@ -111,7 +171,7 @@ def test_a_store_of_another_configuration_is_fitted_again(calls, tmp_path):
     write_store({**config, "batch_tokens": 1})
     calls.clear()
     run_demo(tmp_path, settings=SETTINGS)
-    assert calls == ["estimate", "inspect"]
+    assert calls == FROM_FACTORS_ON
 
 
 def test_an_unfinished_store_of_this_run_is_left_for_estimate_to_go_on_with(
@@ -120,33 +180,91 @@ def test_an_unfinished_store_of_this_run_is_left_for_estimate_to_go_on_with(
     run_demo(tmp_path, settings=SETTINGS)
     write_store(yaml.safe_load((tmp_path / "estimate.yaml").read_text()), complete=False)
     found = []
-    monkeypatch.setattr(run, "_call", lambda *_: found.append((tmp_path / "factors").exists()) or 0)
+    monkeypatch.setattr(run, "call", lambda *_: found.append((tmp_path / "factors").exists()))
+    monkeypatch.setattr(run, "show_answers", lambda _: 0)
     run_demo(tmp_path, settings=SETTINGS)
-    assert found == [True, True]
+    assert found == [True] * len(FROM_FACTORS_ON)
+
+
+def unfinished(scores):
+    (scores / "manifest.json").unlink()
+
+
+def of_another_configuration(scores):
+    config = yaml.safe_load((scores.parent / "query.yaml").read_text())
+    remove(scores)
+    write_scores(config, batch_tokens=1)
+
+
+def of_other_queries(scores):
+    config = yaml.safe_load((scores.parent / "query.yaml").read_text())
+    remove(scores)
+    Path(config["queries"]).write_text(json.dumps({"prompt": "1 + 1 = ", "completion": "2"}))
+    write_scores(config)
+
+
+def with_a_changed_file(scores):
+    with (scores / "top.jsonl").open("a") as file:
+        file.write("\n")
+
+
+@pytest.mark.parametrize(
+    "spoil", [unfinished, of_another_configuration, of_other_queries, with_a_changed_file]
+)
+def test_scores_that_are_not_whole_or_not_these_are_computed_again(calls, tmp_path, spoil):
+    run_demo(tmp_path, settings=SETTINGS)
+    spoil(tmp_path / "scores")
+    calls.clear()
+    assert run_demo(tmp_path, settings=SETTINGS) == 0
+    assert calls == ["inspect", "query", "report"]
+
+
+def test_a_report_that_is_gone_is_written_again(calls, tmp_path):
+    run_demo(tmp_path, settings=SETTINGS)
+    remove(tmp_path / "report.html")
+    calls.clear()
+    run_demo(tmp_path, settings=SETTINGS)
+    assert calls == ["inspect", "report"]
+
+
+def test_without_jinja2_the_report_alone_is_left_out(calls, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    assert run_demo(tmp_path, settings=SETTINGS) == 0
+    assert "report" not in calls
+    assert "left out, for it needs jinja2" in capsys.readouterr().out
+
+
+def test_the_queries_are_new_but_their_modules_are_among_the_first_rows(library_rows):
+    rows = library_rows
+    for query in QUERIES:
+        assert not any(query[part].strip() in row.text for row in rows for part in query)
+    modules = {row.module for row in rows[: DemoSettings().max_sequences]}
+    assert {"_pydecimal", "urllib.parse", "xml.dom.minidom"} <= modules
 
 
 def test_a_failing_step_ends_the_demo_with_its_status(calls, tmp_path, monkeypatch):
     steps = []
-    monkeypatch.setattr(run, "_call", lambda step, _: steps.append(step) or 3)
+    monkeypatch.setattr(run, "call", lambda step, _: steps.append(step) or 3)
     assert run_demo(tmp_path, settings=SETTINGS) == 3
     assert steps == ["estimate"]
+    assert not (tmp_path / "scores").exists()
 
 
 def test_a_commands_status_is_passed_on_with_a_sentence(capfd):
-    assert run._call("estimate", [sys.executable, "-c", "import sys; sys.exit(5)"]) == 5
+    assert commands.call("estimate", [sys.executable, "-c", "import sys; sys.exit(5)"]) == 5
     assert "`estimate` ended with exit status 5" in capfd.readouterr().err
 
 
 def test_a_command_ended_by_a_signal_has_a_shells_status(capfd):
     command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
-    assert run._call("estimate", command) == 137
+    assert commands.call("estimate", command) == 137
 
 
 def test_a_demo_that_is_ended_ends_its_commands(tmp_path):
     child = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(600)"
     parent = (
-        "import sys; from ekfac_dist.demo import run\n"
-        f"with run._ends_its_children(): run._call('step', [sys.executable, '-c', {child!r}])"
+        "import sys; from ekfac_dist.demo.commands import call, ends_its_children\n"
+        f"with ends_its_children(): call('step', [sys.executable, '-c', {child!r}])"
     )
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
     child_id = int(process.stdout.readline())
@@ -190,10 +308,15 @@ def test_no_workers_is_an_error(tmp_path):
 def test_the_written_configurations_are_what_they_should_be(calls, tmp_path):
     run_demo(tmp_path, workers=3, settings=SETTINGS)
     paths = DemoPaths(tmp_path.resolve())
-    config = yaml.safe_load(paths.estimate_config.read_text())
-    assert config == run.estimate_config(paths, SETTINGS).as_dict()
-    assert config["model"]["name"] == str(paths.model)
-    assert config["data"]["max_sequences"] == SETTINGS.max_sequences
+    estimate = yaml.safe_load(paths.estimate_config.read_text())
+    assert estimate == configs.estimate_config(paths, SETTINGS).as_dict()
+    assert estimate["model"]["name"] == str(paths.model)
+    assert estimate["data"]["max_sequences"] == SETTINGS.max_sequences
+    query = yaml.safe_load(paths.query_config.read_text())
+    assert query == configs.query_config(paths, SETTINGS).as_dict()
+    assert query["factors"] == estimate["output"]
+    assert query["queries"] == str(paths.queries)
+    assert [json.loads(line) for line in paths.queries.read_text().splitlines()] == QUERIES
     launcher = load_config_from_file(str(paths.accelerate_config))
     assert launcher.distributed_type == DistributedType.MULTI_GPU
     assert launcher.use_cpu is True
@@ -201,12 +324,19 @@ def test_the_written_configurations_are_what_they_should_be(calls, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_makes_a_whole_store_with_two_workers(tmp_path, capfd):
-    settings = DemoSettings(**{**SETTINGS.__dict__, "vocab_size": 1024, "max_steps": 20})
-    assert run_demo(tmp_path, workers=2, settings=settings) == 0
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_demo_makes_a_whole_store_scores_and_a_report(workers, tmp_path, capfd):
+    shape = replace(SETTINGS.shape, context=256)  # a query has to fit
+    settings = replace(SETTINGS, shape=shape, vocab_size=1024, max_steps=20)
+    assert run_demo(tmp_path, workers=workers, settings=settings) == 0
     said = capfd.readouterr().out
-    assert "5/5 inspect" in said
+    assert "8/8 report" in said
     paths = DemoPaths(tmp_path.resolve())
-    assert run.is_whole_store(paths.factors, run.estimate_config(paths, settings))
-    assert run_demo(tmp_path, workers=2, settings=settings) == 0
-    assert capfd.readouterr().out.count("reused") == 4
+    assert configs.is_whole_store(paths, settings)
+    assert configs.is_whole_answer(paths, settings)
+    assert answers_with_modules(paths) in said
+    page = paths.report.read_bytes()
+    assert b"first_element" in page
+    assert run_demo(tmp_path, workers=workers, settings=settings) == 0
+    assert capfd.readouterr().out.count("reused") == 6
+    assert paths.report.read_bytes() == page

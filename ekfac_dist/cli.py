@@ -269,7 +269,10 @@ _TYPES_IN_WORDS = {
     "int": "a whole number",
     "bool": "true or false",
     "str": "text",
+    "float": "a number",
+    "dict": "a group of names, each with a number",
     "list[str]": "a list of texts",
+    "list[int]": "a list of whole numbers",
     "NoneType": "null",
 }
 
@@ -277,13 +280,14 @@ _TYPES_IN_WORDS = {
 def _in_words(message: str) -> str:
     """The parser's complaint as a sentence without its end: what was given and what would do."""
     message = " ".join(message.split())
-    found = re.fullmatch(r'Parser key "(.+?)": (.*?)(?:Got|Given) value: (.*)', message)
+    # Of a union, the value that was given comes last, behind what each of its types says of it.
+    found = re.fullmatch(r'Parser key "(.+?)": (.*)(?:Got|Given) value: (.*)', message)
     if not found:
         return message[:1].upper() + message[1:]
     name, types, value = found.groups()
     wanted = []
     for kind, choices in re.findall(
-        r"(list\[str\]|(?<=<class ')\w+|Literal\[(.+?)\])", types.partition("Errors:")[0]
+        r"(list\[\w+\]|(?<=<class ')\w+|Literal\[(.+?)\])", types.partition("Errors:")[0]
     ):
         wanted.append(_TYPES_IN_WORDS.get(kind, choices.strip("'").replace("', '", " or ") or kind))
     return f"{name} is {value}; it must be {' or '.join(wanted)}"

@@ -5,12 +5,15 @@ cannot be meant; types are checked by the command line's parser.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from ekfac_dist.errors import ConfigError
+
+T = TypeVar("T")
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16", "auto"]
 Labels = Literal["sampled", "data"]
@@ -28,9 +31,15 @@ def _require_choice(name: str, value: object, choices: Iterable[str]) -> None:
         raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}.")
 
 
-def _require_positive(name: str, value: object) -> None:
+def require_positive(name: str, value: object) -> None:
+    """Refuses what is no whole number of 1 or more."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name} is {value!r}; it must be a whole number of 1 or more.")
+
+
+def _require_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number of 0 or more.")
 
 
 def _require_given(values: Mapping[str, object]) -> None:
@@ -92,14 +101,14 @@ class DataConfig:
     max_sequences: int | None = None
 
     def __post_init__(self) -> None:
-        _require_positive("data.max_tokens", self.max_tokens)
+        require_positive("data.max_tokens", self.max_tokens)
         if self.max_tokens < 2:
             raise ConfigError(
                 "data.max_tokens is 1; a sequence needs 2 tokens or more, one to read and one to "
                 "predict."
             )
         if self.max_sequences is not None:
-            _require_positive("data.max_sequences", self.max_sequences)
+            require_positive("data.max_sequences", self.max_sequences)
 
 
 @dataclass(kw_only=True)
@@ -136,7 +145,7 @@ class FactorsConfig:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"factors.seed is {self.seed}; it must be from 0 to 2^63 - 1.")
         if self.partitions != "auto":
-            _require_positive("factors.partitions", self.partitions)
+            require_positive("factors.partitions", self.partitions)
         if self.eigen != "rank0":
             raise ConfigError(
                 f"factors.eigen is {self.eigen!r}; this version decomposes on rank0 only."
@@ -166,7 +175,7 @@ class EstimateConfig:
     output: str | None = None
 
     def __post_init__(self) -> None:
-        _require_positive("batch_tokens", self.batch_tokens)
+        require_positive("batch_tokens", self.batch_tokens)
         names = {"model.name": self.model.name, "data.source": self.data.source}
         _require_given({**names, "output": self.output})
         # A shell expands ~ only where it sees it: not in a YAML file, nor behind --output=.
@@ -197,7 +206,9 @@ class QueryModelConfig:
 
     def over(self, fitted: Mapping[str, Any]) -> ModelConfig:
         """What is given, over what the factors were fitted with."""
-        return ModelConfig(**{**fitted, **_given(self)})
+        model = _over(ModelConfig, fitted, _given(self))
+        _require_given({"model.name": model.name})
+        return model
 
 
 @dataclass(kw_only=True)
@@ -227,9 +238,20 @@ class QueryDataConfig:
 
     def over(self, fitted: Mapping[str, Any]) -> DataConfig:
         """What is given, over what the factors were fitted on, or over the defaults."""
-        data = DataConfig(**{**(fitted if self.source is None else {}), **_given(self)})
+        data = _over(DataConfig, fitted if self.source is None else {}, _given(self))
+        _require_given({"data.source": data.source})
         data.source = os.path.expanduser(data.source or "")
         return data
+
+
+def _over(config_class: type[T], fitted: Mapping[str, Any], given: Mapping[str, Any]) -> T:
+    unknown = [name for name in fitted if name not in field_names(config_class)]
+    if unknown:
+        raise ConfigError(
+            f"The factors' manifest has a configuration with {', '.join(map(str, unknown))}, which "
+            "this version does not know; use the version that fitted them, or fit them again."
+        )
+    return config_class(**{**fitted, **given})
 
 
 def _given(config: Any) -> dict[str, Any]:
@@ -293,11 +315,10 @@ class ScoresConfig:
         for name in ("top_k", "rank", "training_size"):
             value = getattr(self, name)
             if value is not None:
-                _require_positive(f"scores.{name}", value)
-        for name in ("bottom_k", "rescore"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or value < 0):
-                raise ConfigError(f"scores.{name} is {value!r}; it must be 0 or more.")
+                require_positive(f"scores.{name}", value)
+        if self.bottom_k is not None:
+            _require_count("scores.bottom_k", self.bottom_k)
+        _require_count("scores.rescore", self.rescore)
         if self.rank is not None:
             self.low_rank = True
         if self.rescore and not self.low_rank:
@@ -305,9 +326,10 @@ class ScoresConfig:
                 "scores.rescore is given, but scores are exact already; give scores.rank too, or "
                 "neither."
             )
-        if not self.query_memory_gb > 0:
+        memory = self.query_memory_gb
+        if not isinstance(memory, (int, float)) or not 0 < memory < math.inf:
             raise ConfigError(
-                f"scores.query_memory_gb is {self.query_memory_gb}; it must be above 0."
+                f"scores.query_memory_gb is {memory!r}; it must be a finite number above 0."
             )
 
     @property
@@ -342,7 +364,7 @@ class QueryConfig:
     output: str | None = None
 
     def __post_init__(self) -> None:
-        _require_positive("batch_tokens", self.batch_tokens)
+        require_positive("batch_tokens", self.batch_tokens)
         _require_given({name: getattr(self, name) for name in ("factors", "queries", "output")})
         for name in ("factors", "queries", "output"):
             setattr(self, name, os.path.expanduser(getattr(self, name)))

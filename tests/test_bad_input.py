@@ -4,12 +4,9 @@ One table of cases serves one worker, where each is run in this process, and two
 few stand for each way of failing and the whole table is marked slow.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +15,20 @@ import datasets
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from refusals import (
+    BINARY,
+    SAID,
+    Case,
+    in_this_process,
+    on_real_workers,
+    require_refusal,
+    table,
+)
 from safetensors.torch import load_file, save_file
 from transformers import MambaConfig
 from workshop import (
     CONTEXT,
     VOCABULARY,
-    run_cli,
     save_tiny,
     save_tiny_llama,
     texts,
@@ -31,12 +36,6 @@ from workshop import (
     write_jsonl,
     write_yaml,
 )
-
-from ekfac_dist import cli
-
-PROMPT_SECONDS = 60
-SAID = "ekfac-dist: error: "
-BINARY = bytes(range(256)) * 4
 
 
 @dataclass
@@ -94,27 +93,8 @@ class Setting:
         return ["estimate", "--config", str(self.path("config.yaml")), *self.options]
 
 
-Spoil = Callable[[Setting], None]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One way to go wrong.
-
-    Attributes:
-        name: What is wrong.
-        spoil: Makes it so.
-        says: What the sentence must hold.
-        begun: Whether the run has begun its store when it fails.
-    """
-
-    name: str
-    spoil: Spoil
-    says: tuple[str, ...]
-    begun: bool = False
-
-
 CASES: list[Case] = []
+case = table(CASES)
 
 # One for each kind of bad input: these run on two real workers every time, the others when asked.
 STAND_FOR_ALL = (
@@ -137,14 +117,6 @@ STAND_FOR_ALL = (
     "an output that holds another run",
     "an output below a file",
 )
-
-
-def case(name: str, *says: str, begun: bool = False) -> Callable:
-    def add(spoil: Spoil) -> Spoil:
-        CASES.append(Case(name, spoil, says, begun))
-        return spoil
-
-    return add
 
 
 # -- the model -------------------------------------------------------------------------------------
@@ -684,52 +656,6 @@ def setting(tmp_path: Path, good_model: Path) -> Setting:
     return Setting(tmp_path, good_model)
 
 
-def contents(directory: Path) -> dict[str, str]:
-    """What each thing below a directory is: a file's SHA-256, a link's target, or a directory."""
-    found = {}
-    for path in sorted(directory.rglob("*")):
-        name = str(path.relative_to(directory))
-        if path.is_symlink():
-            found[name] = f"link to {os.readlink(path)}"
-        elif path.is_dir():
-            found[name] = "directory"
-        else:
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
-
-
-def require_refusal(
-    case: Case, setting: Setting, run: Callable[[list[str]], tuple[int, str, str]]
-) -> None:
-    case.spoil(setting)
-    arguments = setting.arguments()
-    before = contents(setting.directory)
-    status, _, stderr = run(arguments)
-    assert "Traceback" not in stderr
-    said = [line for line in stderr.splitlines() if line.startswith(SAID)]
-    assert len(said) == 1, stderr
-    assert status == 2
-    for words in case.says:
-        assert re.search(words, said[0]), f"{words!r} is not in: {said[0]}"
-    assert re.search(r"[.?]$", said[0]), f"no whole sentence: {said[0]}"
-    after = contents(setting.directory)
-    if case.begun:
-        assert json.loads(setting.path("factors/manifest.json").read_text())["complete"] is False
-        after = {name: what for name, what in after.items() if not name.startswith("factors")}
-    assert after == before
-
-
-def in_this_process(arguments: list[str], capfd: pytest.CaptureFixture) -> tuple[int, str, str]:
-    capfd.readouterr()
-    status = cli.main(arguments)
-    return status, *capfd.readouterr()
-
-
-def on_real_workers(arguments: list[str], workers: int) -> tuple[int, str, str]:
-    done = run_cli(arguments, workers, timeout=PROMPT_SECONDS)
-    return done.returncode, done.stdout, done.stderr
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_one_worker_refuses(case: Case, setting: Setting, capfd: pytest.CaptureFixture) -> None:
     require_refusal(case, setting, lambda arguments: in_this_process(arguments, capfd))
@@ -813,7 +739,7 @@ def test_an_unfinished_run_is_begun_anew_by_the_same_configuration(
         (["estimat"], "no command 'estimat'.*did you mean estimate"),
         (["launch"], "no command to run.*estimate"),
         (["launch", "--num_processes", "2"], "no command to run.*estimate"),
-        (["launch", "train.py", "estimate"], "can run estimate, not 'train.py'"),
+        (["launch", "train.py", "estimate"], "can run estimate, query, not 'train.py'"),
         (["launch", "--config_file", "gone.yaml", "estimate"], "no launcher.* gone.yaml"),
         (["launch", "--no_such_option", "1", "estimate"], "launcher refuses.*--no_such_option"),
         (["inspect"], "store"),

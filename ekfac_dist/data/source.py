@@ -126,8 +126,12 @@ def _load(source: str, split: str, builder: str, **arguments: object) -> Dataset
             raise DataError(f"{source} has no split {split!r}: {said}.") from error
         raise DataError(f"{source} could not be read: {said}.") from error
     except (OSError, ImportError, RuntimeError) as error:
-        kind = "could not be read" if local else "is no file here and could not be had from the hub"
-        raise DataError(f"{source} {kind}: {_cause(error)}.") from error
+        if local:
+            raise DataError(f"{source} could not be read: {_cause(error)}.") from error
+        raise DataError(
+            f"{source} is no file here and could not be had from the hub: {_cause(error)}. Set "
+            "data.source to a file, or to a data set that the hub has."
+        ) from error
     return rows
 
 

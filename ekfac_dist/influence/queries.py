@@ -29,12 +29,14 @@ class Query:
         completion: What the query is about.
         group: Name of the group that it is summed with; None: it stands alone.
         line: Where it was read, from 1.
+        where: How an error calls it.
     """
 
     prompt: str
     completion: str
     group: str | None
     line: int
+    where: str
 
 
 @dataclass(frozen=True)
@@ -127,22 +129,19 @@ def parse_query(row: Mapping[str, Any], where: str, number: int) -> Query:
     completion = row["text"] if fields == ["text"] else row["completion"]
     if not completion:
         raise DataError(f"{where}: {fields[-1]} is empty; it must hold what the query is about.")
-    return Query(row.get("prompt") or "", completion, row.get("group"), number)
+    return Query(row.get("prompt") or "", completion, row.get("group"), number, where)
 
 
-def tokenize_queries(
-    queries: Sequence[Query], tokenizer: Any, context: int | None, source: str
-) -> QuerySet:
+def tokenize_queries(queries: Sequence[Query], tokenizer: Any, context: int | None) -> QuerySet:
     """Tokenises queries as training text is: prompt and completion together.
 
     Args:
         queries: One or more.
         tokenizer: A `transformers` tokenizer.
         context: The longest input that the model reads; None: no limit.
-        source: How an error calls where they come from.
 
     Raises:
-        DataError: A query, whose line is named, has nothing to predict, or is longer than the
+        DataError: A query, which is named, has nothing to predict, or is longer than the
             model's context; or a prompt cannot be told from what follows.
     """
     if any(query.prompt for query in queries):
@@ -151,17 +150,16 @@ def tokenize_queries(
         tokenizer, [query.prompt for query in queries], [q.completion for q in queries], None
     )
     for query, ids, labels in zip(queries, columns["input_ids"], columns["labels"], strict=True):
-        where = f"{source}, line {query.line}"
         labelled = [t for t, label in enumerate(labels) if t and label != NO_LABEL]
         if not labelled:
             raise DataError(
-                f"{where}: no token begins in the completion {query.completion!r} with another "
-                "before it, so there is nothing to predict; give a longer one."
+                f"{query.where}: no token begins in the completion {query.completion!r} with "
+                "another before it, so there is nothing to predict; give a longer one."
             )
         if context is not None and labelled[-1] > context:
             raise DataError(
-                f"{where}: has {len(ids)} tokens, but the model reads {context} at most; shorten "
-                "it."
+                f"{query.where}: has {len(ids)} tokens, but the model reads {context} at most; "
+                "shorten it."
             )
     return _grouped(
         Sequences(Dataset.from_dict(columns)), [query.group for query in queries], tuple(queries)

@@ -9,7 +9,7 @@ from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
 from torch import nn
 
-from ekfac_dist.config import Normalize, PerToken, QueryConfig, ScoresConfig
+from ekfac_dist.config import Normalize, PerToken, QueryConfig, ScoresConfig, require_positive
 from ekfac_dist.curvature.damping import DEFAULT, Damping
 from ekfac_dist.data.sequences import Sequences, from_examples
 from ekfac_dist.data.source import open_source
@@ -62,7 +62,7 @@ def run_query(config: QueryConfig, world: World, say: Any = print) -> Answer:
     tokenizer, tokenizer_print = world.main_first(lambda: load_tokenizer(model_config))
     with world.agree():
         # With the context unknown yet: what has nothing to predict is told before a model is read.
-        tokenize_queries(texts, tokenizer, None, queries_file)
+        tokenize_queries(texts, tokenizer, None)
     train = load_sequences(data_config, tokenizer, tokenizer_print, world)
     with world.agree():
         columns = pick_candidates(train, candidates)
@@ -75,7 +75,8 @@ def run_query(config: QueryConfig, world: World, say: Any = print) -> Answer:
             check_model(store, factors, model)
             advice = "set data.max_tokens to {context} or less"
             check_sequences(model, scored, advice)
-            queries = tokenize_queries(texts, tokenizer, context_length(model), queries_file)
+            queries = tokenize_queries(texts, tokenizer, context_length(model))
+            check_sequences(model, queries.sequences, "shorten the query")
         _require_same(world, train, queries)
         setting = _setting(model, factors, damping, world, config.batch_tokens, True)
         training_size = config.scores.training_size or len(train)
@@ -181,6 +182,9 @@ def influence_scores(
             training_size=training_size,
             query_memory_gb=query_memory_gb,
         )
+        require_positive("batch_tokens", batch_tokens)
+        if max_tokens is not None:
+            require_positive("max_tokens", max_tokens)
         chosen = Damping.of(damping, relative)
         asked = _queries_of(queries, tokenizer, context_length(model))
         sequences = _sequences_of(train, tokenizer, max_tokens)
@@ -240,7 +244,7 @@ def _queries_of(queries: Iterable[Any], tokenizer: Any, context: int | None) -> 
         if not isinstance(row, Mapping):
             raise DataError(f"Query {number} is {type(row).__name__}; give mappings.")
         parsed.append(parse_query(row, f"query {number}", number))
-    return tokenize_queries(parsed, tokenizer, context, "queries")
+    return tokenize_queries(parsed, tokenizer, context)
 
 
 def _sequences_of(train: Iterable[Any], tokenizer: Any, max_tokens: int | None) -> Sequences:
@@ -249,9 +253,19 @@ def _sequences_of(train: Iterable[Any], tokenizer: Any, max_tokens: int | None) 
     if not isinstance(first, Mapping) or "text" not in first or "input_ids" in first:
         return from_examples(rows, max_tokens)
     _require_tokenizer(tokenizer, "training sequences")
-    prompts = [str(row.get("prompt") or "") for row in rows]
-    columns = encode(tokenizer, prompts, [str(row["text"]) for row in rows], max_tokens)
+    prompts = [_text_of(number, row, "prompt") for number, row in enumerate(rows)]
+    texts = [_text_of(number, row, "text") for number, row in enumerate(rows)]
+    columns = encode(tokenizer, prompts, texts, max_tokens)
     return Sequences(Dataset.from_dict(columns))
+
+
+def _text_of(number: int, row: Any, name: str) -> str:
+    if not isinstance(row, Mapping) or "text" not in row:
+        raise DataError(f"Training sequence {number} is {row!r}; give mappings with 'text'.")
+    text = row.get(name)
+    if text is not None and not isinstance(text, str):
+        raise DataError(f"Training sequence {number}: {name} is {text!r}; it must be text.")
+    return text or ""
 
 
 def _require_tokenizer(tokenizer: Any, what: str) -> None:

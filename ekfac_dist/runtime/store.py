@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ekfac_dist.errors import StoreError
+from ekfac_dist.errors import StoreError, first_line
 from ekfac_dist.runtime.files import file_sha256
 
 FORMAT = "ekfac_dist/1"
@@ -37,6 +37,7 @@ MANIFEST_KEYS = (
     "software",
     "config",
 )
+MEND = "Copy the store again, or fit the factors again."
 
 
 def covariance_file(factor: str) -> str:
@@ -98,7 +99,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise StoreError(f"{path / MANIFEST} cannot be read: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:
-        raise StoreError(f"{path / MANIFEST} is not JSON: {error}.") from error
+        raise StoreError(f"{path / MANIFEST} is not JSON: {first_line(error)}.") from error
     if not isinstance(manifest, dict):
         raise StoreError(f"{path / MANIFEST} is no JSON object.")
     return manifest
@@ -125,10 +126,16 @@ class StoreReader:
             raise StoreError(
                 f"{path} has no {MANIFEST}; give the output directory of an `estimate` run."
             )
-        self.manifest = read_manifest(self.path)
+        try:
+            self.manifest = read_manifest(self.path)
+        except StoreError as error:
+            raise StoreError(f"{error} {MEND}") from error
         found = self.manifest.get("format")
         if found != FORMAT:
-            raise StoreError(f"{path} has format {found!r}; this version reads {FORMAT!r}.")
+            raise StoreError(
+                f"{path} has format {found!r}; this version reads {FORMAT!r}, the output of an "
+                "`estimate` run."
+            )
         if self.manifest.get("complete") is not True:
             raise StoreError(
                 f"{path} is incomplete: its run did not finish. Run `estimate` again with the same "
@@ -136,12 +143,12 @@ class StoreReader:
             )
         missing = [key for key in MANIFEST_KEYS if not isinstance(self.manifest.get(key), dict)]
         if missing:
-            raise StoreError(f"{self.path / MANIFEST} lacks {', '.join(missing)}.")
+            raise StoreError(f"{self.path / MANIFEST} lacks {', '.join(missing)}. {MEND}")
         for file, listed in self.manifest["files"].items():
             if not _is_listing(file, listed):
                 raise StoreError(
                     f"{self.path / MANIFEST} lists {file!r} as {listed!r}; it must list files in "
-                    f"{', '.join(FOLDERS)}, each with its bytes and sha256."
+                    f"{', '.join(FOLDERS)}, each with its bytes and sha256. {MEND}"
                 )
 
     @contextmanager
@@ -158,15 +165,16 @@ class StoreReader:
         if self._verify and file not in self._verified:
             if file_sha256(path) != self.manifest["files"][file]["sha256"]:
                 raise StoreError(
-                    f"{path} is damaged: its SHA-256 is not the one in the manifest. Copy the "
-                    "store again, or fit the factors again."
+                    f"{path} is damaged: its SHA-256 is not the one in the manifest. {MEND}"
                 )
             self._verified.add(file)
         try:
             with safe_open(path, framework="pt") as opened:
                 yield opened
         except (SafetensorError, OSError) as error:
-            raise StoreError(f"{path} is no whole safetensors file: {error}.") from error
+            raise StoreError(
+                f"{path} is no whole safetensors file: {first_line(error)}. {MEND}"
+            ) from error
 
     def check(self, file: str) -> Path:
         """Where a file is, if the manifest lists it and it is there with the right size.
@@ -176,15 +184,16 @@ class StoreReader:
         """
         listed = self.manifest["files"].get(file)
         if listed is None:
-            raise StoreError(f"{self.path} does not list {file} in its manifest.")
+            raise StoreError(f"{self.path} does not list {file} in its manifest. {MEND}")
         path = self.path / file
         try:
             found = path.stat().st_size
         except OSError as error:
-            raise StoreError(f"{path} is missing, though the manifest lists it.") from error
+            raise StoreError(f"{path} is missing, though the manifest lists it. {MEND}") from error
         if found != listed["bytes"]:
             raise StoreError(
-                f"{path} has {found} bytes; the manifest says {listed['bytes']}: it is damaged."
+                f"{path} has {found} bytes; the manifest says {listed['bytes']}: it is damaged. "
+                f"{MEND}"
             )
         return path
 
@@ -201,16 +210,16 @@ class StoreReader:
         """
         with self.open(file) as opened:
             if key not in opened.keys():  # noqa: SIM118 - safe_open is no mapping
-                raise StoreError(f"{self.path / file} holds no tensor {key!r}.")
+                raise StoreError(f"{self.path / file} holds no tensor {key!r}. {MEND}")
             tensor = opened.get_tensor(key)
         if tuple(tensor.shape) != shape:
             raise StoreError(
                 f"{self.path / file}: {key} has shape {list(tensor.shape)}; the manifest's modules "
-                f"say {list(shape)}."
+                f"say {list(shape)}. {MEND}"
             )
         if tensor.dtype not in (torch.float32, torch.float64):
             raise StoreError(
-                f"{self.path / file}: {key} is {tensor.dtype}; float32 or float64 only."
+                f"{self.path / file}: {key} is {tensor.dtype}; float32 or float64 only. {MEND}"
             )
         return tensor
 

@@ -11,14 +11,32 @@ from torch import Tensor, nn
 from ekfac_dist.curvature import kronecker
 from ekfac_dist.curvature.damping import DEFAULT, Damping
 from ekfac_dist.errors import ConfigError, StoreError
-from ekfac_dist.models.discovery import TrackedModule, describe, fingerprint
+from ekfac_dist.models.discovery import CONV1D, LINEAR, TrackedModule, describe, fingerprint
 from ekfac_dist.runtime.store import (
+    MANIFEST,
+    MEND,
     MemoryStore,
     StoreReader,
     eigenbasis_file,
     spectrum_file,
 )
 from ekfac_dist.runtime.store_writer import StoreWriter
+
+# What is read of the manifest's entries, and of a module's, and what each has to be.
+_ENTRIES: dict[str, dict[str, type]] = {
+    "model": {"fingerprint": str},
+    "data": {"fingerprint": str, "num_sequences": int},
+    "fisher": {"labels": str, "seed": int, "refit": str},
+    "config": {"model": dict, "data": dict},
+}
+_MODULE_ENTRY: dict[str, type] = {
+    "kind": str,
+    "in_features": int,
+    "out_features": int,
+    "bias": bool,
+    "input": str,
+    "output": str,
+}
 
 
 class FactorSource(Protocol):
@@ -88,7 +106,7 @@ class Factors:
         module = self.modules[name]
         shape = (module.num_outputs, module.input_size)
         if name not in self._lambdas:
-            self._lambdas[name] = self._source.tensor(spectrum_file(name), "lambda", shape)
+            self._lambdas[name] = self._lambda(name, shape)
         return ModuleFactors(
             basis_OO=self._basis(module.output, shape[0]),
             basis_II=self._basis(module.input, shape[1]),
@@ -116,6 +134,11 @@ class Factors:
         try:
             return kronecker.damped(lambda_OI, damping.absolute(name, stored_OI))
         except ConfigError as error:
+            if damping.relative and not stored_OI.any():
+                raise ConfigError(
+                    f"Module {name}: Λ is zero everywhere, and so is every multiple of its mean; "
+                    "give an absolute damping above 0 (relative: false)."
+                ) from error
             raise ConfigError(f"Module {name}: {error}") from error
 
     def solve(
@@ -145,6 +168,7 @@ class Factors:
             StoreError: A file is missing or damaged.
         """
         chosen = Damping.of(damping, relative)
+        chosen.require_used(self.modules)
         solved = {}
         for name, gradient in gradients.items():
             fitted, gradient = self._at(name, gradient)
@@ -186,6 +210,15 @@ class Factors:
 
         return fitted.to(gradient.device, dtype), gradient.to(dtype)
 
+    def _lambda(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        lambda_OI = self._source.tensor(spectrum_file(name), "lambda", shape)
+        if not bool((torch.isfinite(lambda_OI) & (lambda_OI >= 0)).all()):
+            raise StoreError(
+                f"Module {name}: Λ holds negative numbers, NaN or infinity; it is a mean of "
+                "squares. Fit the factors again."
+            )
+        return lambda_OI
+
     def _basis(self, factor: str, size: int) -> Tensor:
         if factor not in self._bases:
             self._bases[factor] = self._source.tensor(
@@ -213,6 +246,7 @@ def load_factors(
             file of it is missing or of another size. One that has changed is told when it is read.
     """
     reader = StoreReader(path, verify=verify)
+    _check_entries(reader)
     factors = Factors(reader)
     for module in factors.modules.values():
         for file in (
@@ -244,13 +278,13 @@ def check_model(path: str, factors: Factors, model: nn.Module) -> None:
             found = describe(model.get_submodule(module.name))
         except AttributeError as error:
             raise StoreError(
-                f"{said}), whose module {module.name} this {type(model).__name__} lacks."
+                f"{said}), whose module {module.name} this {type(model).__name__} lacks; {_ADVICE}."
             ) from error
         wanted = (module.kind, module.num_inputs, module.num_outputs, module.bias)
         if found != wanted:
             raise StoreError(
                 f"{said}), whose module {module.name} is {_in_words(wanted)}; in this "
-                f"{type(model).__name__} it is {_in_words(found)}."
+                f"{type(model).__name__} it is {_in_words(found)}; {_ADVICE}."
             )
     found_print = fingerprint(model, factors.modules.values())
     if found_print == fitted["fingerprint"]:
@@ -261,11 +295,29 @@ def check_model(path: str, factors: Factors, model: nn.Module) -> None:
         and fingerprint(model, factors.modules.values(), dtype) == (fitted["fingerprint"])
     ):
         return  # the same weights, held in another dtype
+    held = str(next(model.parameters()).dtype).removeprefix("torch.")
     raise StoreError(
         f"{said}, {fitted.get('dtype')}) with parameter fingerprint "
-        f"{fitted['fingerprint'][:12]}…; the given {type(model).__name__} has {found_print[:12]}…: its "
-        "weights differ."
+        f"{fitted['fingerprint'][:12]}…; the given {type(model).__name__} ({held}) has "
+        f"{found_print[:12]}…: its weights differ; {_ADVICE}."
     )
+
+
+_ADVICE = "give the model that they were fitted for, or fit factors for this one"
+
+
+def _check_entries(reader: StoreReader) -> None:
+    manifest = reader.manifest
+    for name, fields in _ENTRIES.items():
+        entry = manifest[name]
+        wrong = [field for field, kind in fields.items() if type(entry.get(field)) is not kind]
+        if wrong:
+            raise StoreError(
+                f"{reader.path / MANIFEST} is damaged: its {name} has no whole {', '.join(wrong)}. "
+                f"{MEND}"
+            )
+    if not manifest["modules"]:
+        raise StoreError(f"{reader.path / MANIFEST} is damaged: it has no modules. {MEND}")
 
 
 def _in_words(described: tuple[str, int, int, bool] | None) -> str:
@@ -276,17 +328,23 @@ def _in_words(described: tuple[str, int, int, bool] | None) -> str:
 
 
 def _tracked_module(name: str, entry: Any) -> TrackedModule:
-    try:
-        return TrackedModule(
-            name=name,
-            kind=entry["kind"],
-            num_inputs=entry["in_features"],
-            num_outputs=entry["out_features"],
-            bias=entry["bias"],
-            input=entry["input"],
-            output=entry["output"],
-        )
-    except (KeyError, TypeError) as error:
-        raise StoreError(
-            f"The manifest's entry for module {name} is not whole: {error}."
-        ) from error
+    if not _is_module(entry):
+        raise StoreError(f"The manifest's entry for module {name} is not whole: {entry!r}. {MEND}")
+    return TrackedModule(
+        name=name,
+        kind=entry["kind"],
+        num_inputs=entry["in_features"],
+        num_outputs=entry["out_features"],
+        bias=entry["bias"],
+        input=entry["input"],
+        output=entry["output"],
+    )
+
+
+def _is_module(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and all(type(entry.get(field)) is kind for field, kind in _MODULE_ENTRY.items())
+        and entry["kind"] in (LINEAR, CONV1D)
+        and min(entry["in_features"], entry["out_features"]) > 0
+    )

@@ -19,7 +19,7 @@ TOKENIZER = tiny_tokenizer()
 
 def asked(tmp_path, rows, context=None):
     path = write_jsonl(tmp_path / "queries.jsonl", rows)
-    return tokenize_queries(read_queries(path), TOKENIZER, context, str(path))
+    return tokenize_queries(read_queries(path), TOKENIZER, context)
 
 
 def test_a_completion_alone_carries_labels(tmp_path):

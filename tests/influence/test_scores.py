@@ -106,7 +106,7 @@ def test_blocks_of_queries_change_nothing(options):
 
 
 def test_gradients_held_a_few_at_a_time_change_nothing(monkeypatch):
-    monkeypatch.setattr("ekfac_dist.curvature.scores.GRADIENT_BYTES", 4000)
+    monkeypatch.setattr("ekfac_dist.curvature.products.GRADIENT_BYTES", 4000)
     it = case("llama")
     assert relative(it.scores().scores, it.expected) < 1e-10
 

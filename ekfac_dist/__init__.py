@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ekfac_dist.influence.run import influence_scores
     from ekfac_dist.influence.scores import InfluenceScores
-    from ekfac_dist.stages.factors import Factors, load_factors
+    from ekfac_dist.stages.factors import Factors
+    from ekfac_dist.stages.reload import load_factors
     from ekfac_dist.stages.run import estimate_factors
 
 __all__ = [
@@ -24,7 +25,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Factors": "ekfac_dist.stages.factors",
-    "load_factors": "ekfac_dist.stages.factors",
+    "load_factors": "ekfac_dist.stages.reload",
     "estimate_factors": "ekfac_dist.stages.run",
     "InfluenceScores": "ekfac_dist.influence.scores",
     "influence_scores": "ekfac_dist.influence.run",

@@ -29,6 +29,7 @@ from ekfac_dist.stages.passes import Work, run_pass
 
 # Influence is of the labels that the data has, whichever the Fisher was fitted with.
 DATA_LABELS = LabelRule("data", 0, COVARIANCE_PASS)
+OVERFLOW_ADVICE = "Use model.dtype: float64"
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,7 @@ def prepare(
         setting.dtype,
         setting.show_progress,
         called="query {} (from 0)",
+        wider=OVERFLOW_ADVICE,
     )
     run_pass(name, work, setting.modules, observer, DATA_LABELS, observer.on_loss)
     losses = observer.losses.tolist()

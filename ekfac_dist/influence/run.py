@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,8 +33,9 @@ from ekfac_dist.influence.scoring import compute_scores, list_lengths
 from ekfac_dist.models.capture import prepared
 from ekfac_dist.models.loading import context_length, load_model, load_tokenizer
 from ekfac_dist.runtime.processes import World
-from ekfac_dist.stages.factors import Factors, check_model, load_factors
+from ekfac_dist.stages.factors import Factors
 from ekfac_dist.stages.loading import check_sequences, load_sequences
+from ekfac_dist.stages.reload import check_model, load_factors
 
 
 def run_query(config: QueryConfig, world: World, say: Any = print) -> Answer:
@@ -101,7 +103,7 @@ def run_query(config: QueryConfig, world: World, say: Any = print) -> Answer:
 
 def influence_scores(
     model: nn.Module,
-    factors: Factors,
+    factors: Factors | str | Path,
     queries: Iterable[Any],
     train: Iterable[Any],
     *,
@@ -132,7 +134,7 @@ def influence_scores(
 
     Args:
         model: The Hugging Face causal language model that the factors were fitted for.
-        factors: From `load_factors` or `estimate_factors`.
+        factors: From `load_factors` or `estimate_factors`; or the directory of a store.
         queries: Examples as `estimate_factors` takes, with `input_ids` and `labels` (−100 for the
             prompt); or, with a tokenizer, mappings with "prompt" and "completion", or "text". Those
             with the same "group" are summed.
@@ -182,6 +184,9 @@ def influence_scores(
             training_size=training_size,
             query_memory_gb=query_memory_gb,
         )
+        name = "factors" if isinstance(factors, Factors) else str(factors)
+        if not isinstance(factors, Factors):
+            factors = load_factors(factors)
         require_positive("batch_tokens", batch_tokens)
         if max_tokens is not None:
             require_positive("max_tokens", max_tokens)
@@ -191,7 +196,7 @@ def influence_scores(
         scored = sequences.take(pick_candidates(sequences, read_candidates(config.candidates)))
         check_sequences(model, scored, "give max_tokens={context}")
         check_sequences(model, asked.sequences, "shorten the query")
-        check_model("factors", factors, model)
+        check_model(name, factors, model)
         world = world.at(next(model.parameters()).device)
     _require_same(world, sequences, asked)
     world.require_same("arguments", {**vars(config), "damping": repr(chosen)})

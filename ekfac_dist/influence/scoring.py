@@ -22,6 +22,7 @@ from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.errors import ConfigError
 from ekfac_dist.influence.gradients import (
     DATA_LABELS,
+    OVERFLOW_ADVICE,
     LowRankGradients,
     PreparedQueries,
     Setting,
@@ -249,7 +250,15 @@ class _Scoring:
         batches = plan_batches(some.num_positions, setting.batch_tokens)
         costs = [len(b) * int(some.num_positions[b].max()) for b in batches]
         shard = [batches[k] for k in assign_batches(costs, world.size)[world.rank]]
-        work = Work(setting.model, some, shard, world, setting.dtype, setting.show_progress)
+        work = Work(
+            setting.model,
+            some,
+            shard,
+            world,
+            setting.dtype,
+            setting.show_progress,
+            wider=OVERFLOW_ADVICE,
+        )
         run_pass(name, work, setting.modules, observer, DATA_LABELS)
 
     def _take_norms(self, sums: Tensor) -> None:

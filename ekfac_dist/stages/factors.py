@@ -6,29 +6,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ekfac_dist.curvature import kronecker
 from ekfac_dist.curvature.damping import DEFAULT, Damping
 from ekfac_dist.errors import ConfigError, StoreError
-from ekfac_dist.models.discovery import CONV1D, LINEAR, TrackedModule, describe, fingerprint
+from ekfac_dist.models.discovery import CONV1D, LINEAR, TrackedModule
 from ekfac_dist.runtime.store import (
-    MANIFEST,
     MEND,
     MemoryStore,
-    StoreReader,
     eigenbasis_file,
     spectrum_file,
 )
 from ekfac_dist.runtime.store_writer import StoreWriter
 
-# What is read of the manifest's entries, and of a module's, and what each has to be.
-_ENTRIES: dict[str, dict[str, type]] = {
-    "model": {"fingerprint": str},
-    "data": {"fingerprint": str, "num_sequences": int},
-    "fisher": {"labels": str, "seed": int, "refit": str},
-    "config": {"model": dict, "data": dict},
-}
+# What a module's entry in the manifest has, and what each has to be.
 _MODULE_ENTRY: dict[str, type] = {
     "kind": str,
     "in_features": int,
@@ -225,106 +217,6 @@ class Factors:
                 eigenbasis_file(factor), "eigenvectors", (size, size)
             )
         return self._bases[factor]
-
-
-def load_factors(
-    path: str | Path, model: nn.Module | None = None, *, verify: bool = True
-) -> Factors:
-    """Opens a factor store.
-
-    A module's files are read, memory-mapped, when the module is first used. The store is the same
-    whatever number of workers fitted it, and for whatever device or dtype it is used with.
-
-    Args:
-        path: The store's directory.
-        model: The model that the factors are to be used with; its tracked modules are compared with
-            those that the factors were fitted for. It may hold the same weights in another dtype.
-        verify: Check each file's SHA-256 before it is first read.
-
-    Raises:
-        StoreError: The store is missing, incomplete, of another format, or of another model; or a
-            file of it is missing or of another size. One that has changed is told when it is read.
-    """
-    reader = StoreReader(path, verify=verify)
-    _check_entries(reader)
-    factors = Factors(reader)
-    for module in factors.modules.values():
-        for file in (
-            eigenbasis_file(module.input),
-            eigenbasis_file(module.output),
-            spectrum_file(module.name),
-        ):
-            reader.check(file)
-    if model is not None:
-        check_model(str(path), factors, model)
-    return factors
-
-
-def check_model(path: str, factors: Factors, model: nn.Module) -> None:
-    """Refuses a model that factors were not fitted for.
-
-    Args:
-        path: What to call the factors in an error.
-        factors: The factors.
-        model: The model.
-
-    Raises:
-        StoreError: It lacks a module, or has one of another shape, or other weights.
-    """
-    fitted = factors.manifest["model"]
-    said = f"{path} holds factors of {fitted.get('name')} ({fitted.get('class')}"
-    for module in factors.modules.values():
-        try:
-            found = describe(model.get_submodule(module.name))
-        except AttributeError as error:
-            raise StoreError(
-                f"{said}), whose module {module.name} this {type(model).__name__} lacks; {_ADVICE}."
-            ) from error
-        wanted = (module.kind, module.num_inputs, module.num_outputs, module.bias)
-        if found != wanted:
-            raise StoreError(
-                f"{said}), whose module {module.name} is {_in_words(wanted)}; in this "
-                f"{type(model).__name__} it is {_in_words(found)}; {_ADVICE}."
-            )
-    found_print = fingerprint(model, factors.modules.values())
-    if found_print == fitted["fingerprint"]:
-        return
-    dtype = getattr(torch, str(fitted.get("dtype")), None)
-    if (
-        dtype is not None
-        and fingerprint(model, factors.modules.values(), dtype) == (fitted["fingerprint"])
-    ):
-        return  # the same weights, held in another dtype
-    held = str(next(model.parameters()).dtype).removeprefix("torch.")
-    raise StoreError(
-        f"{said}, {fitted.get('dtype')}) with parameter fingerprint "
-        f"{fitted['fingerprint'][:12]}…; the given {type(model).__name__} ({held}) has "
-        f"{found_print[:12]}…: its weights differ; {_ADVICE}."
-    )
-
-
-_ADVICE = "give the model that they were fitted for, or fit factors for this one"
-
-
-def _check_entries(reader: StoreReader) -> None:
-    manifest = reader.manifest
-    for name, fields in _ENTRIES.items():
-        entry = manifest[name]
-        wrong = [field for field, kind in fields.items() if type(entry.get(field)) is not kind]
-        if wrong:
-            raise StoreError(
-                f"{reader.path / MANIFEST} is damaged: its {name} has no whole {', '.join(wrong)}. "
-                f"{MEND}"
-            )
-    if not manifest["modules"]:
-        raise StoreError(f"{reader.path / MANIFEST} is damaged: it has no modules. {MEND}")
-
-
-def _in_words(described: tuple[str, int, int, bool] | None) -> str:
-    if described is None:
-        return "no linear map"
-    kind, num_inputs, num_outputs, bias = described
-    return f"{kind} {num_inputs}→{num_outputs}{' with a bias' if bias else ''}"
 
 
 def _tracked_module(name: str, entry: Any) -> TrackedModule:

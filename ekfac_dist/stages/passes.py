@@ -30,6 +30,7 @@ class Work:
         dtype: Precision of the running sums.
         show_progress: Whether worker 0 shows progress.
         called: What errors call a sequence; {} stands for its row in the source.
+        wider: What an error advises against a sum that overflows.
     """
 
     model: nn.Module
@@ -39,6 +40,7 @@ class Work:
     dtype: torch.dtype
     show_progress: bool
     called: str = "sequence {} of the data"
+    wider: str = "Use factors.accumulate: float64"
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Some sequences as a batch on the worker's device."""
@@ -165,5 +167,5 @@ def _raise_non_finite(
     raise NonFiniteError(
         f"NaN or infinity in a running sum of the {name} pass, in the step of sequences "
         f"{indices[0]} to {indices[-1]} ({len(indices)} of them), though each alone is finite: the "
-        f"sum overflowed. Use factors.accumulate: float64. {advice}"
+        f"sum overflowed. {work.wider}. {advice}"
     )

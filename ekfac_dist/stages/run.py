@@ -29,11 +29,12 @@ from ekfac_dist.runtime.store import (
 from ekfac_dist.runtime.store_writer import StoreWriter, check_output
 from ekfac_dist.stages.covariance import CovarianceSums
 from ekfac_dist.stages.eigenbasis import Basis, run_eigenbasis
-from ekfac_dist.stages.factors import Factors, load_factors
+from ekfac_dist.stages.factors import Factors
 from ekfac_dist.stages.loading import check_sequences, load_sequences
 from ekfac_dist.stages.passes import Work, run_pass
 from ekfac_dist.stages.record import Inputs, Summary, coverage_line, manifest
 from ekfac_dist.stages.refit import LambdaSums
+from ekfac_dist.stages.reload import load_factors
 
 
 def run_estimate(config: EstimateConfig, world: World, say: Any = print) -> Summary:

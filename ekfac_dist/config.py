@@ -285,14 +285,15 @@ class ScoresConfig:
         per_module: Store the scores of each module too.
         per_layer: Store the scores of each layer too.
         self_influence: Store each training sequence's influence on itself.
-        low_rank: Scan with query gradients of low rank.
-        rank: That rank; null: 32. Giving it asks for low_rank.
-        rescore: Score this many of each query's top and bottom sequences again, exactly.
+        low_rank: Scan with query gradients of low rank; null: if a rank is given.
+        rank: That rank; null: 32.
+        rescore: Score this many sequences at either end of a query's scan again, exactly, and as
+            many spread over the data, to tell how good the scan was.
         candidates: Score only these rows of the data: a list, or a file of them (JSON, or a row
             number in each line).
         training_size: What nats are divided by; null: the number of training sequences.
-        query_memory_gb: Budget for query gradients (powers of 1000); more queries are answered in
-            several blocks, one scan each.
+        query_memory_gb: Each worker's budget for query gradients (powers of 1000); more queries
+            are answered in several blocks, one scan each.
     """
 
     normalize: Normalize = "none"
@@ -302,7 +303,7 @@ class ScoresConfig:
     per_module: bool = False
     per_layer: bool = False
     self_influence: bool = False
-    low_rank: bool = False
+    low_rank: bool | None = None
     rank: int | None = None
     rescore: int = 0
     candidates: list[int] | str | None = None
@@ -319,9 +320,11 @@ class ScoresConfig:
         if self.bottom_k is not None:
             _require_count("scores.bottom_k", self.bottom_k)
         _require_count("scores.rescore", self.rescore)
-        if self.rank is not None:
-            self.low_rank = True
-        if self.rescore and not self.low_rank:
+        if self.rank is not None and self.low_rank is False:
+            raise ConfigError(
+                f"scores.rank is {self.rank}, but scores.low_rank is false; give one of them."
+            )
+        if self.rescore and self.effective_rank is None:
             raise ConfigError(
                 "scores.rescore is given, but scores are exact already; give scores.rank too, or "
                 "neither."
@@ -335,7 +338,7 @@ class ScoresConfig:
     @property
     def effective_rank(self) -> int | None:
         """The rank of the scan's query gradients; None: they are whole."""
-        return (self.rank or DEFAULT_RANK) if self.low_rank else None
+        return self.rank or (DEFAULT_RANK if self.low_rank else None)
 
 
 @dataclass(kw_only=True)

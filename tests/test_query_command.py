@@ -1,5 +1,6 @@
 """`query` and `report`, as commands: files on disk against dense autograd, and what people see."""
 
+import hashlib
 import itertools
 import json
 
@@ -53,11 +54,22 @@ def fitted(request, tmp_path_factory):
 
 
 def ask(directory, output, *options, workers=1):
+    """Runs `query`; the store's bytes are the same before and after."""
+    before = hashes(directory / "store")
     arguments = ["query", "--factors", directory / "store", "--output", output]
     arguments += ["--queries", directory / "queries.jsonl", "--batch_tokens", "64", *options]
     done = run_cli(arguments, workers)
     assert done.returncode == 0, done.stderr
+    assert hashes(directory / "store") == before
     return done
+
+
+def hashes(directory):
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
 
 
 def dense_answer(directory):
@@ -136,7 +148,13 @@ def test_every_option_is_in_the_files(fitted, tmp_path):
         assert relative(sums, scores[:, column]) < 1e-4
     manifest = json.loads((tmp_path / "scores" / "manifest.json").read_text())
     assert manifest["scan"]["rank"] == 3
-    assert len(manifest["scan"]["spearman"]) == len(manifest["scan"]["overlap"]) == 3
+    assert manifest["scan"]["ends"] == ["top", "bottom"]
+    for name in ("spearman", "spearman_top", "overlap"):
+        assert len(manifest["scan"][name]) == 3
+    assert manifest["model"]["dtype"] == "float64"
+    assert manifest["data"]["max_tokens"] == 20
+    stored = (fitted / "store" / "manifest.json").read_bytes()
+    assert manifest["factors"]["manifest_sha256"] == hashlib.sha256(stored).hexdigest()
     assert manifest["damping"]["value"] == 0.2
     assert manifest["config"]["scores"]["normalize"] == "relatif_l"
     details = load_file(tmp_path / "scores" / "details.safetensors")
@@ -176,6 +194,18 @@ def test_other_data_can_be_scored_and_that_is_said(fitted, tmp_path):
     assert manifest["data"]["same_as_fitted"] is False
     assert manifest["data"]["num_scored"] == 7
     assert manifest["data"]["max_tokens"] == 30
+
+
+def test_a_narrower_model_answers_with_the_same_factors(fitted, tmp_path):
+    ask(fitted, tmp_path / "exact")
+    ask(fitted, tmp_path / "low", "--model.dtype", "bfloat16")
+    exact, low = (
+        load_file(tmp_path / name / "scores.safetensors")["scores"] for name in ("exact", "low")
+    )
+    assert relative(low, exact) < 0.2
+    manifest = json.loads((tmp_path / "low" / "manifest.json").read_text())
+    assert manifest["model"]["dtype"] == "bfloat16"
+    assert manifest["factors"]["model"]["dtype"] == "float64"
 
 
 def test_a_rank_above_the_matrixs_is_reduced_and_that_is_said(fitted, tmp_path):

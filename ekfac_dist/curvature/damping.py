@@ -2,6 +2,7 @@
 
 import fnmatch
 import math
+import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -42,7 +43,7 @@ class Damping:
         given = [("damping", self.value)] if self.value is not None else []
         given += [(f"damping of {name}", value) for name, value in self.modules.items()]
         for what, value in given:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
             if not number or not math.isfinite(value) or value < 0:
                 raise ConfigError(f"{what} is {value!r}; it must be a number of 0 or more.")
 

@@ -6,6 +6,7 @@ For one module a sequence's gradient is G_n = Σ_t g_t a_tᵀ [O, I], and its sc
     by sequence     form G_n once, then Q products of matrices          (T + Q)·O·I
     by position     the bilinear form at each position                  T·Q·O·I
     low rank        P_q = U_q V_qᵀ of rank r, at each position          T·Q·r·(O + I)
+    multiplied out  P_q from U_q and V_q once a batch, by sequence      (T + Q)·O·I, and Q·r·O·I
 
 So scores of whole sequences are computed by sequence unless the rank is low and the queries are
 few; scores of positions have no such choice. Everything here is in whichever basis the arguments
@@ -21,20 +22,35 @@ from torch import Tensor
 # Memory of the gradients that are held at a time.
 GRADIENT_BYTES = 2**28
 
+# Of the subspace iteration: dimensions beyond the rank, and products with the matrix and back.
+_OVERSAMPLING = 8
+_ITERATIONS = 2
+
 
 def with_bias(rows_Mi: Tensor) -> Tensor:
     """Input rows with the bias coordinate, a 1, appended: [M, i + 1]."""
     return torch.nn.functional.pad(rows_Mi, (0, 1), value=1.0)
 
 
-class SequenceGradients:
-    """Makes the gradients of sequences, a few at a time, in memory that is used again.
-
-    Fresh memory of this size costs as much as a fifth of the products that fill it.
-    """
+class Room:
+    """Memory that is used again: fresh memory costs as much as a fifth of what fills it."""
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
+
+    def of(self, like: Tensor, *size: int) -> Tensor:
+        """A tensor of some size, whose content is whatever was there."""
+        number = math.prod(size)
+        if self._buffer is None or self._buffer.numel() < number:
+            self._buffer = like.new_empty(number)
+        return self._buffer[:number].view(size)
+
+
+class SequenceGradients:
+    """Makes the gradients of sequences, a few at a time, in memory that is used again."""
+
+    def __init__(self) -> None:
+        self._room = Room()
 
     def of(
         self, acts_MI: Tensor, grads_MO: Tensor, lengths: Sequence[int]
@@ -57,16 +73,48 @@ class SequenceGradients:
             rows = slice(start, start + sum(part))
             acts_nTI = _by_sequence(acts_MI[rows], part)
             grads_nTO = _by_sequence(grads_MO[rows], part)
-            gradients_nOI = self._room(acts_MI, len(part), num_outputs, num_inputs)
+            gradients_nOI = self._room.of(acts_MI, len(part), num_outputs, num_inputs)
             torch.bmm(grads_nTO.transpose(1, 2), acts_nTI, out=gradients_nOI)
             yield slice(first, first + len(part)), gradients_nOI
             start = rows.stop
 
-    def _room(self, like: Tensor, *size: int) -> Tensor:
-        number = math.prod(size)
-        if self._buffer is None or self._buffer.numel() < number:
-            self._buffer = like.new_empty(number)
-        return self._buffer[:number].view(size)
+
+def multiplied_out(
+    left_QOr: Tensor, right_QIr: Tensor, room: Room
+) -> Iterator[tuple[slice, Tensor]]:
+    """U Vᵀ of every query, a few at a time.
+
+    Args:
+        left_QOr: U of each query.
+        right_QIr: V of each query.
+        room: Where they are put.
+
+    Yields:
+        (which queries, their matrices [q, O, I]); the next ones overwrite them.
+    """
+    num_queries, num_outputs, _ = left_QOr.shape
+    num_inputs = right_QIr.shape[1]
+    step = max(1, GRADIENT_BYTES // (num_inputs * num_outputs * left_QOr.element_size()))
+    for first in range(0, num_queries, step):
+        some = slice(first, min(first + step, num_queries))
+        matrices_qOI = room.of(left_QOr, some.stop - first, num_outputs, num_inputs)
+        torch.bmm(left_QOr[some], right_QIr[some].transpose(1, 2), out=matrices_qOI)
+        yield some, matrices_qOI
+
+
+def low_rank_by_position(left_QOr: Tensor, right_QIr: Tensor, lengths: Sequence[int]) -> bool:
+    """Whether scores of sequences cost less at each position than by multiplying out.
+
+    Args:
+        left_QOr: U of each query.
+        right_QIr: V of each query.
+        lengths: Positions of each sequence of the batch.
+    """
+    num_queries, num_outputs, rank = left_QOr.shape
+    num_inputs, positions = right_QIr.shape[1], sum(lengths)
+    by_position = positions * num_queries * rank * (num_outputs + num_inputs)
+    products = positions + num_queries * (len(lengths) + rank)
+    return by_position <= products * num_outputs * num_inputs
 
 
 def position_scores(query_OI: Tensor, acts_MI: Tensor, grads_MO: Tensor) -> Tensor:
@@ -79,9 +127,15 @@ def low_rank_position_scores(
 ) -> Tensor:
     """g_tᵀ U Vᵀ a_t for every query, at every position: [Q, M]."""
     num_queries, _, rank = left_QOr.shape
-    left = grads_MO @ left_QOr.transpose(0, 1).reshape(-1, num_queries * rank)
-    right = acts_MI @ right_QIr.transpose(0, 1).reshape(-1, num_queries * rank)
-    return left.mul_(right).view(-1, num_queries, rank).sum(-1).T
+    room = grads_MO.element_size() * rank * max(1, len(grads_MO))
+    step = max(1, GRADIENT_BYTES // room)
+    found = []
+    for first in range(0, num_queries, step):
+        some = slice(first, first + step)
+        left = grads_MO @ left_QOr[some].transpose(0, 1).flatten(1)
+        right = acts_MI @ right_QIr[some].transpose(0, 1).flatten(1)
+        found.append(left.mul_(right).view(len(grads_MO), -1, rank).sum(-1).T)
+    return torch.cat(found)
 
 
 def sum_by_sequence(scores_QM: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -117,10 +171,6 @@ def low_rank(matrix_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return basis @ (left[:, :rank] * values[:rank]), right[:rank].T
 
 
-_OVERSAMPLING = 8
-_ITERATIONS = 2
-
-
 def _orthogonal(matrix: Tensor) -> Tensor:
     return torch.linalg.qr(matrix).Q
 
@@ -131,16 +181,3 @@ def _by_sequence(rows_MX: Tensor, lengths: Sequence[int]) -> Tensor:
     if min(lengths) == longest:
         return rows_MX.view(len(lengths), longest, -1)
     return torch.nn.utils.rnn.pad_sequence(list(rows_MX.split(list(lengths))), batch_first=True)
-
-
-def spearman(one_n: Tensor, other_n: Tensor) -> float | None:
-    """Rank correlation of two vectors, equal values sharing their mean rank; None if undefined."""
-    one, other = (_centred_ranks(values) for values in (one_n, other_n))
-    scale = one.norm() * other.norm()
-    return None if scale == 0 else float((one @ other / scale).clamp(-1, 1))
-
-
-def _centred_ranks(values_n: Tensor) -> Tensor:
-    _, which, counts = torch.unique(values_n, return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum(0) - (counts - 1) / 2)[which].double()
-    return ranks - ranks.mean()

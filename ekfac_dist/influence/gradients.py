@@ -8,7 +8,7 @@ Gradients are of the losses, −log p, on both sides of the inner product, so si
 score means that more of the training sequence makes the query more likely.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ekfac_dist.curvature import products
-from ekfac_dist.curvature.damping import Damping
-from ekfac_dist.curvature.kronecker import rotate_back
+from ekfac_dist.curvature.kronecker import damped, rotate_back
 from ekfac_dist.curvature.refit import rotate_rows
 from ekfac_dist.data.batches import Batch, assign_batches
 from ekfac_dist.influence.queries import QuerySet
@@ -39,7 +38,7 @@ class Setting:
     Attributes:
         model: The prepared model, on the worker's device.
         factors: The factors.
-        damping: λ of each module.
+        damping: λ of each module, absolute, by name.
         dtype: Precision of gradients and scores, float32 or float64.
         world: The workers.
         batch_tokens: Token budget of a batch.
@@ -50,12 +49,12 @@ class Setting:
 
     model: nn.Module
     factors: Factors
-    damping: Damping
+    damping: Mapping[str, float]
     dtype: torch.dtype
     world: World
     batch_tokens: int
     show_progress: bool
-    in_eigenbasis: bool
+    in_eigenbasis: bool = False
 
     @property
     def modules(self) -> tuple[TrackedModule, ...]:
@@ -65,6 +64,10 @@ class Setting:
     def zeros(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         """Zeros where gradients are computed, in their dtype by default."""
         return torch.zeros(size, dtype=dtype or self.dtype, device=self.world.device)
+
+    def damped(self, name: str, fitted: ModuleFactors) -> Tensor:
+        """Λ + λ of a module [O, I]."""
+        return damped(fitted.lambda_OI, self.damping[name])
 
     def at_device(self, name: str) -> ModuleFactors:
         """A module's factors where gradients are computed."""
@@ -80,6 +83,14 @@ class WholeGradients:
     def position_scores(self, row: int, acts_MI: Tensor, grads_MO: Tensor) -> Tensor:
         """⟨P, g aᵀ⟩ of one row of the block at every position: [M]."""
         return products.position_scores(self.matrices_QOI[row], acts_MI, grads_MO)
+
+    def by_position(self, lengths: Sequence[int]) -> bool:
+        """Whether scores of whole sequences cost less at each position: never."""
+        return False
+
+    def matrices(self, room: products.Room) -> Iterator[tuple[slice, Tensor]]:
+        """(which rows, their P [q, O, I])."""
+        yield slice(0, len(self.matrices_QOI)), self.matrices_QOI
 
     def tensors(self) -> list[Tensor]:
         """What is summed over workers."""
@@ -108,9 +119,13 @@ class LowRankGradients:
         """What is summed over workers."""
         return [self.left_QOr, self.right_QIr]
 
-    def whole(self) -> WholeGradients:
-        """The same gradients, multiplied out."""
-        return WholeGradients(self.left_QOr @ self.right_QIr.transpose(1, 2))
+    def by_position(self, lengths: Sequence[int]) -> bool:
+        """Whether scores of whole sequences cost less at each position than multiplied out."""
+        return products.low_rank_by_position(self.left_QOr, self.right_QIr, lengths)
+
+    def matrices(self, room: products.Room) -> Iterator[tuple[slice, Tensor]]:
+        """(which rows, their U Vᵀ [q, O, I]), a few at a time."""
+        return products.multiplied_out(self.left_QOr, self.right_QIr, room)
 
 
 @dataclass
@@ -231,7 +246,7 @@ class _QueryGradients:
         for number, length in zip(batch.indices, batch.lengths, strict=True):  # all have labels
             parts.setdefault(self._row_of[number], []).append(slice(start, start + length))
             start += length
-        damped_OI = self._setting.factors.damped(module.name, self._setting.damping, fitted)
+        damped_OI = self._setting.damped(module.name, fitted)
         for row, slices in parts.items():
             whole = slice(slices[0].start, slices[-1].stop)  # a row's queries follow each other
             gradient_OI = grads_MO[whole].T @ acts_MI[whole]
@@ -266,6 +281,8 @@ class _QueryGradients:
                 solved_OI = rotate_back(solved_OI, fitted.basis_OO, fitted.basis_II)
             into.put_(place, solved_OI)
             return
+        if not torch.isfinite(own):
+            return  # nothing to decompose; `health` tells of it
         # The bases are orthogonal, so the best approximation may be found on either side of them.
         left_Or, right_Ir = products.low_rank(solved_OI, into.left_QOr.shape[-1])
         into.left_QOr[place] = fitted.basis_OO @ left_Or if rotates_back else left_Or

@@ -1,9 +1,9 @@
 """From an answer to the files that keep it: see `results` for what they are."""
 
-import hashlib
-import json
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,22 +11,31 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from ekfac_dist.config import DataConfig, QueryConfig
+from ekfac_dist.config import DataConfig, ModelConfig, QueryConfig
 from ekfac_dist.curvature.damping import Damping
 from ekfac_dist.data.sequences import NO_LABEL, Sequences
 from ekfac_dist.influence import results
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.influence.results import ResultsWriter
 from ekfac_dist.influence.scores import InfluenceScores, Listed
+from ekfac_dist.runtime.files import file_sha256
+from ekfac_dist.runtime.store import MANIFEST
 from ekfac_dist.stages.factors import Factors
 from ekfac_dist.stages.record import FISHER_NAMES, software
 
 SIGN = "positive: more of the training sequence makes the query more likely; negative: less likely"
-NORMALIZATIONS = {
+# Each normalisation's name for people, and what a score is divided by.
+NORMALIZE_NAMES = {
+    "none": "none",
+    "cosine": "cosine",
+    "relatif_l": "RelatIF, ℓ",
+    "relatif_theta": "RelatIF, θ",
+}
+DIVISORS = {
     "none": "",
     "cosine": ", over sqrt(self-influence of q · self-influence of z)",
-    "relatif_l": ", over sqrt(self-influence of z) (RelatIF, l-relative)",
-    "relatif_theta": ", over ||(F+λ)^-1 ∇log p(z)|| (RelatIF, θ-relative)",
+    "relatif_l": ", over sqrt(self-influence of z) (RelatIF, ℓ-relative)",
+    "relatif_theta": ", over ‖(F+λ)⁻¹ ∇log p(z)‖ (RelatIF, θ-relative)",
 }
 
 
@@ -43,6 +52,8 @@ class Answer:
         store: Where they are.
         damping: How λ was chosen.
         data: Where the training set is from.
+        model: Where the model is from.
+        dtype: What it was held in.
         config: The run's configuration.
         tokenizer: The model's tokenizer.
         workers: W.
@@ -57,6 +68,8 @@ class Answer:
     store: str
     damping: Damping
     data: DataConfig
+    model: ModelConfig
+    dtype: str
     config: QueryConfig
     tokenizer: Any
     workers: int
@@ -65,9 +78,11 @@ class Answer:
 
 def scale_in_words(scores: InfluenceScores) -> str:
     """What a score is, in one line."""
+    rank = max(scores.ranks.values(), default=None)
+    scanned = "" if rank is None else f" (the scan's: approximate, query gradients of rank {rank})"
     return (
-        f"score = ∇log p(q)ᵀ (F+λ)^-1 ∇log p(z), summed over modules"
-        f"{NORMALIZATIONS[scores.normalize]}; nats = the sum / {scores.training_size}"
+        f"score = ∇log p(q)ᵀ (F+λ)⁻¹ ∇log p(z), summed over modules{scanned}"
+        f"{DIVISORS[scores.normalize]}; nats = the sum / {scores.training_size}"
     )
 
 
@@ -111,21 +126,24 @@ def manifest(answer: Answer) -> dict[str, Any]:
     """Every entry of the results' manifest but format, complete and files."""
     scores, factors, damping = answer.scores, answer.factors, answer.damping
     fitted = factors.manifest
-    canonical = json.dumps(fitted, sort_keys=True).encode()
     return {
-        "model": fitted["model"],
+        "model": {
+            "name": answer.model.name,
+            "revision": answer.model.revision,
+            "class": fitted["model"]["class"],
+            "dtype": answer.dtype,
+            "fingerprint": fitted["model"]["fingerprint"],
+        },
         "factors": {
             "path": answer.store,
-            "sha256_of_manifest": hashlib.sha256(canonical).hexdigest(),
+            "manifest_sha256": file_sha256(Path(answer.store) / MANIFEST),
+            "model": fitted["model"],
             "fisher": FISHER_NAMES[fitted["fisher"]["labels"]],
             **fitted["fisher"],
             "num_sequences": fitted["data"]["num_sequences"],
         },
         "data": {
-            **{
-                name: getattr(answer.data, name)
-                for name in ("source", "split", "text", "prompt", "max_tokens")
-            },
+            **dataclasses.asdict(answer.data),
             "fingerprint": answer.train.fingerprint,
             "same_as_fitted": answer.train.fingerprint == fitted["data"]["fingerprint"],
             "num_sequences": len(answer.train),
@@ -149,7 +167,9 @@ def manifest(answer: Answer) -> dict[str, Any]:
             "ranks": scores.ranks,
             "num_scans": scores.num_scans,
             "rescored": answer.config.scores.rescore,
+            "ends": ["top", "bottom"] if len(scores.bottom[0].columns) else ["top"],
             "spearman": [row.spearman for row in scores.rescored],
+            "spearman_top": [row.spearman_top for row in scores.rescored],
             "overlap": [row.overlap for row in scores.rescored],
         },
         "layers": list(scores.layers),

@@ -86,7 +86,8 @@ _WANTED = 'each line must be {"prompt": …, "completion": …} or {"text": …}
 
 def _parse(line: bytes, where: str, number: int) -> Query:
     try:
-        row = json.loads(line.decode("utf-8"))
+        # Some editors put a byte order mark before the first line.
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(
             f"{where}: is not UTF-8 text ({error.reason} at byte {error.start + 1}); save the file "
@@ -129,7 +130,7 @@ def parse_query(row: Mapping[str, Any], where: str, number: int) -> Query:
     completion = row["text"] if fields == ["text"] else row["completion"]
     if not completion:
         raise DataError(f"{where}: {fields[-1]} is empty; it must hold what the query is about.")
-    return Query(row.get("prompt") or "", completion, row.get("group"), number, where)
+    return Query(row.get("prompt") or "", completion, row.get("group") or None, number, where)
 
 
 def tokenize_queries(queries: Sequence[Query], tokenizer: Any, context: int | None) -> QuerySet:
@@ -170,10 +171,10 @@ def query_examples(data: Any) -> QuerySet:
     """Queries from examples that are tokenised already, each a row of its own.
 
     Args:
-        data: As `from_examples` takes; a mapping may have a "group".
+        data: As `from_examples` takes; a mapping of one query may have a "group".
 
     Raises:
-        DataError: As `from_examples`; or a query has no label.
+        DataError: As `from_examples`; or a query has no label; or a batch has a group.
     """
     examples = list(data)
     sequences = from_examples(examples)
@@ -184,7 +185,11 @@ def query_examples(data: Any) -> QuerySet:
             "least one of its tokens after the first."
         )
     groups = [example.get("group") for example in examples]
-    if len(groups) != len(sequences):  # batches, which have no group
+    if len(groups) != len(sequences):
+        if any(group is not None for group in groups):
+            raise DataError(
+                "A batch of queries has a 'group', which is one query's; give queries one by one."
+            )
         groups = [None] * len(sequences)
     return _grouped(sequences, groups)
 
@@ -192,15 +197,12 @@ def query_examples(data: Any) -> QuerySet:
 def _grouped(
     sequences: Sequences, groups: Iterable[str | None], texts: tuple[Query, ...] | None = None
 ) -> QuerySet:
-    rows: list[list[int]] = []
-    names: list[str | None] = []
+    # A query that stands alone has a key of its own.
+    rows: dict[str | int, list[int]] = {}
     for number, group in enumerate(groups):
-        if group is not None and group in names:
-            rows[names.index(group)].append(number)
-        else:
-            rows.append([number])
-            names.append(group)
-    return QuerySet(sequences, tuple(map(tuple, rows)), tuple(names), texts)
+        rows.setdefault(number if group is None else group, []).append(number)
+    names = tuple(key if isinstance(key, str) else None for key in rows)
+    return QuerySet(sequences, tuple(map(tuple, rows.values())), names, texts)
 
 
 def read_candidates(candidates: list[int] | str | None) -> list[int] | None:
@@ -221,7 +223,7 @@ def read_candidates(candidates: list[int] | str | None) -> list[int] | None:
     except OSError as error:
         raise DataError(
             f"The candidates {candidates} cannot be read: {error.strerror or error}. Give a file "
-            "of row numbers, or a list of them."
+            "of row numbers, or a list of them, such as [3,5]."
         ) from error
     except (ValueError, RecursionError) as error:
         raise DataError(

@@ -6,6 +6,7 @@
                           self_influence [N], module_scores [Q, modules, N], layer_scores
                           [Q, layers, N], token_scores [Q, positions] with token_offsets [N + 1];
                           with a normalisation its divisors, query_norms [Q] and norms [N];
+                          (of a low-rank run these are the scan's, approximate);
                           with re-scoring exact_query, exact_index, exact_scores, scan_scores [E]
     top.jsonl             a line per (query, rank), the most positive first: query, rank, index,
                           score, nats, text

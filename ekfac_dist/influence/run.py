@@ -1,28 +1,26 @@
 """`query`, the command, and `influence_scores`, the function: load all, score, write."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from datasets import Dataset
 from torch import nn
 
 from ekfac_dist.config import Normalize, PerToken, QueryConfig, ScoresConfig, require_positive
 from ekfac_dist.curvature.damping import DEFAULT, Damping
-from ekfac_dist.data.sequences import Sequences, from_examples
+from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.data.source import open_source
-from ekfac_dist.data.tokenizing import encode
-from ekfac_dist.errors import ConfigError, DataError
+from ekfac_dist.errors import DataError, ModelError
+from ekfac_dist.influence.examples import queries_of, sequences_of
 from ekfac_dist.influence.gradients import Setting
 from ekfac_dist.influence.output import Answer, write_answer
 from ekfac_dist.influence.queries import (
     QuerySet,
-    parse_query,
     pick_candidates,
-    query_examples,
     read_candidates,
     read_queries,
     tokenize_queries,
@@ -61,11 +59,13 @@ def run_query(config: QueryConfig, world: World, say: Any = print) -> Answer:
         fitted = factors.manifest["config"]
         model_config = config.model.over(fitted["model"])
         data_config = config.data.over(fitted["data"])
-    tokenizer, tokenizer_print = world.main_first(lambda: load_tokenizer(model_config))
+    with _from_the_store(store, "model.name", config.model.name):
+        tokenizer, tokenizer_print = world.main_first(lambda: load_tokenizer(model_config))
     with world.agree():
         # With the context unknown yet: what has nothing to predict is told before a model is read.
         tokenize_queries(texts, tokenizer, None)
-    train = load_sequences(data_config, tokenizer, tokenizer_print, world)
+    with _from_the_store(store, "data.source", config.data.source):
+        train = load_sequences(data_config, tokenizer, tokenizer_print, world)
     with world.agree():
         columns = pick_candidates(train, candidates)
         list_lengths(config.scores, len(columns))
@@ -79,8 +79,8 @@ def run_query(config: QueryConfig, world: World, say: Any = print) -> Answer:
             check_sequences(model, scored, advice)
             queries = tokenize_queries(texts, tokenizer, context_length(model))
             check_sequences(model, queries.sequences, "shorten the query")
-        _require_same(world, train, queries)
-        setting = _setting(model, factors, damping, world, config.batch_tokens, True)
+            setting = _setting(model, factors, damping, world, config.batch_tokens, True)
+        _require_same(setting, scored, queries, config.scores)
         training_size = config.scores.training_size or len(train)
         scores = compute_scores(setting, queries, scored, training_size, config.scores, tell)
     answer = Answer(
@@ -92,6 +92,8 @@ def run_query(config: QueryConfig, world: World, say: Any = print) -> Answer:
         store=store,
         damping=damping,
         data=data_config,
+        model=model_config,
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         config=config,
         tokenizer=tokenizer,
         workers=world.size,
@@ -191,16 +193,15 @@ def influence_scores(
         if max_tokens is not None:
             require_positive("max_tokens", max_tokens)
         chosen = Damping.of(damping, relative)
-        asked = _queries_of(queries, tokenizer, context_length(model))
-        sequences = _sequences_of(train, tokenizer, max_tokens)
+        asked = queries_of(queries, tokenizer, context_length(model))
+        sequences = sequences_of(train, tokenizer, max_tokens)
         scored = sequences.take(pick_candidates(sequences, read_candidates(config.candidates)))
         check_sequences(model, scored, "give max_tokens={context}")
         check_sequences(model, asked.sequences, "shorten the query")
         check_model(name, factors, model)
         world = world.at(next(model.parameters()).device)
-    _require_same(world, sequences, asked)
-    world.require_same("arguments", {**vars(config), "damping": repr(chosen)})
-    setting = _setting(model, factors, chosen, world, batch_tokens, progress)
+        setting = _setting(model, factors, chosen, world, batch_tokens, progress)
+    _require_same(setting, scored, asked, config)
     with torch.inference_mode(False), prepared(model):
         say = print if progress and world.is_main else (lambda line: None)
         size = training_size or len(sequences)
@@ -219,63 +220,50 @@ def _setting(
     return Setting(
         model=model,
         factors=factors,
-        damping=damping,
+        damping=factors.chosen_damping(damping),
         dtype=torch.float64 if double else torch.float32,
         world=world,
         batch_tokens=batch_tokens,
         show_progress=show_progress,
-        in_eigenbasis=False,
     )
 
 
-def _require_same(world: World, train: Sequences, queries: QuerySet) -> None:
-    world.require_same("data, by fingerprint,", train.fingerprint)
+def _require_same(
+    setting: Setting, scored: Sequences, queries: QuerySet, config: ScoresConfig
+) -> None:
+    """Refuses workers that would share out different work, or wait for each other for ever."""
+    world = setting.world
+    world.require_same("data, by fingerprint,", scored.fingerprint)
     world.require_same("queries, by fingerprint,", queries.sequences.fingerprint)
+    world.require_same("factors, by their model,", setting.factors.manifest["model"])
+    given = {
+        **vars(config),
+        "candidates": scored.indices.tolist(),
+        "groups": queries.rows,
+        "damping": dict(setting.damping),
+        "batch_tokens": setting.batch_tokens,
+        "dtype": str(setting.dtype),
+    }
+    world.require_same("arguments", given)
+
+
+@contextmanager
+def _from_the_store(store: str, name: str, given: str | None) -> Iterator[None]:
+    """Says of what cannot be loaded that it is what the store names, if nothing else was given."""
+    try:
+        yield
+    except (DataError, ModelError) as error:
+        if given is not None:
+            raise
+        error.args = (
+            f"{error} (So it is named in {store}, whose factors were fitted with it, perhaps from "
+            f"another directory; give --{name}.)",
+        )
+        raise
 
 
 def _damping(config: QueryConfig) -> Damping:
     return Damping(config.damping.value, config.damping.relative, config.damping.modules)
-
-
-def _queries_of(queries: Iterable[Any], tokenizer: Any, context: int | None) -> QuerySet:
-    rows = list(queries)
-    if not rows:
-        raise DataError("There are no queries; give at least one.")
-    if all(isinstance(row, Mapping) and "input_ids" in row for row in rows):
-        return query_examples(rows)
-    _require_tokenizer(tokenizer, "queries")
-    parsed = []
-    for number, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise DataError(f"Query {number} is {type(row).__name__}; give mappings.")
-        parsed.append(parse_query(row, f"query {number}", number))
-    return tokenize_queries(parsed, tokenizer, context)
-
-
-def _sequences_of(train: Iterable[Any], tokenizer: Any, max_tokens: int | None) -> Sequences:
-    rows = train if hasattr(train, "__getitem__") else list(train)
-    first = next(iter(rows), None)
-    if not isinstance(first, Mapping) or "text" not in first or "input_ids" in first:
-        return from_examples(rows, max_tokens)
-    _require_tokenizer(tokenizer, "training sequences")
-    prompts = [_text_of(number, row, "prompt") for number, row in enumerate(rows)]
-    texts = [_text_of(number, row, "text") for number, row in enumerate(rows)]
-    columns = encode(tokenizer, prompts, texts, max_tokens)
-    return Sequences(Dataset.from_dict(columns))
-
-
-def _text_of(number: int, row: Any, name: str) -> str:
-    if not isinstance(row, Mapping) or "text" not in row:
-        raise DataError(f"Training sequence {number} is {row!r}; give mappings with 'text'.")
-    text = row.get(name)
-    if text is not None and not isinstance(text, str):
-        raise DataError(f"Training sequence {number}: {name} is {text!r}; it must be text.")
-    return text or ""
-
-
-def _require_tokenizer(tokenizer: Any, what: str) -> None:
-    if tokenizer is None:
-        raise ConfigError(f"The {what} are text, but there is no tokenizer; give tokenizer=….")
 
 
 def _tell_data(tell: Any, train: Sequences, scored: Sequences, factors: Factors) -> None:
@@ -287,6 +275,6 @@ def _tell_data(tell: Any, train: Sequences, scored: Sequences, factors: Factors)
     )
     if train.fingerprint != factors.manifest["data"]["fingerprint"]:
         tell(
-            "              not the sequences that the factors were fitted on: scores are of these, "
-            "in the curvature of those"
+            "              not the sequences that the factors were fitted on: scores and nats are "
+            "of these, in the curvature of those"
         )

@@ -97,7 +97,7 @@ class Scan(_TrainingRows):
         self._prepared = prepared
         self._columns = Columns(sequences)
         self._parts = parts
-        self._sums = products.SequenceGradients()
+        self._sums, self._room = products.SequenceGradients(), products.Room()
         num_rows, num_columns = len(prepared.rows), len(sequences)
         self.scores: Tensor = setting.zeros(num_rows, num_columns)
         self.part_scores: Tensor | None = None
@@ -115,13 +115,16 @@ class Scan(_TrainingRows):
         gradients = self._prepared.gradients[module.name]
         columns = self._columns.of(batch).to(acts_MI.device)
         scores_Qn = None
-        if self.position_scores is not None or isinstance(gradients, LowRankGradients):
+        if self.position_scores is not None or gradients.by_position(batch.lengths):
             scores_QM = _all_position_scores(gradients, acts_MI, grads_MO)
             scores_Qn = products.sum_by_sequence(scores_QM, batch.lengths)
             if self.position_scores is not None:
                 self.position_scores[:, self._columns.positions_of(batch)] += scores_QM
         if scores_Qn is None or self.norms is not None:
-            scores_Qn = self._by_sequence(module, acts_MI, grads_MO, batch, columns, scores_Qn)
+            found_Qn = self._by_sequence(
+                module, acts_MI, grads_MO, batch, columns, with_scores=scores_Qn is None
+            )
+            scores_Qn = found_Qn if scores_Qn is None else scores_Qn
         self.scores[:, columns] += scores_Qn
         if self.part_scores is not None and self._parts is not None:
             part = int(self._parts[self._number[module.name]])
@@ -135,25 +138,26 @@ class Scan(_TrainingRows):
         grads_MO: Tensor,
         batch: Batch,
         columns: Tensor,
-        scores_Qn: Tensor | None,
+        *,
+        with_scores: bool,
     ) -> Tensor:
-        """Scores and norms from each sequence's whole gradient; scores only if not there yet."""
+        """Scores [Q, n], and norms if wanted, from each sequence's whole gradient."""
         gradients = self._prepared.gradients[module.name]
-        found, weights = [], None
+        scores_Qn = self.scores.new_zeros(len(self._prepared.rows), len(batch.lengths))
+        weights = None
         if self.norms is not None:
-            fitted = self._setting.at_device(module.name)
-            inverse = 1 / self._setting.factors.damped(module.name, self._setting.damping, fitted)
+            inverse = 1 / self._setting.damped(module.name, self._setting.at_device(module.name))
             weights = torch.stack([inverse, inverse.square()]).flatten(1)
         for which, sums_nOI in self._sums.of(acts_MI, grads_MO, batch.lengths):
             flat = sums_nOI.flatten(1)
-            if scores_Qn is None:
-                assert isinstance(gradients, WholeGradients)
-                found.append(gradients.matrices_QOI.flatten(1) @ flat.T)
+            if with_scores:
+                for some, matrices_qOI in gradients.matrices(self._room):
+                    scores_Qn[some, which] = matrices_qOI.flatten(1) @ flat.T
             if weights is not None and self.norms is not None:
                 norms = weights @ flat.square_().T
                 self.norms[:, columns[which]] += norms
                 self._total += norms.sum(dtype=torch.float64)
-        return torch.cat(found, -1) if scores_Qn is None else scores_Qn
+        return scores_Qn
 
     def reduce(self, world: World) -> None:
         """Puts the scores of all workers' sequences together."""
@@ -222,20 +226,25 @@ class DetailSums(_TrainingRows):
         gradients = self._prepared.gradients[module.name]
         number = self._number[module.name]
         layer = self.layer_position_scores[self._layer_of[number]]
+        # All of a row's sequences at once: its gradient is large, and read once for all of them.
+        wanted: dict[int, list[tuple[int, slice]]] = {}
         start = 0
         for column, length in zip(self._columns.of(batch).tolist(), batch.lengths, strict=True):
-            rows = slice(start, start + length)
             first, last = np.searchsorted(self._pairs.columns, [column, column + 1])
             for pair in range(int(first), int(last)):
-                scores_T = gradients.position_scores(
-                    int(self._pairs.places[pair]), acts_MI[rows], grads_MO[rows]
-                )
-                begin = int(self._pairs.offsets[pair])
-                layer[begin : begin + length] += scores_T
-                total = scores_T.sum()
-                self.module_scores[pair, number] = total
-                self._total += total
+                place = int(self._pairs.places[pair])
+                wanted.setdefault(place, []).append((pair, slice(start, start + length)))
             start += length
+        for place, pairs in wanted.items():
+            rows = torch.cat([torch.arange(part.start, part.stop) for _, part in pairs])
+            rows = rows.to(acts_MI.device)
+            scores_M = gradients.position_scores(place, acts_MI[rows], grads_MO[rows])
+            lengths = [part.stop - part.start for _, part in pairs]
+            for (pair, _), scores_T in zip(pairs, scores_M.split(lengths), strict=True):
+                begin = int(self._pairs.offsets[pair])
+                layer[begin : begin + len(scores_T)] += scores_T
+                self.module_scores[pair, number] = scores_T.sum()
+            self._total += scores_M.sum(dtype=torch.float64)
 
     def reduce(self, world: World) -> None:
         """Puts the pairs of all workers' sequences together."""

@@ -15,30 +15,40 @@ class Listed:
 
     Attributes:
         columns: Their columns [K], the end itself first.
+        indices: Their rows in the data [K].
         scores: Their scores [K]; exact ones, if they were scored again.
     """
 
     columns: np.ndarray
+    indices: np.ndarray
     scores: Tensor
 
 
 @dataclass(frozen=True)
 class Rescored:
-    """One row's candidates after a low-rank scan, scored again exactly.
+    """One row's sequences that were scored again, exactly, after a low-rank scan.
+
+    They are the ends of the scan's scores, and as many sequences spread evenly over the data,
+    which the scan had no part in choosing: only those say how good it was on the whole.
 
     Attributes:
         columns: Their columns [C], ascending.
         scan_scores: What the scan said [C].
         exact_scores: The exact scores [C].
-        spearman: Rank correlation of the two; None where it is not defined.
-        overlap: Share of the exact lists that the scan's own lists held too.
+        spearman: Rank correlation of the two over the evenly spread sequences; None where it is
+            not defined.
+        spearman_top: The same within the top end alone.
+        overlap: Share of the lists of these exact scores that the scan's own lists held too; None
+            where no more sequences were scored again than are listed. A sequence that the scan
+            left out of both ends is not seen.
     """
 
     columns: np.ndarray
     scan_scores: Tensor
     exact_scores: Tensor
     spearman: float | None
-    overlap: float
+    spearman_top: float | None
+    overlap: float | None
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,8 @@ class InfluenceScores:
 
     Attributes:
         scores: ∇log p(q)ᵀ (F + λ)⁻¹ ∇log p(z), summed over modules, divided by both norms [Q, N].
+            With query gradients of low rank these, and all their parts, are the scan's and so
+            approximate; what was scored again exactly is in `top`, `bottom` and `rescored`.
         indices: Row in the data of each scored sequence [N].
         training_size: What raw scores are divided by to be in nats.
         normalize: How norms were chosen.

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.config import DEFAULT_TOP_K, ScoresConfig
-from ekfac_dist.curvature.products import spearman
 from ekfac_dist.data.batches import assign_batches, plan_batches
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.errors import ConfigError
+from ekfac_dist.influence.agreement import spearman
 from ekfac_dist.influence.gradients import (
     DATA_LABELS,
     OVERFLOW_ADVICE,
@@ -32,7 +32,6 @@ from ekfac_dist.influence.gradients import (
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.influence.scan import DetailSums, Pairs, Scan
 from ekfac_dist.influence.scores import Details, InfluenceScores, Listed, Rescored
-from ekfac_dist.models.capture import precisely
 from ekfac_dist.models.discovery import layer_name
 from ekfac_dist.runtime.memory import as_text
 from ekfac_dist.stages.passes import SummingObserver, Work, run_pass
@@ -64,10 +63,6 @@ def compute_scores(
     setting = replace(setting, in_eigenbasis=needs_norms)
     names = tuple(module.name for module in setting.modules)
     layers = tuple(dict.fromkeys(map(layer_name, names)))
-    with setting.world.agree():
-        # A damping that cannot be used is told before all else.
-        setting.damping.require_used(names)
-        damping = {name: setting.factors.damping_of(name, setting.damping) for name in names}
     num_rows = len(queries.rows)
     result = InfluenceScores(
         scores=torch.zeros(num_rows, len(scored), dtype=setting.dtype),
@@ -79,7 +74,7 @@ def compute_scores(
         modules=names,
         layers=layers,
         layer_of=np.array([layers.index(layer_name(name)) for name in names]),
-        damping=damping,
+        damping=dict(setting.damping),
         query_losses=[math.nan] * len(queries.sequences),
     )
     run = _Scoring(setting, queries, scored, config, (top_k, bottom_k), result, say)
@@ -133,6 +128,12 @@ class _Scoring:
         one = as_text(bytes_per_row(self.setting.modules, rank, self.setting.dtype))
         kind = "whole" if rank is None else f"of rank {rank}"
         scans = f"{len(blocks)} scan{'s' * (len(blocks) > 1)} of the data"
+        budget = self.config.query_memory_gb * 1e9
+        if bytes_per_row(self.setting.modules, rank, self.setting.dtype) > budget:
+            self.say(
+                f"memory        one row's gradients alone take {one}, more than "
+                f"scores.query_memory_gb allows ({as_text(budget)}); a lower scores.rank would help"
+            )
         self.say(
             f"queries       {len(self.queries.sequences)} in {len(rows)} rows of scores; gradients "
             f"{kind}, {one} a row, {len(blocks[0])} at a time: {scans}"
@@ -154,9 +155,8 @@ class _Scoring:
     def _answer(self, rows: list[int], suffix: str) -> None:
         """Scans the data for one block, and looks closer at the ends of its scores."""
         prepared = self._prepare("queries" + suffix, rows, self.config.effective_rank)
-        if self.config.low_rank:
+        if self.config.effective_rank is not None:
             self._note_ranks(prepared)
-            self._multiply_out(prepared)
         self._scan(prepared, "scan" + suffix)
         if self.config.rescore:
             del prepared  # whole gradients need the room
@@ -190,24 +190,6 @@ class _Scoring:
                 f"rank          {asked} is more than {len(reduced)} of {len(self.result.ranks)} "
                 f"modules have: reduced there, to {rank} in {name}"
             )
-
-    def _multiply_out(self, prepared: PreparedQueries) -> None:
-        """Multiplies low-rank gradients out where the scan is then cheaper and memory allows.
-
-        See `curvature.products` for what each way costs.
-        """
-        num_rows = len(prepared.rows)
-        whole = bytes_per_row(self.setting.modules, None, self.setting.dtype)
-        if self.config.per_token == "all" or whole * num_rows > self.config.query_memory_gb * 1e9:
-            return
-        length = float(self.scored.num_positions.mean())
-        for module in self.setting.modules:
-            gradients = prepared.gradients[module.name]
-            assert isinstance(gradients, LowRankGradients)
-            sizes, rank = (module.num_outputs, module.input_size), gradients.left_QOr.shape[-1]
-            if (length + num_rows) * math.prod(sizes) < length * num_rows * rank * sum(sizes):
-                with precisely(self.setting.world.device):
-                    prepared.gradients[module.name] = gradients.whole()
 
     def _scan(self, prepared: PreparedQueries, name: str) -> None:
         config, result, rows = self.config, self.result, prepared.rows
@@ -294,7 +276,11 @@ class _Scoring:
             torch.sort(scores, descending=descending, stable=True).indices[:length]
             for descending, length in zip((True, False), lengths, strict=True)
         ]
-        top, bottom = (Listed(columns[order.numpy()], scores[order]) for order in orders)
+        picked = [columns[order.numpy()] for order in orders]
+        top, bottom = (
+            Listed(mine, self.result.indices[mine], scores[order])
+            for mine, order in zip(picked, orders, strict=True)
+        )
         return top, bottom
 
     def _listed_pairs(self, rows: list[int]) -> list[tuple[int, int]]:
@@ -325,33 +311,62 @@ class _Scoring:
         )
 
     def _score_again(self, rows: list[int], suffix: str) -> None:
-        """Exact scores, by whole gradients, of the sequences that the scan put at either end."""
+        """Exact scores, by whole gradients, of both ends of the scan's and of an even sample."""
         prepared = self._prepare("whole queries" + suffix, rows, None)
-        ends = (self.config.rescore, self.config.rescore if self.list_lengths[1] else 0)
-        columns = np.arange(len(self.scored))
+        number, columns = self.config.rescore, np.arange(len(self.scored))
+        spread = np.linspace(0, len(columns) - 1, num=number).round().astype(np.int64)
+        chosen = {
+            row: self._ends(
+                self.result.scores[row], columns, (number, number if self.list_lengths[1] else 0)
+            )
+            for row in rows
+        }
         wanted = [
             (place, int(column))
             for place, row in enumerate(rows)
-            for end in self._ends(self.result.scores[row], columns, ends)
-            for column in end.columns
+            for some in (*(end.columns for end in chosen[row]), spread)
+            for column in some
         ]
         found = self._detail("re-score" + suffix, prepared, wanted)
         scores = found.module_scores.sum(1)
         for row in rows:
             mine = np.flatnonzero(found.rows == row)
-            candidates, exact = found.columns[mine], scores[torch.from_numpy(mine)]
-            scanned = self.result.scores[row][torch.from_numpy(candidates)]
-            self.listed[row] = self._ends(exact, candidates, self.list_lengths)
-            before = self._ends(scanned, candidates, self.list_lengths)
-            kept = sum(
-                len(np.intersect1d(one.columns, other.columns))
-                for one, other in zip(self.listed[row], before, strict=True)
-            )
-            overlap = kept / sum(self.list_lengths)
-            rank_correlation = spearman(scanned, exact)
-            self.rescored[row] = Rescored(candidates, scanned, exact, rank_correlation, overlap)
+            exact = scores[torch.from_numpy(mine)]
+            self._take_exact(row, found.columns[mine], exact, chosen[row], spread)
         if self.config.per_token != "none":
             listed = {(rows[place], column) for place, column in self._listed_pairs(rows)}
             pairs = zip(found.rows.tolist(), found.columns.tolist(), strict=True)
             kept_pairs = [k for k, pair in enumerate(pairs) if pair in listed]
             self.details.append(found.take(np.array(kept_pairs, dtype=np.int64)))
+
+    def _take_exact(
+        self,
+        row: int,
+        columns: np.ndarray,
+        exact: Tensor,
+        chosen: tuple[Listed, Listed],
+        spread: np.ndarray,
+    ) -> None:
+        """Lists one row anew by its exact scores, and compares them with the scan's."""
+        scanned = self.result.scores[row][torch.from_numpy(columns)]
+        self.listed[row] = self._ends(exact, columns, self.list_lengths)
+        by_scan = self._ends(scanned, columns, self.list_lengths)
+        kept = sum(
+            len(np.intersect1d(one.columns, other.columns))
+            for one, other in zip(self.listed[row], by_scan, strict=True)
+        )
+
+        def correlation(some: np.ndarray) -> float | None:
+            among = torch.from_numpy(np.isin(columns, some))
+            return spearman(scanned[among], exact[among])
+
+        self.rescored[row] = Rescored(
+            columns,
+            scanned,
+            exact,
+            spearman=correlation(spread),
+            spearman_top=correlation(chosen[0].columns),
+            overlap=kept / sum(self.list_lengths)
+            if self.config.rescore > max(self.list_lengths)
+            else None,
+        )

@@ -237,6 +237,19 @@ def fingerprint(
     return digest.hexdigest()
 
 
+def narrower_fingerprints(model: nn.Module, modules: Sequence[TrackedModule]) -> dict[str, str]:
+    """The same of the parameters rounded to each narrower dtype, by the dtype's name.
+
+    By them a model is known again that holds the same weights in less precision.
+    """
+    own = min(p.element_size() for m in modules for p in model.get_submodule(m.name).parameters())
+    return {
+        str(dtype).removeprefix("torch."): fingerprint(model, modules, dtype)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if dtype.itemsize < own
+    }
+
+
 def _block_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Every parameter that belongs to an MLP block, by name, in model order."""
     for name, parameter in model.named_parameters():

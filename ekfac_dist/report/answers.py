@@ -1,5 +1,6 @@
 """What `query` says at its end: what the scores are, and the ends of each row."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ekfac_dist.influence import results
@@ -27,19 +28,11 @@ def answer_tables(path: str) -> str:
     lines = [""]
     for query in queries[:_QUERIES_SHOWN]:
         lines += [*_query_lines(query), ""]
-        rows = []
-        for listed in ends:
-            mine = [line for line in listed if line["query"] == query["query"]]
-            rows += [_cells(line) for line in mine[:_ROWS_SHOWN]]
-        if rows:
-            lines += [
-                table(
-                    ["index", "score", "nats"],
-                    [row[:3] for row in rows],
-                    last=[row[3] for row in rows],
-                ),
-                "",
-            ]
+        for name, listed in zip(("most positive", "most negative"), ends, strict=True):
+            mine = [line for line in listed if line["query"] == query["query"]][:_ROWS_SHOWN]
+            if mine:
+                cells, shown = [_cells(line) for line in mine], [_short(x["text"]) for x in mine]
+                lines += [name, table(["index", "score", "nats"], cells, last=shown), ""]
     if len(queries) > _QUERIES_SHOWN:
         lines += [f"… and {len(queries) - _QUERIES_SHOWN} more rows of scores", ""]
     took = f"took          {manifest['seconds']:.1f} s on {_count(manifest['workers'], 'worker')}"
@@ -67,30 +60,45 @@ def meaning(manifest: dict[str, Any]) -> list[str]:
         return [*lines, "gradients     whole: scores are exact"]
     lines.append(f"gradients     of rank {scan['rank']}: the scan's scores are approximate")
     if scan["rescored"]:
-        known = [value for value in scan["spearman"] if value is not None]
-        lines.append(
-            f"re-scored     {scan['rescored']} at either end, exactly: rank correlation "
-            f"{_mean(known)}, lists' overlap {_mean(scan['overlap'])}"
-        )
+        lines += [
+            f"re-scored     exactly, {rescored(scan)}",
+            f"              rank correlation {_mean(scan['spearman'])} over the evenly spread, "
+            f"{_mean(scan['spearman_top'])} within the top end",
+            f"              overlap of the lists {_mean(scan['overlap'])}, of what was re-scored",
+        ]
     return lines
+
+
+def rescored(scan: Mapping[str, Any]) -> str:
+    """What was scored again after a low-rank scan.
+
+    Args:
+        scan: That entry of the manifest.
+    """
+    where = "either end" if "bottom" in scan["ends"] else "the top end"
+    return f"{scan['rescored']:,} at {where} and {scan['rescored']:,} spread over the data"
 
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-def _mean(values: list[float]) -> str:
-    """Mean and least of some values."""
-    if not values:
-        return "undefined"
-    return f"{sum(values) / len(values):.3f} (least {min(values):.3f})"
+def _mean(values: list[float | None]) -> str:
+    """Mean and least of what is known."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "not known"
+    return f"{sum(known) / len(known):.3f} (least {min(known):.3f})"
 
 
 def _query_lines(query: dict[str, Any]) -> list[str]:
-    name = f" ({query['group']}: {len(query['members'])} queries summed)" if query["group"] else ""
+    name = ""
+    if query["group"] is not None:
+        name = f" ({query['group']}: {len(query['members'])} queries summed)"
     lines = [f"query {query['query']}{name}"]
     for member in query["members"][:3]:
-        lines.append(f"  {_short(member['prompt'])} → {_short(member['completion'])}")
+        prompt = f"{_short(member['prompt'])} → " if member["prompt"] else ""
+        lines.append(f"  {prompt}{_short(member['completion'])}")
         lines.append(f"  −log p {member['nats']:.2f} nats")
     return lines
 
@@ -100,7 +108,6 @@ def _cells(line: dict[str, Any]) -> list[str]:
         str(line["index"]),
         f"{line['score']:+.4g}",
         f"{line['nats']:+.3g}",
-        _short(line["text"]),
     ]
 
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ekfac_dist.errors import ConfigError, OutputError, StoreError
+from ekfac_dist.influence.output import NORMALIZE_NAMES
 from ekfac_dist.influence.results import ResultsReader
+from ekfac_dist.report.answers import rescored
 from ekfac_dist.report.page_data import FEW_OF_POSITIONS, FEW_TOKENS, PageData, page_data
 from ekfac_dist.runtime.files import write_whole
 
@@ -24,13 +26,6 @@ if TYPE_CHECKING:
 
 # One script, in the order in which its parts need each other.
 SCRIPTS = ("base.js", "data.js", "ranking.js", "sequence.js", "layers.js", "spread.js", "page.js")
-
-NORMALISATIONS = {
-    "none": "none",
-    "cosine": "cosine",
-    "relatif_l": "RelatIF, ℓ",
-    "relatif_theta": "RelatIF, θ",
-}
 
 Facts = list[tuple[str, str]]
 
@@ -137,7 +132,7 @@ def _facts(manifest: Mapping[str, Any]) -> Facts:
     return [
         ("Fisher", f"{factors['fisher']} ({labels.get(factors['labels'], factors['labels'])})"),
         ("Damping", strength),
-        ("Normalisation", NORMALISATIONS.get(normalize, normalize)),
+        ("Normalisation", NORMALIZE_NAMES.get(normalize, normalize)),
         ("Gradients", _scan(scan)),
         ("Training size", f"{manifest['scores']['training_size']:,}"),
     ]
@@ -148,17 +143,17 @@ def _scan(scan: Mapping[str, Any]) -> str:
         return "exact"
     if not scan["rescored"]:
         return f"of rank {scan['rank']}, approximate"
-    return f"of rank {scan['rank']}; {scan['rescored']:,} at either end scored again, exactly"
+    return f"of rank {scan['rank']}; scored again exactly: {rescored(scan)}"
 
 
 def _settings(manifest: Mapping[str, Any]) -> list[tuple[str, Facts]]:
     """Everything that the manifest says, in groups."""
     damping, scan = manifest["damping"], manifest["scan"]
-    with_queries = ("spearman", "overlap")  # a number for each query stands beside it
+    with_queries = ("spearman", "spearman_top", "overlap")  # which stand beside each query
     run = ("top_k", "bottom_k", "per_token", "workers", "seconds")
     groups = {
         "Model": manifest["model"],
-        "Factors": manifest["factors"],
+        "Factors": {k: v for k, v in manifest["factors"].items() if not isinstance(v, dict)},
         "Data": manifest["data"],
         "Scores": manifest["scores"],
         "Scan": {name: value for name, value in scan.items() if name not in with_queries},

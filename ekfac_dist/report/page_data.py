@@ -58,8 +58,9 @@ class Query:
         top: The most positive sequences.
         bottom: The most negative ones.
         distribution: Of all its scores; of the scan's where there was one.
-        spearman: Rank correlation of the scan with the exact scores, over what has both.
-        overlap: Share of the exact lists that the scan's own lists hold.
+        spearman: Rank correlation of the scan with exact scores, over sequences spread evenly.
+        overlap: Share of the exact lists that the scan's own lists hold, among what was scored
+            again; None where that says nothing.
     """
 
     group: str | None

@@ -105,10 +105,17 @@ class Factors:
             lambda_OI=self._lambdas[name],
         )
 
-    def damping_of(self, name: str, damping: Damping) -> float:
-        """λ of one module; errors as for `damped`."""
-        self.damped(name, damping)
-        return damping.absolute(name, self.module(name).lambda_OI)
+    def chosen_damping(self, damping: Damping) -> dict[str, float]:
+        """λ of each module, absolute, after making sure that it can be used.
+
+        Raises:
+            ConfigError: A value is no module's, or a module has none; or one of zero where Λ has
+                zeros.
+        """
+        damping.require_used(self.modules)
+        for name in self.modules:
+            self.damped(name, damping)
+        return {name: damping.absolute(name, self.module(name).lambda_OI) for name in self.modules}
 
     def damped(self, name: str, damping: Damping, factors: ModuleFactors | None = None) -> Tensor:
         """Λ + λ of one module, [O, I].

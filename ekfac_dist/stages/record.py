@@ -50,6 +50,7 @@ class Inputs:
         sequences: All sequences.
         discovery: What is tracked.
         fingerprint: SHA-256 of the tracked parameters.
+        narrower: The same of the parameters rounded to narrower dtypes, by dtype.
     """
 
     config: EstimateConfig
@@ -57,6 +58,7 @@ class Inputs:
     sequences: Sequences
     discovery: Discovery
     fingerprint: str
+    narrower: dict[str, str]
 
 
 def coverage_line(discovery: Discovery) -> str:
@@ -87,6 +89,7 @@ def manifest(inputs: Inputs, summary: Summary) -> dict[str, Any]:
             "class": type(inputs.model).__name__,
             "dtype": str(next(inputs.model.parameters()).dtype).removeprefix("torch."),
             "fingerprint": inputs.fingerprint,
+            "narrower_fingerprints": inputs.narrower,
         },
         "data": {
             "source": config.data.source,

@@ -30,7 +30,8 @@ def load_factors(
     Args:
         path: The store's directory.
         model: The model that the factors are to be used with; its tracked modules are compared with
-            those that the factors were fitted for. It may hold the same weights in another dtype.
+            those that the factors were fitted for. It may hold the same weights in another dtype,
+            wider or narrower.
         verify: Check each file's SHA-256 before it is first read.
 
     Raises:
@@ -78,15 +79,13 @@ def check_model(path: str, factors: Factors, model: nn.Module) -> None:
                 f"{said}), whose module {module.name} is {_in_words(wanted)}; in this "
                 f"{type(model).__name__} it is {_in_words(found)}; {_ADVICE}."
             )
-    found_print = fingerprint(model, factors.modules.values())
-    if found_print == fitted["fingerprint"]:
+    modules = tuple(factors.modules.values())
+    found_print = fingerprint(model, modules)
+    if found_print in (fitted["fingerprint"], *fitted.get("narrower_fingerprints", {}).values()):
         return
     dtype = getattr(torch, str(fitted.get("dtype")), None)
-    if (
-        dtype is not None
-        and fingerprint(model, factors.modules.values(), dtype) == (fitted["fingerprint"])
-    ):
-        return  # the same weights, held in another dtype
+    if dtype is not None and fingerprint(model, modules, dtype) == fitted["fingerprint"]:
+        return  # the same weights, held in a wider dtype
     held = str(next(model.parameters()).dtype).removeprefix("torch.")
     raise StoreError(
         f"{said}, {fitted.get('dtype')}) with parameter fingerprint "

@@ -15,7 +15,13 @@ from ekfac_dist.curvature.kronecker import kfac_lambda
 from ekfac_dist.data.batches import assign_batches, plan_batches
 from ekfac_dist.data.sequences import Sequences, from_examples
 from ekfac_dist.models.capture import prepared
-from ekfac_dist.models.discovery import TrackedModule, discover, fingerprint, partition
+from ekfac_dist.models.discovery import (
+    TrackedModule,
+    discover,
+    fingerprint,
+    narrower_fingerprints,
+    partition,
+)
 from ekfac_dist.models.labels import COVARIANCE_PASS, REFIT_PASS, LabelRule
 from ekfac_dist.models.loading import load_model, load_tokenizer
 from ekfac_dist.runtime.memory import peak_bytes
@@ -197,7 +203,9 @@ def check_inputs(
     world.require_same("data, by fingerprint,", sequences.fingerprint)
     weights = fingerprint(model, discovery.modules)
     world.require_same("model weights, by fingerprint,", weights)
-    return Inputs(config, model, sequences, discovery, weights)
+    narrower = world.share(world.on_main(lambda: narrower_fingerprints(model, discovery.modules)))
+    assert narrower is not None
+    return Inputs(config, model, sequences, discovery, weights, narrower)
 
 
 def fit(inputs: Inputs, world: World, sink: FactorSink, *, show_progress: bool) -> Summary:

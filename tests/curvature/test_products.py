@@ -78,14 +78,3 @@ def test_a_matrix_of_low_rank_is_approximated_exactly_and_the_same_each_time():
 def test_a_matrix_of_zeros_has_an_approximation():
     left, right = products.low_rank(torch.zeros(50, 60), 3)
     assert (left @ right.T == 0).all()
-
-
-def test_spearman():
-    values = torch.tensor([3.0, 1.0, 2.0, 9.0])
-    assert products.spearman(values, values.exp()) == pytest.approx(1)
-    assert products.spearman(values, -values) == pytest.approx(-1)
-    assert products.spearman(values, torch.ones(4)) is None
-    assert products.spearman(values[:1], values[:1]) is None
-    # By hand: ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4.
-    ties = products.spearman(torch.tensor([0.0, 5.0, 5.0, 6.0]), torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    assert ties == pytest.approx(4.5 / (4.5 * 5) ** 0.5)

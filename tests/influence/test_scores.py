@@ -12,6 +12,7 @@ from networks import KINDS, build, examples
 from torch import Tensor
 
 from ekfac_dist import Factors, estimate_factors, influence_scores
+from ekfac_dist.errors import NonFiniteError
 
 NUM_QUERIES, NUM_TRAIN = 5, 14
 
@@ -102,7 +103,24 @@ def test_blocks_of_queries_change_nothing(options):
     assert (whole.num_scans, parted.num_scans) == (1, NUM_QUERIES)
     assert relative(parted.scores, whole.scores) < 1e-10
     assert relative(parted.layer_scores, whole.layer_scores) < 1e-10
-    assert relative(parted.details.module_scores.sum(), whole.details.module_scores.sum()) < 1e-9
+    one, other = by_pair(parted.details), by_pair(whole.details)
+    assert one.keys() == other.keys()
+    for pair in one:
+        assert relative(one[pair][0], other[pair][0]) < 1e-9
+        assert relative(one[pair][1], other[pair][1]) < 1e-9
+
+
+def by_pair(details):
+    """{(row, column): (module scores, position scores)}."""
+    return {
+        (row, column): (
+            details.module_scores[k],
+            details.token_scores[details.offsets[k] : details.offsets[k + 1]],
+        )
+        for k, (row, column) in enumerate(
+            zip(details.rows.tolist(), details.columns.tolist(), strict=True)
+        )
+    }
 
 
 def test_gradients_held_a_few_at_a_time_change_nothing(monkeypatch):
@@ -233,11 +251,12 @@ def test_a_rank_above_the_matrixs_is_reduced():
     }
 
 
-def test_the_error_falls_with_the_rank_on_average():
+@pytest.mark.parametrize("per_token", ["all", "none"])
+def test_the_error_falls_with_the_rank_on_average(per_token):
     errors = np.mean(
         [
             [
-                relative(case(f).scores(rank=r, per_token="all").scores, case(f).expected)
+                relative(case(f).scores(rank=r, per_token=per_token).scores, case(f).expected)
                 for r in (1, 2, 4, 8, 12)
             ]
             for f in KINDS
@@ -250,9 +269,13 @@ def test_the_error_falls_with_the_rank_on_average():
 
 def test_two_stages_end_with_exact_scores():
     it = case("llama")
-    found = it.scores(rank=1, rescore=8, top_k=3, bottom_k=2, per_token="top")
+    found = it.scores(rank=1, rescore=4, top_k=3, bottom_k=2, per_token="top")
     assert relative(found.scores, it.expected) > 0.01  # the scan's
+    spread = {0, 4, 9, 13}  # of 14, evenly
     for row, rescored in enumerate(found.rescored):
+        by_scan = found.scores[row].argsort().tolist()
+        candidates = set(by_scan[:4]) | set(by_scan[-4:])
+        assert set(rescored.columns.tolist()) == candidates | spread
         exact = it.expected[row][torch.from_numpy(rescored.columns)]
         assert relative(rescored.exact_scores, exact) < 1e-10
         assert torch.equal(rescored.scan_scores, found.scores[row][rescored.columns])
@@ -267,12 +290,24 @@ def test_two_stages_end_with_exact_scores():
             scan_bottom & set(found.bottom[row].columns)
         )
         assert rescored.overlap == pytest.approx(kept / 5)
-        by_rank = [exact.argsort().argsort(), rescored.scan_scores.argsort().argsort()]
-        correlation = torch.corrcoef(torch.stack(by_rank).double())[0, 1].item()
-        assert rescored.spearman == pytest.approx(correlation)
+        for expected, some in (
+            (rescored.spearman, spread),
+            (rescored.spearman_top, set(by_scan[-4:])),
+        ):
+            among = np.isin(rescored.columns, sorted(some))
+            ranks = [x[among].argsort().argsort() for x in (exact, rescored.scan_scores)]
+            correlation = torch.corrcoef(torch.stack(ranks).double())[0, 1].item()
+            assert expected == pytest.approx(correlation)
     assert len(found.details.rows) == sum(
         len(set(t.columns) | set(b.columns)) for t, b in zip(found.top, found.bottom, strict=True)
     )
+
+
+def test_no_overlap_is_told_where_it_could_only_be_whole():
+    it = case("gpt2")
+    found = it.scores(rank=1, rescore=3, top_k=3, bottom_k=0)
+    assert {row.overlap for row in found.rescored} == {None}
+    assert all(len(end.columns) == 0 for end in found.bottom)
 
 
 def test_two_stages_over_everything_are_the_exact_answer():
@@ -293,6 +328,8 @@ def test_candidates_are_scored_alone_in_data_order():
     it = case("llama")
     found = it.scores(candidates=[9, 2, 5], top_k=2, self_influence=True)
     assert found.indices.tolist() == [2, 5, 9]
+    for end in found.top:
+        assert end.indices.tolist() == found.indices[end.columns].tolist()
     assert relative(found.scores, it.expected[:, [2, 5, 9]]) < 1e-10
     assert relative(found.nats, it.expected[:, [2, 5, 9]] / NUM_TRAIN) < 1e-10
 
@@ -347,3 +384,21 @@ def test_the_model_comes_back_as_it_was():
     it.model.eval()
     assert all(torch.equal(before[name], p) for name, p in it.model.state_dict().items())
     assert not any(module._forward_hooks for module in it.model.modules())
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("where", ["query", "train"])
+def test_nan_is_told_with_the_module_and_where_it_came_from(rank, where):
+    model = build("llama")
+    train, queries = examples(6, seed=1), examples(2, seed=2)
+    factors = estimate_factors(model, train)
+    marked = {"input_ids": torch.tensor([3, 28, 5, 4])}
+    for example in [*train, *queries]:
+        example["input_ids"][example["input_ids"] == 28] = 7
+        example["labels"] = example["input_ids"]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[28] = float("nan")
+    (queries if where == "query" else train)[1] = marked
+    said = "query 1" if where == "query" else "sequence 1 of the data"
+    with pytest.raises(NonFiniteError, match=rf"input of module .*layers\.0\.mlp.*at {said}"):
+        influence_scores(model, factors, queries, train, rank=rank)

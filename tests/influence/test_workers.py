@@ -7,7 +7,7 @@ import torch
 from dense import relative
 from dense_scores import DenseScores
 from networks import build, examples
-from worker_scores import ANSWERS
+from worker_scores import ANSWERS, FAMILIES
 from workshop import run_workers
 
 from ekfac_dist import estimate_factors, load_factors
@@ -20,17 +20,18 @@ def root(tmp_path_factory):
     """Factors, and the answers that each of 1, 2 and 3 workers got with them."""
     root = tmp_path_factory.mktemp("answers")
     train = examples(11, seed=1, prompts=True)
-    estimate_factors(
-        build("llama_bias"), train, labels="data", accumulate="float64", output=root / "store"
-    )
+    for family in FAMILIES:
+        estimate_factors(
+            build(family), train, labels="data", accumulate="float64", output=root / family
+        )
     for workers in (1, 2, 3):
         done = run_workers(HERE / "worker_scores.py", workers, root, timeout=120)
         assert done.returncode == 0, done.stderr
     return root
 
 
-def answers(root, workers, rank=0):
-    return torch.load(root / f"answers-{workers}-{rank}.pt", weights_only=False)
+def answers(root, workers, rank=0, family=FAMILIES[0]):
+    return torch.load(root / f"{family}-{workers}-{rank}.pt", weights_only=False)
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
@@ -50,11 +51,22 @@ def test_any_number_of_workers_gives_the_same_answer(root, answer):
                 assert relative(one, other) < 1e-10
 
 
-def test_two_workers_scores_are_the_dense_ones(root):
-    model, train = build("llama_bias"), examples(11, seed=1, prompts=True)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_scores_are_the_dense_ones(root, family, workers):
+    model, train = build(family), examples(11, seed=1, prompts=True)
     queries = examples(4, seed=2, prompts=True)
-    names = load_factors(root / "store").modules
+    names = load_factors(root / family).modules
     expected = DenseScores(model, names, train).scores(queries, train)
     expected = torch.stack([expected[0], expected[1] + expected[3], expected[2]])
-    assert relative(answers(root, 2)["exact"]["scores"], expected) < 1e-10
+    found = answers(root, workers, family=family)["exact"]["scores"]
+    assert relative(found, expected) < 1e-10
+
+
+def test_blocks_were_really_several(root):
     assert answers(root, 2)["blocks"]["num_scans"] > 1
+
+
+def test_workers_that_are_given_different_arguments_are_told(tmp_path):
+    done = run_workers(HERE / "worker_arguments.py", 2, tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr

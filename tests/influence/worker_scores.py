@@ -12,6 +12,7 @@ from networks import build, examples
 
 from ekfac_dist import influence_scores, load_factors
 
+FAMILIES = ("llama_bias", "llama", "gpt2")
 ANSWERS = {
     "exact": {"per_token": "top", "per_module": True},
     "eigenbasis": {"normalize": "cosine", "self_influence": True, "per_token": "all"},
@@ -24,12 +25,19 @@ ANSWERS = {
 def main(root: Path) -> None:
     """Answers everything with the factors in `root`, on all workers; each keeps what it got."""
     accelerator = Accelerator(cpu=True)
-    model = build("llama_bias")
-    factors = load_factors(root / "store", model=model)
+    for family in FAMILIES:
+        answer(root, family, accelerator.num_processes, accelerator.process_index)
+
+
+def answer(root: Path, family: str, workers: int, rank: int) -> None:
+    """Everything that is asked of one family."""
+    model = build(family)
+    factors = load_factors(root / family, model=model)
     queries, train = examples(4, seed=2, prompts=True), examples(11, seed=1, prompts=True)
     queries[1]["group"] = queries[3]["group"] = "pair"
     answers = {}
-    for name, options in ANSWERS.items():
+    asked = ANSWERS if family == FAMILIES[0] else {"exact": ANSWERS["exact"]}
+    for name, options in asked.items():
         options = {"batch_tokens": 20, "top_k": 2, **options}
         found = influence_scores(model, factors, queries, train, **options)
         answers[name] = {
@@ -44,8 +52,7 @@ def main(root: Path) -> None:
             "details": None if found.details is None else found.details.layer_token_scores,
             "exact": [row.exact_scores for row in found.rescored],
         }
-    workers, rank = accelerator.num_processes, accelerator.process_index
-    torch.save(answers, root / f"answers-{workers}-{rank}.pt")
+    torch.save(answers, root / f"{family}-{workers}-{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -213,6 +213,8 @@ class Made:
             "scan": {
                 "rank": 32 if self.rescored else None,
                 "rescored": self.rescored,
+                "ends": ["top", "bottom"],
+                "spearman_top": [0.9] * (self.num_queries if self.rescored else 0),
                 "spearman": [0.987] * (self.num_queries if self.rescored else 0),
                 "overlap": [0.9] * (self.num_queries if self.rescored else 0),
             },

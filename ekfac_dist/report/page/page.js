@@ -44,9 +44,12 @@ function drawQuery() {
       `${grouped.format(query.members.length)} queries, summed`
     : null;
   const rest = members.slice(SHOWN_MEMBERS);
-  const agreement = query.overlap === null ? null
-    : `${percent(query.overlap)} of these lists stood in the scan's own lists` +
-      (query.spearman === null ? "" : `; rank correlation with it ${query.spearman.toFixed(3)}`);
+  const agreement = [
+    query.spearman === null ? "" : `Rank correlation of the scan with exact scores, over ` +
+      `sequences spread evenly: ${query.spearman.toFixed(3)}.`,
+    query.overlap === null ? "" : `${percent(query.overlap)} of these lists stood in the scan's ` +
+      `own lists, among what was scored again.`,
+  ].filter(Boolean).join(" ") || null;
   byId("query").replaceChildren(
     make("h2", { class: "unseen" }, "Query"),
     head ? make("p", { class: "group" }, head) : "",

@@ -1,0 +1,80 @@
+"""What Python callers give as queries and training sequences: text, or tokens already."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from datasets import Dataset
+
+from ekfac_dist.data.sequences import Sequences, from_examples
+from ekfac_dist.data.tokenizing import encode
+from ekfac_dist.errors import ConfigError, DataError
+from ekfac_dist.influence.queries import QuerySet, parse_query, query_examples, tokenize_queries
+
+
+def queries_of(queries: Iterable[Any], tokenizer: Any, context: int | None) -> QuerySet:
+    """Queries from text, if there is a tokenizer, or from examples.
+
+    Args:
+        queries: Mappings with "prompt" and "completion", or "text"; or with `input_ids`.
+        tokenizer: For text.
+        context: The longest input that the model reads; None: no limit.
+
+    Raises:
+        DataError: There are none, or one is no query.
+        ConfigError: They are text, and there is no tokenizer.
+    """
+    rows = list(queries)
+    if not rows:
+        raise DataError("There are no queries; give at least one.")
+    if all(isinstance(row, Mapping) and "input_ids" in row for row in rows):
+        return query_examples(rows)
+    _require_tokenizer(tokenizer, "queries")
+    parsed = []
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise DataError(f"Query {number} is {type(row).__name__}; give mappings.")
+        parsed.append(parse_query(row, f"query {number}", number))
+    return tokenize_queries(parsed, tokenizer, context)
+
+
+def sequences_of(train: Iterable[Any], tokenizer: Any, max_tokens: int | None) -> Sequences:
+    """Training sequences from text, if there is a tokenizer, or from examples.
+
+    Args:
+        train: Mappings with "text" and perhaps "prompt"; or what `from_examples` takes.
+        tokenizer: For text.
+        max_tokens: Longer sequences are cut to this many tokens; None leaves them whole.
+
+    Raises:
+        DataError: There are none, or one is no text, nor an example.
+        ConfigError: They are text, and there is no tokenizer.
+    """
+    rows = train if hasattr(train, "__getitem__") else list(train)
+    first = next(iter(rows), None)
+    if not isinstance(first, Mapping) or "text" not in first or "input_ids" in first:
+        return from_examples(rows, max_tokens)
+    _require_tokenizer(tokenizer, "training sequences")
+    prompts = [_text_of(number, row, "prompt") for number, row in enumerate(rows)]
+    texts = [_text_of(number, row, "text") for number, row in enumerate(rows)]
+    columns = encode(tokenizer, prompts, texts, max_tokens)
+    return Sequences(Dataset.from_dict(columns))
+
+
+def _text_of(number: int, row: Any, name: str) -> str:
+    if not isinstance(row, Mapping) or "text" not in row:
+        raise DataError(
+            f"Training sequence {number} is {type(row).__name__} without 'text', though the first "
+            "one has it; give mappings with 'text', one for each sequence."
+        )
+    text = row.get(name)
+    if text is not None and not isinstance(text, str):
+        raise DataError(
+            f"Training sequence {number}: {name} is {type(text).__name__}; it must be text, of one "
+            "sequence."
+        )
+    return text or ""
+
+
+def _require_tokenizer(tokenizer: Any, what: str) -> None:
+    if tokenizer is None:
+        raise ConfigError(f"The {what} are text, but there is no tokenizer; give tokenizer=….")

@@ -387,11 +387,6 @@ def _(setting: Setting) -> None:
     setting.config["model"]["name"] = save_tiny_gpt2(setting.path("other"))
 
 
-@case("a model of lower precision", "float32", "fingerprint", "weights differ")
-def _(setting: Setting) -> None:
-    setting.config["model"]["dtype"] = "bfloat16"
-
-
 for group, name in (("model", "name"), ("data", "source")):
 
     @case(f"a manifest whose {group} has no {name}", rf"{group}\.{name} is not given", "set it")

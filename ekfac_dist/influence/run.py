@@ -59,12 +59,12 @@ def run_query(config: QueryConfig, world: World, say: Any = print) -> Answer:
         fitted = factors.manifest["config"]
         model_config = config.model.over(fitted["model"])
         data_config = config.data.over(fitted["data"])
-    with _from_the_store(store, "model.name", config.model.name):
+    with _named_by(store, "model.name", model_config.name, config.model.name):
         tokenizer, tokenizer_print = world.main_first(lambda: load_tokenizer(model_config))
     with world.agree():
         # With the context unknown yet: what has nothing to predict is told before a model is read.
         tokenize_queries(texts, tokenizer, None)
-    with _from_the_store(store, "data.source", config.data.source):
+    with _named_by(store, "data.source", data_config.source, config.data.source):
         train = load_sequences(data_config, tokenizer, tokenizer_print, world)
     with world.agree():
         columns = pick_candidates(train, candidates)
@@ -248,17 +248,16 @@ def _require_same(
 
 
 @contextmanager
-def _from_the_store(store: str, name: str, given: str | None) -> Iterator[None]:
-    """Says of what cannot be loaded that it is what the store names, if nothing else was given."""
+def _named_by(store: str, field: str, name: str | None, given: str | None) -> Iterator[None]:
+    """Says of a path that does not exist that it is the store's, if nothing else was given."""
     try:
         yield
     except (DataError, ModelError) as error:
-        if given is not None:
-            raise
-        error.args = (
-            f"{error} (So it is named in {store}, whose factors were fitted with it, perhaps from "
-            f"another directory; give --{name}.)",
-        )
+        if given is None and not Path(str(name)).exists():
+            error.args = (
+                f"{error} It is what the factors in {store} were fitted with, perhaps in another "
+                f"directory; give --{field}.",
+            )
         raise
 
 

@@ -1,4 +1,4 @@
-"""Started on W workers by test_workers.py: answers queries in several ways, as a script would."""
+"""Started on W workers by test_query_workers.py: answers queries in several ways, as a script would."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Started on 2 workers by test_query_workers.py: each is given something else, and both are told."""
+"""Started by test_query_workers.py on 2 workers: each is given something else; both are told."""
 
 import sys
 from pathlib import Path

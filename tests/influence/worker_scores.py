@@ -1,4 +1,4 @@
-"""Started on W workers by test_query_workers.py: answers queries in several ways, as a script would."""
+"""Started by test_query_workers.py on W workers: answers queries in several ways."""
 
 import sys
 from pathlib import Path

@@ -61,6 +61,23 @@ def assign_batches(costs: SequenceOf[int], num_workers: int) -> list[list[int]]:
     return [sorted(shard) for shard in shards]
 
 
+def shard(lengths: np.ndarray, batch_tokens: int, num_workers: int, worker: int) -> list[list[int]]:
+    """One worker's batches of all sequences, padding being what a batch costs.
+
+    Args:
+        lengths: Positions of each sequence.
+        batch_tokens: As for `plan_batches`.
+        num_workers: W.
+        worker: Which of them.
+
+    Returns:
+        Numbers of the sequences of each of its batches.
+    """
+    batches = plan_batches(lengths, batch_tokens)
+    costs = [len(numbers) * int(lengths[numbers].max()) for numbers in batches]
+    return [batches[k] for k in assign_batches(costs, num_workers)[worker]]
+
+
 @dataclass(frozen=True)
 class Batch:
     """Sequences padded on the right to one length.

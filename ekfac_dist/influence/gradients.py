@@ -84,6 +84,15 @@ class WholeGradients:
         """⟨P, g aᵀ⟩ of one row of the block at every position: [M]."""
         return products.position_scores(self.matrices_QOI[row], acts_MI, grads_MO)
 
+    def all_position_scores(self, acts_MI: Tensor, grads_MO: Tensor) -> Tensor:
+        """The same of every row of the block: [Q, M]."""
+        return torch.stack(
+            [
+                products.position_scores(query_OI, acts_MI, grads_MO)
+                for query_OI in self.matrices_QOI
+            ]
+        )
+
     def by_position(self, lengths: Sequence[int]) -> bool:
         """Whether scores of whole sequences cost less at each position: never."""
         return False
@@ -114,6 +123,10 @@ class LowRankGradients:
         return products.low_rank_position_scores(
             self.left_QOr[one], self.right_QIr[one], acts_MI, grads_MO
         )[0]
+
+    def all_position_scores(self, acts_MI: Tensor, grads_MO: Tensor) -> Tensor:
+        """The same of every row of the block: [Q, M]."""
+        return products.low_rank_position_scores(self.left_QOr, self.right_QIr, acts_MI, grads_MO)
 
     def tensors(self) -> list[Tensor]:
         """What is summed over workers."""

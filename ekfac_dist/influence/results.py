@@ -21,7 +21,6 @@ L + 1 tokens. Q counts rows, each a query or a group of them; N counts the score
 order.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -34,7 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ekfac_dist.errors import OutputError, StoreError, first_line
-from ekfac_dist.runtime.files import file_sha256, safetensors_parts, write_whole
+from ekfac_dist.runtime.files import file_sha256, safetensors_parts, write_listed, write_whole
 
 FORMAT = "ekfac_dist/scores/1"
 MANIFEST = "manifest.json"
@@ -85,11 +84,7 @@ class ResultsWriter:
         write_whole(self.path / MANIFEST, [_json(whole, indent=1).encode(), b"\n"])
 
     def _write(self, file: str, parts: list[bytes | memoryview]) -> None:
-        write_whole(self.path / file, parts)
-        digest = hashlib.sha256()
-        for part in parts:
-            digest.update(part)
-        self._files[file] = {"bytes": sum(map(len, parts)), "sha256": digest.hexdigest()}
+        self._files[file] = write_listed(self.path / file, parts)
 
 
 class ResultsReader:

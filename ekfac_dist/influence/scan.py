@@ -5,6 +5,7 @@ positions as soon as it can; `DetailSums` keeps the scores of positions and modu
 of a row of queries and a sequence.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,18 +17,12 @@ from ekfac_dist.curvature import products
 from ekfac_dist.curvature.refit import rotate_rows
 from ekfac_dist.data.batches import Batch
 from ekfac_dist.data.sequences import Sequences
-from ekfac_dist.influence.gradients import (
-    Countdown,
-    LowRankGradients,
-    PreparedQueries,
-    Setting,
-    WholeGradients,
-)
+from ekfac_dist.influence.gradients import Countdown, PreparedQueries, Setting
 from ekfac_dist.models.discovery import TrackedModule
 from ekfac_dist.runtime.processes import World
 
 
-class _TrainingRows:
+class _TrainingRows(ABC):
     """Rows of training sequences, in the basis in which gradients are compared."""
 
     def __init__(self, setting: Setting) -> None:
@@ -57,8 +52,9 @@ class _TrainingRows:
         if self._readers.is_last(module):
             del self._acts[module.input]
 
+    @abstractmethod
     def _use(self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: Batch) -> None:
-        raise NotImplementedError
+        """Takes a batch's rows of one module, both sides in that basis."""
 
     def health(self) -> Tensor:
         """Σ of all scores, which is finite only if every score is."""
@@ -116,7 +112,7 @@ class Scan(_TrainingRows):
         columns = self._columns.of(batch).to(acts_MI.device)
         scores_Qn = None
         if self.position_scores is not None or gradients.by_position(batch.lengths):
-            scores_QM = _all_position_scores(gradients, acts_MI, grads_MO)
+            scores_QM = gradients.all_position_scores(acts_MI, grads_MO)
             scores_Qn = products.sum_by_sequence(scores_QM, batch.lengths)
             if self.position_scores is not None:
                 self.position_scores[:, self._columns.positions_of(batch)] += scores_QM
@@ -161,10 +157,8 @@ class Scan(_TrainingRows):
 
     def reduce(self, world: World) -> None:
         """Puts the scores of all workers' sequences together."""
-        world.all_reduce_([t for t in self._results() if t is not None])
-
-    def _results(self) -> list[Tensor | None]:
-        return [self.scores, self.part_scores, self.norms, self.position_scores]
+        results = (self.scores, self.part_scores, self.norms, self.position_scores)
+        world.all_reduce_([tensor for tensor in results if tensor is not None])
 
 
 @dataclass(frozen=True)
@@ -277,15 +271,3 @@ class Columns:
         return torch.from_numpy(
             np.concatenate([s + np.arange(n) for s, n in zip(starts, batch.lengths, strict=True)])
         )
-
-
-def _all_position_scores(
-    gradients: WholeGradients | LowRankGradients, acts_MI: Tensor, grads_MO: Tensor
-) -> Tensor:
-    """⟨P_q, g aᵀ⟩ of every row of a block at every position: [Q, M]."""
-    if isinstance(gradients, LowRankGradients):
-        return products.low_rank_position_scores(
-            gradients.left_QOr, gradients.right_QIr, acts_MI, grads_MO
-        )
-    number = len(gradients.matrices_QOI)
-    return torch.stack([gradients.position_scores(k, acts_MI, grads_MO) for k in range(number)])

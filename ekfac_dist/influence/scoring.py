@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.config import DEFAULT_TOP_K, ScoresConfig
-from ekfac_dist.data.batches import assign_batches, plan_batches
+from ekfac_dist.data.batches import shard
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.errors import ConfigError
 from ekfac_dist.influence.agreement import spearman
@@ -229,13 +229,10 @@ class _Scoring:
         """Runs some of the scored sequences through the model, shared out over the workers."""
         setting, world = self.setting, self.setting.world
         some = self.scored.take(columns)
-        batches = plan_batches(some.num_positions, setting.batch_tokens)
-        costs = [len(b) * int(some.num_positions[b].max()) for b in batches]
-        shard = [batches[k] for k in assign_batches(costs, world.size)[world.rank]]
         work = Work(
             setting.model,
             some,
-            shard,
+            shard(some.num_positions, setting.batch_tokens, world.size, world.rank),
             world,
             setting.dtype,
             setting.show_progress,

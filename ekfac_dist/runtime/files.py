@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
@@ -44,6 +45,19 @@ def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     finally:
         with suppress(OSError):  # it is there only if the writing failed
             temporary.unlink()
+
+
+def write_listed(path: Path, parts: list[bytes | memoryview]) -> dict[str, Any]:
+    """Writes a file as `write_whole` does.
+
+    Returns:
+        What a manifest lists of it: its bytes and sha256.
+    """
+    write_whole(path, parts)
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return {"bytes": sum(map(len, parts)), "sha256": digest.hexdigest()}
 
 
 def safetensors_parts(

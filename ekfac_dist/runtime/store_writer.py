@@ -3,7 +3,6 @@
 Worker 0 writes; see `store` for the format and for reading.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ekfac_dist.errors import OutputError, StoreError
-from ekfac_dist.runtime.files import safetensors_parts, write_whole
+from ekfac_dist.runtime.files import safetensors_parts, write_listed, write_whole
 from ekfac_dist.runtime.store import FOLDERS, FORMAT, MANIFEST, read_manifest, stored_files
 
 _TEMPORARY_MANIFEST = f".{MANIFEST}.*.tmp"
@@ -55,13 +54,7 @@ class StoreWriter:
             tensors: What it holds; moved to the CPU and made contiguous.
             header: Strings for the file's own header.
         """
-        path = self.path / file
-        parts = safetensors_parts(tensors, header)
-        write_whole(path, parts)
-        digest = hashlib.sha256()
-        for part in parts:
-            digest.update(part)
-        self.files[file] = {"bytes": sum(map(len, parts)), "sha256": digest.hexdigest()}
+        self.files[file] = write_listed(self.path / file, safetensors_parts(tensors, header))
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Writes the manifest that makes the store complete.

@@ -12,7 +12,7 @@ from torch import nn
 from ekfac_dist.config import DataConfig, EstimateConfig, FactorsConfig, ModelConfig
 from ekfac_dist.curvature.eigenbasis import check_size
 from ekfac_dist.curvature.kronecker import kfac_lambda
-from ekfac_dist.data.batches import assign_batches, plan_batches
+from ekfac_dist.data.batches import shard
 from ekfac_dist.data.sequences import Sequences, from_examples
 from ekfac_dist.models.capture import prepared
 from ekfac_dist.models.discovery import (
@@ -219,12 +219,9 @@ def fit(inputs: Inputs, world: World, sink: FactorSink, *, show_progress: bool) 
     """
     config, factors = inputs.config, inputs.config.factors
     sequences, discovery = inputs.sequences, inputs.discovery
-    lengths = sequences.num_positions
-    batches = plan_batches(lengths, config.batch_tokens)
-    costs = [len(numbers) * int(lengths[numbers].max()) for numbers in batches]
-    shard = [batches[k] for k in assign_batches(costs, world.size)[world.rank]]
+    own = shard(sequences.num_positions, config.batch_tokens, world.size, world.rank)
     dtype = getattr(torch, factors.accumulate)
-    work = Work(inputs.model, sequences, shard, world, dtype, show_progress)
+    work = Work(inputs.model, sequences, own, world, dtype, show_progress)
     groups = partition(discovery.modules, 1 if factors.partitions == "auto" else factors.partitions)
     summary = Summary(sequences, discovery, world.size, len(groups))
     for number, group in enumerate(groups, start=1):

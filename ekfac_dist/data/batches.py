@@ -10,6 +10,7 @@ sequence is in exactly one batch, and every batch has exactly one worker.
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -76,6 +77,22 @@ def shard(lengths: np.ndarray, batch_tokens: int, num_workers: int, worker: int)
     batches = plan_batches(lengths, batch_tokens)
     costs = [len(numbers) * int(lengths[numbers].max()) for numbers in batches]
     return [batches[k] for k in assign_batches(costs, num_workers)[worker]]
+
+
+class Positions(Protocol):
+    """Which rows belong to which sequence: all that running sums know of a batch."""
+
+    @property
+    def lengths(self) -> SequenceOf[int]:
+        """Rows of each sequence, in order."""
+
+    @property
+    def num_positions(self) -> int:
+        """All rows."""
+
+    @property
+    def real(self) -> Tensor | None:
+        """Which rows were picked out of all that were captured; None: all, and not copied."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def _drops_out(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _precisely(device: torch.device) -> Iterator[None]:
+def precisely(device: torch.device) -> Iterator[None]:
     """Computes as written: neither autocast nor a fast float32 of the caller's reaches the sums."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -199,7 +199,7 @@ class Capture:
         if module.leads:
             # Held only until the last module that shares it has read it.
             self._shared[module.input] = (tensor, tensor._version)
-            with torch.no_grad(), _precisely(tensor.device):
+            with torch.no_grad(), precisely(tensor.device):
                 rows = self._rows(module, "input", tensor.detach(), module.num_inputs, batch)
                 self.observer.on_input(module, rows, batch)
         else:
@@ -218,7 +218,7 @@ class Capture:
         if module.name in self._with_gradient:
             raise ModelError(f"Module {module.name} received two gradients in one backward.")
         self._with_gradient.add(module.name)
-        with _precisely(gradient.device):
+        with precisely(gradient.device):
             rows = self._rows(module, "output", gradient, module.num_outputs, batch)
             if self._scale != 1.0:
                 rows = rows / self._scale

@@ -131,9 +131,7 @@ def discover(model: nn.Module, globs: Sequence[str] | None, device: torch.device
         ModelError: No MLP is found; a glob matches nothing, or something that is no linear map; a
             module is tied to another or used twice in one forward.
     """
-    linears: dict[str, nn.Module] = {
-        name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))
-    }
+    linears = linear_modules(model)
     block_parameters = dict(_block_parameters(model))
     in_blocks = {name for name in linears if f"{name}.weight" in block_parameters}
     if globs is None:
@@ -250,11 +248,30 @@ def narrower_fingerprints(model: nn.Module, modules: Sequence[TrackedModule]) ->
     }
 
 
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear map of a model, by name, in model order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+
+
+def mlp_block(path: str) -> str | None:
+    """The MLP block that something of a transformer belongs to, by its name; None if to none.
+
+    Args:
+        path: Name of a module in the block, or of a parameter.
+    """
+    parts = path.split(".")
+    for k, part in enumerate(parts):
+        if part in BLOCK_NAMES:
+            return ".".join(parts[: k + 1])
+        if part in BARE_NAMES:
+            return ".".join(parts[:k])
+    return None
+
+
 def _block_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Every parameter that belongs to an MLP block, by name, in model order."""
     for name, parameter in model.named_parameters():
-        path = name.split(".")
-        if BLOCK_NAMES.intersection(path[:-1]) or (len(path) > 1 and path[-2] in BARE_NAMES):
+        if mlp_block(name.rpartition(".")[0]) is not None:
             yield name, parameter
 
 
@@ -357,10 +374,16 @@ def describe(module: Any) -> tuple[str, int, int, bool] | None:
     return None
 
 
-def _refuse_tied(model: nn.Module, tracked: Iterable[str]) -> None:
+def parameter_names(model: nn.Module) -> dict[int, list[str]]:
+    """Every name of each parameter, by its `id`; a tied one has several."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
+    return names
+
+
+def _refuse_tied(model: nn.Module, tracked: Iterable[str]) -> None:
+    names = parameter_names(model)
     for module in tracked:
         for parameter in model.get_submodule(module).parameters():
             shared = names[id(parameter)]

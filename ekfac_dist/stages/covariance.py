@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.curvature.covariance import add_outer_products_, mirror_
-from ekfac_dist.data.batches import Batch
+from ekfac_dist.data.batches import Positions
 from ekfac_dist.models.discovery import TrackedModule, factor_sizes
 from ekfac_dist.runtime.processes import World
 
@@ -33,12 +33,12 @@ class CovarianceSums:
         }
         self.counts = dict.fromkeys(self.sums, 0)
 
-    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Batch) -> None:
+    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Positions) -> None:
         """Adds a batch's inputs to the module's input factor."""
         add_outer_products_(self.sums[module.input], rows_Mi, bias=module.bias)
         self.counts[module.input] += rows_Mi.shape[0]
 
-    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Batch) -> None:
+    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Positions) -> None:
         """Adds a batch's output-gradients to the module's output factor."""
         add_outer_products_(self.sums[module.output], rows_MO, bias=False)
         self.counts[module.output] += rows_MO.shape[0]

@@ -12,7 +12,7 @@ from ekfac_dist.curvature.refit import (
     rotates_input_rows,
     rotates_output_rows,
 )
-from ekfac_dist.data.batches import Batch
+from ekfac_dist.data.batches import Positions
 from ekfac_dist.models.discovery import TrackedModule
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.stages.eigenbasis import Basis
@@ -53,7 +53,7 @@ class LambdaSums:
         self._acts: dict[str, Tensor] = {}
         self._readers_left: dict[str, int] = {}
 
-    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Batch) -> None:
+    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Positions) -> None:
         """Keeps a batch's inputs, rotated already if that is cheaper, until the gradients come."""
         if self._rotates_input(module.input, batch):
             vectors = self._bases[module.input].eigenvectors
@@ -65,7 +65,7 @@ class LambdaSums:
         self._acts[module.input] = acts
         self._readers_left[module.input] = len(self._readers[module.input])
 
-    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Batch) -> None:
+    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Positions) -> None:
         """Adds a batch's squares to the module's sum."""
         acts = self._acts[module.input]
         vectors_OO = self._bases[module.output].eigenvectors
@@ -92,7 +92,7 @@ class LambdaSums:
         if not self._readers_left[module.input]:
             del self._acts[module.input]
 
-    def _rotates_input(self, factor: str, batch: Batch) -> bool:
+    def _rotates_input(self, factor: str, batch: Positions) -> bool:
         sizes = [module.num_outputs for module in self._readers[factor]]
         return self._per_token or rotates_input_rows(batch.num_positions, len(batch.lengths), sizes)
 

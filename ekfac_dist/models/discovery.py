@@ -374,7 +374,7 @@ def describe(module: Any) -> tuple[str, int, int, bool] | None:
     return None
 
 
-def parameter_names(model: nn.Module) -> dict[int, list[str]]:
+def all_parameter_names(model: nn.Module) -> dict[int, list[str]]:
     """Every name of each parameter, by its `id`; a tied one has several."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -383,7 +383,7 @@ def parameter_names(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _refuse_tied(model: nn.Module, tracked: Iterable[str]) -> None:
-    names = parameter_names(model)
+    names = all_parameter_names(model)
     for module in tracked:
         for parameter in model.get_submodule(module).parameters():
             shared = names[id(parameter)]

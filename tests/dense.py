@@ -84,24 +84,36 @@ def sequence_loss(model, ids, targets):
 
 
 def dense_modules(model, sequences, names):
-    """`DenseModule` of each named module.
+    """`DenseModule` of each named module of a causal language model.
 
     Args:
-        model: A causal language model in float64 and evaluation mode.
+        model: The model, in float64 and evaluation mode.
         sequences: (ids [L], targets [L]) of each sequence; every position is a counted one.
+        names: Module names.
+    """
+    losses = [partial(sequence_loss, model, ids, targets) for ids, targets in sequences]
+    return dense_of_losses(model, losses, names)
+
+
+def dense_of_losses(model, losses, names):
+    """`DenseModule` of each named module of any network.
+
+    Args:
+        model: The network, in float64.
+        losses: For each sequence a function that runs it alone and returns its loss.
         names: Module names.
     """
     found = {name: DenseModule([], [], []) for name in names}
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    for ids, targets in sequences:
+    for loss in losses:
         seen = {}
         handles = [
             model.get_submodule(name).register_forward_hook(partial(_remember, seen, name))
             for name in names
         ]
         model.zero_grad()
-        sequence_loss(model, ids, targets).backward()
+        loss().backward()
         for handle in handles:
             handle.remove()
         for name, dense in found.items():

@@ -164,9 +164,9 @@ class Layout:
 
     def _match(self, v: Sequence[Any], names: Sequence[str]) -> list[Slot] | None:
         merged = {
-            names[0]: Slot(names, (module.num_outputs, module.input_size), module)
-            for module in self.modules
-            if len(names := parameter_names(module)) == 2
+            f"{m.name}.weight": Slot(parameter_names(m), (m.num_outputs, m.input_size), m)
+            for m in self.modules
+            if m.bias
         }
         slots: list[Slot] = []
         done: set[str] = set()

@@ -71,10 +71,13 @@ def damped(lambda_OI: Tensor, damping: float) -> Tensor:
         damping: λ, absolute, 0 or more.
 
     Raises:
-        ConfigError: It is zero somewhere, so that there is no inverse.
+        ConfigError: There is no damping, and Λ is zero somewhere, be it but for rounding: there is
+            no inverse.
     """
     damped_OI = lambda_OI + damping
-    if not bool((damped_OI > 0).all()):
+    # Λ sums squares of rotated gradients, each as exact as rounding lets it be.
+    rounding = 0.0 if damping else torch.finfo(lambda_OI.dtype).eps * max(lambda_OI.shape)
+    if not bool((damped_OI > rounding**2 * damped_OI.max()).all()):
         raise ConfigError(
             f"damping is {damping:g} and Λ has zeros, so there is no inverse; give a damping "
             "above 0."

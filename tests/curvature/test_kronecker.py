@@ -58,3 +58,16 @@ def test_departure_is_relative_to_lambda():
     assert departure(lam, lam) == 0
     assert departure(lam, lam * 0) == pytest.approx(1)
     assert departure(lam * 0, lam * 0) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zeros_but_for_rounding_are_zeros(dtype):
+    """A rank-one Λ has such entries; without damping their inverse would be noise."""
+    basis, _ = torch.linalg.qr(torch.randn(6, 6, dtype=dtype))
+    gradient = torch.outer(basis[:, 0], basis[:, 1])
+    lambda_OI = kronecker.rotate(gradient, basis, basis).square()
+    assert (lambda_OI > 0).sum() > 1
+    with pytest.raises(ConfigError, match="Λ has zeros"):
+        kronecker.damped(lambda_OI, 0.0)
+    assert torch.equal(kronecker.damped(lambda_OI, 1e-20), lambda_OI + 1e-20)
+    assert torch.equal(kronecker.damped(torch.ones(2, 3) * 1e-9, 0.0), torch.ones(2, 3) * 1e-9)

@@ -95,7 +95,7 @@ def test_no_damping_where_lambda_has_zeros_is_refused_and_the_module_named():
     name = list(factors.modules)[2]
     factors.module(name).lambda_OI[1, 2] = 0
     with pytest.raises(ConfigError, match=f"Module {name}: damping is 0 and Λ has zeros"):
-        factors.solve(random_gradients(factors), 0.0)
+        factors.solve(random_gradients(factors), {name: 0.0, "*": 0.1})
     assert torch.isfinite(factors.solve(random_gradients(factors), 1e-12)[name]).all()
 
 

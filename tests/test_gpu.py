@@ -10,6 +10,7 @@ from workshop import run_cli, save_tiny_llama, texts, write_jsonl
 
 from ekfac_dist import estimate_factors, influence_scores, load_factors
 from ekfac_dist.curvature.eigenbasis import decompose
+from ekfac_dist.functional import cache_linears, ihvp_at_x_ekfac
 
 pytestmark = pytest.mark.gpu
 LAUNCHERS = Path(__file__).parents[1] / "launch" / "accelerate"
@@ -83,3 +84,24 @@ def test_scores_on_the_gpu_equal_those_on_the_cpu(family, options):
     on_gpu = influence_scores(build(family).cuda(), factors, queries, train, **options)
     assert relative(on_gpu.module_scores, on_cpu.module_scores) < 1e-8
     assert relative(on_gpu.details.token_scores, on_cpu.details.token_scores) < 1e-8
+
+
+def test_a_function_on_the_gpu_gives_what_it_gives_on_the_cpu():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(6, 9), torch.nn.GELU(), torch.nn.Linear(9, 4)
+    ).double()
+    x, y = torch.randn(30, 6, dtype=torch.float64), torch.randint(4, (30,))
+
+    def func(x, y):
+        return torch.nn.functional.cross_entropy(net(x), y, reduction="none")
+
+    v = torch.randn(3, sum(p.numel() for p in net.parameters()), dtype=torch.float64)
+    with cache_linears(net) as caches:
+        options = {"batch_size": 8, "mlp_cache": caches, "damping": 0.01}
+        on_cpu = ihvp_at_x_ekfac(func, x, y, **options)(v)
+        net.cuda()
+        on_gpu = ihvp_at_x_ekfac(func, x.cuda(), y.cuda(), **options)
+    assert on_gpu(v.cuda()).is_cuda
+    assert relative(on_gpu(v.cuda()).cpu(), on_cpu) < 1e-8
+    assert relative(on_gpu(v), on_cpu) < 1e-8

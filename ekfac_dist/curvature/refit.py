@@ -8,7 +8,9 @@ multiply–add pairs:
     output side, rows    T·O²                                                 matrix   I·O²
     the sum itself       T·I·O either way
 
-The two choices are independent and each is exact, so each side takes the cheaper one.
+The two choices are independent and each is exact, so each side takes the cheaper one. Where every
+sequence has one position, both sides' rows are rotated and the sum is one product of squares, as it
+is for positions.
 """
 
 from collections.abc import Sequence
@@ -77,6 +79,9 @@ def add_sequence_squares_(
         basis_OO: Q_S, if the output side is still to be rotated.
         bias: Whether the module has a bias (used only with `basis_II`).
     """
+    if basis_II is None and basis_OO is None and max(lengths, default=0) <= 1:
+        add_position_squares_(lambda_OI, acts_MI, grads_MO)
+        return
     start = 0
     product = torch.empty(
         grads_MO.shape[1], acts_MI.shape[1], dtype=lambda_OI.dtype, device=lambda_OI.device

@@ -15,7 +15,7 @@ from ekfac_dist.functional.caches import MLPCache
 from ekfac_dist.functional.pairs import Pair, identify, recorded_pairs
 from ekfac_dist.functional.recording import Recording, evaluating
 from ekfac_dist.functional.vectors import Layout
-from ekfac_dist.models.discovery import TrackedModule
+from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.runtime.progress import Progress
 
 

@@ -13,7 +13,7 @@ from ekfac_dist.errors import ConfigError
 from ekfac_dist.functional.batching import Cuts
 from ekfac_dist.functional.caches import MLPCache
 from ekfac_dist.functional.fitting import Fit, fit
-from ekfac_dist.models.discovery import TrackedModule
+from ekfac_dist.models.modules import TrackedModule
 
 
 def ihvp_at_x_ekfac(

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from ekfac_dist.errors import ConfigError, ModelError
 from ekfac_dist.functional.caches import MLPCache, keep
-from ekfac_dist.models.discovery import linear_modules, mlp_block, only_input
+from ekfac_dist.models.discovery import mlp_block
+from ekfac_dist.models.modules import linear_modules, only_input
 
 
 class LinearCaches(list[MLPCache]):

@@ -12,7 +12,7 @@ from ekfac_dist.errors import ModelError
 from ekfac_dist.functional.caches import KEY, MLPCache
 from ekfac_dist.functional.recording import Recording, Use
 from ekfac_dist.functional.vectors import Layout, parameter_names
-from ekfac_dist.models.discovery import (
+from ekfac_dist.models.modules import (
     LINEAR,
     TrackedModule,
     all_parameter_names,

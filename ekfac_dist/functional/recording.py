@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ekfac_dist.errors import ModelError
-from ekfac_dist.models.discovery import linear_modules, only_input
+from ekfac_dist.models.modules import linear_modules, only_input
 
 
 def lives_in_a_transform(tensor: Tensor) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.errors import ConfigError
-from ekfac_dist.models.discovery import CONV1D, TrackedModule
+from ekfac_dist.models.modules import CONV1D, TrackedModule
 
 Solve = Callable[[TrackedModule, Tensor], Tensor]
 

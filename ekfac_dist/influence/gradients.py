@@ -20,8 +20,8 @@ from ekfac_dist.curvature.kronecker import damped, rotate_back
 from ekfac_dist.curvature.refit import rotate_rows
 from ekfac_dist.data.batches import Batch, assign_batches
 from ekfac_dist.influence.queries import QuerySet
-from ekfac_dist.models.discovery import TrackedModule
 from ekfac_dist.models.labels import COVARIANCE_PASS, LabelRule
+from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.stages.factors import Factors, ModuleFactors
 from ekfac_dist.stages.passes import Work, run_pass

@@ -18,7 +18,7 @@ from ekfac_dist.curvature.refit import rotate_rows
 from ekfac_dist.data.batches import Batch
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.influence.gradients import Countdown, PreparedQueries, Setting
-from ekfac_dist.models.discovery import TrackedModule
+from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.runtime.processes import World
 
 

@@ -32,7 +32,7 @@ from ekfac_dist.influence.gradients import (
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.influence.scan import DetailSums, Pairs, Scan
 from ekfac_dist.influence.scores import Details, InfluenceScores, Listed, Rescored
-from ekfac_dist.models.discovery import layer_name
+from ekfac_dist.models.modules import layer_name
 from ekfac_dist.runtime.memory import as_text
 from ekfac_dist.stages.passes import SummingObserver, Work, run_pass
 

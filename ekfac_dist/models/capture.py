@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ekfac_dist.data.batches import Batch
 from ekfac_dist.errors import ModelError
-from ekfac_dist.models.discovery import TrackedModule, only_input, same_tensor
 from ekfac_dist.models.labels import LabelRule, LogitGradient, logit_gradient
+from ekfac_dist.models.modules import TrackedModule, only_input, same_tensor
 
 
 class Observer(Protocol):

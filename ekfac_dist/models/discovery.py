@@ -7,68 +7,28 @@ and which read the same tensor.
 """
 
 import fnmatch
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ekfac_dist.errors import ModelError
+from ekfac_dist.models.modules import (
+    TrackedModule,
+    all_parameter_names,
+    describe,
+    factor_sizes,
+    linear_modules,
+    only_input,
+    same_tensor,
+)
 
 # Llama, Mistral, Qwen, Gemma, OLMo, Phi, GPT-2, GPT-NeoX: `mlp`; others as they are named.
 BLOCK_NAMES = frozenset({"mlp", "feed_forward", "ffn"})
 # OPT: fc1 and fc2 stand in the decoder layer itself.
 BARE_NAMES = frozenset({"fc1", "fc2"})
-
-LINEAR = "linear"
-CONV1D = "conv1d"
-
-
-@dataclass(frozen=True)
-class TrackedModule:
-    """One linear map that factors are fitted for.
-
-    Attributes:
-        name: Its name in the model.
-        kind: "linear" (weight O×I) or "conv1d" (weight stored I×O).
-        num_inputs: Features that it reads, without the bias coordinate.
-        num_outputs: O.
-        bias: Whether it has a bias.
-        input: Name of its input factor; modules that read one tensor share it.
-        output: Name of its output factor.
-    """
-
-    name: str
-    kind: str
-    num_inputs: int
-    num_outputs: int
-    bias: bool
-    input: str
-    output: str
-
-    @property
-    def input_size(self) -> int:
-        """I: size of the input factor, the bias coordinate included."""
-        return self.num_inputs + self.bias
-
-    @property
-    def leads(self) -> bool:
-        """Whether its input factor bears its name: it is the first that reads that tensor."""
-        return self.input == f"{self.name}.input"
-
-    def as_dict(self) -> dict[str, Any]:
-        """Its entry in a manifest."""
-        return {
-            "kind": self.kind,
-            "in_features": self.num_inputs,
-            "out_features": self.num_outputs,
-            "bias": self.bias,
-            "input": self.input,
-            "output": self.output,
-        }
 
 
 @dataclass(frozen=True)
@@ -101,22 +61,6 @@ class Discovery:
     def factors(self) -> dict[str, int]:
         """Size n of every factor, by name, in model order."""
         return factor_sizes(self.modules)
-
-
-def layer_name(module: str) -> str:
-    """The layer that a module belongs to: its name up to the first number, or the whole of it."""
-    parts = module.split(".")
-    number = next((k for k, part in enumerate(parts) if part.isdecimal()), len(parts))
-    return ".".join(parts[: number + 1])
-
-
-def factor_sizes(modules: Iterable[TrackedModule]) -> dict[str, int]:
-    """Size n of every factor of some modules, by name, in model order."""
-    sizes: dict[str, int] = {}
-    for module in modules:
-        sizes[module.input] = module.input_size
-        sizes[module.output] = module.num_outputs
-    return sizes
 
 
 def discover(model: nn.Module, globs: Sequence[str] | None, device: torch.device) -> Discovery:
@@ -178,79 +122,6 @@ def discover(model: nn.Module, globs: Sequence[str] | None, device: torch.device
         skipped=skipped,
     )
     return Discovery(modules, coverage)
-
-
-def partition(modules: Sequence[TrackedModule], number: int) -> list[list[TrackedModule]]:
-    """Cuts modules, in model order, into at most `number` groups of about equal factor memory.
-
-    Modules that share an input stay together.
-
-    Args:
-        modules: In model order.
-        number: Wanted number of groups; fewer if there are not enough modules.
-    """
-    families: dict[str, list[TrackedModule]] = {}
-    for module in modules:
-        families.setdefault(module.input, []).append(module)
-    weights = [
-        members[0].input_size ** 2
-        + sum(m.num_outputs**2 + m.num_outputs * m.input_size for m in members)
-        for members in families.values()
-    ]
-    number = min(number, len(families))
-    groups: list[list[TrackedModule]] = []
-    passed, whole = 0.0, sum(weights)
-    members_left = len(families)
-    for members, weight in zip(families.values(), weights, strict=True):
-        begins = len(groups) * whole / number
-        # A family begins a group once the groups before it have their share, and sooner if there
-        # are only just enough families left for the groups still to come.
-        is_due = passed >= begins - 1e-9 * whole or number - len(groups) >= members_left
-        if is_due and len(groups) < number:
-            groups.append([])
-        groups[-1].extend(members)
-        passed += weight
-        members_left -= 1
-    return groups
-
-
-def fingerprint(
-    model: nn.Module, modules: Iterable[TrackedModule], dtype: torch.dtype | None = None
-) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the tracked modules' parameters.
-
-    Args:
-        model: The model.
-        modules: Its tracked modules, in model order.
-        dtype: As if the parameters were held in that one; None: as they are.
-    """
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, parameter in model.get_submodule(module.name).named_parameters():
-            held = parameter.detach().to(dtype=dtype)
-            label = f"{module.name}.{name}|{held.dtype}|{tuple(held.shape)}|"
-            digest.update(label.encode())
-            content = held.cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(content.numpy().data)
-    return digest.hexdigest()
-
-
-def narrower_fingerprints(model: nn.Module, modules: Sequence[TrackedModule]) -> dict[str, str]:
-    """The same of the parameters rounded to each narrower dtype, by the dtype's name.
-
-    By them a model is known again that holds the same weights in less precision.
-    """
-    own = min(p.element_size() for m in modules for p in model.get_submodule(m.name).parameters())
-    return {
-        str(dtype).removeprefix("torch."): fingerprint(model, modules, dtype)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-        if dtype.itemsize < own
-    }
-
-
-def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear map of a model, by name, in model order."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
 
 
 def mlp_block(path: str) -> str | None:
@@ -323,23 +194,6 @@ def _trace(
     return inputs
 
 
-def only_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a linear map was called with, by position or by name."""
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-def same_tensor(one: tuple[Tensor, int], other: tuple[Tensor, int]) -> bool:
-    """Whether two (tensor, version) pairs are the same values in the same memory."""
-    (a, a_version), (b, b_version) = one, other
-    return a is b or (
-        a.data_ptr() == b.data_ptr()
-        and a.shape == b.shape
-        and a.stride() == b.stride()
-        and a.dtype == b.dtype
-        and a_version == b_version
-    )
-
-
 def _with_shared_inputs(
     linears: dict[str, nn.Module], inputs: dict[str, tuple[Tensor, int]]
 ) -> Iterator[TrackedModule]:
@@ -363,23 +217,6 @@ def _with_shared_inputs(
             input=f"{leader}.input",
             output=f"{name}.output",
         )
-
-
-def describe(module: Any) -> tuple[str, int, int, bool] | None:
-    """Kind, inputs, outputs and whether there is a bias; None of what is no linear map."""
-    if isinstance(module, Conv1D):
-        return CONV1D, module.nx, module.nf, module.bias is not None
-    if isinstance(module, nn.Linear):
-        return LINEAR, module.in_features, module.out_features, module.bias is not None
-    return None
-
-
-def all_parameter_names(model: nn.Module) -> dict[int, list[str]]:
-    """Every name of each parameter, by its `id`; a tied one has several."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return names
 
 
 def _refuse_tied(model: nn.Module, tracked: Iterable[str]) -> None:

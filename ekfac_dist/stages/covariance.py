@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ekfac_dist.curvature.covariance import add_outer_products_, mirror_
 from ekfac_dist.data.batches import Positions
-from ekfac_dist.models.discovery import TrackedModule, factor_sizes
+from ekfac_dist.models.modules import TrackedModule, factor_sizes
 from ekfac_dist.runtime.processes import World
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ekfac_dist.curvature import kronecker
 from ekfac_dist.curvature.damping import DEFAULT, Damping
 from ekfac_dist.errors import ConfigError, StoreError
-from ekfac_dist.models.discovery import CONV1D, LINEAR, TrackedModule
+from ekfac_dist.models.modules import CONV1D, LINEAR, TrackedModule
 from ekfac_dist.runtime.store import (
     MEND,
     MemoryStore,

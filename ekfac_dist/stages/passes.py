@@ -12,8 +12,8 @@ from ekfac_dist.data.batches import Batch, collate
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.errors import NonFiniteError
 from ekfac_dist.models.capture import Capture, Observer
-from ekfac_dist.models.discovery import TrackedModule
 from ekfac_dist.models.labels import LabelRule
+from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
 

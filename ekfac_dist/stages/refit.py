@@ -13,7 +13,7 @@ from ekfac_dist.curvature.refit import (
     rotates_output_rows,
 )
 from ekfac_dist.data.batches import Positions
-from ekfac_dist.models.discovery import TrackedModule
+from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.stages.eigenbasis import Basis
 

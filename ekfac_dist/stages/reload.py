@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from ekfac_dist.errors import StoreError
-from ekfac_dist.models.discovery import describe, fingerprint
+from ekfac_dist.models.fingerprint import fingerprint
+from ekfac_dist.models.modules import describe
 from ekfac_dist.runtime.store import MANIFEST, MEND, StoreReader, eigenbasis_file, spectrum_file
 from ekfac_dist.stages.factors import Factors
 

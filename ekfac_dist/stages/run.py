@@ -15,15 +15,12 @@ from ekfac_dist.curvature.kronecker import kfac_lambda
 from ekfac_dist.data.batches import shard
 from ekfac_dist.data.sequences import Sequences, from_examples
 from ekfac_dist.models.capture import prepared
-from ekfac_dist.models.discovery import (
-    TrackedModule,
-    discover,
-    fingerprint,
-    narrower_fingerprints,
-    partition,
-)
+from ekfac_dist.models.discovery import discover
+from ekfac_dist.models.fingerprint import fingerprint, narrower_fingerprints
 from ekfac_dist.models.labels import COVARIANCE_PASS, REFIT_PASS, LabelRule
 from ekfac_dist.models.loading import load_model, load_tokenizer
+from ekfac_dist.models.modules import TrackedModule
+from ekfac_dist.models.partition import partition
 from ekfac_dist.runtime.memory import peak_bytes
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.store import (

@@ -1,0 +1,43 @@
+"""By what a model is known again: its tracked parameters' bytes."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from ekfac_dist.models.modules import TrackedModule
+
+
+def fingerprint(
+    model: nn.Module, modules: Iterable[TrackedModule], dtype: torch.dtype | None = None
+) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the tracked modules' parameters.
+
+    Args:
+        model: The model.
+        modules: Its tracked modules, in model order.
+        dtype: As if the parameters were held in that one; None: as they are.
+    """
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, parameter in model.get_submodule(module.name).named_parameters():
+            held = parameter.detach().to(dtype=dtype)
+            label = f"{module.name}.{name}|{held.dtype}|{tuple(held.shape)}|"
+            digest.update(label.encode())
+            content = held.cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(content.numpy().data)
+    return digest.hexdigest()
+
+
+def narrower_fingerprints(model: nn.Module, modules: Sequence[TrackedModule]) -> dict[str, str]:
+    """The same of the parameters rounded to each narrower dtype, by the dtype's name.
+
+    By them a model is known again that holds the same weights in less precision.
+    """
+    own = min(p.element_size() for m in modules for p in model.get_submodule(m.name).parameters())
+    return {
+        str(dtype).removeprefix("torch."): fingerprint(model, modules, dtype)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if dtype.itemsize < own
+    }

@@ -1,0 +1,39 @@
+"""Groups of modules that have passes of their own."""
+
+from collections.abc import Sequence
+
+from ekfac_dist.models.modules import TrackedModule
+
+
+def partition(modules: Sequence[TrackedModule], number: int) -> list[list[TrackedModule]]:
+    """Cuts modules, in model order, into at most `number` groups of about equal factor memory.
+
+    Modules that share an input stay together.
+
+    Args:
+        modules: In model order.
+        number: Wanted number of groups; fewer if there are not enough modules.
+    """
+    families: dict[str, list[TrackedModule]] = {}
+    for module in modules:
+        families.setdefault(module.input, []).append(module)
+    weights = [
+        members[0].input_size ** 2
+        + sum(m.num_outputs**2 + m.num_outputs * m.input_size for m in members)
+        for members in families.values()
+    ]
+    number = min(number, len(families))
+    groups: list[list[TrackedModule]] = []
+    passed, whole = 0.0, sum(weights)
+    members_left = len(families)
+    for members, weight in zip(families.values(), weights, strict=True):
+        begins = len(groups) * whole / number
+        # A family begins a group once the groups before it have their share, and sooner if there
+        # are only just enough families left for the groups still to come.
+        is_due = passed >= begins - 1e-9 * whole or number - len(groups) >= members_left
+        if is_due and len(groups) < number:
+            groups.append([])
+        groups[-1].extend(members)
+        passed += weight
+        members_left -= 1
+    return groups

@@ -1,5 +1,6 @@
 """The arguments of `func`, cut into batches of examples."""
 
+import numbers
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ class Cuts:
         _require_whole("batch_size", batch_size)
         if max_iter is not None:
             _require_whole("max_iter", max_iter)
+            max_iter = int(max_iter)
         if in_dims is None:
             dims = tuple(None if number == uncut else 0 for number in range(num_arguments))
         elif isinstance(in_dims, int):
@@ -59,9 +61,11 @@ class Cuts:
                 f"in_dims has {len(dims)} entries and x has {num_arguments}; give one for each, "
                 "None for what is not cut."
             )
-        if not all(dim is None or (isinstance(dim, int) and dim is not True) for dim in dims):
+        if not all(
+            dim is None or (isinstance(dim, int) and not isinstance(dim, bool)) for dim in dims
+        ):
             raise ConfigError(f"in_dims is {in_dims!r}; its entries must be whole numbers or None.")
-        return cls(dims, batch_size, max_iter)
+        return cls(dims, int(batch_size), max_iter)
 
     @property
     def cuts_nothing(self) -> bool:
@@ -129,15 +133,15 @@ class Batches:
 
 
 def _require_whole(what: str, number: Any) -> None:
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+    if not isinstance(number, numbers.Integral) or isinstance(number, bool) or number < 1:
         raise ConfigError(f"{what} is {number!r}; it must be a whole number of 1 or more.")
 
 
 def _has_dimension(number: int, value: Any, dim: int) -> bool:
     if not isinstance(value, Tensor):
         raise ConfigError(
-            f"x[{number}] is a {type(value).__name__}; only tensors can be cut into batches. Give "
-            "None for it in in_dims if func is to have it whole."
+            f"x[{number}] is a {type(value).__name__}; only tensors can be cut into batches. Make "
+            "it one (torch.as_tensor), or give None for it in in_dims if func is to have it whole."
         )
     if not -value.ndim <= dim < value.ndim:
         raise ConfigError(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ekfac_dist.errors import ConfigError, ModelError
@@ -31,8 +32,8 @@ class MLPCache:
         input_hidden_pairs: (input [..., I], hidden vector [..., O]) of each linear map, the hidden
             vector being its output before the activation. One example's rows stand together.
         counted: Which rows count, boolean, one for each row of the inputs (their shape without the
-            last dimension); None for all. Set it in `func` where a batch has padding: padding must
-            not count. It stays until it is set anew.
+            last dimension); None for all. `func` sets it where a batch has padding, which must not
+            count; it holds for that call.
     """
 
     input_hidden_pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -147,16 +148,23 @@ def manual(forward_func: Callable[P, R]) -> Callable[P, R]:
                 f"The attribute {KEY!r} of {type(module).__name__} is a {type(cache).__name__}; it "
                 "must be an MLPCache, or not be there."
             )
+        recording, before = cache.recording, list(cache.input_hidden_pairs)
         cache.clear()
-        recording = cache.recording
         with nullcontext() if recording is None else recording.of(module, cache):
             outputs = forward_func(*args, **kwargs)
         cache.check_type()
         if recording is None:
             keep(cache)
+        elif before and is_aside(cache):
+            cache.input_hidden_pairs[:] = before
         return outputs
 
     return cached_forward
+
+
+def is_aside(cache: MLPCache) -> bool:
+    """Whether a forward is one that a fit has no use for, such as to draw labels, by `no_grad`."""
+    return cache.recording is not None and not torch.is_grad_enabled()
 
 
 def keep(cache: MLPCache) -> None:

@@ -8,12 +8,14 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from ekfac_dist.errors import ConfigError, ModelError, NonFiniteError
 from ekfac_dist.functional.batching import Batches
 from ekfac_dist.functional.caches import MLPCache
+from ekfac_dist.functional.checks import require_apart, require_whole
 from ekfac_dist.functional.pairs import Pair, identify, recorded_pairs
-from ekfac_dist.functional.recording import Recording, evaluating
+from ekfac_dist.functional.recording import Recording
 from ekfac_dist.functional.vectors import Layout
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.runtime.progress import Progress
@@ -77,14 +79,20 @@ class Calls:
             if self._model is not None:
                 stack.enter_context(self._recording.watching(self._model))
                 known.append(self._model)
-            stack.enter_context(evaluating(known))
+            stack.enter_context(self._recording.evaluating(known))
+            for number, cache in enumerate(self._caches):
+                if cache.counted is not None:
+                    raise ConfigError(
+                        f"counted of mlp_cache[{number}] was set before func was called; func has "
+                        "to set it in every call, for the batch at hand."
+                    )
             try:
                 for cache in self._caches:
                     cache.recording = self._recording
                 yield
             finally:
                 for cache in self._caches:
-                    cache.recording = None
+                    cache.recording = cache.counted = None
                     cache.clear()
                 self._recording.uses.clear()
 
@@ -96,16 +104,21 @@ class Calls:
                 yield self._call(number, arguments, size)
                 progress.update(size)
 
+    @torch.inference_mode(False)
     @torch.enable_grad()
     def _call(self, number: int, arguments: tuple[Any, ...], size: int) -> list[Rows]:
         for cache in self._caches:
             cache.clear()
-        with self._recording.call():
+            cache.counted = None
+        if self._kinds is None:
+            arguments = self._differentiable(arguments)
+        with self._recording.call(closely=self._kinds is None):
             losses = self._func(*arguments)
         self._check_losses(losses, number, size)
         pairs = recorded_pairs(self._caches, self._recording)
         kinds = [pair.kind for pair in pairs]
-        if self._kinds is None:
+        is_first = self._kinds is None
+        if is_first:
             self.modules, self.layout = identify(pairs, self._caches, self._recording, self._model)
             self.device = pairs[0].hidden.device
             wide = any(pair.hidden.dtype == torch.float64 for pair in pairs)
@@ -114,21 +127,49 @@ class Calls:
         elif kinds != self._kinds:
             raise ModelError(
                 f"Call {number + 1} of func recorded other pairs than the first one: "
-                f"{len(kinds)} of {_sizes(kinds)}, not {len(self._kinds)} of "
-                f"{_sizes(self._kinds)}. Every call must record the same modules, in one order."
+                f"{_sizes(kinds)}, not {_sizes(self._kinds or [])}. Every call must record the "
+                "same modules, in one order, and with the same inputs shared."
             )
-        edges = [pair.edge for pair in pairs]
-        for module, edge in zip(self.modules, edges, strict=True):
-            if edge is None or not losses.requires_grad:
-                _raise_no_gradient(module.name)
-        gradients = torch.autograd.grad(losses.sum(), edges, allow_unused=True)  # type: ignore[arg-type]
+        edges = self._edges(pairs, losses)
+        weights: list[Tensor] = []
+        if is_first:
+            require_apart(losses, size, self.modules, edges)
+            weights = [
+                p.use.weight for p in pairs if p.use is not None and p.use.weight.requires_grad
+            ]
+        inputs: list[Any] = [*edges, *weights]
+        with torch.autocast(losses.device.type, enabled=False):  # it is for forwards alone
+            gradients = torch.autograd.grad(losses.sum(), inputs, allow_unused=True)
+        of_weights = dict(zip(map(id, weights), gradients[len(edges) :], strict=True))
         rows = []
-        for module, pair, gradient in zip(self.modules, pairs, gradients, strict=True):
+        for module, pair, gradient in zip(self.modules, pairs, gradients, strict=False):
             if gradient is None:
                 _raise_no_gradient(module.name)
             rows.append(self._rows(module, pair, gradient, size))
         self._require_finite(losses, rows, number)
+        if is_first:
+            for module, pair, gradient in zip(self.modules, pairs, gradients, strict=False):
+                if pair.use is not None:
+                    require_whole(module, pair.use, gradient, of_weights.get(id(pair.use.weight)))
         return rows
+
+    def _edges(self, pairs: Sequence[Pair], losses: Tensor) -> list[GradientEdge]:
+        edges = []
+        for module, pair in zip(self.modules, pairs, strict=True):
+            edge = pair.edge
+            if edge is None or not losses.requires_grad:
+                _raise_no_gradient(module.name)
+            edges.append(edge)
+        return edges
+
+    def _differentiable(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Arguments of which the uncut ones, such as flat parameters, take gradients."""
+        return tuple(
+            value.detach().requires_grad_()
+            if dim is None and isinstance(value, Tensor) and value.is_floating_point()
+            else value
+            for value, dim in zip(arguments, self._batches.in_dims, strict=True)
+        )
 
     def _check_losses(self, losses: Any, number: int, size: int) -> None:
         wanted = f"[{size} · t], t losses for each of the {size} examples, example after example"

@@ -1,15 +1,15 @@
 """Caches that hooks fill, for models whose forwards stay as they are."""
 
 import fnmatch
+import sys
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ekfac_dist.errors import ConfigError, ModelError
-from ekfac_dist.functional.caches import MLPCache, keep
+from ekfac_dist.functional.caches import MLPCache, is_aside, keep
 from ekfac_dist.models.discovery import mlp_block
 from ekfac_dist.models.modules import linear_modules, only_input
 
@@ -49,8 +49,9 @@ class LinearCaches(list[MLPCache]):
 def cache_linears(model: nn.Module, modules: str | Sequence[str] | None = None) -> LinearCaches:
     """Caches that are filled whenever a model runs, by hooks: no forward is rewritten.
 
-    Of a Hugging Face transformer there is a cache for each MLP block, with all of the block's
-    linear maps (`nn.Linear` and `Conv1D`); of any other model, one cache with all linear maps.
+    Of a Hugging Face transformer, be it wrapped, there is a cache for each MLP block, with all of
+    the block's linear maps (`nn.Linear` and `Conv1D`); of any other model, one cache with all
+    linear maps.
 
     Args:
         model: The model. The hooks stay until `remove` is called, or the context ends.
@@ -66,7 +67,7 @@ def cache_linears(model: nn.Module, modules: str | Sequence[str] | None = None) 
     if not isinstance(model, nn.Module):
         raise ConfigError(f"cache_linears was given a {type(model).__name__}; give a module.")
     linears = linear_modules(model)
-    of_blocks = isinstance(model, PreTrainedModel)
+    of_blocks = _has_transformer(model)
     blocks: dict[str, list[str]] = {}
     for name in _chosen(linears, modules, model, of_blocks):
         blocks.setdefault((mlp_block(name) or "") if of_blocks else "", []).append(name)
@@ -79,8 +80,18 @@ def cache_linears(model: nn.Module, modules: str | Sequence[str] | None = None) 
         caches._handles.append(model.get_submodule(block).register_forward_pre_hook(hooks.begin))
         for name in names:
             linear = model.get_submodule(name)
-            caches._handles.append(linear.register_forward_hook(hooks.record, with_kwargs=True))
+            caches._handles.append(
+                linear.register_forward_hook(hooks.record, with_kwargs=True, prepend=True)
+            )
     return caches
+
+
+def _has_transformer(model: nn.Module) -> bool:
+    # Whoever has one has imported this, which takes seconds; nobody else should have to.
+    modeling = sys.modules.get("transformers.modeling_utils")
+    return modeling is not None and any(
+        isinstance(part, modeling.PreTrainedModel) for part in model.modules()
+    )
 
 
 def _chosen(
@@ -117,17 +128,29 @@ class _Hooks:
 
     def __init__(self, cache: MLPCache) -> None:
         self.cache = cache
+        self._seen: set[nn.Module] = set()
 
     def begin(self, block: nn.Module, args: Any) -> None:
-        self.cache.clear()
+        if not self._passes_by():
+            self.cache.clear()
+            self._seen.clear()
 
     def record(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         given = only_input(args, kwargs)
         recording = self.cache.recording
         if recording is not None:
             output = recording.see(module, given, output)
-            self.cache.input_hidden_pairs.append((given, output))
-        else:
-            self.cache.input_hidden_pairs.append((given, output))
+        if self._passes_by():
+            return output
+        if module in self._seen:  # another forward, though the block as a whole was not called
+            self.begin(module, args)
+        self._seen.add(module)
+        self.cache.input_hidden_pairs.append((given, output))
+        if recording is None:
             keep(self.cache)
         return output
+
+    def _passes_by(self) -> bool:
+        """Whether this forward leaves what an earlier one of the same call recorded."""
+        pairs = self.cache.input_hidden_pairs
+        return is_aside(self.cache) and any(hidden.requires_grad for _, hidden in pairs)

@@ -127,7 +127,7 @@ def identify(
             raise ModelError(
                 f"{pair}: its hidden vector {list(pair.hidden.shape)} is the output of no Linear "
                 "or Conv1D of the module; record (input, hidden vector) with the linear map's own "
-                "output, before the activation."
+                "output, before the activation, and take hooks off that change it."
             )
         _require_own_parameters(module, shapes, tied)
         found.append(module)
@@ -135,7 +135,8 @@ def identify(
     if repeated:
         raise ModelError(
             f"Module {min(repeated)} was recorded twice in one call of func; its calls share one "
-            "weight and cannot be told apart. Record it once, on the whole batch."
+            "weight and cannot be told apart. Record it once, on the whole batch. (Two caches of "
+            "one model record it twice.)"
         )
     order = {name: number for number, name in enumerate(shapes)}
     in_order = sorted(found, key=lambda module: order[parameter_names(module)[0]])
@@ -157,7 +158,7 @@ def _nothing_recorded(number: int, cache: MLPCache, recording: Recording) -> Mod
     return ModelError(
         f"mlp_cache[{number}] recorded no pair: func does not run its module, or the forward ran "
         "without appending (input, hidden vector) of each linear map to input_hidden_pairs, or its "
-        "hooks were removed."
+        "hooks were removed, or added after torch.compile had compiled it."
     )
 
 

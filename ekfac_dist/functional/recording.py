@@ -3,6 +3,8 @@
 A cache has tensors only. Which parameters they belong to is known because the linear maps were
 looked at while they ran: a pair is the call whose output it has. The place in the graph is noted
 before anything that comes after, an activation in place included, can move it.
+
+Every module that a call runs is put into evaluation mode first, so that nothing drops out.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from transformers.pytorch_utils import Conv1D
 
 from ekfac_dist.errors import ModelError
+from ekfac_dist.models.capture import precisely
 from ekfac_dist.models.modules import linear_modules, only_input
 
 
@@ -23,17 +27,28 @@ def lives_in_a_transform(tensor: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
-@contextmanager
-def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Evaluation mode, so that nothing drops out; on the way out every mode is as it was."""
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    try:
-        for part, _ in modes:
-            part.training = False
-        yield
-    finally:
-        for part, mode in reversed(modes):
-            part.training = mode
+@torch.no_grad()
+def maps_linearly(module: Any, given: Tensor, output: Tensor) -> bool:
+    """Whether a linear map's output is its weight times its input, plus its bias."""
+    weight_OI = module.weight.mT if isinstance(module, Conv1D) else module.weight
+    shape = (output.shape[-1], given.shape[-1])
+    if weight_OI.shape != shape or not weight_OI.is_floating_point():
+        return False
+    # An input of another dtype than the weight has been converted, as by autocast.
+    dtype = torch.promote_types(given.dtype, weight_OI.dtype)
+    with precisely(given.device):
+        mapped = given.to(dtype) @ weight_OI.to(dtype).T
+        if module.bias is not None:
+            mapped = mapped + module.bias
+    difference = (mapped - output).norm()
+    allowed = rounding(given, weight_OI, output) * (mapped.norm() + output.norm())
+    return not bool(difference > allowed)
+
+
+def rounding(*tensors: Tensor) -> float:
+    """The square root of the coarsest rounding that went in; a GPU may multiply more coarsely."""
+    eps = [torch.finfo(tensor.dtype).eps for tensor in tensors]
+    return max(*eps, 2.0**-10 if tensors[0].is_cuda else 0.0) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -45,12 +60,16 @@ class Use:
         input: What it was called with, and that tensor's version then.
         output: What it gave.
         edge: Where the output's gradient arrives; None if it takes none.
+        weight: The weight that it had: a function of flat parameters has others than the module's.
+        is_linear: Whether the output was seen to be W a + b; None if it was not looked at.
     """
 
     module: nn.Module
     input: tuple[Tensor, int]
     output: Tensor
     edge: GradientEdge | None
+    weight: Tensor
+    is_linear: bool | None
 
 
 class Recording:
@@ -65,12 +84,43 @@ class Recording:
         self.owners: dict[int, nn.Module] = {}
         self.uses: list[Use] = []
         self._open = False
+        self._closely = False
+        self._modes: dict[int, tuple[nn.Module, bool]] = {}
 
     @contextmanager
-    def call(self) -> Iterator[None]:
-        """Within it, one call of `func` is looked at; a forward repeated later is not."""
+    def evaluating(self, known: Iterable[nn.Module]) -> Iterator[None]:
+        """Within it every module that runs is in evaluation mode; after it all are as they were.
+
+        Args:
+            known: Models that will run; they are put into evaluation mode at once.
+        """
+        handle = nn.modules.module.register_module_forward_pre_hook(self._evaluate)
+        try:
+            for model in known:
+                for part in model.modules():
+                    self._evaluate(part)
+            yield
+        finally:
+            handle.remove()
+            for part, mode in self._modes.values():
+                part.training = mode
+            self._modes.clear()
+
+    def _evaluate(self, module: nn.Module, args: Any = ()) -> None:
+        if module.training:
+            self._modes.setdefault(id(module), (module, True))
+            module.training = False
+
+    @contextmanager
+    def call(self, *, closely: bool) -> Iterator[None]:
+        """Within it, one call of `func` is looked at; a forward repeated later is not.
+
+        Args:
+            closely: Whether to see to it that linear maps are linear, which costs as much as them.
+        """
         self.uses.clear()
         self._open = True
+        self._closely = closely
         try:
             yield
         finally:
@@ -82,7 +132,10 @@ class Recording:
         handles = []
         try:
             for part in linear_modules(module).values():
-                handles.append(part.register_forward_hook(self._hook, with_kwargs=True))
+                # First of all hooks: another's may give an output that is not the linear map's.
+                handles.append(
+                    part.register_forward_hook(self._hook, with_kwargs=True, prepend=True)
+                )
             yield
         finally:
             for handle in handles:
@@ -92,7 +145,7 @@ class Recording:
     def of(self, module: nn.Module, cache: object) -> Iterator[None]:
         """Within it, a module's forward fills a cache."""
         self.owners[id(cache)] = module
-        with evaluating([module]), self.watching(module):
+        with self.watching(module):
             yield
 
     def see(self, module: nn.Module, given: Tensor, output: Tensor) -> Tensor:
@@ -124,7 +177,10 @@ class Recording:
                 output = output.clone()
             edge = get_gradient_edge(output)
         if self._open and not any(use.output is output for use in self.uses):
-            self.uses.append(Use(module, (given, given._version), output, edge))
+            part: Any = module
+            is_linear = maps_linearly(part, given, output) if self._closely else None
+            read = (given, given._version)
+            self.uses.append(Use(module, read, output, edge, part.weight, is_linear))
         return output
 
     def use_of(self, hidden: Tensor) -> Use | None:
@@ -132,8 +188,8 @@ class Recording:
         return next((use for use in self.uses if use.output is hidden), None)
 
     def times(self, module: nn.Module) -> int:
-        """How often a linear map was called."""
-        return sum(use.module is module for use in self.uses)
+        """How often a linear map was called so that gradients flow through it."""
+        return sum(use.module is module and use.edge is not None for use in self.uses)
 
     def _hook(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         return self.see(module, only_input(args, kwargs), output)

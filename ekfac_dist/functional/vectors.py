@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ekfac_dist.errors import ConfigError
+from ekfac_dist.errors import ConfigError, NonFiniteError
+from ekfac_dist.functional.recording import lives_in_a_transform
 from ekfac_dist.models.modules import CONV1D, TrackedModule
 
 Solve = Callable[[TrackedModule, Tensor], Tensor]
@@ -75,6 +76,7 @@ class Layout:
 
         Raises:
             ConfigError: It is no such vector.
+            NonFiniteError: It holds NaN or infinity.
         """
         if isinstance(v, Tensor):
             solved, zeros = self._solve(self._split(v), solve)
@@ -99,6 +101,17 @@ class Layout:
     def _solve(
         self, named: Mapping[str, Tensor], solve: Solve
     ) -> tuple[dict[str, Tensor], list[str]]:
+        leads = {
+            name: list(tensor.shape[: tensor.ndim - len(self.shapes[name])])
+            for name, tensor in named.items()
+        }
+        first = next(iter(leads))
+        other = next((name for name in leads if leads[name] != leads[first]), None)
+        if other is not None:
+            raise ConfigError(
+                f"v stacks {leads[first]} vectors in {first} and {leads[other]} in {other}; all "
+                "its tensors must have the same leading dimensions."
+            )
         owners = {name: module for module in self.modules for name in parameter_names(module)}
         solved: dict[str, Tensor] = {}
         zeros = []
@@ -106,6 +119,8 @@ class Layout:
             if name in solved:
                 continue
             if name in owners:
+                for own in parameter_names(owners[name]):
+                    _require_finite(own, named[own])
                 solved |= part(owners[name], solve(owners[name], join(owners[name], named)))
             else:
                 solved[name] = torch.zeros_like(tensor)
@@ -216,6 +231,11 @@ def part(module: TrackedModule, matrix_OI: Tensor) -> dict[str, Tensor]:
     return parts
 
 
+def _require_finite(name: str, tensor: Tensor) -> None:
+    if not lives_in_a_transform(tensor) and not tensor.isfinite().all():
+        raise NonFiniteError(f"v holds NaN or infinity in its part for {name}.")
+
+
 def _ends_in(tensor: Tensor, shape: Sequence[int]) -> bool:
     lead = tensor.ndim - len(shape)
     return lead >= 0 and tensor.shape[lead:] == tuple(shape) and tensor.is_floating_point()
@@ -226,4 +246,6 @@ def _called(dtype: torch.dtype) -> str:
 
 
 def _described(value: Any) -> str:
+    if value is None:
+        return "None (no gradient?)"
     return str(list(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -151,7 +151,8 @@ class Capture:
             result = logit_gradient(logits, batch, rule)
             if logits.requires_grad:
                 self._scale = result.scale
-                torch.autograd.backward(logits, result.gradient)
+                with torch.autocast(logits.device.type, enabled=False):  # it is for forwards alone
+                    torch.autograd.backward(logits, result.gradient)
             self._require_all(
                 self._with_gradient,
                 "received no gradient: its output does not reach the loss through differentiable "

@@ -1,6 +1,7 @@
 """Caches, the decorated forward, and hooks: what they hold, and what they leave alone."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -106,6 +107,41 @@ def test_a_transformer_has_a_cache_for_each_block():
         assert [len(names) for names in caches.names] == [2, 1, 1]
     with cache_linears(model, "*.1.fc?") as caches:
         assert caches.names == [["model.decoder.layers.1.fc1", "model.decoder.layers.1.fc2"]]
+
+
+def test_a_deep_copy_of_a_model_can_be_fitted_as_the_model():
+    net, x, y = Rewritten(), anisotropic(6, 5), torch.arange(6) % 4
+    attached(net)
+    for original in ((net, [getattr(net, KEY)]), (mlp(5, 4), None)):
+        model, caches = original
+        caches = caches or cache_linears(model)
+        copied, copies = copy.deepcopy((model, list(caches)))
+        assert copies[0] is not caches[0]
+        results = []
+        for n, c in ((model, caches), (copied, copies)):
+            ihvp = ihvp_at_x_ekfac(cross_entropy(n), x, y, batch_size=4, mlp_cache=c, damping=0.1)
+            results.append(ihvp(_ones(n, 2)))
+        assert all(map(torch.equal, *results))
+
+
+def test_a_deep_copy_keeps_which_rows_count():
+    cache = MLPCache(counted=torch.tensor([True, False]))
+    copied = copy.deepcopy(cache)
+    assert torch.equal(copied.counted, cache.counted)
+    assert copied.counted is not cache.counted
+
+
+def test_hooks_keep_one_forward_though_only_parts_are_called():
+    net, x = mlp(4, 5, 3), anisotropic(6, 4)
+    cache = cache_linears(net)[0]
+    for _ in range(3):
+        net[2](torch.tanh(net[0](x)))
+        assert len(cache.collect_states()) == 2
+
+
+def test_a_wrapped_transformer_has_a_cache_for_each_block():
+    with cache_linears(nn.ModuleDict({"inner": build("gpt2")})) as caches:
+        assert caches.names[1] == [f"inner.transformer.h.1.mlp.{n}" for n in ("c_fc", "c_proj")]
 
 
 @pytest.mark.parametrize("by_hooks", [False, True])
@@ -425,6 +461,128 @@ def test_tied_and_computed_weights_are_refused():
     nn.utils.parametrizations.weight_norm(net[0])
     with pytest.raises(ModelError, match="Module 0 has no parameter of its own"):
         fitted(net, cache_linears(net))
+
+
+class Masked(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.tril(), self.bias)
+
+
+class Activated(nn.Linear):
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+@pytest.mark.parametrize("kind", [Masked, Activated])
+def test_a_linear_that_does_something_else_is_refused(kind):
+    net = mlp(5, 4, 3)
+    net[0] = kind(5, 4).double()
+    with pytest.raises(ModelError, match=f"Module 0 is a {kind.__name__} whose output is not"):
+        fitted(net, cache_linears(net))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("decayed", [False, True])
+def test_a_weight_that_is_used_elsewhere_too_is_refused(flat, decayed):
+    net = mlp(5, 4, 4)
+    caches = cache_linears(net)
+    x, y = anisotropic(6, 5), torch.arange(6) % 4
+
+    def func(parameters, x, y):
+        out = torch.func.functional_call(net, parameters, (x,))
+        losses = nn.functional.cross_entropy(out, y, reduction="none")
+        if decayed:
+            return losses + sum(p.square().sum() for p in parameters.values())
+        return losses + (out @ parameters["0.weight"]).square().sum(-1)  # as a tied decoder
+
+    if flat:
+        func, arguments = flatten_func(net)(func), (flatten_params(net).detach(), x, y)
+    else:
+        func, arguments = partial(func, dict(net.named_parameters())), (x, y)
+    with pytest.raises(ModelError, match="The weight of module 0 has a gradient beside"):
+        ihvp_at_x_ekfac(func, *arguments, batch_size=3, mlp_cache=caches)
+
+
+def test_another_hook_that_changes_the_output_comes_after_ours():
+    net = mlp(5, 4, 3)
+    net[0].register_forward_hook(lambda module, args, output: output * 3)
+    x, y = anisotropic(6, 5), torch.arange(6) % 3
+
+    def solved(net):
+        ihvp = ihvp_at_x_ekfac(
+            cross_entropy(net), x, y, batch_size=3, mlp_cache=cache_linears(net), damping=0.1
+        )
+        return torch.cat(
+            [p.flatten() for p in ihvp([torch.ones_like(p) for p in net.parameters()])]
+        )
+
+    hooked = solved(net)
+
+    class Times3(nn.Module):
+        def forward(self, x):
+            return x * 3
+
+    plain = nn.Sequential(net[0], Times3(), *net[1:])
+    net[0]._forward_hooks.clear()
+    assert torch.allclose(hooked, solved(plain), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        lambda net, x: net(x.movedim(0, 1)).sum(-1).T.flatten(),  # positions first
+        lambda net, x: net(x).sum((1, 2)).softmax(0),  # examples compete
+        lambda net, x: net(x).sum((1, 2)) + net.below(x[0]).sum(),  # one for all
+        lambda net, x: net(x).sum(-1).T.flatten(),  # losses by position, not by example
+    ],
+)
+def test_examples_that_are_not_computed_apart_are_refused(losses):
+    net = Mixing(mlp(5, 4), mlp(4, 3)).double()
+    caches = cache_linears(net)
+    with pytest.raises(ModelError, match=r"first example's losses depend on|used more than once"):
+        ihvp_at_x_ekfac(partial(losses, net), anisotropic(4, 4, 5), batch_size=4, mlp_cache=caches)
+
+
+def test_an_input_that_is_shared_in_some_calls_only_is_refused():
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = mlp(5, 3)[0], mlp(5, 3, seed=1)[0]
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return torch.tanh(self.one(x)) + self.other(x if self.calls == 1 else x * 1)
+
+    net = Sometimes()
+    with pytest.raises(ModelError, match="Call 2 of func recorded other pairs"):
+        fitted(net, cache_linears(net))
+
+
+def test_of_nested_modules_with_caches_the_outer_ones_parameters_count():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.inner = mlp(5, 5)[0], Rewritten()
+
+        @manual
+        def forward(self, x):
+            y = self.first(x)
+            if hasattr(self, KEY):
+                getattr(self, KEY).input_hidden_pairs.append((x, y))
+            return self.inner(torch.tanh(y))
+
+    net = Outer()
+    caches = [attached(net.inner), attached(net)]
+    x, y = anisotropic(6, 5), torch.arange(6) % 4
+    options = {"batch_size": 3, "damping": 0.1}
+    v = [torch.ones_like(p) for p in net.parameters()]
+    found = ihvp_at_x_ekfac(cross_entropy(net), x, y, mlp_cache=caches, **options)
+    with cache_linears(net) as hooked:
+        expected = ihvp_at_x_ekfac(cross_entropy(net), x, y, mlp_cache=hooked, **options)(v)
+    with pytest.warns(UserWarning, match=r"records inner\.fc3\.weight"):
+        solved = found(v)
+    assert all(torch.allclose(a, b) for a, b in zip(solved[:6], expected[:6], strict=True))
 
 
 def test_rows_that_cannot_be_told_apart_are_refused():

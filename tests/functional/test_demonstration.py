@@ -123,8 +123,10 @@ def shapes(*given):
 
     def of(model):
         def func(images, labels):
-            shape = next(calls)
-            return model(images).sum() * torch.ones(shape)
+            shape, each = next(calls), model(images).sum(-1)
+            if len(shape) == 1 and shape[0] % len(each) == 0:
+                return each.repeat_interleave(shape[0] // len(each))
+            return each.sum() * torch.ones(shape)
 
         return func
 
@@ -157,7 +159,8 @@ def test_what_func_returns_is_refused_in_a_sentence(model, func, says):
     [
         ((IMAGES, LABELS[:9]), {}, r"x\[0\] of shape \[20.* has 20; x\[1\] of shape \[9\].* has 9"),
         ((IMAGES[:0], LABELS[:0]), {}, "x has no examples"),
-        ((IMAGES, 3), {}, r"x\[1\] is a int; only tensors can be cut"),
+        ((IMAGES, 3), {}, r"x\[1\] is a int; only tensors can be cut.*as_tensor"),
+        (((IMAGES, LABELS),), {}, r"x is one tuple of 2; give func's arguments one by one"),
         ((IMAGES, LABELS), {"in_dims": (0, 1)}, r"x\[1\] has shape \[20\] and no dimension 1"),
         ((IMAGES, LABELS), {"in_dims": (0,)}, "in_dims has 1 entries and x has 2"),
         ((IMAGES, LABELS), {"in_dims": (0, "0")}, "in_dims is"),
@@ -201,8 +204,8 @@ def test_the_function_is_called_with_v_or_with_x_and_v(model):
         ihvp((IMAGES, LABELS[:3]), v)
 
 
-@pytest.mark.parametrize(("value", "where"), [(torch.nan, "input"), (torch.inf, "input")])
-def test_what_is_not_finite_is_told_with_its_place(model, value, where):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_told_with_its_place(model, value):
     images = IMAGES.clone()
     images[13, 0, 0, 0] = value
     with pytest.raises(NonFiniteError, match=r"call 3 of func \(examples 12 and on\)"):
@@ -212,3 +215,33 @@ def test_what_is_not_finite_is_told_with_its_place(model, value, where):
 def test_losses_that_know_nothing_of_the_model_are_refused(model):
     with pytest.raises(ModelError, match="module fc1 received no gradient"):
         call(model, func=lambda images, labels: model(images).detach().sum(-1))
+
+
+def test_inference_mode_is_left_for_the_fit_and_its_tensors_are_refused(model):
+    model.eval()
+    v = torch.ones(sum(p.numel() for p in model.parameters()))
+    expected = call(model)(v)
+    with torch.inference_mode():
+        assert torch.equal(call(model)(v), expected)
+        made_there = IMAGES * 1
+        with pytest.raises(ConfigError, match=r"x\[0\] was made under torch\.inference_mode"):
+            call(model, made_there, LABELS)
+
+
+def test_an_output_gradient_that_is_not_finite_is_told(model):
+    def func(images, labels):
+        out = model(images)
+        return (out - out.detach()).abs().sqrt().sum(-1)  # 0, with an infinite slope
+
+    with pytest.raises(NonFiniteError, match="NaN or infinity in the output-gradient of module fc"):
+        call(model, func=func)
+
+
+def test_a_stack_has_the_same_leading_dimensions_throughout(model):
+    ihvp = call(model)
+    v = [torch.ones(2, *p.shape) for p in model.parameters()]
+    v[-1] = v[-1][0]
+    with pytest.raises(
+        ConfigError, match=r"stacks \[2\] vectors in fc1.weight and \[\] in fc3.bias"
+    ):
+        ihvp(v)

@@ -10,6 +10,7 @@ from small_mlps import Mixing, Rewritten, anisotropic, cross_entropy, linears, m
 from torch import nn
 
 from ekfac_dist import estimate_factors
+from ekfac_dist.errors import ConfigError, ModelError
 from ekfac_dist.functional import (
     KEY,
     MLPCache,
@@ -17,6 +18,7 @@ from ekfac_dist.functional import (
     flatten_func,
     flatten_params,
     ihvp_at_x_ekfac,
+    manual,
 )
 
 EXACT = 1e-10
@@ -189,6 +191,72 @@ def test_positions_that_mix_and_several_losses_for_each_example(length, labels):
         assert relative(found[name].E(per_token=True), found[name].E()) > 0.05
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("length", [None, 3])
+@pytest.mark.parametrize("by_hooks", [False, True])
+def test_an_activation_in_place_leaves_the_gradients_right(frozen, length, by_hooks):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = mlp(4, 6)[0], mlp(6, 3, seed=1)[0]
+
+        @manual
+        def forward(self, x):
+            y1 = self.up(x)
+            x2 = torch.relu_(y1)
+            y2 = self.down(x2)
+            if hasattr(self, KEY):
+                getattr(self, KEY).input_hidden_pairs += [(x, y1), (x2, y2)]
+            return y2
+
+    net = Net().requires_grad_(not frozen)
+    shape = (8,) if length is None else (8, length)
+    x, y = anisotropic(*shape, 4), torch.arange(8 * (length or 1)).view(shape) % 3
+    if by_hooks:
+        caches = cache_linears(net)
+    else:
+        caches = [MLPCache()]
+        setattr(net, KEY, caches[0])
+    v = random_vectors(net)
+    ihvp = ihvp_at_x_ekfac(
+        cross_entropy(net), x, y, batch_size=3, mlp_cache=caches, damping=DAMPING
+    )
+    plain = mlp(4, 6, 3, activation=nn.ReLU)
+    plain.load_state_dict(dict(zip(plain.state_dict(), net.state_dict().values(), strict=True)))
+    expected = dense(plain, cross_entropy(plain), x, y).values()
+    matrices = {name: layer.E() for name, layer in zip(["up", "down"], expected, strict=True)}
+    check_against(matrices, net, v, ihvp(v))
+
+
+def test_dropout_is_off_though_the_cache_is_of_a_part_alone():
+    """The whole model runs in evaluation mode, and is in training mode again afterwards."""
+    x, y = anisotropic(12, 5), torch.arange(12) % 4
+    for attach in (
+        lambda net: cache_linears(net),
+        lambda net: cache_linears(net[2]),
+        lambda net: [setattr(net[2], KEY, cache := MLPCache()), cache][1],
+    ):
+        net = nn.Sequential(nn.BatchNorm1d(5).double(), nn.Dropout(0.5), Rewritten())
+        caches = attach(net)
+        v = {n: torch.ones_like(p) for n, p in net.named_parameters() if "fc1" in n or "fc2" in n}
+        results, func = [], cross_entropy(net)
+        for mode in (True, True, False):
+            net.train(mode)
+            ihvp = ihvp_at_x_ekfac(
+                func, x, y, batch_size=5, mlp_cache=caches, model=net, damping=0.1
+            )
+            assert all(module.training is mode for module in net.modules())
+            results.append(ihvp(v))
+        assert not net[0].running_mean.any()
+        for one in results[1:]:
+            assert all(map(torch.equal, one.values(), results[0].values()))
+
+
+def _of(net):
+    """Ones in the shapes of the first two linear maps' parameters."""
+    return [torch.ones_like(p).detach() for p in list(net.parameters())[:4]]
+
+
 def test_inputs_of_four_dimensions():
     net = mlp(4, 5, 3)
     x, y = anisotropic(6, 2, 3, 4), torch.arange(36).view(6, 2, 3) % 3
@@ -244,6 +312,19 @@ def test_padding_that_is_not_counted_is_as_if_it_were_not_there():
     ihvp = ihvp_at_x_ekfac(func, x, y, mask, batch_size=2, mlp_cache=caches, damping=DAMPING)
     v = random_vectors(net)
     check_against({n: d.E() for n, d in expected.items()}, net, v, ihvp(v))
+    assert caches[0].counted is None  # it held for that call
+    for wrong in (mask[:, :-1].bool(), mask):
+
+        def func_of_wrong(x, y, wrong=wrong):
+            losses = func(x, y, mask)
+            caches[0].counted = wrong
+            return losses
+
+        with pytest.raises(ModelError, match=r"counted of mlp_cache\[0\] is of torch"):
+            ihvp_at_x_ekfac(func_of_wrong, x, y, batch_size=5, mlp_cache=caches)
+    caches[0].counted = mask.bool()
+    with pytest.raises(ConfigError, match="was set before func was called"):
+        ihvp_at_x_ekfac(func, x, y, mask, batch_size=2, mlp_cache=caches)
 
 
 # -- the same as `estimate` and `solve` ------------------------------------------------------------
@@ -442,3 +523,72 @@ def test_maps_that_read_one_tensor_share_its_covariance(monkeypatch):
     ihvp_at_x_ekfac(func, ids, batch_size=2, mlp_cache=cache_linears(model), damping=DAMPING)
     inputs = [name for name in decomposed if name.endswith(".input")]
     assert len(inputs) == 2 * model.config.num_hidden_layers  # gate with up, and down
+
+
+def test_maps_share_an_input_only_if_both_or_neither_have_a_bias():
+    class Fork(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = mlp(4, 3)[0], mlp(4, 3, bias=False, seed=1)[0]
+            self.third = mlp(4, 3, seed=2)[0]
+
+        def forward(self, x):
+            return torch.tanh(self.one(x)) * self.other(x) + self.third(x)
+
+    net = Fork()
+    x, y = anisotropic(9, 4), torch.arange(9) % 3
+    func = cross_entropy(net)
+    v = random_vectors(net)
+    ihvp = ihvp_at_x_ekfac(func, x, y, batch_size=4, mlp_cache=cache_linears(net), damping=DAMPING)
+    check_against({n: d.E() for n, d in dense(net, func, x, y).items()}, net, v, ihvp(v))
+
+
+def test_the_callers_autocast_does_not_reach_sums_or_solves():
+    net = mlp(4, 6, 3).float()
+    x, y = anisotropic(20, 4).float(), torch.arange(20) % 3
+    v = random_vectors(net).float()
+    options = {"batch_size": 8, "mlp_cache": cache_linears(net), "damping": 1e-3}
+
+    def func(x, y):
+        with torch.autocast("cpu", enabled=False):
+            return cross_entropy(net)(x, y)
+
+    expected = ihvp_at_x_ekfac(func, x, y, **options)(v)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ihvp_at_x_ekfac(func, x, y, **options)(v)
+        also = ihvp_at_x_ekfac(cross_entropy(net), x, y, **options)(v)
+    assert torch.equal(found, expected)
+    assert also.dtype == torch.float32
+    assert 0 < relative(also, expected) < 0.3
+
+
+def test_a_forward_by_no_grad_may_go_before_to_draw_labels():
+    for by_hooks in (True, False):
+        net = Rewritten().eval()
+        x = anisotropic(9, 5)
+        if by_hooks:
+            caches = cache_linears(net)
+        else:
+            caches = [MLPCache()]
+            setattr(net, KEY, caches[0])
+
+        def func(x, before, net=net):
+            if before:
+                with torch.no_grad():
+                    y = net(x).argmax(-1)
+                return cross_entropy(net)(x, y)
+            out = net(x)
+            with torch.no_grad():
+                y = net(x).argmax(-1)
+            return nn.functional.cross_entropy(out, y, reduction="none")
+
+        y = net(x).argmax(-1)
+        options = {"batch_size": 4, "mlp_cache": caches, "damping": DAMPING}
+        expected = ihvp_at_x_ekfac(cross_entropy(net), x, y, **options)(
+            _of(net) if not by_hooks else [torch.ones_like(p) for p in net.parameters()]
+        )
+        for before in (True, False):
+            found = ihvp_at_x_ekfac(partial(func, before=before), x, **options)(
+                _of(net) if not by_hooks else [torch.ones_like(p) for p in net.parameters()]
+            )
+            assert all(map(torch.equal, found, expected))

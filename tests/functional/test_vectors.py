@@ -8,7 +8,7 @@ from networks import build
 from small_mlps import Rewritten, anisotropic, cross_entropy, mlp
 from torch import nn
 
-from ekfac_dist.errors import ConfigError
+from ekfac_dist.errors import ConfigError, NonFiniteError
 from ekfac_dist.functional import (
     KEY,
     MLPCache,
@@ -74,14 +74,59 @@ def test_a_stack_is_its_vectors_one_by_one(net, ihvp):
 
 
 def test_v_is_left_alone_and_so_are_the_factors(net, ihvp):
-    v = flat(shaped(net).values()).requires_grad_()
-    before = v.detach().clone()
+    v = flat(shaped(net).values())
+    before = v.clone()
     solved = ihvp(v)
-    assert not solved.requires_grad
-    assert torch.equal(v.detach(), before)
+    assert torch.equal(v, before)
     for _ in range(100):
         ihvp(v)
     assert torch.equal(ihvp(v), solved)
+
+
+def test_gradients_flow_through_to_v(net, ihvp):
+    v = flat(shaped(net).values())
+    assert not ihvp(v).requires_grad
+    expected = 2 * ihvp(v)  # of vᵀ F⁻¹ v
+    assert torch.allclose(torch.func.grad(lambda v: v @ ihvp(v))(v), expected, rtol=1e-10)
+    v.requires_grad_()
+    (v @ ihvp(v)).backward()
+    assert torch.allclose(v.grad, expected, rtol=1e-10)
+
+
+def test_another_damping_may_be_given_with_v(net, ihvp):
+    func, v = cross_entropy(net), flat(shaped(net, 2).values(), 1)
+    options = {"batch_size": 4, "mlp_cache": cache_linears(net)}
+    other = ihvp_at_x_ekfac(func, *data(), damping=0.03, **options)
+    assert torch.allclose(ihvp(v, damping=0.03), other(v), rtol=1e-12)
+    assert torch.allclose(ihvp(data(), v, damping=torch.tensor(0.03).double()), other(v))
+    # Relative: mean(Λ) is the mean square of the examples' gradients, in whichever basis.
+    gradients = [
+        torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
+        for loss in func(*data())
+    ]
+    first = torch.stack([torch.cat([g[0].flatten(), g[1]]) for g in gradients])
+    relative = ihvp(v, damping=0.2, relative=True)[:, :30]
+    same = ihvp(v, damping=0.2 * first.square().mean())[:, :30]
+    assert torch.allclose(relative, same, rtol=1e-10)
+    with pytest.raises(ConfigError, match="damping is -1"):
+        ihvp(v, damping=-1)
+
+
+def test_a_large_stack_is_solved_a_few_at_a_time(net, ihvp, monkeypatch):
+    from ekfac_dist.functional import ihvp as module
+
+    v = flat(shaped(net, 7).values(), 1)
+    expected = ihvp(v)
+    monkeypatch.setattr(module, "GRADIENT_BYTES", 2 * 6 * 5 * 8)
+    assert torch.allclose(ihvp(v), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_in_v_is_told(net, ihvp, value):
+    v = shaped(net)
+    v["2.bias"][1] = value
+    with pytest.raises(NonFiniteError, match=r"v holds NaN or infinity in its part for 2\.bias"):
+        ihvp(v)
 
 
 def test_a_conv1d_weight_is_given_as_it_is_shaped():
@@ -196,6 +241,7 @@ def test_the_parameters_are_those_of_what_the_caches_are_attached_to():
         ([torch.zeros(6, 4), torch.zeros(3, 6)], "a bias beside its weight"),
         ([torch.zeros(6, 5), torch.zeros(7, 3)], r"v is a list of 2: \[6, 5\], \[7, 3\]"),
         ([torch.zeros(6, 5), 3], r"\[6, 5\], a int"),
+        ([torch.zeros(6, 5), None, None], r"None \(no gradient\?\)"),
         ({"0.weight": torch.zeros(6, 4)}, "a tensor for 0.weight and none for 0.bias"),
         ({"0.weigth": torch.zeros(6, 4)}, "a tensor for '0.weigth'"),
         ({"0.weight": torch.zeros(4, 6)}, r"v's 0.weight is \[4, 6\]; it must be .* \[6, 4\]"),

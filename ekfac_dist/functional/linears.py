@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ekfac_dist.errors import ConfigError, ModelError
 from ekfac_dist.functional.caches import MLPCache, is_aside, keep
-from ekfac_dist.models.discovery import mlp_block
+from ekfac_dist.models.blocks import Anatomy
 from ekfac_dist.models.modules import linear_modules, only_input
 
 
@@ -66,11 +66,10 @@ def cache_linears(model: nn.Module, modules: str | Sequence[str] | None = None) 
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"cache_linears was given a {type(model).__name__}; give a module.")
-    linears = linear_modules(model)
-    of_blocks = _has_transformer(model)
+    anatomy = Anatomy(model) if _has_transformer(model) else None
     blocks: dict[str, list[str]] = {}
-    for name in _chosen(linears, modules, model, of_blocks):
-        blocks.setdefault((mlp_block(name) or "") if of_blocks else "", []).append(name)
+    for name in _chosen(model, modules, anatomy):
+        blocks.setdefault(anatomy.place(name).block if anatomy else "", []).append(name)
     caches = LinearCaches()
     for block, names in blocks.items():
         cache = MLPCache(model=model)
@@ -95,16 +94,13 @@ def _has_transformer(model: nn.Module) -> bool:
 
 
 def _chosen(
-    linears: dict[str, nn.Module],
-    globs: str | Sequence[str] | None,
-    model: nn.Module,
-    of_blocks: bool,
+    model: nn.Module, globs: str | Sequence[str] | None, anatomy: Anatomy | None
 ) -> list[str]:
-    kind = type(model).__name__
+    linears, kind = linear_modules(model), type(model).__name__
     if not linears:
         raise ModelError(f"{kind} has no Linear or Conv1D module, so there is nothing to cache.")
     if globs is None:
-        names = [name for name in linears if not of_blocks or mlp_block(name) is not None]
+        names = [name for name in linears if anatomy is None or anatomy.is_mlp(name, linears[name])]
         if not names:
             raise ModelError(
                 f"No MLP block was found in {kind}; name its linear maps with modules, for "

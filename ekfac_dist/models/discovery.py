@@ -1,34 +1,28 @@
 """Which modules of a model are tracked, which of them read the same input, and what is left out.
 
-The one place that knows how MLP blocks look. A block is a submodule under one of `BLOCK_NAMES`, or,
-in families whose layers hold their MLP linears themselves, the linears under `BARE_NAMES`. A traced
-forward of a few tokens then tells which linears text really passes through, which is used twice,
-and which read the same tensor.
+What an MLP is, `blocks` says; what text passes through, `trace`.
 """
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ekfac_dist.errors import ModelError
+from ekfac_dist.models.blocks import Anatomy
 from ekfac_dist.models.modules import (
     TrackedModule,
     all_parameter_names,
     describe,
     factor_sizes,
     linear_modules,
-    only_input,
     same_tensor,
 )
+from ekfac_dist.models.trace import Trace, trace
 
-# Llama, Mistral, Qwen, Gemma, OLMo, Phi, GPT-2, GPT-NeoX: `mlp`; others as they are named.
-BLOCK_NAMES = frozenset({"mlp", "feed_forward", "ffn"})
-# OPT: fc1 and fc2 stand in the decoder layer itself.
-BARE_NAMES = frozenset({"fc1", "fc2"})
+UNREACHED = "text does not pass through it"
 
 
 @dataclass(frozen=True)
@@ -76,74 +70,73 @@ def discover(model: nn.Module, globs: Sequence[str] | None, device: torch.device
             module is tied to another or used twice in one forward.
     """
     linears = linear_modules(model)
-    block_parameters = dict(_block_parameters(model))
-    in_blocks = {name for name in linears if f"{name}.weight" in block_parameters}
-    if globs is None:
-        chosen = in_blocks
-        if not chosen:
-            raise ModelError(
-                f"No MLP linear was found in {type(model).__name__}; name its modules with "
-                f"model.modules, for instance '{_example(linears)}'."
-            )
-    else:
+    traced = trace(model, linears, device)
+    mlp = _mlp_parameters(model, Anatomy(model, traced.mixing))
+    in_mlp = {name for name in linears if f"{name}.weight" in mlp}
+    if globs is not None:
         chosen = _match(globs, linears, model)
-    trace = _trace(model, {name: linears[name] for name in linears if name in chosen}, device)
-    twice = next((name for name, inputs in trace.items() if len(inputs) > 1), None)
-    if twice is not None:
+    elif in_mlp:
+        chosen = in_mlp
+    else:
         raise ModelError(
-            f"Module {twice} is used {len(trace[twice])} times in one forward; its uses share one "
-            "weight and cannot be told apart. Leave it out with model.modules."
+            f"No MLP linear was found in the layers of {type(model).__name__}; name its modules "
+            f"with model.modules, for instance '{_example(linears)}'."
         )
-    tracked = [name for name in linears if trace.get(name)]
+    faults = {name: fault for name in chosen if (fault := _fault(model, name, traced))}
+    tracked = [name for name in linears if name in chosen and name not in faults]
+    unusable = {name: fault for name, fault in faults.items() if fault != UNREACHED}
+    if unusable:
+        name = next(name for name in linears if name in unusable)
+        raise ModelError(f"Module {name} {unusable[name]}. Leave it out with model.modules.")
     if not tracked:
         raise ModelError(
             f"Text passes through none of the {len(chosen)} chosen modules of "
             f"{type(model).__name__}; choose others with model.modules."
         )
-    _refuse_tied(model, tracked)
-    modules = tuple(_with_shared_inputs(linears, {name: trace[name][0] for name in tracked}))
+    inputs = {name: traced.inputs[name][0] for name in tracked}
+    modules = tuple(_with_shared_inputs(linears, inputs))
     covered = {f"{name}.{p}" for name in tracked for p, _ in linears[name].named_parameters()}
     skipped = {
-        name: _why_skipped(name, linears, chosen, in_blocks)
-        for name in block_parameters
-        if name not in covered
+        name: _why_skipped(name, linears, chosen, faults) for name in mlp if name not in covered
     }
-    skipped |= {
-        name: "text does not pass through it"
-        for name in linears
-        if name in chosen and name not in in_blocks and name not in tracked
-    }
+    skipped |= {name: fault for name, fault in faults.items() if name not in in_mlp}
     parameters = dict(model.named_parameters())
     coverage = Coverage(
-        mlp_parameters=sum(p.numel() for p in block_parameters.values()),
+        mlp_parameters=sum(p.numel() for p in mlp.values()),
         tracked_parameters=sum(p.numel() for n, p in parameters.items() if n in covered),
-        tracked_mlp_parameters=sum(p.numel() for n, p in block_parameters.items() if n in covered),
+        tracked_mlp_parameters=sum(p.numel() for n, p in mlp.items() if n in covered),
         model_parameters=sum(p.numel() for p in parameters.values()),
         skipped=skipped,
     )
     return Discovery(modules, coverage)
 
 
-def mlp_block(path: str) -> str | None:
-    """The MLP block that something of a transformer belongs to, by its name; None if to none.
-
-    Args:
-        path: Name of a module in the block, or of a parameter.
-    """
-    parts = path.split(".")
-    for k, part in enumerate(parts):
-        if part in BLOCK_NAMES:
-            return ".".join(parts[: k + 1])
-        if part in BARE_NAMES:
-            return ".".join(parts[:k])
-    return None
-
-
-def _block_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter that belongs to an MLP block, by name, in model order."""
+def _mlp_parameters(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Parameter]:
+    """Every parameter of an MLP, by name, in model order; routers' and norms' are none."""
+    linears = linear_modules(model)
+    found = {}
     for name, parameter in model.named_parameters():
-        if mlp_block(name.rpartition(".")[0]) is not None:
-            yield name, parameter
+        owner = name.rpartition(".")[0]
+        place = anatomy.place(owner)
+        if place.outside or (owner == place.layer and parameter.ndim < 2):
+            continue
+        described = describe(linears.get(owner))
+        if not anatomy.is_router(owner, described[2] if described else parameter.shape[0]):
+            found[name] = parameter
+    return found
+
+
+def _fault(model: nn.Module, name: str, traced: Trace) -> str:
+    """Why a linear map cannot be tracked; "" if it can."""
+    times = len(traced.inputs[name])
+    if not times:
+        return UNREACHED
+    if times > 1:
+        return (
+            f"is used {times} times in one forward; its uses share one weight and cannot be told "
+            "apart"
+        )
+    return _tied(model, name)
 
 
 def _example(linears: Iterable[str]) -> str:
@@ -171,29 +164,6 @@ def _match(globs: Sequence[str], linears: dict[str, nn.Module], model: nn.Module
     return chosen
 
 
-@torch.no_grad()
-def _trace(
-    model: nn.Module, modules: dict[str, nn.Module], device: torch.device
-) -> dict[str, list[tuple[Tensor, int]]]:
-    """The inputs of each module, with their versions, in one forward of a few tokens."""
-    inputs: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in modules}
-    handles = []
-    for name, module in modules.items():
-
-        def hook(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            # The tensors are held until the end, so no address is used twice.
-            tensor = only_input(args, kwargs)
-            inputs[name].append((tensor, tensor._version))
-
-        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
-        model(input_ids=torch.zeros(1, 3, dtype=torch.long, device=device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return inputs
-
-
 def _with_shared_inputs(
     linears: dict[str, nn.Module], inputs: dict[str, tuple[Tensor, int]]
 ) -> Iterator[TrackedModule]:
@@ -219,22 +189,22 @@ def _with_shared_inputs(
         )
 
 
-def _refuse_tied(model: nn.Module, tracked: Iterable[str]) -> None:
+def _tied(model: nn.Module, module: str) -> str:
     names = all_parameter_names(model)
-    for module in tracked:
-        for parameter in model.get_submodule(module).parameters():
-            shared = names[id(parameter)]
-            if len(shared) > 1:
-                raise ModelError(
-                    f"Module {module} is tied: {' and '.join(shared)} are one parameter, so its "
-                    "gradient is no single module's. Leave it out with model.modules."
-                )
+    for parameter in model.get_submodule(module).parameters():
+        shared = names[id(parameter)]
+        if len(shared) > 1:
+            return (
+                f"is tied: {' and '.join(shared)} are one parameter, so its gradient is no single "
+                "module's"
+            )
+    return ""
 
 
 def _why_skipped(
-    parameter: str, linears: dict[str, nn.Module], chosen: set[str], in_blocks: set[str]
+    parameter: str, linears: dict[str, nn.Module], chosen: set[str], faults: Mapping[str, str]
 ) -> str:
     owner = parameter.rpartition(".")[0]
     if owner not in linears:
         return "not the weight or bias of a Linear or Conv1D"
-    return "text does not pass through it" if owner in chosen else "not chosen by model.modules"
+    return faults[owner] if owner in chosen else "not chosen by model.modules"

@@ -69,10 +69,12 @@ def test_an_mlp_parameter_that_is_no_linears_is_named_with_the_reason():
 
 def test_an_mlp_that_text_does_not_pass_through_is_named():
     model = build("llama")
-    model.vision = nn.ModuleDict({"mlp": nn.Linear(3, 4)})
+    model.vision = nn.ModuleList(
+        [nn.ModuleDict({"attention": nn.Linear(3, 3), "mlp": nn.Linear(3, 4)})]
+    )
     skipped = discover(model, None, CPU).coverage.skipped
     assert skipped == dict.fromkeys(
-        ("vision.mlp.weight", "vision.mlp.bias"), "text does not pass through it"
+        ("vision.0.mlp.weight", "vision.0.mlp.bias"), "text does not pass through it"
     )
 
 

@@ -1,0 +1,117 @@
+"""One forward of a few tokens, and what it shows of a model's modules.
+
+Knows nothing of MLPs: only what passed through which linear map, and which modules let a position
+see others.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ekfac_dist.models.modules import only_input
+
+NUM_TOKENS = 4
+
+
+@dataclass
+class Trace:
+    """What a forward showed.
+
+    Attributes:
+        inputs: Of each linear map every tensor that it was called with, and its version then.
+        mixing: Modules whose output at one position depends on their input at others, though none
+            of the modules in them is such a one: where attention, or a recurrence, happens.
+    """
+
+    inputs: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
+    mixing: set[str] = field(default_factory=set)
+
+
+@torch.enable_grad()
+def trace(model: nn.Module, linears: Iterable[str], device: torch.device) -> Trace:
+    """Runs a few tokens through a model.
+
+    Args:
+        model: A causal language model, frozen and in evaluation mode.
+        linears: Names of its linear maps.
+        device: Where the tokens go.
+    """
+    linears = list(linears)
+    found = Trace({name: [] for name in linears})
+    containers = {name.rpartition(".")[0] for name in linears}
+    containers |= {outer for name in containers for outer in _outer(name)}
+    mixes: dict[str, bool] = {}
+    handles = []
+
+    def see(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            # The tensors are held until the end, so no address is used twice.
+            tensor = only_input(args, kwargs)
+            found.inputs[name].append((tensor.detach(), tensor._version))
+
+        return hook
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            # At once: what comes after may write into the output.
+            mixes[name] = mixes.get(name, False) or _mixes([*args, *kwargs.values()], output)
+
+        return hook
+
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            handles.append(module.register_forward_hook(_start_graph))
+    for name in linears:
+        handles.append(
+            model.get_submodule(name).register_forward_pre_hook(see(name), with_kwargs=True)
+        )
+    for name in sorted(containers - {""}):
+        handles.append(
+            model.get_submodule(name).register_forward_hook(look(name), with_kwargs=True)
+        )
+    try:
+        tokens = torch.arange(NUM_TOKENS, device=device)[None]
+        model(input_ids=tokens, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    all_mixing = {name for name, flag in mixes.items() if flag}
+    with_mixing_inside = {outer for name in all_mixing for outer in _outer(name)}
+    found.mixing = all_mixing - with_mixing_inside
+    return found
+
+
+def _outer(name: str) -> list[str]:
+    """The names of all modules that a module is in, but for the model itself."""
+    parts = name.split(".")
+    return [".".join(parts[:k]) for k in range(1, len(parts))]
+
+
+def _start_graph(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output if output.requires_grad else output.detach().requires_grad_()
+
+
+def _mixes(inputs: Iterable[Any], output: Any) -> bool:
+    """Whether the last position of an output depends on an earlier one of an input."""
+    results = output if isinstance(output, (tuple, list)) else [output]
+    result = next((r for r in results if _has_positions(r)), None)
+    if result is None:
+        return False
+    given = [tensor for tensor in inputs if _has_positions(tensor)]
+    last = result[:, -1].sum()
+    gradients = (
+        torch.autograd.grad(last, given, retain_graph=True, allow_unused=True) if given else []
+    )
+    return any(g is not None and bool(g[:, :-1].any()) for g in gradients)
+
+
+def _has_positions(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.ndim == 3
+        and value.shape[1] == NUM_TOKENS
+        and value.requires_grad
+    )

@@ -95,6 +95,54 @@ class Positions(Protocol):
         """Which rows were picked out of all that were captured; None: all, and not copied."""
 
 
+class Rows(Positions, Protocol):
+    """Which rows belong to which position of which sequence."""
+
+    @property
+    def indices(self) -> SequenceOf[int]:
+        """Row in the source of each sequence that has some."""
+
+    @property
+    def offsets(self) -> np.ndarray | None:
+        """Place of each row in its sequence; None: each sequence has all of its positions."""
+
+
+@dataclass(frozen=True)
+class RoutedRows:
+    """Rows of a batch that a module sees some of: of each sequence the positions routed to it.
+
+    Attributes:
+        indices: Row in the source of each sequence that has any.
+        lengths: Rows of each of them.
+        real: Which of the captured rows these are [M].
+        offsets: Place of each in its sequence [M].
+    """
+
+    indices: tuple[int, ...]
+    lengths: tuple[int, ...]
+    real: Tensor
+    offsets: np.ndarray
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of all sequences."""
+        return len(self.offsets)
+
+    @classmethod
+    def of(cls, batch: "Batch", positions: Tensor) -> "RoutedRows":
+        """From flat positions b·T + t of a batch, ascending, some of them padding."""
+        where = positions.cpu().numpy()
+        rows, offsets = np.divmod(where, batch.input_ids.shape[1])
+        real = offsets < np.asarray(batch.lengths)[rows]
+        owners, lengths = np.unique(rows[real], return_counts=True)
+        return cls(
+            tuple(batch.indices[owner] for owner in owners),
+            tuple(lengths.tolist()),
+            torch.from_numpy(np.flatnonzero(real)).to(positions.device),
+            offsets[real],
+        )
+
+
 @dataclass(frozen=True)
 class Batch:
     """Sequences padded on the right to one length.
@@ -121,6 +169,11 @@ class Batch:
     def num_positions(self) -> int:
         """Counted positions of the batch."""
         return sum(self.lengths)
+
+    @property
+    def offsets(self) -> None:
+        """Every sequence has all of its positions; see `Rows`."""
+        return None
 
     @property
     def num_labels(self) -> int:

@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from ekfac_dist.errors import ModelError
 from ekfac_dist.functional.caches import KEY, MLPCache
 from ekfac_dist.functional.recording import Recording, Use
-from ekfac_dist.functional.vectors import Layout, parameter_names
+from ekfac_dist.functional.vectors import Layout
 from ekfac_dist.models.modules import (
     LINEAR,
     TrackedModule,
@@ -139,7 +139,7 @@ def identify(
             "one model record it twice.)"
         )
     order = {name: number for number, name in enumerate(shapes)}
-    in_order = sorted(found, key=lambda module: order[parameter_names(module)[0]])
+    in_order = sorted(found, key=lambda module: order[module.parameters[0]])
     return tuple(found), Layout(shapes, tuple(in_order))
 
 
@@ -235,7 +235,7 @@ def _require_own_parameters(
             f"Module {module.name} has no parameter of its own that is its weight, a matrix of "
             f"{matrix[0]} × {matrix[1]}: it is computed, packed or tied. Do not record that module."
         )
-    if tied.intersection(parameter_names(module)):
+    if tied.intersection(module.parameters):
         raise ModelError(
             f"Module {module.name} is tied: its parameters are another module's too, so their "
             "gradient is no single module's. Do not record that module."

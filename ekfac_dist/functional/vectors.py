@@ -112,14 +112,14 @@ class Layout:
                 f"v stacks {leads[first]} vectors in {first} and {leads[other]} in {other}; all "
                 "its tensors must have the same leading dimensions."
             )
-        owners = {name: module for module in self.modules for name in parameter_names(module)}
+        owners = {name: module for module in self.modules for name in module.parameters}
         solved: dict[str, Tensor] = {}
         zeros = []
         for name, tensor in named.items():
             if name in solved:
                 continue
             if name in owners:
-                for own in parameter_names(owners[name]):
+                for own in owners[name].parameters:
                     _require_finite(own, named[own])
                 solved |= part(owners[name], solve(owners[name], join(owners[name], named)))
             else:
@@ -154,7 +154,7 @@ class Layout:
                     f"{list(self.shapes[name])}, or a stack of them."
                 )
         for module in self.modules:
-            names = parameter_names(module)
+            names = module.parameters
             missing = [name for name in names if name not in v]
             if missing and len(missing) < len(names):
                 raise ConfigError(
@@ -164,7 +164,7 @@ class Layout:
 
     def _slots(self, v: Sequence[Any]) -> list[Slot]:
         """What each tensor of a list stands for: all parameters, or the recorded ones alone."""
-        recorded = [name for module in self.modules for name in parameter_names(module)]
+        recorded = [name for module in self.modules for name in module.parameters]
         for names in (list(self.shapes), recorded):
             slots = self._match(v, names)
             if slots is not None:
@@ -179,7 +179,7 @@ class Layout:
 
     def _match(self, v: Sequence[Any], names: Sequence[str]) -> list[Slot] | None:
         merged = {
-            f"{m.name}.weight": Slot(parameter_names(m), (m.num_outputs, m.input_size), m)
+            f"{m.name}.weight": Slot(m.parameters, (m.num_outputs, m.input_size), m)
             for m in self.modules
             if m.bias
         }
@@ -205,14 +205,9 @@ class Layout:
         return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
 
 
-def parameter_names(module: TrackedModule) -> tuple[str, ...]:
-    """Names of a module's weight and, if there is one, its bias."""
-    return (f"{module.name}.weight", f"{module.name}.bias")[: 1 + module.bias]
-
-
 def join(module: TrackedModule, named: Mapping[str, Tensor]) -> Tensor:
     """A module's weight [..., O, I], with its bias as the last column, from its parameters."""
-    names = parameter_names(module)
+    names = module.parameters
     weight = named[names[0]]
     if module.kind == CONV1D:
         weight = weight.mT
@@ -221,7 +216,7 @@ def join(module: TrackedModule, named: Mapping[str, Tensor]) -> Tensor:
 
 def part(module: TrackedModule, matrix_OI: Tensor) -> dict[str, Tensor]:
     """A module's parameters, as they are shaped, from a weight with its bias as the last column."""
-    names = parameter_names(module)
+    names = module.parameters
     weight = matrix_OI[..., : module.num_inputs]
     if module.kind == CONV1D:
         weight = weight.mT

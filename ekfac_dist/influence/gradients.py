@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ekfac_dist.curvature import products
 from ekfac_dist.curvature.kronecker import damped, rotate_back
 from ekfac_dist.curvature.refit import rotate_rows
-from ekfac_dist.data.batches import Batch, assign_batches
+from ekfac_dist.data.batches import Batch, Rows, assign_batches
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.models.labels import COVARIANCE_PASS, LabelRule
 from ekfac_dist.models.modules import TrackedModule
@@ -235,6 +235,7 @@ class _QueryGradients:
         self._members = {row: len(queries.rows[row]) for row in rows}
         # Sums of rows whose queries have not all been seen, and how many of them have been.
         self._pending: dict[tuple[str, int], tuple[Tensor, int]] = {}
+        self._seen: dict[int, int] = {}
         self._acts: dict[str, Tensor] = {}
         self._readers = Countdown(setting.modules)
         self._total = setting.zeros(dtype=torch.float64)
@@ -244,12 +245,12 @@ class _QueryGradients:
             module.name: _empty(setting, len(rows), module, rank) for module in setting.modules
         }
 
-    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Batch) -> None:
+    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Rows) -> None:
         """Keeps a batch's inputs, in the eigenbasis, until the gradients come."""
         basis_II = self._setting.factors.module(module.name).basis_II.to(rows_Mi)
         self._acts[module.input] = rotate_rows(rows_Mi, basis_II, bias=module.bias)
 
-    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Batch) -> None:
+    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Rows) -> None:
         """Sums each row's gradient, and finishes it with the row's last query."""
         fitted = self._setting.at_device(module.name)
         acts_MI = self._acts[module.input]
@@ -259,7 +260,6 @@ class _QueryGradients:
         for number, length in zip(batch.indices, batch.lengths, strict=True):  # all have labels
             parts.setdefault(self._row_of[number], []).append(slice(start, start + length))
             start += length
-        damped_OI = self._setting.damped(module.name, fitted)
         for row, slices in parts.items():
             whole = slice(slices[0].start, slices[-1].stop)  # a row's queries follow each other
             gradient_OI = grads_MO[whole].T @ acts_MI[whole]
@@ -270,7 +270,7 @@ class _QueryGradients:
             if seen < self._members[row]:
                 self._pending[module.name, row] = (gradient_OI, seen)
                 continue
-            self._finish(module, row, gradient_OI, damped_OI, fitted)
+            self._finish(module, row, gradient_OI, fitted)
         if self._readers.is_last(module):
             del self._acts[module.input]
 
@@ -279,10 +279,9 @@ class _QueryGradients:
         module: TrackedModule,
         row: int,
         gradient_OI: Tensor,
-        damped_OI: Tensor,
         fitted: ModuleFactors,
     ) -> None:
-        solved_OI = gradient_OI / damped_OI
+        solved_OI = gradient_OI / self._setting.damped(module.name, fitted)
         place = self._place[row]
         own = (gradient_OI * solved_OI).sum(dtype=torch.float64)
         self.self_influence[place] += own
@@ -302,8 +301,19 @@ class _QueryGradients:
         into.right_QIr[place] = fitted.basis_II @ right_Ir if rotates_back else right_Ir
 
     def on_loss(self, batch: Batch, losses_B: Tensor) -> None:
-        """Takes −log p of each query of a batch."""
+        """Takes −log p of each query of a batch, and finishes rows of which a module saw a part.
+
+        An expert sees only the queries that tokens of were routed to it.
+        """
         self.losses[list(batch.indices)] = losses_B
+        for number in batch.indices:
+            row = self._row_of[number]
+            self._seen[row] = self._seen.get(row, 0) + 1
+        done = {row for row, seen in self._seen.items() if seen == self._members[row]}
+        for name, row in [key for key in self._pending if key[1] in done]:
+            gradient_OI, _ = self._pending.pop((name, row))
+            module = self._setting.factors.modules[name]
+            self._finish(module, row, gradient_OI, self._setting.at_device(name))
 
     def health(self) -> Tensor:
         """Σ of all that was computed, which is finite only if everything is."""

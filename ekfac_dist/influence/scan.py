@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ekfac_dist.curvature import products
 from ekfac_dist.curvature.refit import rotate_rows
-from ekfac_dist.data.batches import Batch
+from ekfac_dist.data.batches import Rows
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.influence.gradients import Countdown, PreparedQueries, Setting
 from ekfac_dist.models.modules import TrackedModule
@@ -32,7 +32,7 @@ class _TrainingRows(ABC):
         self._number = {module.name: k for k, module in enumerate(setting.modules)}
         self._total = setting.zeros(dtype=torch.float64)
 
-    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Batch) -> None:
+    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Rows) -> None:
         """Keeps a batch's inputs until the gradients come."""
         if self._setting.in_eigenbasis:
             basis_II = self._setting.factors.module(module.name).basis_II.to(rows_Mi)
@@ -43,7 +43,7 @@ class _TrainingRows(ABC):
             rows_MI = rows_Mi if batch.real is not None else rows_Mi.clone()  # the model may write
         self._acts[module.input] = rows_MI
 
-    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Batch) -> None:
+    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Rows) -> None:
         """Uses a batch's inputs and gradients."""
         if self._setting.in_eigenbasis:
             basis_OO = self._setting.factors.module(module.name).basis_OO.to(rows_MO)
@@ -53,7 +53,7 @@ class _TrainingRows(ABC):
             del self._acts[module.input]
 
     @abstractmethod
-    def _use(self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: Batch) -> None:
+    def _use(self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: Rows) -> None:
         """Takes a batch's rows of one module, both sides in that basis."""
 
     def health(self) -> Tensor:
@@ -107,7 +107,7 @@ class Scan(_TrainingRows):
         if with_positions:
             self.position_scores = setting.zeros(num_rows, self._columns.num_positions)
 
-    def _use(self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: Batch) -> None:
+    def _use(self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: Rows) -> None:
         gradients = self._prepared.gradients[module.name]
         columns = self._columns.of(batch).to(acts_MI.device)
         scores_Qn = None
@@ -132,7 +132,7 @@ class Scan(_TrainingRows):
         module: TrackedModule,
         acts_MI: Tensor,
         grads_MO: Tensor,
-        batch: Batch,
+        batch: Rows,
         columns: Tensor,
         *,
         with_scores: bool,
@@ -216,12 +216,13 @@ class DetailSums(_TrainingRows):
         self.module_scores = setting.zeros(len(pairs.places), len(setting.modules))
         self.layer_position_scores = setting.zeros(int(layer_of.max()) + 1, int(pairs.offsets[-1]))
 
-    def _use(self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: Batch) -> None:
+    def _use(self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: Rows) -> None:
         gradients = self._prepared.gradients[module.name]
         number = self._number[module.name]
         layer = self.layer_position_scores[self._layer_of[number]]
         # All of a row's sequences at once: its gradient is large, and read once for all of them.
         wanted: dict[int, list[tuple[int, slice]]] = {}
+        offsets = torch.from_numpy(offsets_of(batch)).to(layer.device)
         start = 0
         for column, length in zip(self._columns.of(batch).tolist(), batch.lengths, strict=True):
             first, last = np.searchsorted(self._pairs.columns, [column, column + 1])
@@ -234,9 +235,8 @@ class DetailSums(_TrainingRows):
             rows = rows.to(acts_MI.device)
             scores_M = gradients.position_scores(place, acts_MI[rows], grads_MO[rows])
             lengths = [part.stop - part.start for _, part in pairs]
-            for (pair, _), scores_T in zip(pairs, scores_M.split(lengths), strict=True):
-                begin = int(self._pairs.offsets[pair])
-                layer[begin : begin + len(scores_T)] += scores_T
+            for (pair, part), scores_T in zip(pairs, scores_M.split(lengths), strict=True):
+                layer[int(self._pairs.offsets[pair]) + offsets[part]] += scores_T
                 self.module_scores[pair, number] = scores_T.sum()
             self._total += scores_M.sum(dtype=torch.float64)
 
@@ -261,13 +261,18 @@ class Columns:
         """Positions of all sequences."""
         return int(self._offsets[-1])
 
-    def of(self, batch: Batch) -> Tensor:
+    def of(self, batch: Rows) -> Tensor:
         """Column of each sequence of a batch [n]."""
         return torch.from_numpy(np.searchsorted(self._indices, batch.indices))
 
-    def positions_of(self, batch: Batch) -> Tensor:
+    def positions_of(self, batch: Rows) -> Tensor:
         """Place, among all positions, of each position of a batch [M]."""
         starts = self._offsets[np.searchsorted(self._indices, batch.indices)]
-        return torch.from_numpy(
-            np.concatenate([s + np.arange(n) for s, n in zip(starts, batch.lengths, strict=True)])
-        )
+        return torch.from_numpy(np.repeat(starts, batch.lengths) + offsets_of(batch))
+
+
+def offsets_of(batch: Rows) -> np.ndarray:
+    """Place of each of a batch's rows in its sequence [M]."""
+    if batch.offsets is not None:
+        return batch.offsets
+    return np.concatenate([np.arange(length) for length in batch.lengths])

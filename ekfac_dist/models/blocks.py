@@ -17,7 +17,8 @@ from ekfac_dist.models.modules import describe
 # Parts of a name, in lower case.
 _ATTENTION = re.compile(r"att(n|en)")
 _NORM = re.compile(r"norm|^ln(_|$|\d)")
-_ROUTER = re.compile(r"router|gate$|^wg$|switch")
+_ROUTER = re.compile(r"router|switch")
+_GATE = re.compile(r"gate$|^wg$")
 _MLP = re.compile(r"mlp|^ffn?s?$|feed_?forward")
 
 
@@ -70,7 +71,9 @@ class Anatomy:
     def is_router(self, name: str, num_outputs: int) -> bool:
         """Whether a linear map of an MLP chooses or weighs experts, by its name and its size."""
         parts = [part.lower() for part in name.split(".")]
-        return num_outputs in self._num_experts and any(_ROUTER.search(part) for part in parts)
+        if any(_ROUTER.search(part) for part in parts):
+            return True
+        return num_outputs in self._num_experts and any(_GATE.search(part) for part in parts)
 
     def is_mlp(self, name: str, module: nn.Module) -> bool:
         """Whether a linear map is one of an MLP's."""
@@ -116,7 +119,7 @@ def _named_attention(model: nn.Module) -> list[str]:
 
 
 def _numbers_of_experts(model: nn.Module) -> set[int]:
-    """How many experts there may be: what a router may have outputs; and 1, for a weight alone."""
+    """How many experts there may be, and 1: the outputs that a gate of experts may have."""
     fused = {p.shape[0] for p in model.parameters() if p.ndim == 3}
     listed = {
         len(module)

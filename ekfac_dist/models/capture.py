@@ -8,25 +8,29 @@ that it leaves on a repeated output never fires.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ekfac_dist.data.batches import Batch
+from ekfac_dist.data.batches import Batch, RoutedRows, Rows
 from ekfac_dist.errors import ModelError
+from ekfac_dist.models.experts import Listener, Routed, fused_experts, listening
 from ekfac_dist.models.labels import LabelRule, LogitGradient, logit_gradient
-from ekfac_dist.models.modules import TrackedModule, only_input, same_tensor
+from ekfac_dist.models.modules import EXPERT, TrackedModule, only_input, same_tensor
 
 
 class Observer(Protocol):
-    """What is done with captured rows: a batch's real positions, sequence by sequence."""
+    """What is done with captured rows: a batch's real positions, sequence by sequence.
 
-    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Batch) -> None:
+    An expert's rows are of the tokens that were routed to it; where there is none, nothing is said.
+    """
+
+    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Rows) -> None:
         """Takes the input of a module that leads its input factor, without the bias coordinate."""
 
-    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Batch) -> None:
+    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Rows) -> None:
         """Takes the gradient of the summed loss with respect to a module's output."""
 
 
@@ -95,7 +99,7 @@ class Capture:
         self.modules = modules
         self.observer = observer
         self.dtype = dtype
-        self._handles: list[Any] = []
+        self._stack = ExitStack()
         self._batch: Batch | None = None
         self._in_forward = False
         self._with_input: set[str] = set()
@@ -105,26 +109,44 @@ class Capture:
         self._last_reader = {module.input: module.name for module in modules}
 
     def __enter__(self) -> "Capture":
-        for module in self.modules:
-
-            def hook(
-                hooked: nn.Module,
-                args: Any,
-                kwargs: Any,
-                output: Tensor,
-                module: TrackedModule = module,
-            ) -> Tensor | None:
-                return self._on_forward(module, only_input(args, kwargs), output)
-
-            self._handles.append(
-                self.model.get_submodule(module.name).register_forward_hook(hook, with_kwargs=True)
-            )
+        try:
+            for module in self.modules:
+                if module.kind != EXPERT:
+                    self._hook(module)
+            self._listen()
+        except BaseException:
+            self._stack.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._stack.close()
+
+    def _hook(self, module: TrackedModule) -> None:
+        def hook(hooked: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+            if self._batch is None:
+                return None
+            return self._on_forward(module, only_input(args, kwargs), output, self._batch)
+
+        hooked = self.model.get_submodule(module.name)
+        self._stack.callback(hooked.register_forward_hook(hook, with_kwargs=True).remove)
+
+    def _listen(self) -> None:
+        tracked = {module.fused: module for module in self.modules if module.kind == EXPERT}
+
+        def listener(collection: str) -> Listener:
+            def hear(routed: Routed) -> Tensor:
+                module = tracked.get((collection, routed.expert, routed.matrix))
+                if module is None or self._batch is None:
+                    return routed.outputs
+                return self._on_expert(module, routed, self._batch)
+
+            return hear
+
+        collections = fused_experts(self.model)
+        self._stack.enter_context(
+            listening({experts: listener(name) for name, experts in collections.items()})
+        )
 
     @torch.enable_grad()
     def run(self, batch: Batch, rule: LabelRule) -> LogitGradient:
@@ -147,14 +169,15 @@ class Capture:
                 input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False
             ).logits
             self._in_forward = False
-            self._require_all(self._with_input, "was not used in this forward")
+            everywhere = {module.name for module in self.modules if module.kind != EXPERT}
+            self._require_all(everywhere - self._with_input, "was not used in this forward")
             result = logit_gradient(logits, batch, rule)
             if logits.requires_grad:
                 self._scale = result.scale
                 with torch.autocast(logits.device.type, enabled=False):  # it is for forwards alone
                     torch.autograd.backward(logits, result.gradient)
             self._require_all(
-                self._with_gradient,
+                self._with_input - self._with_gradient | everywhere - self._with_gradient,
                 "received no gradient: its output does not reach the loss through differentiable "
                 "operations (reentrant gradient checkpointing does this; set use_reentrant=False)",
             )
@@ -164,15 +187,27 @@ class Capture:
             self._shared.clear()
             self._batch = None
 
-    def _require_all(self, seen: set[str], fault: str) -> None:
+    def _require_all(self, missing: set[str], fault: str) -> None:
         for module in self.modules:
-            if module.name not in seen:
+            if module.name in missing:
                 raise ModelError(f"Module {module.name} {fault}. Leave it out with model.modules.")
 
-    def _on_forward(self, module: TrackedModule, tensor: Tensor, output: Tensor) -> Tensor | None:
-        if self._batch is None:
-            return None
-        batch = self._batch
+    def _on_expert(self, module: TrackedModule, routed: Routed, batch: Batch) -> Tensor:
+        if routed.num_tokens != batch.input_ids.numel():
+            raise ModelError(
+                f"Module {module.name} has {routed.num_tokens} tokens to choose from for a batch "
+                f"of {batch.input_ids.shape[0]} × {batch.input_ids.shape[1]} positions; which is "
+                "which position cannot be told. Leave it out with model.modules."
+            )
+        rows = RoutedRows.of(batch, routed.tokens)
+        if not rows.num_positions:
+            return routed.outputs  # padding alone
+        found = self._on_forward(module, routed.inputs, routed.outputs, rows)
+        return routed.outputs if found is None else found
+
+    def _on_forward(
+        self, module: TrackedModule, tensor: Tensor, output: Tensor, batch: Rows
+    ) -> Tensor | None:
         if self._in_forward:
             self._see_input(module, tensor, batch)
         if not torch.is_grad_enabled():
@@ -190,7 +225,7 @@ class Capture:
         output.register_hook(on_gradient)
         return output
 
-    def _see_input(self, module: TrackedModule, tensor: Tensor, batch: Batch) -> None:
+    def _see_input(self, module: TrackedModule, tensor: Tensor, batch: Rows) -> None:
         if module.name in self._with_input:
             raise ModelError(
                 f"Module {module.name} is used twice in one forward; its uses share one weight and "
@@ -215,7 +250,7 @@ class Capture:
             self._shared.pop(module.input, None)
 
     @torch.no_grad()
-    def _see_gradient(self, module: TrackedModule, gradient: Tensor, batch: Batch) -> None:
+    def _see_gradient(self, module: TrackedModule, gradient: Tensor, batch: Rows) -> None:
         if module.name in self._with_gradient:
             raise ModelError(f"Module {module.name} received two gradients in one backward.")
         self._with_gradient.add(module.name)
@@ -226,10 +261,10 @@ class Capture:
             self.observer.on_gradient(module, rows, batch)
 
     def _rows(
-        self, module: TrackedModule, side: str, tensor: Tensor, size: int, batch: Batch
+        self, module: TrackedModule, side: str, tensor: Tensor, size: int, batch: Rows
     ) -> Tensor:
         rows = tensor.reshape(-1, size)
-        if rows.shape[0] != batch.input_ids.numel():
+        if isinstance(batch, Batch) and rows.shape[0] != batch.input_ids.numel():
             raise ModelError(
                 f"Module {module.name} has {rows.shape[0]} {side} rows for a batch of "
                 f"{batch.input_ids.shape[0]} × {batch.input_ids.shape[1]} positions; which row is "

@@ -4,15 +4,17 @@ What an MLP is, `blocks` says; what text passes through, `trace`.
 """
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ekfac_dist.errors import ModelError
 from ekfac_dist.models.blocks import Anatomy
+from ekfac_dist.models.experts import expert_modules, fused_experts
 from ekfac_dist.models.modules import (
+    EXPERT,
     TrackedModule,
     all_parameter_names,
     describe,
@@ -23,6 +25,7 @@ from ekfac_dist.models.modules import (
 from ekfac_dist.models.trace import Trace, trace
 
 UNREACHED = "text does not pass through it"
+NOT_ROUTED = "no counted position was routed to this expert"
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,20 @@ class Discovery:
     modules: tuple[TrackedModule, ...]
     coverage: Coverage
 
+    def without(self, unreached: Collection[str]) -> "Discovery":
+        """What is left without experts that no counted position reached."""
+        if not unreached:
+            return self
+        size = sum(module.num_parameters for module in self.modules if module.name in unreached)
+        coverage = replace(
+            self.coverage,
+            tracked_parameters=self.coverage.tracked_parameters - size,
+            tracked_mlp_parameters=self.coverage.tracked_mlp_parameters - size,
+            skipped=self.coverage.skipped | dict.fromkeys(unreached, NOT_ROUTED),
+        )
+        modules = tuple(module for module in self.modules if module.name not in unreached)
+        return Discovery(modules, coverage)
+
     @property
     def factors(self) -> dict[str, int]:
         """Size n of every factor, by name, in model order."""
@@ -69,46 +86,56 @@ def discover(model: nn.Module, globs: Sequence[str] | None, device: torch.device
         ModelError: No MLP is found; a glob matches nothing, or something that is no linear map; a
             module is tied to another or used twice in one forward.
     """
-    linears = linear_modules(model)
-    traced = trace(model, linears, device)
+    traced = trace(model, [*linear_modules(model), *fused_experts(model)], device)
     mlp = _mlp_parameters(model, Anatomy(model, traced.mixing))
-    in_mlp = {name for name in linears if f"{name}.weight" in mlp}
+    candidates = candidates_of(model)
+    in_mlp = {name for name, module in candidates.items() if module.parameters[0] in mlp}
     if globs is not None:
-        chosen = _match(globs, linears, model)
+        chosen = _match(globs, candidates, model)
     elif in_mlp:
         chosen = in_mlp
     else:
         raise ModelError(
             f"No MLP linear was found in the layers of {type(model).__name__}; name its modules "
-            f"with model.modules, for instance '{_example(linears)}'."
+            f"with model.modules, for instance '{_example(candidates)}'."
         )
-    faults = {name: fault for name in chosen if (fault := _fault(model, name, traced))}
-    tracked = [name for name in linears if name in chosen and name not in faults]
-    unusable = {name: fault for name, fault in faults.items() if fault != UNREACHED}
-    if unusable:
-        name = next(name for name in linears if name in unusable)
-        raise ModelError(f"Module {name} {unusable[name]}. Leave it out with model.modules.")
+    tied = _tied_parameters(model)
+    faults = {
+        name: fault
+        for name, module in candidates.items()
+        if name in chosen and (fault := _fault(module, traced, tied))
+    }
+    unusable = next((name for name, fault in faults.items() if fault != UNREACHED), None)
+    if unusable is not None:
+        raise ModelError(f"Module {unusable} {faults[unusable]}. Leave it out with model.modules.")
+    tracked = {n: m for n, m in candidates.items() if n in chosen and n not in faults}
     if not tracked:
         raise ModelError(
             f"Text passes through none of the {len(chosen)} chosen modules of "
             f"{type(model).__name__}; choose others with model.modules."
         )
-    inputs = {name: traced.inputs[name][0] for name in tracked}
-    modules = tuple(_with_shared_inputs(linears, inputs))
-    covered = {f"{name}.{p}" for name in tracked for p, _ in linears[name].named_parameters()}
-    skipped = {
-        name: _why_skipped(name, linears, chosen, faults) for name in mlp if name not in covered
-    }
-    skipped |= {name: fault for name, fault in faults.items() if name not in in_mlp}
-    parameters = dict(model.named_parameters())
+    modules = tuple(_with_shared_inputs(tracked.values(), traced))
     coverage = Coverage(
         mlp_parameters=sum(p.numel() for p in mlp.values()),
-        tracked_parameters=sum(p.numel() for n, p in parameters.items() if n in covered),
-        tracked_mlp_parameters=sum(p.numel() for n, p in mlp.items() if n in covered),
-        model_parameters=sum(p.numel() for p in parameters.values()),
-        skipped=skipped,
+        tracked_parameters=sum(module.num_parameters for module in modules),
+        tracked_mlp_parameters=sum(m.num_parameters for m in modules if m.name in in_mlp),
+        model_parameters=sum(p.numel() for p in model.parameters()),
+        skipped=_skipped(mlp, candidates, chosen, faults),
     )
     return Discovery(modules, coverage)
+
+
+def candidates_of(model: nn.Module) -> dict[str, TrackedModule]:
+    """Every linear map, and every expert's matrix, as a module, in model order."""
+    linears, experts = linear_modules(model), fused_experts(model)
+    found: dict[str, TrackedModule] = {}
+    for name, _ in model.named_modules():
+        described = describe(linears.get(name))
+        if described is not None:
+            found[name] = TrackedModule(name, *described, f"{name}.input", f"{name}.output")
+        elif name in experts:
+            found |= {module.name: module for module in expert_modules(name, experts[name])}
+    return found
 
 
 def _mlp_parameters(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Parameter]:
@@ -126,25 +153,14 @@ def _mlp_parameters(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Paramete
     return found
 
 
-def _fault(model: nn.Module, name: str, traced: Trace) -> str:
-    """Why a linear map cannot be tracked; "" if it can."""
-    times = len(traced.inputs[name])
-    if not times:
-        return UNREACHED
-    if times > 1:
-        return (
-            f"is used {times} times in one forward; its uses share one weight and cannot be told "
-            "apart"
-        )
-    return _tied(model, name)
-
-
 def _example(linears: Iterable[str]) -> str:
     name = next(iter(linears), "layers.0.linear")
     return "*." + name.rpartition(".")[2]
 
 
-def _match(globs: Sequence[str], linears: dict[str, nn.Module], model: nn.Module) -> set[str]:
+def _match(
+    globs: Sequence[str], linears: Mapping[str, TrackedModule], model: nn.Module
+) -> set[str]:
     chosen: set[str] = set()
     for glob in globs:
         matched = set(fnmatch.filter(linears, glob))
@@ -154,7 +170,8 @@ def _match(globs: Sequence[str], linears: dict[str, nn.Module], model: nn.Module
                 kind = type(model.get_submodule(others[0])).__name__
                 raise ModelError(
                     f"model.modules: {glob!r} matches {others[0]}, a {kind}; only Linear and "
-                    f"Conv1D modules can be tracked, such as {next(iter(linears), 'none here')}."
+                    "Conv1D modules and experts can be tracked, such as "
+                    f"{next(iter(linears), 'none here')}."
                 )
             raise ModelError(
                 f"model.modules: {glob!r} matches none of the model's {len(linears)} linear "
@@ -164,47 +181,75 @@ def _match(globs: Sequence[str], linears: dict[str, nn.Module], model: nn.Module
     return chosen
 
 
-def _with_shared_inputs(
-    linears: dict[str, nn.Module], inputs: dict[str, tuple[Tensor, int]]
-) -> Iterator[TrackedModule]:
-    leaders: list[tuple[str, bool]] = []
-    for name, seen in inputs.items():
-        module = linears[name]
-        bias = module.bias is not None
-        leader = next((n for n, b in leaders if b == bias and same_tensor(inputs[n], seen)), None)
-        if leader is None:
-            leader = name
-            leaders.append((name, bias))
-        described = describe(module)
-        assert described is not None
-        kind, num_inputs, num_outputs, _ = described
-        yield TrackedModule(
-            name=name,
-            kind=kind,
-            num_inputs=num_inputs,
-            num_outputs=num_outputs,
-            bias=bias,
-            input=f"{leader}.input",
-            output=f"{name}.output",
+def _fault(module: TrackedModule, traced: Trace, tied: Mapping[str, Sequence[str]]) -> str:
+    """Why a module cannot be tracked; "" if it can."""
+    times = len(traced.inputs[_traced_name(module)])
+    if not times:
+        return UNREACHED
+    if times > 1:
+        return (
+            f"is used {times} times in one forward; its uses share one weight and cannot be told "
+            "apart"
         )
+    shared = next((tied[name] for name in module.parameters if name in tied), None)
+    if shared is None:
+        return ""
+    return (
+        f"is tied: {' and '.join(shared)} are one parameter, so its gradient is no single module's"
+    )
 
 
-def _tied(model: nn.Module, module: str) -> str:
-    names = all_parameter_names(model)
-    for parameter in model.get_submodule(module).parameters():
-        shared = names[id(parameter)]
-        if len(shared) > 1:
-            return (
-                f"is tied: {' and '.join(shared)} are one parameter, so its gradient is no single "
-                "module's"
-            )
-    return ""
+def _traced_name(module: TrackedModule) -> str:
+    return module.fused[0] if module.kind == EXPERT else module.name
 
 
-def _why_skipped(
-    parameter: str, linears: dict[str, nn.Module], chosen: set[str], faults: Mapping[str, str]
-) -> str:
-    owner = parameter.rpartition(".")[0]
-    if owner not in linears:
-        return "not the weight or bias of a Linear or Conv1D"
-    return faults[owner] if owner in chosen else "not chosen by model.modules"
+def _tied_parameters(model: nn.Module) -> dict[str, list[str]]:
+    """All names of each parameter that has several, by each of them."""
+    shared = [names for names in all_parameter_names(model).values() if len(names) > 1]
+    return {name: names for names in shared for name in names}
+
+
+def _with_shared_inputs(modules: Iterable[TrackedModule], traced: Trace) -> Iterator[TrackedModule]:
+    """The modules, those that read one tensor with one input factor."""
+    leaders: list[TrackedModule] = []
+    for module in modules:
+        if module.kind == EXPERT:  # each reads its own tokens
+            yield module
+            continue
+        seen = traced.inputs[module.name][0]
+        leader = next(
+            (
+                other
+                for other in leaders
+                if other.bias == module.bias and same_tensor(traced.inputs[other.name][0], seen)
+            ),
+            None,
+        )
+        if leader is None:
+            leaders.append(module)
+        else:
+            module = replace(module, input=leader.input)
+        yield module
+
+
+def _skipped(
+    mlp: Iterable[str],
+    candidates: Mapping[str, TrackedModule],
+    chosen: Collection[str],
+    faults: Mapping[str, str],
+) -> dict[str, str]:
+    """Parameters of MLPs, or experts' matrices, that are not tracked, and why."""
+    owned = {name: module for module in candidates.values() for name in module.parameters}
+    skipped = {}
+    for name in mlp:
+        module = owned.get(name)
+        if module is None:
+            skipped[name] = "not the weight or bias of a Linear, a Conv1D or a fused expert"
+        elif module.kind != EXPERT and (module.name in faults or module.name not in chosen):
+            skipped[name] = faults.get(module.name, "not chosen by model.modules")
+    for module in candidates.values():
+        if module.kind == EXPERT and module.parameters[0] in mlp and module.name not in chosen:
+            skipped[module.name] = "not chosen by model.modules"
+        elif module.name in faults and (module.kind == EXPERT or module.parameters[0] not in mlp):
+            skipped[module.name] = faults[module.name]
+    return skipped

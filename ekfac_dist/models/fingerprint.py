@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from ekfac_dist.models.modules import TrackedModule
+from ekfac_dist.models.modules import TrackedModule, tensors_of
 
 
 def fingerprint(
@@ -21,9 +21,10 @@ def fingerprint(
     """
     digest = hashlib.sha256()
     for module in modules:
-        for name, parameter in model.get_submodule(module.name).named_parameters():
-            held = parameter.detach().to(dtype=dtype)
-            label = f"{module.name}.{name}|{held.dtype}|{tuple(held.shape)}|"
+        for name, tensor in tensors_of(model, module):
+            held = tensor.to(dtype=dtype)
+            kind = name.rpartition(".")[2]
+            label = f"{module.name}.{kind}|{held.dtype}|{tuple(held.shape)}|"
             digest.update(label.encode())
             content = held.cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(content.numpy().data)
@@ -35,7 +36,7 @@ def narrower_fingerprints(model: nn.Module, modules: Sequence[TrackedModule]) ->
 
     By them a model is known again that holds the same weights in less precision.
     """
-    own = min(p.element_size() for m in modules for p in model.get_submodule(m.name).parameters())
+    own = min(t.element_size() for m in modules for _, t in tensors_of(model, m))
     return {
         str(dtype).removeprefix("torch."): fingerprint(model, modules, dtype)
         for dtype in (torch.float32, torch.bfloat16, torch.float16)

@@ -1,6 +1,6 @@
 """Linear maps that factors are fitted for: what can be said of them without running a model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 LINEAR = "linear"
 CONV1D = "conv1d"
+EXPERT = "expert"
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class TrackedModule:
 
     Attributes:
         name: Its name in the model.
-        kind: "linear" (weight O×I) or "conv1d" (weight stored I×O).
+        kind: "linear" (weight O×I), "conv1d" (weight stored I×O), or "expert" (one expert's part of
+            a fused parameter).
         num_inputs: Features that it reads, without the bias coordinate.
         num_outputs: O.
         bias: Whether it has a bias.
@@ -39,6 +41,25 @@ class TrackedModule:
         return self.num_inputs + self.bias
 
     @property
+    def num_parameters(self) -> int:
+        """Numbers in its weight and bias."""
+        return self.num_outputs * self.input_size
+
+    @property
+    def fused(self) -> tuple[str, int, str]:
+        """Of an expert's module: the collection's name, the expert, and the matrix's name."""
+        collection, expert, matrix = self.name.rsplit(".", 2)
+        return collection, int(expert), matrix
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that its weight and bias are, or are parts of."""
+        if self.kind == EXPERT:
+            collection, _, matrix = self.fused
+            return (f"{collection}.{matrix}", f"{collection}.{matrix}_bias")[: 1 + self.bias]
+        return (f"{self.name}.weight", f"{self.name}.bias")[: 1 + self.bias]
+
+    @property
     def leads(self) -> bool:
         """Whether its input factor bears its name: it is the first that reads that tensor."""
         return self.input == f"{self.name}.input"
@@ -53,6 +74,17 @@ class TrackedModule:
             "input": self.input,
             "output": self.output,
         }
+
+
+def tensors_of(model: nn.Module, module: TrackedModule) -> Iterator[tuple[str, Tensor]]:
+    """A module's weight and bias as the model holds them, with the names of their parameters.
+
+    Raises:
+        AttributeError: The model lacks one.
+    """
+    for name in module.parameters:
+        tensor = model.get_parameter(name).detach()
+        yield name, tensor[module.fused[1]] if module.kind == EXPERT else tensor
 
 
 def layer_name(module: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ekfac_dist.models.experts import Routed, fused_experts, listening
 from ekfac_dist.models.modules import only_input
 
 NUM_TOKENS = 4
@@ -21,7 +22,8 @@ class Trace:
     """What a forward showed.
 
     Attributes:
-        inputs: Of each linear map every tensor that it was called with, and its version then.
+        inputs: Of each linear map, or collection of experts, every tensor that it was called with,
+            and its version then.
         mixing: Modules whose output at one position depends on their input at others, though none
             of the modules in them is such a one: where attention, or a recurrence, happens.
     """
@@ -31,17 +33,17 @@ class Trace:
 
 
 @torch.enable_grad()
-def trace(model: nn.Module, linears: Iterable[str], device: torch.device) -> Trace:
+def trace(model: nn.Module, names: Iterable[str], device: torch.device) -> Trace:
     """Runs a few tokens through a model.
 
     Args:
         model: A causal language model, frozen and in evaluation mode.
-        linears: Names of its linear maps.
+        names: Names of its linear maps and collections of experts.
         device: Where the tokens go.
     """
-    linears = list(linears)
-    found = Trace({name: [] for name in linears})
-    containers = {name.rpartition(".")[0] for name in linears}
+    names = list(names)
+    found = Trace({name: [] for name in names})
+    containers = {name.rpartition(".")[0] for name in names}
     containers |= {outer for name in containers for outer in _outer(name)}
     mixes: dict[str, bool] = {}
     handles = []
@@ -64,7 +66,7 @@ def trace(model: nn.Module, linears: Iterable[str], device: torch.device) -> Tra
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             handles.append(module.register_forward_hook(_start_graph))
-    for name in linears:
+    for name in names:
         handles.append(
             model.get_submodule(name).register_forward_pre_hook(see(name), with_kwargs=True)
         )
@@ -74,7 +76,8 @@ def trace(model: nn.Module, linears: Iterable[str], device: torch.device) -> Tra
         )
     try:
         tokens = torch.arange(NUM_TOKENS, device=device)[None]
-        model(input_ids=tokens, use_cache=False)
+        with listening(dict.fromkeys(fused_experts(model).values(), _hear)):
+            model(input_ids=tokens, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -90,8 +93,15 @@ def _outer(name: str) -> list[str]:
     return [".".join(parts[:k]) for k in range(1, len(parts))]
 
 
-def _start_graph(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return output if output.requires_grad else output.detach().requires_grad_()
+def _hear(routed: Routed) -> Tensor:
+    return routed.outputs
+
+
+def _start_graph(module: nn.Module, args: Any, output: Any) -> Any:
+    if not isinstance(output, Tensor) or output.requires_grad:
+        return output
+    # A clone, since what follows may write into it.
+    return output.detach().requires_grad_().clone()
 
 
 def _mixes(inputs: Iterable[Any], output: Any) -> bool:

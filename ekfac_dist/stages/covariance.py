@@ -43,6 +43,12 @@ class CovarianceSums:
         add_outer_products_(self.sums[module.output], rows_MO, bias=False)
         self.counts[module.output] += rows_MO.shape[0]
 
+    def keep(self, modules: Sequence[TrackedModule]) -> None:
+        """Gives up the sums of all other modules."""
+        kept = factor_sizes(modules)
+        self.sums = {name: total for name, total in self.sums.items() if name in kept}
+        self.counts = {name: count for name, count in self.counts.items() if name in kept}
+
     def health(self) -> Tensor:
         """Σ of all diagonals: every row's square is in it."""
         traces = [s.diagonal().sum(dtype=torch.float64) for s in self.sums.values()]

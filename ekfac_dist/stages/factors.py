@@ -11,7 +11,7 @@ from torch import Tensor
 from ekfac_dist.curvature import kronecker
 from ekfac_dist.curvature.damping import DEFAULT, Damping
 from ekfac_dist.errors import ConfigError, StoreError
-from ekfac_dist.models.modules import CONV1D, LINEAR, TrackedModule
+from ekfac_dist.models.modules import CONV1D, EXPERT, LINEAR, TrackedModule
 from ekfac_dist.runtime.store import (
     MEND,
     MemoryStore,
@@ -244,6 +244,6 @@ def _is_module(entry: Any) -> bool:
     return (
         isinstance(entry, dict)
         and all(type(entry.get(field)) is kind for field, kind in _MODULE_ENTRY.items())
-        and entry["kind"] in (LINEAR, CONV1D)
+        and entry["kind"] in (LINEAR, CONV1D, EXPERT)
         and min(entry["in_features"], entry["out_features"]) > 0
     )

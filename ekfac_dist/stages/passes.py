@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ekfac_dist.data.batches import Batch, collate
+from ekfac_dist.data.batches import Batch, Rows, collate
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.errors import NonFiniteError
 from ekfac_dist.models.capture import Capture, Observer
@@ -130,11 +130,11 @@ class _FirstNonFinite:
         self.input: str | None = None
         self.gradient: str | None = None
 
-    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Batch) -> None:
+    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Rows) -> None:
         if self.input is None and not torch.isfinite(rows_Mi).all():
             self.input = f"the input of module {module.name}"
 
-    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Batch) -> None:
+    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Rows) -> None:
         if self.gradient is None and not torch.isfinite(rows_MO).all():
             self.gradient = f"the output-gradient of module {module.name}"
 

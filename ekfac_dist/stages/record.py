@@ -79,7 +79,7 @@ def software() -> dict[str, str]:
 
 def manifest(inputs: Inputs, summary: Summary) -> dict[str, Any]:
     """Every entry of the manifest but format, complete and files."""
-    config, sequences, discovery = inputs.config, inputs.sequences, inputs.discovery
+    config, sequences, discovery = inputs.config, inputs.sequences, summary.discovery
     num_positions = int(sequences.num_positions.sum())
     counts, coverage = sequences.counts, discovery.coverage
     return {

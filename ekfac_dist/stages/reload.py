@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from ekfac_dist.errors import StoreError
+from ekfac_dist.models.discovery import candidates_of
 from ekfac_dist.models.fingerprint import fingerprint
-from ekfac_dist.models.modules import describe
+from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.runtime.store import MANIFEST, MEND, StoreReader, eigenbasis_file, spectrum_file
 from ekfac_dist.stages.factors import Factors
 
@@ -67,17 +68,16 @@ def check_model(path: str, factors: Factors, model: nn.Module) -> None:
     """
     fitted = factors.manifest["model"]
     said = f"{path} holds factors of {fitted.get('name')} ({fitted.get('class')}"
+    candidates, names = candidates_of(model), {name for name, _ in model.named_modules()}
     for module in factors.modules.values():
-        try:
-            found = describe(model.get_submodule(module.name))
-        except AttributeError as error:
+        found = candidates.get(module.name)
+        if found is None and module.name not in names:
             raise StoreError(
                 f"{said}), whose module {module.name} this {type(model).__name__} lacks; {_ADVICE}."
-            ) from error
-        wanted = (module.kind, module.num_inputs, module.num_outputs, module.bias)
-        if found != wanted:
+            )
+        if found is None or _shape(found) != _shape(module):
             raise StoreError(
-                f"{said}), whose module {module.name} is {_in_words(wanted)}; in this "
+                f"{said}), whose module {module.name} is {_in_words(module)}; in this "
                 f"{type(model).__name__} it is {_in_words(found)}; {_ADVICE}."
             )
     modules = tuple(factors.modules.values())
@@ -112,8 +112,12 @@ def _check_entries(reader: StoreReader) -> None:
         raise StoreError(f"{reader.path / MANIFEST} is damaged: it has no modules. {MEND}")
 
 
-def _in_words(described: tuple[str, int, int, bool] | None) -> str:
-    if described is None:
+def _shape(module: TrackedModule) -> tuple[str, int, int, bool]:
+    return module.kind, module.num_inputs, module.num_outputs, module.bias
+
+
+def _in_words(module: TrackedModule | None) -> str:
+    if module is None:
         return "no linear map"
-    kind, num_inputs, num_outputs, bias = described
+    kind, num_inputs, num_outputs, bias = _shape(module)
     return f"{kind} {num_inputs}→{num_outputs}{' with a bias' if bias else ''}"

@@ -19,7 +19,7 @@ from ekfac_dist.models.discovery import discover
 from ekfac_dist.models.fingerprint import fingerprint, narrower_fingerprints
 from ekfac_dist.models.labels import COVARIANCE_PASS, REFIT_PASS, LabelRule
 from ekfac_dist.models.loading import load_model, load_tokenizer
-from ekfac_dist.models.modules import TrackedModule
+from ekfac_dist.models.modules import EXPERT, TrackedModule
 from ekfac_dist.models.partition import partition
 from ekfac_dist.runtime.memory import peak_bytes
 from ekfac_dist.runtime.processes import World
@@ -227,6 +227,10 @@ def fit(inputs: Inputs, world: World, sink: FactorSink, *, show_progress: bool) 
     peaks = world.gather(peak_bytes(world.device))
     summary.peak_bytes = {place: max(p.get(place, 0) for p in peaks) for place in peaks[0]}
     with world.agree(takes_part=world.is_main):
+        if summary.discovery is not discovery and world.is_main:
+            modules = summary.discovery.modules
+            inputs.fingerprint = fingerprint(inputs.model, modules)
+            inputs.narrower = narrower_fingerprints(inputs.model, modules)
         sink.finish(manifest(inputs, summary))
     return summary
 
@@ -244,7 +248,12 @@ def _fit_group(
     covariance = CovarianceSums(group, dtype, world.device)
     rule = LabelRule(factors.labels, factors.seed, COVARIANCE_PASS)
     result = run_pass("covariance" + suffix, work, group, covariance, rule)
-    _require_each_position_once(covariance.counts, work)
+    _require_each_position_once(group, covariance.counts, work)
+    unreached = [module.name for module in group if not covariance.counts[module.output]]
+    if unreached:
+        summary.discovery = summary.discovery.without(unreached)
+        group = [module for module in group if module.name not in unreached]
+        covariance.keep(group)
     summary.seconds["covariance"] += result.seconds
     summary.losses["covariance"] = result.loss
     bases, seconds = run_eigenbasis(
@@ -274,9 +283,12 @@ def _fit_group(
         summary.seconds["refit"] += time.perf_counter() - start
 
 
-def _require_each_position_once(counts: dict[str, int], work: Work) -> None:
+def _require_each_position_once(
+    group: list[TrackedModule], counts: dict[str, int], work: Work
+) -> None:
     expected = int(work.sequences.num_positions.sum())
-    wrong = {factor: count for factor, count in counts.items() if count != expected}
+    factors = {f for m in group if m.kind != EXPERT for f in (m.input, m.output)}
+    wrong = {factor: counts[factor] for factor in factors if counts[factor] != expected}
     if wrong:
         raise RuntimeError(f"counted positions are {expected}, but sums hold {wrong}")
 

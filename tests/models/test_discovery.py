@@ -62,7 +62,7 @@ def test_an_mlp_parameter_that_is_no_linears_is_named_with_the_reason():
     model.model.layers[0].mlp.scale = nn.Parameter(torch.ones(3))
     coverage = discover(model, None, CPU).coverage
     assert coverage.skipped == {
-        "model.layers.0.mlp.scale": "not the weight or bias of a Linear or Conv1D"
+        "model.layers.0.mlp.scale": "not the weight or bias of a Linear, a Conv1D or a fused expert"
     }
     assert coverage.mlp_parameters == coverage.tracked_parameters + 3
 
@@ -82,7 +82,10 @@ def test_an_mlp_that_text_does_not_pass_through_is_named():
     ("globs", "sentence"),
     [
         (["*.fc9"], r"'\*\.fc9' matches none of the model's \d+ linear modules, such as model"),
-        (["*.layers.0.mlp"], r"matches model\.layers\.0\.mlp, a LlamaMLP; only Linear and Conv1D"),
+        (
+            ["*.layers.0.mlp"],
+            r"matches model\.layers\.0\.mlp, a LlamaMLP; only Linear and",
+        ),
         (["*.mlp.*", "nothing"], "'nothing' matches none"),
     ],
 )

@@ -1,0 +1,155 @@
+"""Fused experts: linear maps that have no module of their own, made visible one by one.
+
+`transformers` keeps all experts' weights of a layer in three-dimensional parameters, and computes
+with them by an implementation from a registry. Ours computes expert by expert, and shows each
+expert's input and output to whoever listens; the result is the same sum.
+
+    experts.3.gate_up_proj      the 3rd expert's part of experts.gate_up_proj, as a module
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from ekfac_dist.models.modules import EXPERT, TrackedModule
+
+IMPLEMENTATION = "ekfac_dist"
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Rows of the tokens that were routed to an expert.
+
+    Attributes:
+        expert: Its number.
+        matrix: Name of the parameter that its matrix is in.
+        inputs: [n, I], without the bias coordinate.
+        outputs: [n, O].
+        tokens: Flat numbers of the tokens [n], ascending.
+        num_tokens: How many tokens there are in all.
+    """
+
+    expert: int
+    matrix: str
+    inputs: Tensor
+    outputs: Tensor
+    tokens: Tensor
+    num_tokens: int
+
+
+# From what passes through an expert's matrix to the outputs to go on with.
+Listener = Callable[[Routed], Tensor]
+
+_LISTENERS: "WeakKeyDictionary[nn.Module, Listener]" = WeakKeyDictionary()
+
+
+def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Every collection of fused experts that the registry computes, by name, in model order."""
+    return {name: module for name, module in model.named_modules() if _is_fused(module)}
+
+
+def expert_modules(name: str, experts: nn.Module) -> Iterator[TrackedModule]:
+    """Each matrix of each expert as a module, in order.
+
+    Args:
+        name: Name of the collection.
+        experts: The collection.
+    """
+    module: Any = experts
+    for expert in range(module.down_proj.shape[0]):
+        for matrix in matrices(experts):
+            num_outputs, num_inputs = getattr(module, matrix).shape[1:]
+            if module.is_transposed:
+                num_outputs, num_inputs = num_inputs, num_outputs
+            own = f"{name}.{expert}.{matrix}"
+            yield TrackedModule(
+                own,
+                EXPERT,
+                num_inputs,
+                num_outputs,
+                module.has_bias,
+                f"{own}.input",
+                f"{own}.output",
+            )
+
+
+def matrices(experts: nn.Module) -> tuple[str, str]:
+    """Names of the parameters that hold the experts' matrices, in the order of the forward."""
+    return ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
+
+
+@contextmanager
+def listening(listeners: Mapping[nn.Module, Listener]) -> Iterator[None]:
+    """Within it, collections of experts show what passes through them.
+
+    Args:
+        listeners: Who listens, by collection.
+    """
+    configs: dict[int, Any] = {id(experts.config): experts.config for experts in listeners}
+    before = {key: config._experts_implementation for key, config in configs.items()}
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
+    try:
+        for config in configs.values():
+            config._experts_implementation = IMPLEMENTATION
+        _LISTENERS.update(listeners)
+        yield
+    finally:
+        for experts in listeners:
+            _LISTENERS.pop(experts, None)
+        for key, config in configs.items():
+            config._experts_implementation = before[key]
+
+
+def _is_fused(module: nn.Module) -> bool:
+    if not all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed")):
+        return False
+    parameters = [getattr(module, matrix, None) for matrix in matrices(module)]
+    return all(isinstance(p, Tensor) and p.ndim == 3 for p in parameters)
+
+
+def _forward(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Σ over a token's experts of weight · down(act(up(x))), expert by expert."""
+    listener = _LISTENERS.get(self)
+    up, down = matrices(self)
+    total = torch.zeros_like(hidden_states)
+    for expert in top_k_index.unique().tolist():
+        if expert >= self.down_proj.shape[0]:
+            continue  # a place of the top k that is no expert's
+        tokens, places = torch.where(top_k_index == expert)  # tokens ascend
+        num_tokens = len(hidden_states)
+        rows = _linear(self, expert, up, hidden_states[tokens], tokens, num_tokens, listener)
+        rows = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
+        rows = _linear(self, expert, down, rows, tokens, num_tokens, listener)
+        if self.has_post_expert_norm:
+            rows = self.post_expert_norm(rows)
+        weighted = rows * top_k_weights[tokens, places, None]
+        total.index_add_(0, tokens, weighted.to(total.dtype))
+    return total
+
+
+def _linear(
+    experts: Any,
+    expert: int,
+    matrix: str,
+    rows: Tensor,
+    tokens: Tensor,
+    num_tokens: int,
+    listener: Listener | None,
+) -> Tensor:
+    weight = getattr(experts, matrix)[expert]
+    if experts.is_transposed:
+        weight = weight.T
+    bias = getattr(experts, f"{matrix}_bias")[expert] if experts.has_bias else None
+    rows = rows.to(weight.dtype)
+    output = torch.nn.functional.linear(rows, weight, bias)
+    if listener is None:
+        return output
+    return listener(Routed(expert, matrix, rows, output, tokens, num_tokens))

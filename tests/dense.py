@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 
@@ -128,6 +129,73 @@ def dense_of_losses(model, losses, names):
             dense.grads.append(output.grad.reshape(-1, output.shape[-1]).clone())
     model.zero_grad()
     return found
+
+
+def dense_experts(model, losses, fused):
+    """`DenseModule` of each expert's part of fused parameters [E, ·, ·], by plain autograd.
+
+    The model has to compute expert by expert (`experts_implementation="eager"`): each product with
+    a slice of a parameter is looked at.
+
+    Args:
+        model: The network, in float64.
+        losses: For each sequence a function that runs it alone and returns its loss.
+        fused: Of each parameter's name, whether it is stored inputs × outputs, and its bias's name.
+
+    Returns:
+        By (parameter's name, expert).
+    """
+    parameters = dict(model.named_parameters())
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    found = {}
+    for loss in losses:
+        model.zero_grad()
+        with _Products({name: parameters[name] for name in fused}) as products:
+            value = loss()
+        value.backward()
+        for name, (transposed, bias) in fused.items():
+            weight = parameters[name]
+            for expert in range(len(weight)):
+                dense = found.setdefault((name, expert), DenseModule([], [], []))
+                G = torch.zeros_like(weight[expert]) if weight.grad is None else weight.grad[expert]
+                G = G.T if transposed else G
+                a, output = products.seen.get((name, expert), (None, None))
+                if bias is not None:
+                    column = parameters[bias].grad
+                    column = torch.zeros(len(G)) if column is None else column[expert]
+                    G = torch.cat([G, column[:, None].to(G)], 1)
+                if a is None:
+                    a, g = G.new_zeros(0, G.shape[1]), G.new_zeros(0, G.shape[0])
+                else:
+                    g = output.grad
+                    a = torch.cat([a, a.new_ones(len(a), 1)], 1) if bias is not None else a
+                dense.gradients.append(G.clone())
+                dense.acts.append(a)
+                dense.grads.append(g.clone())
+    model.zero_grad()
+    return found
+
+
+class _Products(TorchFunctionMode):
+    """Remembers input and output of every product with a slice of some parameters."""
+
+    def __init__(self, parameters):
+        super().__init__()
+        self.names = {id(parameter): name for name, parameter in parameters.items()}
+        self.seen = {}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if len(args) > 1 and getattr(args[1], "_base", None) is not None:
+            weight = args[1]
+            name = self.names.get(id(weight._base))
+            if name is not None and isinstance(output, torch.Tensor) and output.ndim == 2:
+                output.retain_grad()
+                expert = weight.storage_offset() // weight.numel()
+                assert (name, expert) not in self.seen
+                self.seen[name, expert] = (args[0].detach().clone(), output)
+        return output
 
 
 def _remember(seen, name, module, args, output):

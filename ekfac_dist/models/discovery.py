@@ -22,7 +22,7 @@ from ekfac_dist.models.modules import (
     linear_modules,
     same_tensor,
 )
-from ekfac_dist.models.trace import Trace, trace
+from ekfac_dist.models.trace import NUM_SEQUENCES, NUM_TOKENS, Trace, trace
 
 UNREACHED = "text does not pass through it"
 NOT_ROUTED = "no counted position was routed to this expert"
@@ -190,6 +190,13 @@ def _fault(module: TrackedModule, traced: Trace, tied: Mapping[str, Sequence[str
         return (
             f"is used {times} times in one forward; its uses share one weight and cannot be told "
             "apart"
+        )
+    shape = traced.by_position.get(module.name)
+    if shape is not None:
+        return (
+            f"does not compute sequence by sequence: its input has shape {shape} for "
+            f"{NUM_SEQUENCES} sequences of {NUM_TOKENS} positions, so which row is whose cannot be "
+            "told"
         )
     shared = next((tied[name] for name in module.parameters if name in tied), None)
     if shared is None:

@@ -6,6 +6,7 @@ see others.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from ekfac_dist.models.experts import Routed, fused_experts, listening
 from ekfac_dist.models.modules import only_input
 
-NUM_TOKENS = 4
+# Unequal numbers, so that sequences and positions can be told apart by a shape.
+NUM_SEQUENCES, NUM_TOKENS = 2, 5
 
 
 @dataclass
@@ -24,11 +26,13 @@ class Trace:
     Attributes:
         inputs: Of each linear map, or collection of experts, every tensor that it was called with,
             and its version then.
+        by_position: Linear maps whose rows are not sequence by sequence, and their inputs' shape.
         mixing: Modules whose output at one position depends on their input at others, though none
             of the modules in them is such a one: where attention, or a recurrence, happens.
     """
 
     inputs: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
+    by_position: dict[str, list[int]] = field(default_factory=dict)
     mixing: set[str] = field(default_factory=set)
 
 
@@ -46,13 +50,16 @@ def trace(model: nn.Module, names: Iterable[str], device: torch.device) -> Trace
     containers = {name.rpartition(".")[0] for name in names}
     containers |= {outer for name in containers for outer in _outer(name)}
     mixes: dict[str, bool] = {}
-    handles = []
+    starts: list[Tensor] = []
+    handles: list[Any] = []
 
     def see(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             # The tensors are held until the end, so no address is used twice.
             tensor = only_input(args, kwargs)
             found.inputs[name].append((tensor.detach(), tensor._version))
+            if not _is_by_sequence(tensor, starts):
+                found.by_position[name] = list(tensor.shape)
 
         return hook
 
@@ -65,7 +72,7 @@ def trace(model: nn.Module, names: Iterable[str], device: torch.device) -> Trace
 
     for module in model.modules():
         if isinstance(module, nn.Embedding):
-            handles.append(module.register_forward_hook(_start_graph))
+            handles.append(module.register_forward_hook(partial(_start_graph, starts)))
     for name in names:
         handles.append(
             model.get_submodule(name).register_forward_pre_hook(see(name), with_kwargs=True)
@@ -75,7 +82,7 @@ def trace(model: nn.Module, names: Iterable[str], device: torch.device) -> Trace
             model.get_submodule(name).register_forward_hook(look(name), with_kwargs=True)
         )
     try:
-        tokens = torch.arange(NUM_TOKENS, device=device)[None]
+        tokens = torch.arange(NUM_SEQUENCES * NUM_TOKENS, device=device).view(NUM_SEQUENCES, -1)
         with listening(dict.fromkeys(fused_experts(model).values(), _hear)):
             model(input_ids=tokens, use_cache=False)
     finally:
@@ -97,11 +104,24 @@ def _hear(routed: Routed) -> Tensor:
     return routed.outputs
 
 
-def _start_graph(module: nn.Module, args: Any, output: Any) -> Any:
+def _start_graph(starts: list[Tensor], module: nn.Module, args: Any, output: Any) -> Any:
     if not isinstance(output, Tensor) or output.requires_grad:
         return output
-    # A clone, since what follows may write into it.
-    return output.detach().requires_grad_().clone()
+    start = output.detach().requires_grad_()
+    if start.shape[:2] == (NUM_SEQUENCES, NUM_TOKENS):
+        starts.append(start)
+    return start.clone()  # what follows may write into it
+
+
+def _is_by_sequence(tensor: Tensor, starts: list[Tensor]) -> bool:
+    """Whether a linear map's rows are the first sequence's positions, then the second's."""
+    if tensor.ndim > 2:
+        return tensor.shape[0] == NUM_SEQUENCES
+    if tensor.shape[0] != NUM_SEQUENCES * NUM_TOKENS or not tensor.requires_grad or not starts:
+        return True  # told by the number of rows, later
+    first = tensor[:NUM_TOKENS].sum()
+    gradients = torch.autograd.grad(first, starts, retain_graph=True, allow_unused=True)
+    return not any(g is not None and bool(g[1:].any()) for g in gradients)
 
 
 def _mixes(inputs: Iterable[Any], output: Any) -> bool:

@@ -1,0 +1,91 @@
+"""Tiny random models of any causal-LM family of this `transformers`, from configurations alone.
+
+One table of small sizes serves every family, by the names that their configurations use; a family
+that needs something else of its own has it in `OWN`.
+"""
+
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+VOCABULARY = 29
+_SIZES = {
+    29: "vocab_size vocab_size_per_layer_input",
+    16: "hidden_size d_model n_embd dim embed_dim embedding_size word_embed_proj_dim",
+    12: """intermediate_size ffn_dim d_ff n_inner d_inner ffn_hidden_size decoder_ffn_dim
+        encoder_ffn_dim feed_forward_size intermediate_size_mlp""",
+    10: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size",
+    8: """head_dim d_kv q_lora_rank kv_lora_rank v_head_dim index_head_dim
+        hidden_size_per_layer_input""",
+    4: """num_experts num_local_experts n_routed_experts moe_num_experts qk_rope_head_dim
+        qk_nope_head_dim index_topk rotary_dim""",
+    2: """num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers
+        num_attention_heads n_head n_heads num_heads decoder_attention_heads
+        encoder_attention_heads num_key_value_heads num_experts_per_tok moe_topk top_k moe_k
+        index_n_heads eos_token_id""",
+    32: "max_position_embeddings n_positions n_ctx max_seq_len",
+    1: "n_group topk_group first_k_dense_replace bos_token_id",
+    0: "pad_token_id num_kv_shared_layers",
+}
+_SMALL = {name: size for size, names in _SIZES.items() for name in names.split()}
+OWN = {
+    "DeepseekV3Config": {"head_dim": 4},
+    "AXK1Config": {"head_dim": 4},
+    "LongcatFlashConfig": {"head_dim": 4},
+    "YoutuConfig": {"head_dim": 4},
+    "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
+    "XGLMConfig": {"attention_heads": 2, "scale_embedding": False},
+    "XmodConfig": {"default_language": "en_XX"},
+    "MptConfig": {"expansion_ratio": 1},
+    "BloomConfig": {"n_head": 2},
+    "CTRLConfig": {"dff": 12},
+    "MiMoV2FlashConfig": {"partial_rotary_factor": 1.0},
+}
+
+
+def tiny_config(config_class, **changes):
+    """A family's configuration with small sizes."""
+    plain = config_class()
+    names = set(plain.to_dict()) | set(getattr(config_class, "attribute_map", {}))
+    settings = {
+        name: size
+        for name, size in _SMALL.items()
+        if name in names and not isinstance(getattr(plain, name, None), (list, dict))
+    }
+    for name in ("layer_types", "mlp_layer_types"):
+        kinds = getattr(plain, name, None)
+        if isinstance(kinds, list) and kinds and not _is_computed(config_class, name):
+            distinct = list(dict.fromkeys(kinds))[:2]
+            settings[name] = distinct if len(distinct) == 2 else distinct * 2
+    return config_class(**(settings | OWN.get(config_class.__name__, {}) | changes))
+
+
+def _is_computed(config_class, name):
+    found = getattr(config_class, name, None)
+    return isinstance(found, property) and found.fset is None
+
+
+def tiny_model(name, seed=0, **changes):
+    """A random model, in float64, with larger weights than at initialisation.
+
+    Args:
+        name: Name of the model's class.
+    """
+    torch.manual_seed(seed)
+    config_class = config_classes()[name]
+    model = getattr(transformers, name)(tiny_config(config_class, **changes)).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn_like(parameter) * 0.4)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def config_classes():
+    """Every causal-LM class's configuration, by the class's name."""
+    return {
+        (model if not isinstance(model, tuple) else model[0]).__name__: config
+        for config, model in MODEL_FOR_CAUSAL_LM_MAPPING.items()
+    }

@@ -1,0 +1,201 @@
+"""Mixtures of experts: every expert's matrices against dense autograd, in float64."""
+
+from functools import partial
+
+import pytest
+import torch
+from dense import dense_E, dense_experts, dense_modules, relative, sequence_loss
+from families import config_classes, tiny_config, tiny_model
+from networks import examples, shifted
+from safetensors import safe_open
+from torch import nn
+from workshop import VOCABULARY, run_cli, save_tiny, texts, write_jsonl
+
+from ekfac_dist import estimate_factors, influence_scores, load_factors
+from ekfac_dist.models.experts import fused_experts
+from ekfac_dist.models.modules import EXPERT
+
+EXACT = 1e-10
+FIT = {"labels": "data", "accumulate": "float64", "batch_tokens": 24}
+FAMILIES = [
+    "MixtralForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "OlmoeForCausalLM",
+    "GptOssForCausalLM",
+    "DeepseekV3ForCausalLM",
+]
+
+
+def dense_of(model, factors, data):
+    """`DenseModule` of each tracked module, experts' by name too."""
+    losses = [partial(sequence_loss, model, *shifted(example)) for example in data]
+    fused = {}
+    for name, experts in fused_experts(model).items():
+        for matrix in ("gate_up_proj", "down_proj"):
+            bias = f"{name}.{matrix}_bias" if experts.has_bias else None
+            fused[f"{name}.{matrix}"] = (experts.is_transposed, bias)
+    before = model.config._experts_implementation
+    model.set_experts_implementation("eager")
+    found = dense_experts(model, losses, fused)
+    plain = [name for name, m in factors.modules.items() if m.kind != EXPERT]
+    dense = dense_modules(model, [shifted(example) for example in data], plain)
+    model.set_experts_implementation(before)
+    for (parameter, expert), module in found.items():
+        collection, _, matrix = parameter.rpartition(".")
+        dense[f"{collection}.{expert}.{matrix}"] = module
+    return dense
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_expert_is_as_dense_autograd_has_it(family, tmp_path):
+    model, data = tiny_model(family), examples(prompts=True)
+    # Each sequence alone, as the oracle has it: some of these compute norms in float32.
+    alone = FIT | {"batch_tokens": 1}
+    factors = estimate_factors(model, data, output=tmp_path / "store", **alone)
+    coverage = factors.manifest["coverage"]
+    skipped = {name for name, why in coverage["skipped"].items() if "no counted position" in why}
+    assert set(coverage["skipped"]) == skipped
+    dense = dense_of(model, factors, data)
+    assert set(dense) == set(factors.modules) | skipped
+    assert all(dense[name].M == 0 for name in skipped)
+    experts = [module for module in factors.modules.values() if module.kind == EXPERT]
+    assert experts
+    for name, module in factors.modules.items():
+        for factor, expected in ((module.input, dense[name].A), (module.output, dense[name].S)):
+            path = tmp_path / "store" / "covariance" / f"{factor}.safetensors"
+            with safe_open(path, framework="pt") as file:
+                count = int(file.metadata()["count"])
+                assert count == dense[name].M
+                assert relative(file.get_tensor("sum") / count, expected) < EXACT
+        fitted = factors.module(name)
+        Q = torch.kron(fitted.basis_OO, fitted.basis_II)
+        diagonal = torch.diag(Q.T @ dense[name].F @ Q)
+        assert relative(fitted.lambda_OI.flatten(), diagonal) < EXACT
+    assert (
+        coverage["tracked_mlp_parameters"]
+        + sum(dense[name].gradients[0].numel() for name in skipped)
+        == coverage["mlp_parameters"]
+    )
+
+
+@pytest.mark.parametrize("family", ["MixtralForCausalLM", "GptOssForCausalLM"])
+def test_counts_of_experts_sum_to_positions_times_experts_per_token(family, tmp_path):
+    model, data = tiny_model(family), examples(20)
+    factors = estimate_factors(model, data, output=tmp_path / "store", **FIT)
+    positions = factors.manifest["data"]["num_positions"]
+    for layer in range(2):
+        counts = 0
+        for name, module in factors.modules.items():
+            if f"layers.{layer}." in name and name.endswith("down_proj"):
+                path = tmp_path / "store" / "covariance" / f"{module.input}.safetensors"
+                with safe_open(path, framework="pt") as file:
+                    counts += int(file.metadata()["count"])
+        assert counts == positions * model.config.num_experts_per_tok
+
+
+def test_batches_and_padding_change_nothing():
+    model, data = tiny_model("MixtralForCausalLM"), examples(20)
+    one, other = (
+        estimate_factors(model, data, **(FIT | {"batch_tokens": tokens})) for tokens in (1, 200)
+    )
+    assert list(one.modules) == list(other.modules)
+    for name in one.modules:
+        assert relative(dense_E(one, name), dense_E(other, name)) < 1e-9
+
+
+class ListedExperts(nn.Module):
+    """The same experts as a list of modules, as they used to be."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.act_fn = fused.act_fn
+        self.experts = nn.ModuleList()
+        for up, down in zip(fused.gate_up_proj, fused.down_proj, strict=True):
+            expert = nn.Module()
+            expert.gate_up_proj = nn.Linear(*up.shape[::-1], bias=False).double()
+            expert.down_proj = nn.Linear(*down.shape[::-1], bias=False).double()
+            with torch.no_grad():
+                expert.gate_up_proj.weight.copy_(up)
+                expert.down_proj.weight.copy_(down)
+            self.experts.append(expert)
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        total = torch.zeros_like(hidden_states)
+        for number, expert in enumerate(self.experts):
+            # Every expert sees every token, and a token that was not routed to it has no weight.
+            gate, up = expert.gate_up_proj(hidden_states).chunk(2, -1)
+            weight = (top_k_weights * (top_k_index == number)).sum(-1, keepdim=True)
+            total = total + weight * expert.down_proj(self.act_fn(gate) * up)
+        return total
+
+
+def test_fused_experts_have_the_gradients_of_a_list_of_modules():
+    """The list's A counts every token, so the bases differ; S·M, tr Λ and gradients do not."""
+    model, data = tiny_model("MixtralForCausalLM"), examples(12)
+    fused = estimate_factors(model, data, **FIT)
+    other = tiny_model("MixtralForCausalLM")
+    for layer in other.model.layers:
+        layer.mlp.experts = ListedExperts(layer.mlp.experts)
+    listed = estimate_factors(other, data, **FIT)
+    assert len(listed.modules) == 16
+    for name in fused.modules:
+        head, _, tail = name.partition(".experts.")
+        same = f"{head}.experts.experts.{tail}"
+        traces = [f.module(n).lambda_OI.sum() for f, n in ((fused, name), (listed, same))]
+        assert relative(*traces) < 1e-9
+
+
+@pytest.mark.parametrize("family", ["MixtralForCausalLM", "GptOssForCausalLM"])
+@pytest.mark.parametrize("options", [{}, {"rank": 200}, {"normalize": "cosine"}])
+def test_scores_are_those_of_dense_gradients(family, options):
+    model = tiny_model(family)
+    train, queries = examples(10, prompts=True), examples(4, seed=5, prompts=True)
+    factors = estimate_factors(model, train, **FIT)
+    answer = influence_scores(
+        model, factors, queries, train, top_k=3, per_token="top", batch_tokens=30, **options
+    )
+    of_train, of_queries = (dense_of(model, factors, data) for data in (train, queries))
+    expected, own = 0, [0, 0]
+    for name in factors.modules:
+        E = of_train[name].E()
+        damped = E + 0.1 * of_train[name].lam().mean() * torch.eye(len(E), dtype=E.dtype)
+        G, Q = (
+            torch.stack([g.flatten() for g in dense[name].gradients])
+            for dense in (of_train, of_queries)
+        )
+        solved = torch.linalg.solve(damped, G.T)
+        expected = expected + Q @ solved
+        own[0] = own[0] + (Q * torch.linalg.solve(damped, Q.T).T).sum(-1)
+        own[1] = own[1] + (G * solved.T).sum(-1)
+    if options.get("normalize") == "cosine":
+        expected = expected / (own[0][:, None] * own[1]).sqrt()
+    assert relative(answer.scores.double(), expected) < 1e-6
+    if not options:
+        for listed in answer.top:
+            assert len(listed.indices) == 3
+        tokens = answer.details.token_scores.double()
+        assert tokens.numel()
+
+
+def test_two_workers_fit_the_experts_that_one_fits(tmp_path):
+    config = tiny_config(config_classes()["MixtralForCausalLM"], vocab_size=VOCABULARY)
+    model = save_tiny(tmp_path / "model", config)
+    data = write_jsonl(tmp_path / "text.jsonl", [{"text": t} for t in texts(20, words=(2, 8))])
+    stores = []
+    for workers in (1, 2):
+        stores.append(tmp_path / f"store{workers}")
+        done = run_cli(
+            [
+                *("estimate", "--model.name", model, "--data.source", data),
+                *("--model.dtype", "float64", "--factors.accumulate", "float64"),
+                *("--batch_tokens", "100", "--output", stores[-1]),
+            ],
+            workers=workers,
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = map(load_factors, stores)
+    assert list(one.modules) == list(two.modules)
+    assert sum(module.kind == EXPERT for module in one.modules.values()) > 8
+    for name in one.modules:
+        assert relative(two.module(name).lambda_OI, one.module(name).lambda_OI) < 1e-6

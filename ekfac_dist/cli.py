@@ -92,17 +92,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def estimate(arguments: list[str]) -> int:
     """Fits factors, alone or as one of the workers that a launcher started."""
+    is_dry = "--dry-run" in arguments
+    arguments = [argument for argument in arguments if argument != "--dry-run"]
 
     def work(config: EstimateConfig, world: "World", say: Callable[[str], None]) -> str:
-        from ekfac_dist.report.summary import closing_table
-        from ekfac_dist.stages.run import run_estimate
+        from ekfac_dist.report.summary import closing_table, modules_table
+        from ekfac_dist.stages.run import find_modules, run_estimate
 
+        if is_dry:
+            return modules_table(find_modules(config, world))
         summary = run_estimate(config, world, say)
         return closing_table(summary, str(config.output)) if world.is_main else ""
 
     parser = _parser(
-        "estimate --config FILE [--FIELD VALUE …]",
-        "Fits EK-FAC factors of a causal language model's MLP blocks.",
+        "estimate --config FILE [--FIELD VALUE …] [--dry-run]",
+        "Fits EK-FAC factors of a causal language model's MLP blocks. With --dry-run it only lists "
+        "the modules that it would track, and what it would leave out and why.",
     )
     return _work(parser, EstimateConfig, arguments, work)
 

@@ -181,3 +181,29 @@ def test_the_fitted_store_loads_for_its_model_and_no_other(fitted, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float64)
     with pytest.raises(StoreError, match="weights differ"):
         load_factors(directory / "store", model=model)
+
+
+def test_a_dry_run_lists_every_module_and_writes_nothing(tmp_path):
+    model = save_tiny_llama(tmp_path / "model", mlp_bias=True)
+    done = run_cli(
+        [
+            *("estimate", "--model.name", model, "--data.source", tmp_path / "none.jsonl"),
+            *("--output", tmp_path / "store", "--model.modules", '["*_proj"]', "--dry-run"),
+        ]
+    )
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if "_proj" in line}
+    gate, up = (lines[f"model.layers.1.mlp.{name}_proj"] for name in ("gate", "up"))
+    assert "24 × 16 + 1" in gate
+    assert "shared" not in gate
+    assert up.endswith("input shared with model.layers.1.mlp.gate_proj")
+    assert "of the MLP's" in done.stdout
+    assert not (tmp_path / "store").exists()
+    narrow = run_cli(
+        [
+            *("estimate", "--model.name", model, "--data.source", "none.jsonl", "--dry-run"),
+            *("--output", tmp_path / "store", "--model.modules", '["*.0.mlp.*"]'),
+        ]
+    )
+    left_out = "not tracked   model.layers.1.mlp.up_proj.weight: not chosen by model.modules"
+    assert left_out in narrow.stdout

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from ekfac_dist.models.discovery import Discovery
 from ekfac_dist.report.tables import table
 from ekfac_dist.runtime.memory import as_text
 from ekfac_dist.runtime.store import StoreReader
@@ -22,6 +23,27 @@ def opening_lines(workers: Sequence[tuple[str, str, int]], backend: str) -> list
         count = f"{times} × " if times > 1 else ""
         lines.append(f"  on {host}: {count}{device}, {threads} thread{'s' * (threads > 1)}")
     return lines
+
+
+def modules_table(discovery: Discovery) -> str:
+    """Every tracked module with its size and what it shares an input with, and what is left out.
+
+    Args:
+        discovery: What is tracked.
+    """
+    rows, shared = [], []
+    for module in discovery.modules:
+        size = f"{module.num_outputs} × {module.num_inputs}{' + 1' if module.bias else ''}"
+        rows.append([module.name, module.kind, size, f"{module.num_parameters:,}"])
+        leader = module.input.removesuffix(".input")
+        shared.append("" if module.leads else f"input shared with {leader}")
+    lines = [
+        table(["module", "kind", "outputs × inputs", "parameters"], rows, shared),
+        "",
+        f"coverage      {coverage_line(discovery)}",
+    ]
+    lines += [f"not tracked   {name}: {why}" for name, why in discovery.coverage.skipped.items()]
+    return "\n".join(lines)
 
 
 def closing_table(summary: Summary, output: str) -> str:

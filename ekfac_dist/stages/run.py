@@ -15,7 +15,7 @@ from ekfac_dist.curvature.kronecker import kfac_lambda
 from ekfac_dist.data.batches import shard
 from ekfac_dist.data.sequences import Sequences, from_examples
 from ekfac_dist.models.capture import prepared
-from ekfac_dist.models.discovery import discover
+from ekfac_dist.models.discovery import Discovery, discover
 from ekfac_dist.models.fingerprint import fingerprint, narrower_fingerprints
 from ekfac_dist.models.labels import COVARIANCE_PASS, REFIT_PASS, LabelRule
 from ekfac_dist.models.loading import load_model, load_tokenizer
@@ -38,6 +38,17 @@ from ekfac_dist.stages.passes import Work, run_pass
 from ekfac_dist.stages.record import Inputs, Summary, coverage_line, manifest
 from ekfac_dist.stages.refit import LambdaSums
 from ekfac_dist.stages.reload import load_factors
+
+
+def find_modules(config: EstimateConfig, world: World) -> Discovery:
+    """What `run_estimate` would track: loads the model and runs a few tokens, and nothing else.
+
+    Raises:
+        UserError: Anything about the model that the user can mend, on every worker.
+    """
+    model = world.main_first(lambda: load_model(config.model, world.device))
+    with world.agree(), prepared(model):
+        return discover(model, config.model.modules, world.device)
 
 
 def run_estimate(config: EstimateConfig, world: World, say: Any = print) -> Summary:

@@ -1,7 +1,7 @@
 """From an answer to the files that keep it: see `results` for what they are."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,6 +177,7 @@ def manifest(answer: Answer) -> dict[str, Any]:
             name: scores.layers[layer]
             for name, layer in zip(scores.modules, scores.layer_of, strict=True)
         },
+        "not_scored": left_out(fitted),
         "top_k": len(scores.top[0].columns),
         "bottom_k": len(scores.bottom[0].columns),
         "per_token": answer.config.scores.per_token,
@@ -185,6 +186,15 @@ def manifest(answer: Answer) -> dict[str, Any]:
         "software": software(),
         "config": answer.config.as_dict(),
     }
+
+
+def left_out(fitted: Mapping[str, Any]) -> dict[str, str]:
+    """MLP parameters and experts that have no factors, and so no part in any score, and why.
+
+    Args:
+        fitted: The manifest of the factors.
+    """
+    return dict(fitted.get("coverage", {}).get("skipped", {}))
 
 
 def _tensors(scores: InfluenceScores) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from ekfac_dist.data.source import open_source
 from ekfac_dist.errors import DataError, ModelError
 from ekfac_dist.influence.examples import queries_of, sequences_of
 from ekfac_dist.influence.gradients import Setting
-from ekfac_dist.influence.output import Answer, write_answer
+from ekfac_dist.influence.output import Answer, left_out, write_answer
 from ekfac_dist.influence.queries import (
     QuerySet,
     pick_candidates,
@@ -276,4 +276,10 @@ def _tell_data(tell: Any, train: Sequences, scored: Sequences, factors: Factors)
         tell(
             "              not the sequences that the factors were fitted on: scores and nats are "
             "of these, in the curvature of those"
+        )
+    absent = left_out(factors.manifest)
+    if absent:
+        tell(
+            f"not scored    {len(absent)} MLP parameters or experts that have no factors, listed "
+            "in the results' manifest"
         )

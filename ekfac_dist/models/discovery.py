@@ -191,7 +191,7 @@ def _fault(module: TrackedModule, traced: Trace, tied: Mapping[str, Sequence[str
             f"is used {times} times in one forward; its uses share one weight and cannot be told "
             "apart"
         )
-    shape = traced.by_position.get(module.name)
+    shape = traced.by_position.get(_traced_name(module))
     if shape is not None:
         return (
             f"does not compute sequence by sequence: its input has shape {shape} for "

@@ -82,7 +82,8 @@ def trace(model: nn.Module, names: Iterable[str], device: torch.device) -> Trace
             model.get_submodule(name).register_forward_hook(look(name), with_kwargs=True)
         )
     try:
-        tokens = torch.arange(NUM_SEQUENCES * NUM_TOKENS, device=device).view(NUM_SEQUENCES, -1)
+        tokens = torch.arange(NUM_SEQUENCES * NUM_TOKENS, device=device) % 4  # in any vocabulary
+        tokens = tokens.view(NUM_SEQUENCES, NUM_TOKENS)
         with listening(dict.fromkeys(fused_experts(model).values(), _hear)):
             model(input_ids=tokens, use_cache=False)
     finally:

@@ -171,11 +171,42 @@ def test_scores_are_those_of_dense_gradients(family, options):
     if options.get("normalize") == "cosine":
         expected = expected / (own[0][:, None] * own[1]).sqrt()
     assert relative(answer.scores.double(), expected) < 1e-6
-    if not options:
-        for listed in answer.top:
-            assert len(listed.indices) == 3
-        tokens = answer.details.token_scores.double()
-        assert tokens.numel()
+    details = answer.details
+    assert len(details.rows) >= 12
+    for pair, (row, column) in enumerate(zip(details.rows, details.columns, strict=True)):
+        part = slice(details.offsets[pair], details.offsets[pair + 1])
+        by_token = details.token_scores[part].sum().item()
+        assert by_token == pytest.approx(answer.scores[row, column].item(), rel=1e-5)
+        assert details.module_scores[pair].sum().item() == pytest.approx(by_token, rel=1e-5)
+
+
+def test_each_token_has_the_score_of_its_own_experts():
+    """A token's part in a score is g of its experts with their preconditioned gradients."""
+    model = tiny_model("MixtralForCausalLM")
+    train, queries = examples(6), examples(2, seed=5)
+    factors = estimate_factors(model, train, **FIT)
+    options = {"top_k": 6, "per_token": "top", "bottom_k": 0}
+    together = influence_scores(model, factors, queries, train, batch_tokens=64, **options)
+    alone = influence_scores(model, factors, queries, train, batch_tokens=1, **options)
+    assert torch.equal(torch.tensor(together.details.columns), torch.tensor(alone.details.columns))
+    found, expected = (a.details.layer_token_scores for a in (together, alone))
+    assert found.ndim == 2
+    assert relative(found, expected) < 1e-6
+
+
+def test_experts_that_nothing_reached_are_told_of_and_left_out(tmp_path):
+    model = tiny_model("MixtralForCausalLM")
+    data = [{"input_ids": torch.tensor([3, 4])}]  # one position, and two of four experts for it
+    factors = estimate_factors(model, data, output=tmp_path / "store", **FIT)
+    coverage = factors.manifest["coverage"]
+    unreached = [name for name, why in coverage["skipped"].items() if "no counted" in why]
+    assert len(unreached) == len(factors.modules) == 8
+    assert set(unreached).isdisjoint(factors.modules)
+    assert coverage["tracked_mlp_parameters"] * 2 == coverage["mlp_parameters"]
+    answer = influence_scores(model, factors, data, examples(5), top_k=2)
+    assert torch.isfinite(answer.scores).all()
+    again = load_factors(tmp_path / "store", model=model)
+    assert list(again.modules) == list(factors.modules)
 
 
 def test_two_workers_fit_the_experts_that_one_fits(tmp_path):

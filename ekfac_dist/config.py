@@ -56,7 +56,10 @@ class ModelConfig:
         name: Hub id or local directory of a causal language model with safetensors weights.
         revision: Hub revision (branch, tag or commit).
         dtype: float64, float32, bfloat16, float16, or auto for the dtype of the stored weights.
-        modules: Globs of module names to track, such as '*.mlp.*'; null: every MLP linear.
+        modules: Globs of module names to track, such as '*.mlp.*'; null: every MLP linear, or an
+            adapter's matrices on them.
+        adapter: Hub id or local directory of a PEFT LoRA adapter for the model.
+        merge_adapter: Merge the adapter into the weights, and track those.
         trust_remote_code: Run Python code that comes with the model.
     """
 
@@ -64,6 +67,8 @@ class ModelConfig:
     revision: str | None = None
     dtype: Dtype = "float32"
     modules: list[str] | None = None
+    adapter: str | None = None
+    merge_adapter: bool = False
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -75,6 +80,8 @@ class ModelConfig:
                 "model.modules is an empty list; give at least one glob, or null for every MLP "
                 "linear."
             )
+        if self.merge_adapter and self.adapter is None:
+            raise ConfigError("model.merge_adapter is given without model.adapter; give both.")
 
 
 @dataclass(kw_only=True)
@@ -196,12 +203,14 @@ class QueryModelConfig:
         name: Hub id or local directory.
         revision: Hub revision.
         dtype: float64, float32, bfloat16, float16 or auto.
+        adapter: Hub id or local directory of a PEFT LoRA adapter.
         trust_remote_code: Run Python code that comes with the model; never taken from a store.
     """
 
     name: str | None = None
     revision: str | None = None
     dtype: Dtype | None = None
+    adapter: str | None = None
     trust_remote_code: bool = False
 
     def over(self, fitted: Mapping[str, Any]) -> ModelConfig:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ekfac_dist.errors import ModelError
+from ekfac_dist.models.adapters import is_adapters
 from ekfac_dist.models.blocks import Anatomy
 from ekfac_dist.models.experts import expert_modules, fused_experts
 from ekfac_dist.models.modules import (
@@ -33,7 +34,7 @@ class Coverage:
     """How much of the model the tracked modules are.
 
     Attributes:
-        mlp_parameters: Parameters in MLP blocks.
+        mlp_parameters: Parameters in MLP blocks; of a model with adapters, the adapters' there.
         tracked_parameters: Parameters of tracked modules.
         tracked_mlp_parameters: Those of them that are in MLP blocks.
         model_parameters: All of the model's parameters.
@@ -89,6 +90,8 @@ def discover(model: nn.Module, globs: Sequence[str] | None, device: torch.device
     traced = trace(model, [*linear_modules(model), *fused_experts(model)], device)
     mlp = _mlp_parameters(model, Anatomy(model, traced.mixing))
     candidates = candidates_of(model)
+    if any(map(is_adapters, candidates)):  # the model's own weights are not what was trained
+        mlp = {name: parameter for name, parameter in mlp.items() if is_adapters(name)}
     in_mlp = {name for name, module in candidates.items() if module.parameters[0] in mlp}
     if globs is not None:
         chosen = _match(globs, candidates, model)

@@ -19,6 +19,7 @@ from transformers import (
 
 from ekfac_dist.config import ModelConfig
 from ekfac_dist.errors import ModelError
+from ekfac_dist.models.adapters import with_adapter
 
 _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError)
 
@@ -57,6 +58,8 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
             f"another shape, {absent[0]} among them; they would be random. Give the directory of "
             "a whole causal language model."
         )
+    if config.adapter is not None:
+        model = with_adapter(model, config.adapter, merge=config.merge_adapter)
     return model.to(device).eval()
 
 

@@ -89,3 +89,21 @@ def config_classes():
         (model if not isinstance(model, tuple) else model[0]).__name__: config
         for config, model in MODEL_FOR_CAUSAL_LM_MAPPING.items()
     }
+
+
+# Compared with dense autograd in tests/stages: plain MLPs, and mixtures of experts.
+PLAIN = [
+    *("ApertusForCausalLM", "ArceeForCausalLM", "BartForCausalLM", "BertLMHeadModel"),
+    *("BioGptForCausalLM", "BitNetForCausalLM", "BloomForCausalLM", "CTRLLMHeadModel"),
+    *("CohereForCausalLM", "DiffLlamaForCausalLM", "Exaone4ForCausalLM", "FalconForCausalLM"),
+    *("GPTBigCodeForCausalLM", "GPTJForCausalLM", "GPTNeoForCausalLM", "Gemma2ForCausalLM"),
+    *("Glm4ForCausalLM", "GraniteForCausalLM", "ModernBertDecoderForCausalLM", "MptForCausalLM"),
+    *("NemotronForCausalLM", "OlmoHybridForCausalLM", "OpenAIGPTLMHeadModel"),
+    *("PersimmonForCausalLM", "PhiForCausalLM", "RwkvForCausalLM", "StableLmForCausalLM"),
+    *("Starcoder2ForCausalLM", "VaultGemmaForCausalLM", "WhisperForCausalLM"),
+    "XLMWithLMHeadModel",
+]
+WITH_EXPERTS = [
+    *("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM"),
+    *("GptOssForCausalLM", "DeepseekV3ForCausalLM"),
+]

@@ -1,7 +1,7 @@
 """PEFT LoRA adapters: putting one on a model, and telling its matrices from the model's own.
 
-Of a linear map with weight W an adapter makes W + s·B A. A (`lora_A`, r×I) and B (`lora_B`, O×r) are
-linear maps of their own beside the first one (`base_layer`).
+Of a linear map with weight W an adapter makes W + s·B A. A (`lora_A`, r×I) and B (`lora_B`, O×r)
+are linear maps of their own beside the first one (`base_layer`).
 """
 
 from pathlib import Path

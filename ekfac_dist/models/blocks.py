@@ -16,7 +16,7 @@ from ekfac_dist.models.modules import describe
 
 # Parts of a name, in lower case.
 _ATTENTION = re.compile(r"att(n|en)")
-_NORM = re.compile(r"norm|^ln(_|$|\d)")
+_NORM = re.compile(r"norm|(^|_)ln(_|$|\d)")
 _ROUTER = re.compile(r"router|switch")
 _GATE = re.compile(r"gate$|^wg$")
 _MLP = re.compile(r"mlp|^ffn?s?$|feed_?forward")

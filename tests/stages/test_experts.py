@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from dense import dense_E, dense_experts, dense_modules, relative, sequence_loss
-from families import config_classes, tiny_config, tiny_model
+from families import WITH_EXPERTS, config_classes, tiny_config, tiny_model
 from networks import examples, shifted
 from safetensors import safe_open
 from torch import nn
@@ -17,14 +17,6 @@ from ekfac_dist.models.modules import EXPERT
 
 EXACT = 1e-10
 FIT = {"labels": "data", "accumulate": "float64", "batch_tokens": 24}
-FAMILIES = [
-    "MixtralForCausalLM",
-    "Qwen2MoeForCausalLM",
-    "Qwen3MoeForCausalLM",
-    "OlmoeForCausalLM",
-    "GptOssForCausalLM",
-    "DeepseekV3ForCausalLM",
-]
 
 
 def dense_of(model, factors, data):
@@ -47,7 +39,7 @@ def dense_of(model, factors, data):
     return dense
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITH_EXPERTS)
 def test_every_expert_is_as_dense_autograd_has_it(family, tmp_path):
     model, data = tiny_model(family), examples(prompts=True)
     # Each sequence alone, as the oracle has it: some of these compute norms in float32.

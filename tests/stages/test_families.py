@@ -1,36 +1,30 @@
 """Families that nobody listed: every MLP of each against dense autograd, in float64 (oracle 1)."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from dense import dense_modules, relative
-from families import config_classes, tiny_model
+from families import PLAIN, WITH_EXPERTS, config_classes, tiny_model
 from networks import examples, shifted
 from safetensors import safe_open
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.errors import ModelError
+from ekfac_dist.models.capture import prepared
+from ekfac_dist.models.discovery import discover
+from ekfac_dist.models.modules import layer_name
 
 FIT = {"labels": "data", "accumulate": "float64"}
 EXACT = 1e-10  # with each sequence alone, as the oracle has it
 # Norms, rotations or logits may be computed in float32 whatever the model's dtype, so that forwards
 # of different shape agree less well.
 IN_BATCHES = 1e-6
-FAMILIES = [
-    *("ApertusForCausalLM", "ArceeForCausalLM", "BartForCausalLM", "BertLMHeadModel"),
-    *("BioGptForCausalLM", "BitNetForCausalLM", "BloomForCausalLM", "CTRLLMHeadModel"),
-    *("CohereForCausalLM", "DiffLlamaForCausalLM", "Exaone4ForCausalLM", "FalconForCausalLM"),
-    *("GPTBigCodeForCausalLM", "GPTJForCausalLM", "GPTNeoForCausalLM", "Gemma2ForCausalLM"),
-    *("Glm4ForCausalLM", "GraniteForCausalLM", "ModernBertDecoderForCausalLM", "MptForCausalLM"),
-    *("NemotronForCausalLM", "OlmoHybridForCausalLM", "OpenAIGPTLMHeadModel"),
-    *("PersimmonForCausalLM", "PhiForCausalLM", "RwkvForCausalLM", "StableLmForCausalLM"),
-    *("Starcoder2ForCausalLM", "VaultGemmaForCausalLM", "WhisperForCausalLM"),
-    "XLMWithLMHeadModel",
-]
 # What is no matrix of a linear map: scales of an activation, or of the mixing of positions.
 PARTLY = {"ApertusForCausalLM", "RwkvForCausalLM"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_every_mlp_of_a_family_is_as_dense_autograd_has_it(family, tmp_path):
     model, data = tiny_model(family), examples(8, prompts=True)
     factors = estimate_factors(model, data, output=tmp_path / "store", batch_tokens=1, **FIT)
@@ -63,5 +57,39 @@ def test_a_family_that_computes_positions_first_is_refused():
 
 
 def test_the_families_are_at_least_25_and_are_there():
-    assert len(set(FAMILIES)) >= 25
-    assert set(FAMILIES) <= set(config_classes())
+    families = {*PLAIN, *WITH_EXPERTS}
+    assert len(families) >= 25
+    assert families <= set(config_classes())
+
+
+def families_table():
+    """The README's table: what is tracked of each family's tiny model, and what is not."""
+    rows = ["| model | modules of a layer | of the MLP's parameters |", "|---|---|---|"]
+    for family in sorted([*PLAIN, *WITH_EXPERTS], key=str.lower):
+        model = tiny_model(family)
+        with prepared(model):
+            found = discover(model, None, torch.device("cpu"))
+        coverage = found.coverage
+        layers = sorted({layer_name(module.name) for module in found.modules})
+        last = [m for m in found.modules if layer_name(m.name) == layers[-1]]
+        names = dict.fromkeys(
+            f"{m.name.rpartition('.')[2]} of each expert"
+            if m.kind == "expert"
+            else m.name.removeprefix(f"{layers[-1]}.")
+            for m in last
+        )
+        share = f"{coverage.tracked_mlp_parameters / coverage.mlp_parameters:.1%}"
+        left_out = dict.fromkeys(name.rpartition(".")[2] for name in coverage.skipped)
+        share += f", without {', '.join(left_out)}" if left_out else ""
+        rows.append(f"| {family} | {', '.join(names)} | {share} |")
+    return "\n".join(rows)
+
+
+def test_the_readme_has_the_table_of_families():
+    """Made anew by: PYTHONPATH=tests python tests/stages/test_families.py"""
+    readme = Path(__file__).parents[2] / "README.md"
+    assert families_table() in readme.read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    print(families_table())

@@ -81,7 +81,9 @@ def trace(model: nn.Module, names: Iterable[str], device: torch.device) -> Trace
         handles.append(
             model.get_submodule(name).register_forward_hook(look(name), with_kwargs=True)
         )
+    modes = [(module, module.training) for module in model.modules()]
     try:
+        model.eval()  # in training mode, gradient checkpointing repeats a forward at each look
         tokens = torch.arange(NUM_SEQUENCES * NUM_TOKENS, device=device) % 4  # in any vocabulary
         tokens = tokens.view(NUM_SEQUENCES, NUM_TOKENS)
         with listening(dict.fromkeys(fused_experts(model).values(), _hear)):
@@ -89,6 +91,8 @@ def trace(model: nn.Module, names: Iterable[str], device: torch.device) -> Trace
     finally:
         for handle in handles:
             handle.remove()
+        for module, mode in modes:
+            module.training = mode
     all_mixing = {name for name, flag in mixes.items() if flag}
     with_mixing_inside = {outer for name in all_mixing for outer in _outer(name)}
     found.mixing = all_mixing - with_mixing_inside

@@ -1,8 +1,8 @@
 """EK-FAC curvature factors of language models' MLP blocks, fitted on many workers.
 
 The Python API: `estimate_factors` fits, `load_factors` opens what was fitted, `influence_scores`
-answers queries with it. They are imported when they are first used, so that the command line
-answers at once.
+answers queries with it; a `Task` says what the model is asked. They are imported when they are
+first used, so that the command line answers at once.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,13 +10,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ekfac_dist.influence.run import influence_scores
     from ekfac_dist.influence.scores import InfluenceScores
+    from ekfac_dist.models.labels import Draws
+    from ekfac_dist.models.tasks import (
+        CausalLM,
+        LossTask,
+        MaskedLM,
+        Seq2SeqLM,
+        SequenceClassification,
+        Task,
+    )
     from ekfac_dist.stages.factors import Factors
     from ekfac_dist.stages.reload import load_factors
     from ekfac_dist.stages.run import estimate_factors
 
 __all__ = [
+    "CausalLM",
+    "Draws",
     "Factors",
     "InfluenceScores",
+    "LossTask",
+    "MaskedLM",
+    "Seq2SeqLM",
+    "SequenceClassification",
+    "Task",
     "estimate_factors",
     "influence_scores",
     "load_factors",
@@ -29,6 +45,11 @@ _HOMES = {
     "estimate_factors": "ekfac_dist.stages.run",
     "InfluenceScores": "ekfac_dist.influence.scores",
     "influence_scores": "ekfac_dist.influence.run",
+    "Draws": "ekfac_dist.models.labels",
+    **dict.fromkeys(
+        ("CausalLM", "LossTask", "MaskedLM", "Seq2SeqLM", "SequenceClassification", "Task"),
+        "ekfac_dist.models.tasks",
+    ),
 }
 
 

@@ -8,15 +8,16 @@ sequence is in exactly one batch, and every batch has exactly one worker.
     worker    0       1         1              …      each batch to the worker with least to do
 """
 
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ekfac_dist.data.sequences import NO_LABEL, Sequence
+NO_LABEL = -100
 
 
 def plan_batches(lengths: SequenceOf[int] | np.ndarray, batch_tokens: int) -> list[list[int]]:
@@ -108,6 +109,74 @@ class Rows(Positions, Protocol):
 
 
 @dataclass(frozen=True)
+class Grid:
+    """A batch's B sequences × T positions, padding included, and which of them are counted.
+
+    Attributes:
+        indices: Row in the source of each sequence [B].
+        lengths: Counted positions of each sequence [B].
+        shape: (B, T).
+        real: Flat positions b·T + t that are counted, ascending [M]; None where all are.
+        offsets: Place of each counted position among all of its sequence's [M]; None where the
+            sequence has no others, and they stand in order.
+    """
+
+    indices: tuple[int, ...]
+    lengths: tuple[int, ...]
+    shape: tuple[int, int]
+    real: Tensor | None
+    offsets: np.ndarray | None = None
+
+    @classmethod
+    def of(
+        cls, indices: SequenceOf[int], mask: np.ndarray, before: np.ndarray | None = None
+    ) -> "Grid":
+        """From a mask [B, T] that is true, or 1, where a position is counted.
+
+        Args:
+            indices: Row in the source of each sequence.
+            mask: The mask.
+            before: How many other positions each sequence has before these [B]; None: none.
+        """
+        mask = mask.astype(bool)
+        lengths = tuple(mask.sum(1).tolist())
+        real = None if mask.all() else torch.from_numpy(np.flatnonzero(mask))
+        offsets = None
+        if before is not None:
+            starts = zip(before.tolist(), lengths, strict=True)
+            offsets = np.concatenate([np.arange(start, start + n) for start, n in starts])
+        return cls(tuple(indices), lengths, (mask.shape[0], mask.shape[1]), real, offsets)
+
+    @property
+    def num_positions(self) -> int:
+        """Counted positions."""
+        return sum(self.lengths)
+
+    def to(self, device: torch.device) -> "Grid":
+        """The same grid on another device."""
+        return replace(self, real=None if self.real is None else self.real.to(device))
+
+    def routed(self, positions: Tensor) -> "RoutedRows":
+        """The rows of those flat positions b·T + t, ascending, that are counted."""
+        where = positions.cpu().numpy()
+        size = self.shape[0] * self.shape[1]
+        counted = np.zeros(size, dtype=bool)
+        counted[slice(None) if self.real is None else self.real.cpu().numpy()] = True
+        real = np.flatnonzero(counted[where])
+        places = (np.cumsum(counted) - 1)[where[real]]  # among all counted positions
+        starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        rows = np.searchsorted(starts, places, side="right") - 1
+        offsets = places - starts[rows] if self.offsets is None else self.offsets[places]
+        owners, lengths = np.unique(rows, return_counts=True)
+        return RoutedRows(
+            tuple(self.indices[owner] for owner in owners),
+            tuple(lengths.tolist()),
+            torch.from_numpy(real).to(positions.device),
+            offsets,
+        )
+
+
+@dataclass(frozen=True)
 class RoutedRows:
     """Rows of a batch that a module sees some of: of each sequence the positions routed to it.
 
@@ -128,97 +197,58 @@ class RoutedRows:
         """Rows of all sequences."""
         return len(self.offsets)
 
-    @classmethod
-    def of(cls, batch: "Batch", positions: Tensor) -> "RoutedRows":
-        """From flat positions b·T + t of a batch, ascending, some of them padding."""
-        where = positions.cpu().numpy()
-        rows, offsets = np.divmod(where, batch.input_ids.shape[1])
-        real = offsets < np.asarray(batch.lengths)[rows]
-        owners, lengths = np.unique(rows[real], return_counts=True)
-        return cls(
-            tuple(batch.indices[owner] for owner in owners),
-            tuple(lengths.tolist()),
-            torch.from_numpy(np.flatnonzero(real)).to(positions.device),
-            offsets[real],
-        )
-
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences padded on the right to one length.
+    """Sequences padded to one length: what a task's forward takes, and what is counted of it.
 
     Attributes:
         indices: Row in the source of each sequence [B].
-        lengths: Positions of each sequence [B].
-        input_ids: Token ids [B, T], int64; 0 in padding.
-        targets: Token ids to predict [B, T], int64; −100 where there is no label.
-        mask: 1 at real positions [B, T], int64; None where there is no padding.
-        real: Flat positions b·T + t that are real, ascending [M]; None where all are.
-        labelled: Flat positions that carry a label, ascending.
+        inputs: Tensors by name, [B, ...] each.
+        grids: Positions that modules see, by the beginning of the modules' names; "" for the rest.
+        labelled: Flat places of `inputs["labels"]` that hold a label, ascending; None: not known.
+        max_label: The largest of them.
     """
 
     indices: tuple[int, ...]
-    lengths: tuple[int, ...]
-    input_ids: Tensor
-    targets: Tensor
-    mask: Tensor | None
-    real: Tensor | None
-    labelled: Tensor
+    inputs: Mapping[str, Tensor]
+    grids: Mapping[str, Grid]
+    labelled: Tensor | None = None
+    max_label: int = NO_LABEL
+
+    @classmethod
+    def of(
+        cls,
+        indices: SequenceOf[int],
+        inputs: Mapping[str, Tensor],
+        grids: Mapping[str, Grid],
+    ) -> "Batch":
+        """From tensors on the CPU, in which labels are looked for."""
+        labels = inputs.get("labels")
+        if labels is None or labels.is_floating_point():
+            return cls(tuple(indices), inputs, grids)
+        labelled = torch.from_numpy(np.flatnonzero(labels.numpy() != NO_LABEL))
+        return cls(tuple(indices), inputs, grids, labelled, int(labels.max()))
 
     @property
     def num_positions(self) -> int:
         """Counted positions of the batch."""
-        return sum(self.lengths)
+        return sum(grid.num_positions for grid in self.grids.values())
 
-    @property
-    def offsets(self) -> None:
-        """Every sequence has all of its positions; see `Rows`."""
-        return None
-
-    @property
-    def num_labels(self) -> int:
-        """Labels of the batch."""
-        return self.labelled.numel()
+    def grid(self, module: str) -> Grid:
+        """The positions that a module sees."""
+        return self.grids[key_of(self.grids, module)]
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device)
-
-        return Batch(
-            self.indices,
-            self.lengths,
-            self.input_ids.to(device),
-            self.targets.to(device),
-            move(self.mask),
-            move(self.real),
-            self.labelled.to(device),
+        return replace(
+            self,
+            inputs={name: tensor.to(device) for name, tensor in self.inputs.items()},
+            grids={key: grid.to(device) for key, grid in self.grids.items()},
+            labelled=None if self.labelled is None else self.labelled.to(device),
         )
 
 
-def collate(sequences: SequenceOf[Sequence]) -> Batch:
-    """Pads sequences on the right to the longest of them.
-
-    Args:
-        sequences: One or more sequences.
-    """
-    lengths = tuple(len(sequence.inputs) for sequence in sequences)
-    longest = max(lengths)
-    input_ids = np.zeros((len(sequences), longest), dtype=np.int64)
-    targets = np.full((len(sequences), longest), NO_LABEL, dtype=np.int64)
-    mask = np.zeros((len(sequences), longest), dtype=np.int64)
-    for row, sequence in enumerate(sequences):
-        input_ids[row, : lengths[row]] = sequence.inputs
-        targets[row, : lengths[row]] = sequence.targets
-        mask[row, : lengths[row]] = 1
-    padded = not mask.all()
-    return Batch(
-        indices=tuple(sequence.index for sequence in sequences),
-        lengths=lengths,
-        input_ids=torch.from_numpy(input_ids),
-        targets=torch.from_numpy(targets),
-        mask=torch.from_numpy(mask) if padded else None,
-        real=torch.from_numpy(np.flatnonzero(mask)) if padded else None,
-        labelled=torch.from_numpy(np.flatnonzero(targets != NO_LABEL)),
-    )
+def key_of(keys: Iterable[str], module: str) -> str:
+    """The longest of some names that a module is, or is in; "" is the whole model's."""
+    return max((k for k in keys if not k or f"{module}.".startswith(f"{k}.")), key=len)

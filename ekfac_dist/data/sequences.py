@@ -8,17 +8,18 @@ out and counted. `index` is always the row in the source, whatever was left out 
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from numpy.typing import ArrayLike
 
+from ekfac_dist.data.batches import NO_LABEL, Batch, Grid
 from ekfac_dist.errors import DataError
-
-NO_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,45 @@ class Sequences:
         """SHA-256 over every row's token ids and labels, in order."""
         return self._digest
 
+    def batch(self, numbers: Iterable[int]) -> Batch:
+        """Some of these sequences, padded on the right to the longest of them."""
+        return collate([self[number] for number in numbers])
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest input."""
+        return int(self.num_positions.max())
+
+    def positions_of(self, module: str) -> np.ndarray:
+        """Counted positions of each sequence that a module sees [N]: all of them."""
+        return self.num_positions
+
+
+def collate(sequences: SequenceOf[Sequence]) -> Batch:
+    """Pads sequences on the right to the longest of them.
+
+    The batch has `input_ids` and `labels`, the token to predict at each position [B, T], int64;
+    and, where there is padding, `attention_mask`, 1 at real positions. Padding has token 0.
+
+    Args:
+        sequences: One or more sequences.
+    """
+    longest = max(len(sequence.inputs) for sequence in sequences)
+    input_ids = np.zeros((len(sequences), longest), dtype=np.int64)
+    labels = np.full((len(sequences), longest), NO_LABEL, dtype=np.int64)
+    mask = np.zeros((len(sequences), longest), dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        length = len(sequence.inputs)
+        input_ids[row, :length] = sequence.inputs
+        labels[row, :length] = sequence.targets
+        mask[row, :length] = 1
+    arrays = {"input_ids": input_ids, "labels": labels}
+    if not mask.all():
+        arrays["attention_mask"] = mask
+    indices = tuple(sequence.index for sequence in sequences)
+    inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return Batch.of(indices, inputs, {"": Grid.of(indices, mask)})
+
 
 def from_examples(data: Any, max_tokens: int | None = None) -> Sequences:
     """Sequences from data that is tokenised already.
@@ -187,11 +227,11 @@ def from_examples(data: Any, max_tokens: int | None = None) -> Sequences:
 
 def _rows(example: Mapping[str, Any], column: str) -> list[np.ndarray]:
     """One array per sequence, of an example (one dimension) or a batch (two)."""
-    value = _as_array(example[column])
+    value = as_array(example[column])
     if isinstance(value, np.ndarray):
         rows = list(value) if value.ndim == 2 else [value]
     elif isinstance(value, (list, tuple)) and value and np.ndim(value[0]):
-        rows = [np.asarray(_as_array(row)) for row in value]  # lengths may differ
+        rows = [np.asarray(as_array(row)) for row in value]  # lengths may differ
     else:
         rows = [np.asarray(value)]
     if any(row.ndim != 1 or (row.size and row.dtype.kind not in "iub") for row in rows):
@@ -202,5 +242,6 @@ def _rows(example: Mapping[str, Any], column: str) -> list[np.ndarray]:
     return [row.astype(np.int64) for row in rows]
 
 
-def _as_array(value: Any) -> Any:
+def as_array(value: Any) -> Any:
+    """A tensor as an array on the CPU; anything else as it is."""
     return value.detach().cpu().numpy() if hasattr(value, "detach") else value

@@ -12,7 +12,8 @@ from datasets import Dataset, Features, Value
 from datasets import List as ListOf
 
 from ekfac_dist.config import DataConfig
-from ekfac_dist.data.sequences import NO_LABEL, Sequences
+from ekfac_dist.data.batches import NO_LABEL
+from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.errors import DataError
 
 _CACHE_VERSION = "3"

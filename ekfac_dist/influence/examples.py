@@ -4,20 +4,25 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from datasets import Dataset
+from torch import nn
 
-from ekfac_dist.data.sequences import Sequences, from_examples
+from ekfac_dist.data.examples import Examples
+from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.data.tokenizing import encode
 from ekfac_dist.errors import ConfigError, DataError
 from ekfac_dist.influence.queries import QuerySet, parse_query, query_examples, tokenize_queries
+from ekfac_dist.models.loading import context_length
+from ekfac_dist.models.tasks import CausalLM, Task, read_examples
 
 
-def queries_of(queries: Iterable[Any], tokenizer: Any, context: int | None) -> QuerySet:
+def queries_of(queries: Iterable[Any], tokenizer: Any, model: nn.Module, task: Task) -> QuerySet:
     """Queries from text, if there is a tokenizer, or from examples.
 
     Args:
-        queries: Mappings with "prompt" and "completion", or "text"; or with `input_ids`.
+        queries: Mappings with "prompt" and "completion", or "text"; or examples of the task.
         tokenizer: For text.
-        context: The longest input that the model reads; None: no limit.
+        model: The model.
+        task: What is asked of it; only a causal language model's queries may be text.
 
     Raises:
         DataError: There are none, or one is no query.
@@ -26,8 +31,10 @@ def queries_of(queries: Iterable[Any], tokenizer: Any, context: int | None) -> Q
     rows = list(queries)
     if not rows:
         raise DataError("There are no queries; give at least one.")
-    if all(isinstance(row, Mapping) and "input_ids" in row for row in rows):
-        return query_examples(rows)
+    is_text = any(not (isinstance(row, Mapping) and "input_ids" in row) for row in rows)
+    if not is_text or not isinstance(task, CausalLM):
+        return query_examples(rows, lambda some: read_examples(task, model, some, None))
+    context = context_length(model)
     _require_tokenizer(tokenizer, "queries")
     parsed = []
     for number, row in enumerate(rows):
@@ -37,13 +44,17 @@ def queries_of(queries: Iterable[Any], tokenizer: Any, context: int | None) -> Q
     return tokenize_queries(parsed, tokenizer, context)
 
 
-def sequences_of(train: Iterable[Any], tokenizer: Any, max_tokens: int | None) -> Sequences:
+def sequences_of(
+    train: Iterable[Any], tokenizer: Any, max_tokens: int | None, model: nn.Module, task: Task
+) -> Examples:
     """Training sequences from text, if there is a tokenizer, or from examples.
 
     Args:
-        train: Mappings with "text" and perhaps "prompt"; or what `from_examples` takes.
+        train: Mappings with "text" and perhaps "prompt"; or examples of the task.
         tokenizer: For text.
         max_tokens: Longer sequences are cut to this many tokens; None leaves them whole.
+        model: The model.
+        task: What is asked of it; only a causal language model's sequences may be text.
 
     Raises:
         DataError: There are none, or one is no text, nor an example.
@@ -51,8 +62,9 @@ def sequences_of(train: Iterable[Any], tokenizer: Any, max_tokens: int | None) -
     """
     rows = train if hasattr(train, "__getitem__") else list(train)
     first = next(iter(rows), None)
-    if not isinstance(first, Mapping) or "text" not in first or "input_ids" in first:
-        return from_examples(rows, max_tokens)
+    is_text = isinstance(first, Mapping) and "text" in first and "input_ids" not in first
+    if not is_text or not isinstance(task, CausalLM):
+        return read_examples(task, model, rows, max_tokens)
     _require_tokenizer(tokenizer, "training sequences")
     prompts = [_text_of(number, row, "prompt") for number, row in enumerate(rows)]
     texts = [_text_of(number, row, "text") for number, row in enumerate(rows)]

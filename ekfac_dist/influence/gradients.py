@@ -22,6 +22,7 @@ from ekfac_dist.data.batches import Batch, Rows, assign_batches
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.models.labels import COVARIANCE_PASS, LabelRule
 from ekfac_dist.models.modules import TrackedModule
+from ekfac_dist.models.tasks import CAUSAL_LM, Task
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.stages.factors import Factors, ModuleFactors
 from ekfac_dist.stages.passes import Work, run_pass
@@ -55,6 +56,7 @@ class Setting:
     batch_tokens: int
     show_progress: bool
     in_eigenbasis: bool = False
+    task: Task = CAUSAL_LM
 
     @property
     def modules(self) -> tuple[TrackedModule, ...]:
@@ -202,6 +204,7 @@ def prepare(
         setting.show_progress,
         called="query {} (from 0)",
         wider=OVERFLOW_ADVICE,
+        task=setting.task,
     )
     run_pass(name, work, setting.modules, observer, DATA_LABELS, observer.on_loss)
     losses = observer.losses.tolist()

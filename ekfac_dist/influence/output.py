@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ekfac_dist.config import DataConfig, ModelConfig, QueryConfig
 from ekfac_dist.curvature.damping import Damping
-from ekfac_dist.data.sequences import NO_LABEL, Sequences
+from ekfac_dist.data.batches import NO_LABEL
+from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.influence import results
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.influence.results import ResultsWriter
@@ -225,6 +226,7 @@ def _tensors(scores: InfluenceScores) -> dict[str, Tensor]:
 def _query_lines(answer: Answer) -> Iterator[dict[str, Any]]:
     texts, sequences = answer.queries.texts, answer.queries.sequences
     assert texts is not None
+    assert isinstance(sequences, Sequences)
     for row, (numbers, group) in enumerate(
         zip(answer.queries.rows, answer.queries.groups, strict=True)
     ):

@@ -7,7 +7,7 @@ group are summed: they share a row.
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from ekfac_dist.data.sequences import NO_LABEL, Sequences, from_examples
+from ekfac_dist.data.batches import NO_LABEL
+from ekfac_dist.data.examples import Examples
+from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.data.tokenizing import encode, require_offsets
 from ekfac_dist.errors import DataError, first_line
 
@@ -50,7 +52,7 @@ class QuerySet:
         texts: The queries' texts, where they were given as such.
     """
 
-    sequences: Sequences
+    sequences: Examples
     rows: tuple[tuple[int, ...], ...]
     groups: tuple[str | None, ...]
     texts: tuple[Query, ...] | None = None
@@ -167,24 +169,25 @@ def tokenize_queries(queries: Sequence[Query], tokenizer: Any, context: int | No
     )
 
 
-def query_examples(data: Any) -> QuerySet:
+def query_examples(data: Iterable[Any], read: Callable[[list[Any]], Examples]) -> QuerySet:
     """Queries from examples that are tokenised already, each a row of its own.
 
     Args:
-        data: As `from_examples` takes; a mapping of one query may have a "group".
+        data: As `read` takes; a mapping of one query may have a "group".
+        read: Reads examples.
 
     Raises:
-        DataError: As `from_examples`; or a query has no label; or a batch has a group.
+        DataError: As `read`; or a query has no label; or a batch has a group.
     """
-    examples = list(data)
-    sequences = from_examples(examples)
+    given = list(data)
+    groups = [example.get("group") if isinstance(example, Mapping) else None for example in given]
+    sequences = read([_without_group(example) for example in given])
     if sequences.counts.unlabelled:
         missing = min(set(range(sequences.counts.rows)) - set(sequences.indices.tolist()))
         raise DataError(
             f"Query {missing} (from 0) has no label, so there is nothing to predict; label at "
             "least one of its tokens after the first."
         )
-    groups = [example.get("group") for example in examples]
     if len(groups) != len(sequences):
         if any(group is not None for group in groups):
             raise DataError(
@@ -194,8 +197,14 @@ def query_examples(data: Any) -> QuerySet:
     return _grouped(sequences, groups)
 
 
+def _without_group(example: Any) -> Any:
+    if not isinstance(example, Mapping):
+        return example
+    return {name: value for name, value in example.items() if name != "group"}
+
+
 def _grouped(
-    sequences: Sequences, groups: Iterable[str | None], texts: tuple[Query, ...] | None = None
+    sequences: Examples, groups: Iterable[str | None], texts: tuple[Query, ...] | None = None
 ) -> QuerySet:
     # A query that stands alone has a key of its own.
     rows: dict[str | int, list[int]] = {}
@@ -233,7 +242,7 @@ def read_candidates(candidates: list[int] | str | None) -> list[int] | None:
     return rows
 
 
-def pick_candidates(sequences: Sequences, candidates: Sequence[int] | None) -> np.ndarray:
+def pick_candidates(sequences: Examples, candidates: Sequence[int] | None) -> np.ndarray:
     """Numbers of the sequences that are to be scored, in data order.
 
     Args:

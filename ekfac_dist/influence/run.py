@@ -12,6 +12,7 @@ from torch import nn
 
 from ekfac_dist.config import Normalize, PerToken, QueryConfig, ScoresConfig, require_positive
 from ekfac_dist.curvature.damping import DEFAULT, Damping
+from ekfac_dist.data.examples import Examples
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.data.source import open_source
 from ekfac_dist.errors import DataError, ModelError
@@ -30,10 +31,11 @@ from ekfac_dist.influence.scores import InfluenceScores
 from ekfac_dist.influence.scoring import compute_scores, list_lengths
 from ekfac_dist.models.capture import prepared
 from ekfac_dist.models.loading import context_length, load_model, load_tokenizer
+from ekfac_dist.models.tasks import CAUSAL_LM, Task, require_task
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.stages.factors import Factors
 from ekfac_dist.stages.loading import check_sequences, load_sequences
-from ekfac_dist.stages.reload import check_model, load_factors
+from ekfac_dist.stages.reload import check_model, load_factors, require_fitted_task
 
 
 def run_query(config: QueryConfig, world: World, say: Any = print) -> Answer:
@@ -56,6 +58,7 @@ def run_query(config: QueryConfig, world: World, say: Any = print) -> Answer:
         texts = read_queries(queries_file)
         candidates = read_candidates(config.scores.candidates)
         factors = load_factors(store)
+        require_fitted_task(store, factors, CAUSAL_LM)
         fitted = factors.manifest["config"]
         model_config = config.model.over(fitted["model"])
         data_config = config.data.over(fitted["data"])
@@ -127,6 +130,7 @@ def influence_scores(
     max_tokens: int | None = None,
     query_memory_gb: float = 4.0,
     progress: bool = False,
+    task: Task | None = None,
 ) -> InfluenceScores:
     """Scores training sequences for queries: ∇log p(q)ᵀ (F + λ)⁻¹ ∇log p(z) (Grosse et al. 2023).
 
@@ -135,7 +139,7 @@ def influence_scores(
     worker's device and comes back as it was.
 
     Args:
-        model: The Hugging Face causal language model that the factors were fitted for.
+        model: The Hugging Face model that the factors were fitted for.
         factors: From `load_factors` or `estimate_factors`; or the directory of a store.
         queries: Examples as `estimate_factors` takes, with `input_ids` and `labels` (−100 for the
             prompt); or, with a tokenizer, mappings with "prompt" and "completion", or "text". Those
@@ -162,6 +166,8 @@ def influence_scores(
         max_tokens: Longer training sequences are cut to this many tokens; None leaves them whole.
         query_memory_gb: Budget for query gradients (powers of 1000); more queries take more scans.
         progress: Show progress on worker 0.
+        task: The task that the factors were fitted with; None for causal language modelling. Other
+            tasks' queries and training sequences are their examples.
 
     Returns:
         The scores, on the CPU.
@@ -193,14 +199,16 @@ def influence_scores(
         if max_tokens is not None:
             require_positive("max_tokens", max_tokens)
         chosen = Damping.of(damping, relative)
-        asked = queries_of(queries, tokenizer, context_length(model))
-        sequences = sequences_of(train, tokenizer, max_tokens)
+        task = require_task(task)
+        require_fitted_task(name, factors, task)
+        asked = queries_of(queries, tokenizer, model, task)
+        sequences = sequences_of(train, tokenizer, max_tokens, model, task)
         scored = sequences.take(pick_candidates(sequences, read_candidates(config.candidates)))
         check_sequences(model, scored, "give max_tokens={context}")
         check_sequences(model, asked.sequences, "shorten the query")
         check_model(name, factors, model)
         world = world.at(next(model.parameters()).device)
-        setting = _setting(model, factors, chosen, world, batch_tokens, progress)
+        setting = _setting(model, factors, chosen, world, batch_tokens, progress, task)
     _require_same(setting, scored, asked, config)
     with torch.inference_mode(False), prepared(model):
         say = print if progress and world.is_main else (lambda line: None)
@@ -215,6 +223,7 @@ def _setting(
     world: World,
     batch_tokens: int,
     show_progress: bool,
+    task: Task = CAUSAL_LM,
 ) -> Setting:
     double = next(model.parameters()).dtype == torch.float64
     return Setting(
@@ -225,11 +234,12 @@ def _setting(
         world=world,
         batch_tokens=batch_tokens,
         show_progress=show_progress,
+        task=task,
     )
 
 
 def _require_same(
-    setting: Setting, scored: Sequences, queries: QuerySet, config: ScoresConfig
+    setting: Setting, scored: Examples, queries: QuerySet, config: ScoresConfig
 ) -> None:
     """Refuses workers that would share out different work, or wait for each other for ever."""
     world = setting.world
@@ -243,6 +253,7 @@ def _require_same(
         "damping": dict(setting.damping),
         "batch_tokens": setting.batch_tokens,
         "dtype": str(setting.dtype),
+        "task": setting.task.name,
     }
     world.require_same("arguments", given)
 

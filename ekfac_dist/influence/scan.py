@@ -16,7 +16,7 @@ from torch import Tensor
 from ekfac_dist.curvature import products
 from ekfac_dist.curvature.refit import rotate_rows
 from ekfac_dist.data.batches import Rows
-from ekfac_dist.data.sequences import Sequences
+from ekfac_dist.data.examples import Examples
 from ekfac_dist.influence.gradients import Countdown, PreparedQueries, Setting
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.runtime.processes import World
@@ -83,7 +83,7 @@ class Scan(_TrainingRows):
         self,
         setting: Setting,
         prepared: PreparedQueries,
-        sequences: Sequences,
+        sequences: Examples,
         *,
         parts: np.ndarray | None,
         with_norms: bool,
@@ -176,7 +176,7 @@ class Pairs:
     offsets: np.ndarray
 
     @classmethod
-    def of(cls, wanted: Sequence[tuple[int, int]], sequences: Sequences) -> "Pairs":
+    def of(cls, wanted: Sequence[tuple[int, int]], sequences: Examples) -> "Pairs":
         """From (place in the block, column), no pair twice."""
         ordered = sorted({(column, place) for place, column in wanted})
         columns = np.array([column for column, _ in ordered], dtype=np.int64)
@@ -204,7 +204,7 @@ class DetailSums(_TrainingRows):
         self,
         setting: Setting,
         prepared: PreparedQueries,
-        sequences: Sequences,
+        sequences: Examples,
         pairs: Pairs,
         layer_of: np.ndarray,
     ) -> None:
@@ -252,7 +252,7 @@ class Columns:
         sequences: The scored sequences, in data order.
     """
 
-    def __init__(self, sequences: Sequences) -> None:
+    def __init__(self, sequences: Examples) -> None:
         self._indices = sequences.indices
         self._offsets = np.concatenate([[0], np.cumsum(sequences.num_positions)])
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ekfac_dist.config import DEFAULT_TOP_K, ScoresConfig
 from ekfac_dist.data.batches import shard
-from ekfac_dist.data.sequences import Sequences
+from ekfac_dist.data.examples import Examples
 from ekfac_dist.errors import ConfigError
 from ekfac_dist.influence.agreement import spearman
 from ekfac_dist.influence.gradients import (
@@ -40,7 +40,7 @@ from ekfac_dist.stages.passes import SummingObserver, Work, run_pass
 def compute_scores(
     setting: Setting,
     queries: QuerySet,
-    scored: Sequences,
+    scored: Examples,
     training_size: int,
     config: ScoresConfig,
     say: Callable[[str], None],
@@ -110,7 +110,7 @@ class _Scoring:
 
     setting: Setting
     queries: QuerySet
-    scored: Sequences
+    scored: Examples
     config: ScoresConfig
     list_lengths: tuple[int, int]
     result: InfluenceScores
@@ -237,6 +237,7 @@ class _Scoring:
             setting.dtype,
             setting.show_progress,
             wider=OVERFLOW_ADVICE,
+            task=setting.task,
         )
         run_pass(name, work, setting.modules, observer, DATA_LABELS)
 

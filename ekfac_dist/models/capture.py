@@ -14,11 +14,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ekfac_dist.data.batches import Batch, RoutedRows, Rows
+from ekfac_dist.data.batches import Batch, Grid, Rows
 from ekfac_dist.errors import ModelError
 from ekfac_dist.models.experts import Listener, Routed, fused_experts, listening
-from ekfac_dist.models.labels import LabelRule, LogitGradient, logit_gradient
+from ekfac_dist.models.labels import LabelRule, LossGradient
 from ekfac_dist.models.modules import EXPERT, TrackedModule, only_input, same_tensor
+from ekfac_dist.models.tasks import CAUSAL_LM, Task
+
+_CHUNKS = "chunk_size_feed_forward"
 
 
 class Observer(Protocol):
@@ -39,13 +42,18 @@ def prepared(model: nn.Module) -> Iterator[None]:
     """Freezes a model's parameters and turns its dropout off, and restores both on the way out.
 
     A model in training mode keeps its mode, and with it gradient checkpointing, if nothing in it
-    drops out.
+    drops out. MLPs that are applied in chunks of positions are applied to all at once: the same
+    numbers, and each module is used once.
     """
     needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
+    chunked: list[Any] = [m for m in model.modules() if getattr(m, _CHUNKS, 0)]
+    chunks = [getattr(module, _CHUNKS) for module in chunked]
     try:
         for parameter, _ in needed:
             parameter.requires_grad_(False)
+        for module in chunked:
+            setattr(module, _CHUNKS, 0)
         if _drops_out(model):
             model.eval()
         yield
@@ -54,6 +62,8 @@ def prepared(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
+        for module, size in zip(chunked, chunks, strict=True):
+            setattr(module, _CHUNKS, size)
 
 
 def _drops_out(model: nn.Module) -> bool:
@@ -82,10 +92,11 @@ class Capture:
     """Hooks on the tracked modules of a prepared model, for as long as the context lasts.
 
     Args:
-        model: A prepared causal language model.
+        model: A prepared model.
         modules: The tracked modules, in model order.
         observer: What is done with the rows.
         dtype: What rows are converted to; float32 or float64.
+        task: What is asked of the model.
     """
 
     def __init__(
@@ -94,8 +105,10 @@ class Capture:
         modules: Sequence[TrackedModule],
         observer: Observer,
         dtype: torch.dtype,
+        task: Task = CAUSAL_LM,
     ) -> None:
         self.model = model
+        self.task = task
         self.modules = modules
         self.observer = observer
         self.dtype = dtype
@@ -126,7 +139,8 @@ class Capture:
         def hook(hooked: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
             if self._batch is None:
                 return None
-            return self._on_forward(module, only_input(args, kwargs), output, self._batch)
+            grid = self._batch.grid(module.name)
+            return self._on_forward(module, only_input(args, kwargs), output, grid)
 
         hooked = self.model.get_submodule(module.name)
         self._stack.callback(hooked.register_forward_hook(hook, with_kwargs=True).remove)
@@ -139,7 +153,7 @@ class Capture:
                 module = tracked.get((collection, routed.expert, routed.matrix))
                 if module is None or self._batch is None:
                     return routed.outputs
-                return self._on_expert(module, routed, self._batch)
+                return self._on_expert(module, routed, self._batch.grid(module.name))
 
             return hear
 
@@ -149,7 +163,7 @@ class Capture:
         )
 
     @torch.enable_grad()
-    def run(self, batch: Batch, rule: LabelRule) -> LogitGradient:
+    def run(self, batch: Batch, rule: LabelRule) -> LossGradient:
         """One forward and backward of a batch's summed losses.
 
         Args:
@@ -165,17 +179,14 @@ class Capture:
         self._with_gradient.clear()
         self._in_forward = True
         try:
-            logits = self.model(
-                input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False
-            ).logits
+            start, result = self.task.loss_gradient(self.model, batch, rule)
             self._in_forward = False
             everywhere = {module.name for module in self.modules if module.kind != EXPERT}
             self._require_all(everywhere - self._with_input, "was not used in this forward")
-            result = logit_gradient(logits, batch, rule)
-            if logits.requires_grad:
+            if start.requires_grad:
                 self._scale = result.scale
-                with torch.autocast(logits.device.type, enabled=False):  # it is for forwards alone
-                    torch.autograd.backward(logits, result.gradient)
+                with torch.autocast(start.device.type, enabled=False):  # it is for forwards alone
+                    torch.autograd.backward(start, result.gradient)
             self._require_all(
                 self._with_input - self._with_gradient | everywhere - self._with_gradient,
                 "received no gradient: its output does not reach the loss through differentiable "
@@ -192,24 +203,24 @@ class Capture:
             if module.name in missing:
                 raise ModelError(f"Module {module.name} {fault}. Leave it out with model.modules.")
 
-    def _on_expert(self, module: TrackedModule, routed: Routed, batch: Batch) -> Tensor:
-        if routed.num_tokens != batch.input_ids.numel():
+    def _on_expert(self, module: TrackedModule, routed: Routed, grid: Grid) -> Tensor:
+        if routed.num_tokens != grid.shape[0] * grid.shape[1]:
             raise ModelError(
                 f"Module {module.name} has {routed.num_tokens} tokens to choose from for a batch "
-                f"of {batch.input_ids.shape[0]} × {batch.input_ids.shape[1]} positions; which is "
-                "which position cannot be told. Leave it out with model.modules."
+                f"of {grid.shape[0]} × {grid.shape[1]} positions; which is which position cannot "
+                "be told. Leave it out with model.modules."
             )
-        rows = RoutedRows.of(batch, routed.tokens)
+        rows = grid.routed(routed.tokens)
         if not rows.num_positions:
             return routed.outputs  # padding alone
         found = self._on_forward(module, routed.inputs, routed.outputs, rows)
         return routed.outputs if found is None else found
 
     def _on_forward(
-        self, module: TrackedModule, tensor: Tensor, output: Tensor, batch: Rows
+        self, module: TrackedModule, tensor: Tensor, output: Tensor, which: Rows
     ) -> Tensor | None:
         if self._in_forward:
-            self._see_input(module, tensor, batch)
+            self._see_input(module, tensor, which)
         if not torch.is_grad_enabled():
             return None
         if not output.requires_grad:
@@ -220,12 +231,12 @@ class Capture:
             output = output.clone()
 
         def on_gradient(gradient: Tensor) -> None:
-            self._see_gradient(module, gradient, batch)
+            self._see_gradient(module, gradient, which)
 
         output.register_hook(on_gradient)
         return output
 
-    def _see_input(self, module: TrackedModule, tensor: Tensor, batch: Rows) -> None:
+    def _see_input(self, module: TrackedModule, tensor: Tensor, which: Rows) -> None:
         if module.name in self._with_input:
             raise ModelError(
                 f"Module {module.name} is used twice in one forward; its uses share one weight and "
@@ -236,8 +247,8 @@ class Capture:
             # Held only until the last module that shares it has read it.
             self._shared[module.input] = (tensor, tensor._version)
             with torch.no_grad(), precisely(tensor.device):
-                rows = self._rows(module, "input", tensor.detach(), module.num_inputs, batch)
-                self.observer.on_input(module, rows, batch)
+                rows = self._rows(module, "input", tensor.detach(), module.num_inputs, which)
+                self.observer.on_input(module, rows, which)
         else:
             shared = self._shared.get(module.input)
             if shared is None or not same_tensor(shared, (tensor, tensor._version)):
@@ -250,26 +261,26 @@ class Capture:
             self._shared.pop(module.input, None)
 
     @torch.no_grad()
-    def _see_gradient(self, module: TrackedModule, gradient: Tensor, batch: Rows) -> None:
+    def _see_gradient(self, module: TrackedModule, gradient: Tensor, which: Rows) -> None:
         if module.name in self._with_gradient:
             raise ModelError(f"Module {module.name} received two gradients in one backward.")
         self._with_gradient.add(module.name)
         with precisely(gradient.device):
-            rows = self._rows(module, "output", gradient, module.num_outputs, batch)
+            rows = self._rows(module, "output", gradient, module.num_outputs, which)
             if self._scale != 1.0:
                 rows = rows / self._scale
-            self.observer.on_gradient(module, rows, batch)
+            self.observer.on_gradient(module, rows, which)
 
     def _rows(
-        self, module: TrackedModule, side: str, tensor: Tensor, size: int, batch: Rows
+        self, module: TrackedModule, side: str, tensor: Tensor, size: int, which: Rows
     ) -> Tensor:
         rows = tensor.reshape(-1, size)
-        if isinstance(batch, Batch) and rows.shape[0] != batch.input_ids.numel():
+        if isinstance(which, Grid) and rows.shape[0] != which.shape[0] * which.shape[1]:
             raise ModelError(
                 f"Module {module.name} has {rows.shape[0]} {side} rows for a batch of "
-                f"{batch.input_ids.shape[0]} × {batch.input_ids.shape[1]} positions; which row is "
-                "which position cannot be told. Leave it out with model.modules."
+                f"{which.shape[0]} × {which.shape[1]} positions; which row is which position "
+                "cannot be told. Leave it out with model.modules."
             )
-        if batch.real is not None:
-            rows = rows[batch.real]
+        if which.real is not None:
+            rows = rows[which.real]
         return rows.to(self.dtype)

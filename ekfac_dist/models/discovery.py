@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from ekfac_dist.data.batches import Batch
 from ekfac_dist.errors import ModelError
 from ekfac_dist.models.adapters import is_adapters
 from ekfac_dist.models.blocks import Anatomy
@@ -23,7 +24,8 @@ from ekfac_dist.models.modules import (
     linear_modules,
     same_tensor,
 )
-from ekfac_dist.models.trace import NUM_SEQUENCES, NUM_TOKENS, Trace, trace
+from ekfac_dist.models.tasks import CAUSAL_LM, CausalLM, Task
+from ekfac_dist.models.trace import Trace, few_tokens, trace
 
 UNREACHED = "text does not pass through it"
 NOT_ROUTED = "no counted position was routed to this expert"
@@ -75,19 +77,35 @@ class Discovery:
         return factor_sizes(self.modules)
 
 
-def discover(model: nn.Module, globs: Sequence[str] | None, device: torch.device) -> Discovery:
+def discover(
+    model: nn.Module,
+    globs: Sequence[str] | None,
+    device: torch.device,
+    task: Task = CAUSAL_LM,
+    probe: Batch | None = None,
+) -> Discovery:
     """Finds the modules to track.
 
     Args:
-        model: A causal language model, frozen and in evaluation mode.
+        model: The model, frozen and in evaluation mode.
         globs: Patterns of module names; None for every MLP linear.
         device: Where the traced forward's tokens go.
+        task: What is asked of the model.
+        probe: Sequences for the traced forward, as `trace` takes them; None: a few tokens.
 
     Raises:
         ModelError: No MLP is found; a glob matches nothing, or something that is no linear map; a
-            module is tied to another or used twice in one forward.
+            module is tied to another or used twice in one forward; or the task is to predict the
+            next token, but the model sees it.
     """
-    traced = trace(model, [*linear_modules(model), *fused_experts(model)], device)
+    probe = few_tokens(device) if probe is None else probe
+    traced = trace(model, [*linear_modules(model), *fused_experts(model)], task, probe)
+    if isinstance(task, CausalLM) and traced.looks_ahead:
+        raise ModelError(
+            f"{type(model).__name__} sees the tokens that it would have to predict: its logits at "
+            "a position depend on later ones. Set is_decoder (or causal) in its configuration if "
+            "it was trained so; from Python, give another task, such as MaskedLM."
+        )
     mlp = _mlp_parameters(model, Anatomy(model, traced.mixing))
     candidates = candidates_of(model)
     if any(map(is_adapters, candidates)):  # the model's own weights are not what was trained
@@ -106,7 +124,7 @@ def discover(model: nn.Module, globs: Sequence[str] | None, device: torch.device
     faults = {
         name: fault
         for name, module in candidates.items()
-        if name in chosen and (fault := _fault(module, traced, tied))
+        if name in chosen and (fault := _fault(module, traced, tied, probe))
     }
     unusable = next((name for name, fault in faults.items() if fault != UNREACHED), None)
     if unusable is not None:
@@ -184,7 +202,9 @@ def _match(
     return chosen
 
 
-def _fault(module: TrackedModule, traced: Trace, tied: Mapping[str, Sequence[str]]) -> str:
+def _fault(
+    module: TrackedModule, traced: Trace, tied: Mapping[str, Sequence[str]], probe: Batch
+) -> str:
     """Why a module cannot be tracked; "" if it can."""
     times = len(traced.inputs[_traced_name(module)])
     if not times:
@@ -196,10 +216,11 @@ def _fault(module: TrackedModule, traced: Trace, tied: Mapping[str, Sequence[str
         )
     shape = traced.by_position.get(_traced_name(module))
     if shape is not None:
+        num_sequences, num_positions = probe.grid(module.name).shape
         return (
             f"does not compute sequence by sequence: its input has shape {shape} for "
-            f"{NUM_SEQUENCES} sequences of {NUM_TOKENS} positions, so which row is whose cannot be "
-            "told"
+            f"{num_sequences} sequences of {num_positions} positions, so which row is whose cannot "
+            "be told"
         )
     shared = next((tied[name] for name in module.parameters if name in tied), None)
     if shared is None:

@@ -8,6 +8,7 @@ a function of (seed, pass, row in the source, position) alone: the position-th o
 generator keyed by seed and pass, whose counter starts at the row (Salmon et al. 2011).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.config import Labels
-from ekfac_dist.data.batches import Batch
-from ekfac_dist.errors import ModelError
+from ekfac_dist.data.batches import NO_LABEL, Batch
+from ekfac_dist.errors import DataError, ModelError
 
 COVARIANCE_PASS = 0
 REFIT_PASS = 1
@@ -26,7 +27,7 @@ _CHUNK_ELEMENTS = 2**24
 _CDF_BLOCK = 64
 
 # float16 gradients below 6e-8 vanish; a power of two shifts them up and is taken off exactly.
-_GRADIENT_SCALES = {torch.float16: 1024.0}
+GRADIENT_SCALES = {torch.float16: 1024.0}
 
 
 @dataclass(frozen=True)
@@ -45,27 +46,57 @@ class LabelRule:
 
 
 @dataclass(frozen=True)
-class LogitGradient:
-    """The gradient of a batch's summed losses.
+class LossGradient:
+    """Where the backward of a batch's summed losses starts.
 
     Attributes:
-        gradient: `scale` times the gradient with respect to the logits [B, T, V], in their dtype.
+        gradient: `scale` times the gradient with respect to the logits, or losses, in their dtype.
         scale: A power of two; 1 but for float16.
-        loss: Sum of −log p(label) over the batch, float64 scalar on the logits' device, in nats.
-        labels: The labels of the batch's labelled positions, in order.
-        losses: −log p of each of them, float64, in nats.
+        losses: Each sequence's loss [B], float64, in nats.
+        num_labels: Labels of the batch; a sequence with a loss of its own kind counts as one.
+        labels: Labels of the batch's labelled places, in order; None of a loss of its own kind.
     """
 
     gradient: Tensor
     scale: float
-    loss: Tensor
-    labels: Tensor
     losses: Tensor
+    num_labels: int
+    labels: Tensor | None = None
 
-    def by_sequence(self, batch: Batch) -> Tensor:
-        """−log p of each of the batch's sequences [B], float64."""
-        owner = batch.labelled // batch.input_ids.shape[1]
-        return self.losses.new_zeros(len(batch.lengths)).index_add_(0, owner, self.losses)
+    @property
+    def loss(self) -> Tensor:
+        """Sum of the losses, float64 scalar, in nats."""
+        return self.losses.sum()
+
+
+class Draws:
+    """Random numbers of a batch's sequences, for a task that samples labels of its own kind.
+
+    A number depends on the run's seed, the pass, the sequence's row in the source and its place
+    alone: not on the batch, on workers, or on what was drawn before. Asking again gives the same.
+
+    Args:
+        rule: The pass's rule.
+        indices: Row in the source of each sequence.
+        device: Where the numbers are wanted.
+    """
+
+    def __init__(self, rule: LabelRule, indices: Sequence[int], device: torch.device) -> None:
+        self._rule = rule
+        self._indices = indices
+        self._device = device
+
+    def uniform(self, count: int) -> Tensor:
+        """Numbers in [0, 1), [B, count] float64."""
+        rows = [
+            uniforms(self._rule.seed, self._rule.pass_number, index, count)
+            for index in self._indices
+        ]
+        return torch.from_numpy(np.stack(rows)).to(self._device)
+
+    def normal(self, count: int) -> Tensor:
+        """Standard normal numbers, [B, count] float64."""
+        return torch.special.ndtri(self.uniform(count) + 2.0**-53)  # never at 0 or 1
 
 
 def uniforms(seed: int, pass_number: int, index: int, num_positions: int) -> np.ndarray:
@@ -123,32 +154,42 @@ def _first_above(cdf: Tensor, threshold: Tensor) -> Tensor:
     return torch.searchsorted(cdf, threshold, right=True).clamp_(max=cdf.shape[-1] - 1)
 
 
-def logit_gradient(logits: Tensor, batch: Batch, rule: LabelRule) -> LogitGradient:
-    """Chooses the batch's labels and differentiates its summed losses.
+def logit_gradient(logits: Tensor, labels: Tensor, batch: Batch, rule: LabelRule) -> LossGradient:
+    """Chooses a batch's labels and differentiates its summed losses.
 
     Args:
-        logits: [B, T, V].
+        logits: [B, V] or [B, T, V].
+        labels: The data's labels [B] or [B, T], int64; −100 where there is none.
         batch: The batch, on the logits' device.
         rule: Where the labels come from.
 
     Raises:
-        ModelError: The logits are not one row for each position.
+        ModelError: The logits are not one row for each label.
     """
-    if logits.shape[:2] != batch.input_ids.shape:
-        raise ModelError(
-            f"The model gave logits of shape {list(logits.shape)} for input ids of shape "
-            f"{list(batch.input_ids.shape)}; it must give one row of logits for each position."
-        )
-    flat = logits.detach().flatten(0, 1)
+    _check_logits(logits, labels, batch)
+    flat = logits.detach().flatten(0, -2)
     gradient = torch.zeros_like(flat)
-    scale = _GRADIENT_SCALES.get(logits.dtype, 1.0)
+    scale = GRADIENT_SCALES.get(logits.dtype, 1.0)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    targets = batch.targets.flatten()
-    draws = _uniforms_of(batch, rule).to(logits.device) if rule.labels == "sampled" else None
+    targets = labels.flatten()
+    labelled, max_label = batch.labelled, batch.max_label
+    if labelled is None or labels is not batch.inputs.get("labels"):
+        max_label = int(labels.max())
+        labelled = torch.nonzero(targets != NO_LABEL).squeeze(-1)
+        _require_labels(labels, batch)
+    if max_label >= logits.shape[-1]:
+        raise DataError(
+            f"The data has label {max_label}, but the model has {logits.shape[-1]} logits, for "
+            f"labels 0 to {logits.shape[-1] - 1}."
+        )
+    width = labels.numel() // len(batch.indices)
+    draws = None
+    if rule.labels == "sampled":
+        draws = _uniforms_of(batch.indices, width, labelled.cpu(), rule).to(logits.device)
     chosen, losses = [], []
     step = max(1, _CHUNK_ELEMENTS // flat.shape[1])
-    for start in range(0, batch.labelled.numel(), step):
-        rows = batch.labelled[start : start + step]
+    for start in range(0, labelled.numel(), step):
+        rows = labelled[start : start + step]
         scores = flat[rows].to(wide)
         residual = torch.softmax(scores, -1)
         labels = (
@@ -164,12 +205,41 @@ def logit_gradient(logits: Tensor, batch: Batch, rule: LabelRule) -> LogitGradie
         gradient[rows] = (residual if scale == 1.0 else residual * scale).to(gradient.dtype)
         chosen.append(labels)
     nats = torch.cat(losses)
-    return LogitGradient(gradient.view_as(logits), scale, nats.sum(), torch.cat(chosen), nats)
+    by_sequence = nats.new_zeros(len(batch.indices)).index_add_(0, labelled // width, nats)
+    return LossGradient(
+        gradient.view_as(logits), scale, by_sequence, labelled.numel(), torch.cat(chosen)
+    )
 
 
-def _uniforms_of(batch: Batch, rule: LabelRule) -> Tensor:
-    """The uniform numbers of a batch's labelled positions, in order."""
-    table = np.zeros(tuple(batch.input_ids.shape))
-    for row, (index, length) in enumerate(zip(batch.indices, batch.lengths, strict=True)):
-        table[row, :length] = uniforms(rule.seed, rule.pass_number, index, length)
-    return torch.from_numpy(table).flatten()[batch.labelled.cpu()]
+def _check_logits(logits: Tensor, labels: Tensor, batch: Batch) -> None:
+    if labels.ndim not in (1, 2) or labels.dtype != torch.int64:
+        raise ModelError(
+            f"The labels are {labels.dtype} of shape {list(labels.shape)}; they must be int64, "
+            "one for each sequence or one for each position. For other labels give a LossTask."
+        )
+    if labels.shape[0] != len(batch.indices) or logits.shape[:-1] != labels.shape:
+        raise ModelError(
+            f"The model gave logits of shape {list(logits.shape)} for {len(batch.indices)} "
+            f"sequences with labels of shape {list(labels.shape)}; it must give one row of logits "
+            "for each label."
+        )
+
+
+def _require_labels(labels: Tensor, batch: Batch) -> None:
+    without = (labels == NO_LABEL).view(len(batch.indices), -1).all(1)
+    if without.any():
+        number = batch.indices[int(without.nonzero()[0])]
+        raise DataError(
+            f"Sequence {number} of the data has no label, so its loss is no function of the model; "
+            "leave it out."
+        )
+
+
+def _uniforms_of(indices: Sequence[int], width: int, labelled: Tensor, rule: LabelRule) -> Tensor:
+    """The uniform numbers of a batch's labelled places, in order, from `width` for each row."""
+    rows, places = np.divmod(labelled.numpy(), width)
+    table = np.zeros((len(indices), width))
+    for row in np.unique(rows):
+        count = int(places[rows == row].max()) + 1
+        table[row, :count] = uniforms(rule.seed, rule.pass_number, indices[row], count)
+    return torch.from_numpy(table[rows, places])

@@ -90,7 +90,10 @@ def load_tokenizer(config: ModelConfig) -> tuple[Any, str]:
 def context_length(model: nn.Module) -> int | None:
     """The longest input that the model's configuration allows; None where it sets no limit."""
     settings = getattr(model, "config", None)
-    for name in ("max_position_embeddings", "n_positions"):
+    names = ["max_position_embeddings", "n_positions"]
+    if getattr(settings, "is_encoder_decoder", False):
+        names = names[:1]  # T5's n_positions limits nothing: its positions are relative
+    for name in names:
         limit = getattr(settings, name, None)
         if isinstance(limit, int) and limit > 0:
             return limit

@@ -4,19 +4,23 @@ Knows nothing of MLPs: only what passed through which linear map, and which modu
 see others.
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ekfac_dist.data.batches import Batch
+from ekfac_dist.data.sequences import Sequence, collate
 from ekfac_dist.models.experts import Routed, fused_experts, listening
+from ekfac_dist.models.labels import LabelRule
 from ekfac_dist.models.modules import only_input
+from ekfac_dist.models.tasks import Task
 
-# Unequal numbers, so that sequences and positions can be told apart by a shape.
-NUM_SEQUENCES, NUM_TOKENS = 2, 5
+_RULE = LabelRule("data", 0, 0)
 
 
 @dataclass
@@ -29,28 +33,42 @@ class Trace:
         by_position: Linear maps whose rows are not sequence by sequence, and their inputs' shape.
         mixing: Modules whose output at one position depends on their input at others, though none
             of the modules in them is such a one: where attention, or a recurrence, happens.
+        looks_ahead: Whether what comes out first depends on the tokens after it.
+        num_classes: Size of what comes out at each place: the number of classes, if it is logits.
     """
 
     inputs: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
     by_position: dict[str, list[int]] = field(default_factory=dict)
     mixing: set[str] = field(default_factory=set)
+    looks_ahead: bool = False
+    num_classes: int = 0
+
+
+def few_tokens(device: torch.device) -> Batch:
+    """2 sequences of 5 tokens: unequal numbers, so that a shape tells which is which."""
+    tokens = np.arange(10).reshape(2, 5) % 4  # in any vocabulary
+    return collate([Sequence(k, row, row) for k, row in enumerate(tokens)]).to(device)
 
 
 @torch.enable_grad()
-def trace(model: nn.Module, names: Iterable[str], device: torch.device) -> Trace:
-    """Runs a few tokens through a model.
+def trace(model: nn.Module, names: Iterable[str], task: Task, batch: Batch) -> Trace:
+    """Runs a few sequences through a model.
 
     Args:
-        model: A causal language model, frozen and in evaluation mode.
+        model: The model, frozen and in evaluation mode.
         names: Names of its linear maps and collections of experts.
-        device: Where the tokens go.
+        task: What is asked of it.
+        batch: Of another number of sequences than positions, and with other numbers of positions
+            for modules that see others.
     """
     names = list(names)
+    shapes = {key: grid.shape for key, grid in batch.grids.items()}
     found = Trace({name: [] for name in names})
     containers = {name.rpartition(".")[0] for name in names}
     containers |= {outer for name in containers for outer in _outer(name)}
     mixes: dict[str, bool] = {}
     starts: list[Tensor] = []
+    lengths = {shape[1] for shape in shapes.values()}
     handles: list[Any] = []
 
     def see(name: str) -> Any:
@@ -58,7 +76,7 @@ def trace(model: nn.Module, names: Iterable[str], device: torch.device) -> Trace
             # The tensors are held until the end, so no address is used twice.
             tensor = only_input(args, kwargs)
             found.inputs[name].append((tensor.detach(), tensor._version))
-            if not _is_by_sequence(tensor, starts):
+            if not _is_by_sequence(tensor, batch.grid(name).shape, starts):
                 found.by_position[name] = list(tensor.shape)
 
         return hook
@@ -66,13 +84,14 @@ def trace(model: nn.Module, names: Iterable[str], device: torch.device) -> Trace
     def look(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             # At once: what comes after may write into the output.
-            mixes[name] = mixes.get(name, False) or _mixes([*args, *kwargs.values()], output)
+            given = [*args, *kwargs.values()]
+            mixes[name] = mixes.get(name, False) or _mixes(given, output, lengths)
 
         return hook
 
     for module in model.modules():
         if isinstance(module, nn.Embedding):
-            handles.append(module.register_forward_hook(partial(_start_graph, starts)))
+            handles.append(module.register_forward_hook(partial(_start_graph, starts, shapes)))
     for name in names:
         handles.append(
             model.get_submodule(name).register_forward_pre_hook(see(name), with_kwargs=True)
@@ -84,10 +103,8 @@ def trace(model: nn.Module, names: Iterable[str], device: torch.device) -> Trace
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()  # in training mode, gradient checkpointing repeats a forward at each look
-        tokens = torch.arange(NUM_SEQUENCES * NUM_TOKENS, device=device) % 4  # in any vocabulary
-        tokens = tokens.view(NUM_SEQUENCES, NUM_TOKENS)
         with listening(dict.fromkeys(fused_experts(model).values(), _hear)):
-            model(input_ids=tokens, use_cache=False)
+            result, _ = task.loss_gradient(model, batch, _RULE)
     finally:
         for handle in handles:
             handle.remove()
@@ -96,6 +113,8 @@ def trace(model: nn.Module, names: Iterable[str], device: torch.device) -> Trace
     all_mixing = {name for name, flag in mixes.items() if flag}
     with_mixing_inside = {outer for name in all_mixing for outer in _outer(name)}
     found.mixing = all_mixing - with_mixing_inside
+    found.looks_ahead = result.ndim == 3 and _depends_on_later(result, starts)
+    found.num_classes = result.shape[-1]
     return found
 
 
@@ -109,44 +128,68 @@ def _hear(routed: Routed) -> Tensor:
     return routed.outputs
 
 
-def _start_graph(starts: list[Tensor], module: nn.Module, args: Any, output: Any) -> Any:
+def _start_graph(
+    starts: list[Tensor],
+    shapes: Mapping[str, tuple[int, int]],
+    module: nn.Module,
+    args: Any,
+    output: Any,
+) -> Any:
     if not isinstance(output, Tensor) or output.requires_grad:
         return output
     start = output.detach().requires_grad_()
-    if start.shape[:2] == (NUM_SEQUENCES, NUM_TOKENS):
+    if tuple(start.shape[:2]) in shapes.values():
         starts.append(start)
     return start.clone()  # what follows may write into it
 
 
-def _is_by_sequence(tensor: Tensor, starts: list[Tensor]) -> bool:
-    """Whether a linear map's rows are the first sequence's positions, then the second's."""
+def _is_by_sequence(tensor: Tensor, shape: tuple[int, int], starts: list[Tensor]) -> bool:
+    """Whether a linear map's rows are the first sequence's positions, then the next one's."""
+    num_sequences, num_positions = shape
     if tensor.ndim > 2:
-        return tensor.shape[0] == NUM_SEQUENCES
-    if tensor.shape[0] != NUM_SEQUENCES * NUM_TOKENS or not tensor.requires_grad or not starts:
+        return tensor.shape[0] == num_sequences and (
+            tensor.ndim > 3 or tensor.shape[1] == num_positions
+        )
+    if tensor.shape[0] != num_sequences * num_positions or not tensor.requires_grad or not starts:
         return True  # told by the number of rows, later
-    first = tensor[:NUM_TOKENS].sum()
+    first = tensor[:num_positions].sum()
     gradients = torch.autograd.grad(first, starts, retain_graph=True, allow_unused=True)
-    return not any(g is not None and bool(g[1:].any()) for g in gradients)
+    return not any(g is not None and _is_some(g[1:]) for g in gradients)
 
 
-def _mixes(inputs: Iterable[Any], output: Any) -> bool:
+def _depends_on_later(logits: Tensor, starts: list[Tensor]) -> bool:
+    """Whether the logits at the first position depend on a later token."""
+    given = [start for start in starts if start.shape[:2] == logits.shape[:2]]
+    if not given or not logits.requires_grad:
+        return False
+    first = logits[:, 0].sum()
+    gradients = torch.autograd.grad(first, given, retain_graph=True, allow_unused=True)
+    return any(g is not None and _is_some(g[:, 1:]) for g in gradients)
+
+
+def _mixes(inputs: Iterable[Any], output: Any, lengths: Container[int]) -> bool:
     """Whether the last position of an output depends on an earlier one of an input."""
     results = output if isinstance(output, (tuple, list)) else [output]
-    result = next((r for r in results if _has_positions(r)), None)
+    result = next((r for r in results if _has_positions(r, lengths)), None)
     if result is None:
         return False
-    given = [tensor for tensor in inputs if _has_positions(tensor)]
+    given = [tensor for tensor in inputs if _has_positions(tensor, lengths)]
     last = result[:, -1].sum()
     gradients = (
         torch.autograd.grad(last, given, retain_graph=True, allow_unused=True) if given else []
     )
-    return any(g is not None and bool(g[:, :-1].any()) for g in gradients)
+    return any(g is not None and _is_some(g[:, :-1]) for g in gradients)
 
 
-def _has_positions(value: Any) -> bool:
+def _is_some(gradient: Tensor) -> bool:
+    """Whether there is any gradient; NaN, which a NaN anywhere makes everywhere, shows nothing."""
+    return bool(gradient.nan_to_num(0).any())
+
+
+def _has_positions(value: Any, lengths: Container[int]) -> bool:
     return (
         isinstance(value, Tensor)
         and value.ndim == 3
-        and value.shape[1] == NUM_TOKENS
+        and value.shape[1] in lengths
         and value.requires_grad
     )

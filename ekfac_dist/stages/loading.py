@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from ekfac_dist.config import DataConfig
+from ekfac_dist.data.examples import Examples
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.data.source import open_source
 from ekfac_dist.data.tokenizing import tokenize
@@ -32,7 +33,7 @@ def load_sequences(
     return world.main_first(load)
 
 
-def check_sequences(model: nn.Module, sequences: Sequences, advice: str) -> None:
+def check_sequences(model: nn.Module, sequences: Examples, advice: str) -> None:
     """Refuses sequences that a model cannot read.
 
     Args:
@@ -43,7 +44,7 @@ def check_sequences(model: nn.Module, sequences: Sequences, advice: str) -> None
     Raises:
         DataError: One is longer than the model's context, or has a token that it does not know.
     """
-    longest = int(sequences.num_positions.max())
+    longest = sequences.longest
     context = context_length(model)
     if context is not None and longest > context:
         raise DataError(

@@ -8,12 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ekfac_dist.data.batches import Batch, Rows, collate
-from ekfac_dist.data.sequences import Sequences
+from ekfac_dist.data.batches import Batch, Rows
+from ekfac_dist.data.examples import Examples
 from ekfac_dist.errors import NonFiniteError
 from ekfac_dist.models.capture import Capture, Observer
 from ekfac_dist.models.labels import LabelRule
 from ekfac_dist.models.modules import TrackedModule
+from ekfac_dist.models.tasks import CAUSAL_LM, Task
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
 
@@ -31,20 +32,22 @@ class Work:
         show_progress: Whether worker 0 shows progress.
         called: What errors call a sequence; {} stands for its row in the source.
         wider: What an error advises against a sum that overflows.
+        task: What is asked of the model.
     """
 
     model: nn.Module
-    sequences: Sequences
+    sequences: Examples
     shard: Sequence[Sequence[int]]
     world: World
     dtype: torch.dtype
     show_progress: bool
     called: str = "sequence {} of the data"
     wider: str = "Use factors.accumulate: float64"
+    task: Task = CAUSAL_LM
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Some sequences as a batch on the worker's device."""
-        return collate([self.sequences[number] for number in numbers]).to(self.world.device)
+        return self.sequences.batch(numbers).to(self.world.device)
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,12 @@ class PassResult:
     Attributes:
         seconds: From this worker's start to the end of the reduction.
         loss: Mean −log p(label) over all labels, in nats.
+        num_labels: How many labels there were.
     """
 
     seconds: float
     loss: float
+    num_labels: int
 
 
 class SummingObserver(Observer, Protocol):
@@ -96,7 +101,7 @@ def run_pass(
     own_tokens = sum(int(work.sequences.num_positions[numbers].sum()) for numbers in work.shard)
     all_tokens = int(work.sequences.num_positions.sum())
     start = time.perf_counter()
-    loss = torch.zeros((), dtype=torch.float64, device=world.device)
+    loss, num_labels = torch.zeros((), dtype=torch.float64, device=world.device), 0
     progress = Progress(
         name,
         total=own_tokens,
@@ -105,22 +110,27 @@ def run_pass(
         whole=(all_tokens, len(work.sequences)),
         enabled=work.show_progress and world.is_main,
     )
-    with world.agree(), Capture(work.model, modules, observer, work.dtype) as capture, progress:
+    with (
+        world.agree(),
+        Capture(work.model, modules, observer, work.dtype, work.task) as capture,
+        progress,
+    ):
         for numbers in work.shard:
             batch = work.batch(numbers)
             result = capture.run(batch, rule)
             loss += result.loss
+            num_labels += result.num_labels
             if on_loss is not None:
-                on_loss(batch, result.by_sequence(batch))
+                on_loss(batch, result.losses)
             if not torch.isfinite(observer.health() + loss).item():
                 _raise_non_finite(name, work, modules, numbers, rule)
             progress.update(batch.num_positions, len(numbers))
             world.check_peers()
     observer.reduce(world)
-    world.all_reduce_([loss])
-    return PassResult(
-        time.perf_counter() - start, loss.item() / int(work.sequences.num_labels.sum())
-    )
+    totals = torch.stack([loss, loss.new_tensor(num_labels)])
+    world.all_reduce_([totals])
+    all_loss, all_labels = totals.tolist()
+    return PassResult(time.perf_counter() - start, all_loss / all_labels, int(all_labels))
 
 
 class _FirstNonFinite:
@@ -154,7 +164,7 @@ def _raise_non_finite(
     for number in numbers:
         batch = work.batch([number])
         first = _FirstNonFinite()
-        with Capture(work.model, modules, first, work.dtype) as capture:
+        with Capture(work.model, modules, first, work.dtype, work.task) as capture:
             loss = capture.run(batch, rule).loss
         logits = None if torch.isfinite(loss) else "the logits"
         where = first.input or logits or first.gradient  # as they come about

@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 from ekfac_dist.config import EstimateConfig
-from ekfac_dist.data.sequences import Sequences
+from ekfac_dist.data.examples import Examples
 from ekfac_dist.models.discovery import Discovery
+from ekfac_dist.models.tasks import Task
 
 _SOFTWARE = ("ekfac_dist", "torch", "transformers", "accelerate", "safetensors")
 # What each kind of labels makes of the Fisher.
@@ -22,6 +23,7 @@ class Summary:
     Attributes:
         seconds: Of each stage: covariance, eigenbasis, refit.
         losses: Mean −log p(label) of each pass, in nats per label.
+        num_labels: Labels of a pass.
         sequences: All of the run's sequences.
         discovery: What was tracked.
         workers: W.
@@ -29,7 +31,7 @@ class Summary:
         peak_bytes: The largest peak memory of any worker, by place ("host", "device").
     """
 
-    sequences: Sequences
+    sequences: Examples
     discovery: Discovery
     workers: int
     num_groups: int
@@ -37,6 +39,7 @@ class Summary:
         default_factory=lambda: {"covariance": 0.0, "eigenbasis": 0.0, "refit": 0.0}
     )
     losses: dict[str, float] = field(default_factory=dict)
+    num_labels: int = 0
     peak_bytes: dict[str, int] = field(default_factory=dict)
 
 
@@ -51,14 +54,16 @@ class Inputs:
         discovery: What is tracked.
         fingerprint: SHA-256 of the tracked parameters.
         narrower: The same of the parameters rounded to narrower dtypes, by dtype.
+        task: What is asked of the model.
     """
 
     config: EstimateConfig
     model: nn.Module
-    sequences: Sequences
+    sequences: Examples
     discovery: Discovery
     fingerprint: str
     narrower: dict[str, str]
+    task: Task
 
 
 def coverage_line(discovery: Discovery) -> str:
@@ -97,7 +102,7 @@ def manifest(inputs: Inputs, summary: Summary) -> dict[str, Any]:
             "fingerprint": sequences.fingerprint,
             "num_sequences": len(sequences),
             "num_positions": num_positions,
-            "num_labels": int(sequences.num_labels.sum()),
+            "num_labels": summary.num_labels,
             "max_tokens": config.data.max_tokens,
             "num_rows": counts.rows,
             "num_unlabelled": counts.unlabelled,
@@ -108,6 +113,7 @@ def manifest(inputs: Inputs, summary: Summary) -> dict[str, Any]:
             "labels": config.factors.labels,
             "seed": config.factors.seed,
             "refit": config.factors.refit,
+            "task": inputs.task.name,
         },
         "modules": {module.name: module.as_dict() for module in discovery.modules},
         "coverage": {

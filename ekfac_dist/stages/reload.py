@@ -9,6 +9,7 @@ from ekfac_dist.errors import StoreError
 from ekfac_dist.models.discovery import candidates_of
 from ekfac_dist.models.fingerprint import fingerprint
 from ekfac_dist.models.modules import TrackedModule
+from ekfac_dist.models.tasks import CAUSAL_LM, Task
 from ekfac_dist.runtime.store import MANIFEST, MEND, StoreReader, eigenbasis_file, spectrum_file
 from ekfac_dist.stages.factors import Factors
 
@@ -93,6 +94,26 @@ def check_model(path: str, factors: Factors, model: nn.Module) -> None:
         f"{fitted['fingerprint'][:12]}…; the given {type(model).__name__} ({held}) has "
         f"{found_print[:12]}…: its weights differ; {_ADVICE}."
     )
+
+
+def require_fitted_task(path: str, factors: Factors, task: Task) -> None:
+    """Refuses a task that factors were not fitted with: their curvature is of another loss.
+
+    Args:
+        path: What to call the factors in an error.
+        factors: The factors.
+        task: The task.
+
+    Raises:
+        StoreError: They were fitted with another.
+    """
+    fitted = str(factors.manifest["fisher"].get("task", CAUSAL_LM.name))
+    if fitted != task.name:
+        raise StoreError(
+            f"{path} holds factors fitted with the task {fitted}, not {task.name}; from Python, "
+            "give influence_scores(…, task=…) the same one. The command line answers causal "
+            "language models alone."
+        )
 
 
 _ADVICE = "give the model that they were fitted for, or fit factors for this one"

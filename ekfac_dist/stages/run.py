@@ -13,7 +13,8 @@ from ekfac_dist.config import DataConfig, EstimateConfig, FactorsConfig, ModelCo
 from ekfac_dist.curvature.eigenbasis import check_size
 from ekfac_dist.curvature.kronecker import kfac_lambda
 from ekfac_dist.data.batches import shard
-from ekfac_dist.data.sequences import Sequences, from_examples
+from ekfac_dist.data.examples import Examples, TaskExamples
+from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.models.capture import prepared
 from ekfac_dist.models.discovery import Discovery, discover
 from ekfac_dist.models.fingerprint import fingerprint, narrower_fingerprints
@@ -21,6 +22,7 @@ from ekfac_dist.models.labels import COVARIANCE_PASS, REFIT_PASS, LabelRule
 from ekfac_dist.models.loading import load_model, load_tokenizer
 from ekfac_dist.models.modules import EXPERT, TrackedModule
 from ekfac_dist.models.partition import partition
+from ekfac_dist.models.tasks import CAUSAL_LM, Task, few_examples, read_examples, require_task
 from ekfac_dist.runtime.memory import peak_bytes
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.store import (
@@ -109,8 +111,9 @@ def estimate_factors(
     max_tokens: int | None = None,
     keep_covariance: bool = True,
     progress: bool = False,
+    task: Task | None = None,
 ) -> Factors:
-    """Fits EK-FAC factors of a causal language model's MLP modules (Grosse et al. 2023, §2.2).
+    """Fits EK-FAC factors of a transformer's MLP modules (Grosse et al. 2023, §2.2).
 
     Under `accelerate launch`, call it on every worker with the same model and the same whole data;
     it shards the data itself. The model must be on the worker's device and comes back as it was.
@@ -119,9 +122,10 @@ def estimate_factors(
     factors are large and decomposed on a CPU.
 
     Args:
-        model: A Hugging Face causal language model.
+        model: A Hugging Face causal language model; or the model of another task.
         data: A `datasets.Dataset` or an iterable of examples or batches with `input_ids` and, if
-            wanted, `labels` (−100 for none) and `attention_mask`; padding is taken off.
+            wanted, `labels` (−100 for none) and `attention_mask`; padding is taken off. What other
+            tasks' examples hold, the task says.
         output: Directory of the factor store, seen by every worker; None keeps the factors in
             memory, on every worker.
         modules: A glob of module names, or several; None for every MLP linear.
@@ -134,6 +138,9 @@ def estimate_factors(
         max_tokens: Longer sequences are cut to this many tokens; None leaves them whole.
         keep_covariance: Store the raw covariance sums too.
         progress: Show progress on worker 0.
+        task: What the model is asked, and what its loss is: `MaskedLM()`,
+            `SequenceClassification()`, `Seq2SeqLM()`, or a `Task` or `LossTask` of one's own; None
+            for causal language modelling.
 
     Returns:
         The factors, ready to solve with, on every worker.
@@ -147,7 +154,8 @@ def estimate_factors(
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     world = World.start()
     with world.agree():
-        sequences = from_examples(data, max_tokens)
+        task = require_task(task)
+        sequences = read_examples(task, model, data, max_tokens)
         config = EstimateConfig(
             model=ModelConfig(
                 name=str(getattr(model, "name_or_path", "") or type(model).__name__),
@@ -155,7 +163,7 @@ def estimate_factors(
                 modules=None if modules is None else list(modules),
             ),
             data=DataConfig(
-                source=type(data).__name__, max_tokens=max_tokens or int(sequences.max_tokens)
+                source=type(data).__name__, max_tokens=max_tokens or _max_tokens(sequences)
             ),
             factors=FactorsConfig(
                 labels=labels,  # type: ignore[arg-type]
@@ -172,16 +180,21 @@ def estimate_factors(
     given = {"labels": labels, "seed": seed, "refit": refit, "accumulate": accumulate}
     given |= {"partitions": partitions, "batch_tokens": batch_tokens, "modules": modules}
     given |= {"keep_covariance": keep_covariance, "an output": output is not None}
+    given |= {"task": task.name}
     world.require_same("arguments", given)
     if output is not None:
         world.on_main(lambda: check_output(output, config.as_dict()))
     memory = MemoryStore()
     with torch.inference_mode(False), prepared(model):
-        inputs = check_inputs(config, model, sequences, world)
+        inputs = check_inputs(config, model, sequences, world, task)
         sink = memory if output is None else open_store(output, config, world)
         fit(inputs, world, sink, show_progress=progress)
     world.barrier()
     return Factors(memory) if output is None else load_factors(output)
+
+
+def _max_tokens(sequences: Examples) -> int:
+    return sequences.max_tokens if isinstance(sequences, Sequences) else sequences.longest
 
 
 def open_store(output: str | Path, config: EstimateConfig, world: World) -> FactorSink:
@@ -191,7 +204,11 @@ def open_store(output: str | Path, config: EstimateConfig, world: World) -> Fact
 
 
 def check_inputs(
-    config: EstimateConfig, model: nn.Module, sequences: Sequences, world: World
+    config: EstimateConfig,
+    model: nn.Module,
+    sequences: Examples,
+    world: World,
+    task: Task = CAUSAL_LM,
 ) -> Inputs:
     """Finds the modules and checks, on every worker, all that can be known to fail later.
 
@@ -203,7 +220,10 @@ def check_inputs(
     """
     with world.agree():
         check_sequences(model, sequences, "set data.max_tokens to {context} or less")
-        discovery = discover(model, config.model.modules, world.device)
+        probe = None
+        if isinstance(sequences, TaskExamples):
+            probe = few_examples(task, model, sequences).to(world.device)
+        discovery = discover(model, config.model.modules, world.device, task, probe)
     main_device = torch.device(world.share(world.device.type))
     with world.agree():
         for factor, size in discovery.factors.items():
@@ -213,7 +233,7 @@ def check_inputs(
     world.require_same("model weights, by fingerprint,", weights)
     narrower = world.share(world.on_main(lambda: narrower_fingerprints(model, discovery.modules)))
     assert narrower is not None
-    return Inputs(config, model, sequences, discovery, weights, narrower)
+    return Inputs(config, model, sequences, discovery, weights, narrower, task)
 
 
 def fit(inputs: Inputs, world: World, sink: FactorSink, *, show_progress: bool) -> Summary:
@@ -229,7 +249,7 @@ def fit(inputs: Inputs, world: World, sink: FactorSink, *, show_progress: bool) 
     sequences, discovery = inputs.sequences, inputs.discovery
     own = shard(sequences.num_positions, config.batch_tokens, world.size, world.rank)
     dtype = getattr(torch, factors.accumulate)
-    work = Work(inputs.model, sequences, own, world, dtype, show_progress)
+    work = Work(inputs.model, sequences, own, world, dtype, show_progress, task=inputs.task)
     groups = partition(discovery.modules, 1 if factors.partitions == "auto" else factors.partitions)
     summary = Summary(sequences, discovery, world.size, len(groups))
     for number, group in enumerate(groups, start=1):
@@ -267,6 +287,7 @@ def _fit_group(
         covariance.keep(group)
     summary.seconds["covariance"] += result.seconds
     summary.losses["covariance"] = result.loss
+    summary.num_labels = result.num_labels
     bases, seconds = run_eigenbasis(
         "eigenbasis" + suffix,
         covariance,
@@ -297,11 +318,13 @@ def _fit_group(
 def _require_each_position_once(
     group: list[TrackedModule], counts: dict[str, int], work: Work
 ) -> None:
-    expected = int(work.sequences.num_positions.sum())
-    factors = {f for m in group if m.kind != EXPERT for f in (m.input, m.output)}
-    wrong = {factor: counts[factor] for factor in factors if counts[factor] != expected}
-    if wrong:
-        raise RuntimeError(f"counted positions are {expected}, but sums hold {wrong}")
+    for module in group:
+        expected = int(work.sequences.positions_of(module.name).sum())
+        found = {counts[module.input], counts[module.output]}
+        if module.kind != EXPERT and found != {expected}:
+            raise RuntimeError(
+                f"{module.name} sees {expected} counted positions, but its sums hold {found}"
+            )
 
 
 def _kfac(

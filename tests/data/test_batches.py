@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ekfac_dist.data.batches import assign_batches, collate, plan_batches
-from ekfac_dist.data.sequences import NO_LABEL, Sequence
+from ekfac_dist.data.batches import NO_LABEL, assign_batches, plan_batches
+from ekfac_dist.data.sequences import Sequence, collate
 
 lengths_of_data = st.lists(st.integers(1, 600), max_size=80)
 budgets = st.integers(1, 2000)
@@ -119,23 +119,23 @@ def sequence(index: int, inputs: list[int], targets: list[int]) -> Sequence:
 def test_shorter_sequences_are_padded_on_the_right():
     batch = collate([sequence(4, [5, 6, 7], [6, 7, 8]), sequence(9, [3], [2])])
     assert batch.indices == (4, 9)
-    assert batch.lengths == (3, 1)
-    assert batch.input_ids.tolist() == [[5, 6, 7], [3, 0, 0]]
-    assert batch.targets.tolist() == [[6, 7, 8], [2, NO_LABEL, NO_LABEL]]
-    assert batch.mask is not None
-    assert batch.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch.real is not None
-    assert batch.real.tolist() == [0, 1, 2, 3]
+    assert batch.grid("").lengths == (3, 1)
+    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7], [3, 0, 0]]
+    assert batch.inputs["labels"].tolist() == [[6, 7, 8], [2, NO_LABEL, NO_LABEL]]
+    assert "attention_mask" in batch.inputs
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch.grid("").real is not None
+    assert batch.grid("").real.tolist() == [0, 1, 2, 3]
     assert batch.labelled.tolist() == [0, 1, 2, 3]
-    assert (batch.num_positions, batch.num_labels) == (4, 4)
+    assert (batch.num_positions, batch.labelled.numel()) == (4, 4)
 
 
 def test_a_batch_of_one_length_has_no_padding_to_tell_of():
     batch = collate([sequence(0, [5, 6], [NO_LABEL, 7]), sequence(1, [1, 2], [2, 3])])
-    assert batch.mask is None
-    assert batch.real is None
+    assert "attention_mask" not in batch.inputs
+    assert batch.grid("").real is None
     assert batch.labelled.tolist() == [1, 2, 3]
-    assert (batch.num_positions, batch.num_labels) == (4, 3)
+    assert (batch.num_positions, batch.labelled.numel()) == (4, 3)
 
 
 rows = st.lists(st.lists(st.integers(0, 300), min_size=1, max_size=9), min_size=1, max_size=6)
@@ -144,16 +144,21 @@ rows = st.lists(st.lists(st.integers(0, 300), min_size=1, max_size=9), min_size=
 @given(rows=rows)
 def test_a_batch_holds_what_went_in_and_nothing_else(rows: list[list[int]]):
     batch = collate([sequence(n, row, [i + 1 for i in row]) for n, row in enumerate(rows)])
-    flat = batch.input_ids.flatten()
-    real = torch.arange(flat.numel()) if batch.real is None else batch.real
+    flat = batch.inputs["input_ids"].flatten()
+    real = torch.arange(flat.numel()) if batch.grid("").real is None else batch.grid("").real
     assert flat[real].tolist() == [token for row in rows for token in row]
-    assert batch.targets.flatten()[batch.labelled].tolist() == [i + 1 for row in rows for i in row]
-    assert batch.input_ids.dtype == batch.targets.dtype == torch.int64
+    assert batch.inputs["labels"].flatten()[batch.labelled].tolist() == [
+        i + 1 for row in rows for i in row
+    ]
+    assert batch.inputs["input_ids"].dtype == batch.inputs["labels"].dtype == torch.int64
 
 
 def test_a_moved_batch_is_the_same_batch():
     batch = collate([sequence(4, [5, 6, 7], [6, 7, 8]), sequence(9, [3], [2])])
     moved = batch.to(torch.device("cpu"))
     assert moved.indices == batch.indices
-    for name in ("input_ids", "targets", "mask", "real", "labelled"):
-        assert torch.equal(getattr(moved, name), getattr(batch, name))
+    assert set(moved.inputs) == {"input_ids", "labels", "attention_mask"}
+    for name, tensor in batch.inputs.items():
+        assert torch.equal(moved.inputs[name], tensor)
+    assert torch.equal(moved.labelled, batch.labelled)
+    assert torch.equal(moved.grid("").real, batch.grid("").real)

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from workshop import BOS, EOS, texts, tiny_tokenizer
 
 from ekfac_dist.config import DataConfig
-from ekfac_dist.data.sequences import NO_LABEL, Sequences, from_examples
+from ekfac_dist.data.batches import NO_LABEL
+from ekfac_dist.data.sequences import Sequences, from_examples
 from ekfac_dist.data.tokenizing import tokenize
 from ekfac_dist.errors import DataError
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from workshop import texts, tiny_tokenizer, write_jsonl
 
-from ekfac_dist.data.sequences import NO_LABEL, from_examples
+from ekfac_dist.data.batches import NO_LABEL
+from ekfac_dist.data.sequences import from_examples
 from ekfac_dist.errors import DataError
 from ekfac_dist.influence.queries import (
     pick_candidates,
@@ -67,11 +68,11 @@ def test_a_completion_in_which_no_token_begins_is_refused(tmp_path):
 
 def test_examples_are_queries_and_one_without_a_label_is_named():
     good = {"input_ids": torch.tensor([1, 2, 3]), "group": "g"}
-    queries = query_examples([good, good, {"input_ids": torch.tensor([3, 4])}])
+    queries = query_examples([good, good, {"input_ids": torch.tensor([3, 4])}], from_examples)
     assert queries.rows == ((0, 1), (2,))
     bad = {"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([1, NO_LABEL])}
     with pytest.raises(DataError, match=r"Query 1 .* has no label"):
-        query_examples([good, bad])
+        query_examples([good, bad], from_examples)
 
 
 def test_candidates_come_from_a_list_or_either_kind_of_file(tmp_path):

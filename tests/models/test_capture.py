@@ -7,8 +7,7 @@ from networks import CONFIGS, KINDS, VOCAB, build, examples, shifted
 from torch import nn
 
 from ekfac_dist import estimate_factors
-from ekfac_dist.data.batches import collate
-from ekfac_dist.data.sequences import from_examples
+from ekfac_dist.data.sequences import collate, from_examples
 from ekfac_dist.errors import ModelError
 from ekfac_dist.models.capture import Capture, prepared
 from ekfac_dist.models.discovery import discover
@@ -58,7 +57,7 @@ def captured(model, data, globs=None, dtype=torch.float64):
 def test_the_sum_of_outer_products_is_the_weight_gradient_bias_last(family):
     model, data = build(family), examples(5, prompts=True)
     recorder, modules, batch, result = captured(model, data)
-    found = recorder.weight_gradients(modules, batch.lengths)
+    found = recorder.weight_gradients(modules, batch.grid("").lengths)
     total = 0.0
     for number, example in enumerate(data):
         model.zero_grad()
@@ -75,17 +74,17 @@ def test_the_models_own_mean_loss_differs_by_the_number_of_labels_alone():
     # GPT-2, whose norms are float64 throughout; Llama's are float32 and would round.
     model, data = build("gpt2"), examples(1, longest=8)
     recorder, modules, batch, _ = captured(model, data)
-    found = recorder.weight_gradients(modules, batch.lengths)
+    found = recorder.weight_gradients(modules, batch.grid("").lengths)
     ids = data[0]["input_ids"]
     logits = model(input_ids=ids[None, :-1]).logits[0]
     torch.nn.functional.cross_entropy(logits, ids[1:], reduction="mean").backward()
     for module in modules:
         mean = weight_gradient(model.get_submodule(module.name))
-        assert relative(found[module.name][0], mean * batch.num_labels) < 1e-10
+        assert relative(found[module.name][0], mean * batch.labelled.numel()) < 1e-10
     model.zero_grad()
     model(input_ids=ids[None], labels=ids[None]).loss.backward()
     for module in modules:
-        own = weight_gradient(model.get_submodule(module.name)) * batch.num_labels
+        own = weight_gradient(model.get_submodule(module.name)) * batch.labelled.numel()
         assert relative(found[module.name][0], own) < 1e-6  # the model's own loss is float32
 
 
@@ -93,8 +92,10 @@ def test_the_models_own_mean_loss_differs_by_the_number_of_labels_alone():
 def test_garbage_in_padding_changes_no_row(family):
     model, data = build(family), examples(4)
     clean, modules, batch, _ = captured(model, data)
-    assert batch.mask is not None
-    batch.input_ids[batch.mask == 0] = torch.randint(1, VOCAB, ((batch.mask == 0).sum(),))
+    assert "attention_mask" in batch.inputs
+    batch.inputs["input_ids"][batch.inputs["attention_mask"] == 0] = torch.randint(
+        1, VOCAB, ((batch.inputs["attention_mask"] == 0).sum(),)
+    )
     dirty = Recorder()
     with prepared(model), Capture(model, modules, dirty, torch.float64) as capture:
         capture.run(batch, DATA_LABELS)
@@ -111,7 +112,7 @@ def test_nan_in_padded_rows_of_an_activation_goes_nowhere():
 
     def poison(module, args):
         poisoned = args[0].clone()
-        poisoned[batch.mask == 0] = torch.nan
+        poisoned[batch.inputs["attention_mask"] == 0] = torch.nan
         return (poisoned, *args[1:])
 
     target = model.get_submodule(modules[-1].name)
@@ -275,7 +276,7 @@ def test_rows_that_are_not_positions_are_refused():
     mlp = model.model.layers[0].mlp
     plain = mlp.forward
     mlp.forward = lambda x: plain(torch.cat([x, x], 1))[:, : x.shape[1]]
-    with pytest.raises(ModelError, match=r"gate_proj has \d+ input rows"):
+    with pytest.raises(ModelError, match=r"gate_proj does not compute sequence by sequence"):
         estimate_factors(model, examples(2))
 
 

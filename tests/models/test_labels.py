@@ -5,8 +5,7 @@ from dense import relative
 from networks import build, examples, shifted
 from scipy_free import chi_square_p_value
 
-from ekfac_dist.data.batches import collate
-from ekfac_dist.data.sequences import from_examples
+from ekfac_dist.data.sequences import collate, from_examples
 from ekfac_dist.models.labels import (
     COVARIANCE_PASS,
     REFIT_PASS,
@@ -96,9 +95,12 @@ def labels_by_row(model, data, groups, seed=0, pass_number=COVARIANCE_PASS):
     for group in groups:
         batch = collate([sequences[k] for k in group])
         with torch.no_grad():
-            logits = model(input_ids=batch.input_ids, attention_mask=batch.mask).logits
-        labels = logit_gradient(logits, batch, rule).labels
-        row_of = batch.labelled // batch.input_ids.shape[1]
+            logits = model(
+                input_ids=batch.inputs["input_ids"],
+                attention_mask=batch.inputs.get("attention_mask"),
+            ).logits
+        labels = logit_gradient(logits, batch.inputs["labels"], batch, rule).labels
+        row_of = batch.labelled // batch.inputs["input_ids"].shape[1]
         for b, index in enumerate(batch.indices):
             found[index] = labels[row_of == b].tolist()
     return found
@@ -116,26 +118,30 @@ def test_labels_do_not_depend_on_batch_padding_or_order(model):
 def test_only_labelled_positions_get_a_label_and_a_gradient(model):
     data = examples(6, prompts=True)
     batch = collate(list(from_examples(data)))
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.mask).logits
-    result = logit_gradient(logits, batch, LabelRule("sampled", 0, 0))
+    logits = model(
+        input_ids=batch.inputs["input_ids"], attention_mask=batch.inputs.get("attention_mask")
+    ).logits
+    result = logit_gradient(logits, batch.inputs["labels"], batch, LabelRule("sampled", 0, 0))
     touched = result.gradient.abs().sum(-1) > 0
-    assert torch.equal(touched, batch.targets != -100)
+    assert torch.equal(touched, batch.inputs["labels"] != -100)
     assert (
         len(result.labels)
-        == batch.num_labels
+        == batch.labelled.numel()
         == sum(int((shifted(e)[1] != -100).sum()) for e in data)
     )
 
 
 def test_the_gradient_is_that_of_the_summed_cross_entropy(model):
     batch = collate(list(from_examples(examples(6, prompts=True))))
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.mask).logits.detach()
+    logits = model(
+        input_ids=batch.inputs["input_ids"], attention_mask=batch.inputs.get("attention_mask")
+    ).logits.detach()
     logits.requires_grad_()
     loss = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100, reduction="sum"
+        logits.flatten(0, 1), batch.inputs["labels"].flatten(), ignore_index=-100, reduction="sum"
     )
     loss.backward()
-    result = logit_gradient(logits, batch, LabelRule("data", 0, 0))
+    result = logit_gradient(logits, batch.inputs["labels"], batch, LabelRule("data", 0, 0))
     assert relative(result.gradient, logits.grad) < 1e-12
     assert result.loss.item() == pytest.approx(loss.item(), rel=1e-12)
     assert result.scale == 1
@@ -144,17 +150,19 @@ def test_the_gradient_is_that_of_the_summed_cross_entropy(model):
 def test_a_label_of_vanishing_probability_has_a_finite_loss():
     batch = collate(list(from_examples([{"input_ids": torch.tensor([1, 2])}])))
     logits = torch.tensor([[[500.0, 0.0, -700.0]]])
-    result = logit_gradient(logits, batch, LabelRule("data", 0, 0))
+    result = logit_gradient(logits, batch.inputs["labels"], batch, LabelRule("data", 0, 0))
     assert result.loss.item() == pytest.approx(1200, rel=1e-6)
     assert result.gradient.tolist() == [[[1, 0, -1]]]
 
 
 def test_float16_gradients_are_scaled_up_by_a_power_of_two(model):
     batch = collate(list(from_examples(examples(3))))
-    logits = model(input_ids=batch.input_ids).logits.half()
-    result = logit_gradient(logits, batch, LabelRule("data", 0, 0))
+    logits = model(input_ids=batch.inputs["input_ids"]).logits.half()
+    result = logit_gradient(logits, batch.inputs["labels"], batch, LabelRule("data", 0, 0))
     assert result.scale == 1024
-    exact = logit_gradient(logits.double(), batch, LabelRule("data", 0, 0)).gradient
+    exact = logit_gradient(
+        logits.double(), batch.inputs["labels"], batch, LabelRule("data", 0, 0)
+    ).gradient
     assert relative(result.gradient.double() / 1024, exact) < 1e-3
 
 

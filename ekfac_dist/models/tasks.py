@@ -1,0 +1,304 @@
+"""Tasks: what a model is asked of a batch, and what its loss is.
+
+The curvature is of the loss, so a task says all that the passes have to know of a model beside its
+modules: its logits and labels, or its losses; which positions are counted; how examples make a
+batch. Causal language modelling is the default, and the command line's only one.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ekfac_dist.data.batches import NO_LABEL, Batch, Grid
+from ekfac_dist.data.examples import TaskExamples
+from ekfac_dist.data.sequences import Sequences, from_examples
+from ekfac_dist.errors import ConfigError, DataError, ModelError, first_line
+from ekfac_dist.models.labels import (
+    GRADIENT_SCALES,
+    Draws,
+    LabelRule,
+    LossGradient,
+    logit_gradient,
+)
+
+
+class Task:
+    """Logits and labels: a sequence's loss is the sum of −log p(label) over its labels.
+
+    Override `forward` for a model that is called in another way; and `masks` and `collate`, if
+    positions are not told by an `attention_mask`, or examples are no mappings of arrays.
+    """
+
+    def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Runs a model.
+
+        Args:
+            model: The model; its parameters are frozen and its dropout is off.
+            batch: What `collate` made, on the model's device.
+
+        Returns:
+            Logits [B, T, V] and labels [B, T]; or [B, V] and [B]. Labels are int64, −100 where
+            there is none, and every sequence has one at least. Where factors are fitted with
+            sampled labels, which places have one is all that is read of them.
+        """
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        return model(**inputs).logits, batch["labels"]
+
+    def masks(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Which positions are counted: those that a loss of their sequence depends on.
+
+        Args:
+            model: The model.
+            batch: What `collate` made.
+
+        Returns:
+            By the beginning of modules' names a mask [B, T], not zero at counted positions; "" for
+            all other modules. By default every position that is no padding.
+        """
+        if "attention_mask" in batch:
+            return {"": batch["attention_mask"]}
+        if "input_ids" not in batch:
+            raise DataError(
+                f"The examples have {', '.join(batch)}, but no input_ids, so their positions are "
+                "not known; give a task with masks of its own."
+            )
+        return {"": torch.ones_like(batch["input_ids"])}
+
+    def collate(self, examples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
+        """Makes a batch of examples.
+
+        Args:
+            examples: One or more, each with the same fields: numbers, or arrays. An example's own
+                padding has been taken off.
+
+        Returns:
+            Each field [B, ...]; arrays of one dimension are padded on the right to the longest,
+            `labels` with −100 and all others with 0. There is an `attention_mask` if anything of
+            the length of `input_ids` was padded.
+        """
+        batch = {name: _stacked(name, [e[name] for e in examples]) for name in examples[0]}
+        lengths = [len(example["input_ids"]) for example in examples if "input_ids" in example]
+        if "attention_mask" not in batch and len(set(lengths)) > 1:
+            mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+            batch["attention_mask"] = mask.long()
+        return batch
+
+    def is_aligned(self, field: str) -> bool:
+        """Whether a field as long as `input_ids` has an entry for each of its positions.
+
+        Entries of padding (`attention_mask` 0, at either end of an example) are taken off it.
+        """
+        return not field.startswith("decoder_")
+
+    def loss_gradient(
+        self, model: nn.Module, batch: Batch, rule: LabelRule
+    ) -> tuple[Tensor, LossGradient]:
+        """Runs a batch: where the backward starts, and with what gradient."""
+        logits, labels = self.forward(model, batch.inputs)
+        return logits, logit_gradient(logits, labels, batch, rule)
+
+    @property
+    def name(self) -> str:
+        """What a store calls it: its class's name."""
+        return type(self).__name__
+
+
+class LossTask(Task, ABC):
+    """A loss of one's own, −log p of a label of any kind, with its own sampling of labels.
+
+    For the true Fisher (labels="sampled") labels have to be drawn from the model's own
+    distribution, which only the task knows.
+    """
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Mapping[str, Tensor], draws: Draws | None) -> Tensor:
+        """Runs a model.
+
+        Args:
+            model: The model; its parameters are frozen and its dropout is off.
+            batch: What `collate` made, on the model's device.
+            draws: Random numbers to sample each sequence's labels with; None: the data's labels
+                are wanted. Sampled labels have to be constants (`detach`): the gradient is of
+                −log p(label) for a label that is given.
+
+        Returns:
+            Each sequence's loss [B], in nats, of that sequence alone and summed over its labels.
+        """
+
+    def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """There are no logits: the losses take their place."""
+        raise NotImplementedError(f"{self.name} has losses, no logits")
+
+    def loss_gradient(
+        self, model: nn.Module, batch: Batch, rule: LabelRule
+    ) -> tuple[Tensor, LossGradient]:
+        """Runs a batch: where the backward starts, and with what gradient."""
+        device = next(iter(batch.inputs.values())).device
+        draws = Draws(rule, batch.indices, device) if rule.labels == "sampled" else None
+        losses = self.losses(model, batch.inputs, draws)
+        count = len(batch.indices)
+        if not isinstance(losses, Tensor) or losses.shape != (count,):
+            given = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ModelError(
+                f"{self.name}.losses gave {given} for {count} sequences; it must give a tensor "
+                f"of shape [{count}], one loss for each."
+            )
+        scale = GRADIENT_SCALES.get(losses.dtype, 1.0)
+        gradient = torch.full_like(losses, scale).detach()
+        return losses, LossGradient(gradient, scale, losses.detach().double(), count)
+
+
+class CausalLM(Task):
+    """Each token predicts the next: what the command line fits. Its batches are shifted already."""
+
+    def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits at every position, and the token that follows it."""
+        output: Any = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch.get("attention_mask"),
+            use_cache=False,
+        )
+        return output.logits, batch["labels"]
+
+
+class MaskedLM(Task):
+    """BERT's task: `labels` [T] holds the masked tokens, −100 at all others.
+
+    `input_ids` are masked already: the same positions in every pass.
+    """
+
+
+class SequenceClassification(Task):
+    """One label for each sequence, a class's number: `labels` is a number."""
+
+    def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits of the classes, and the class."""
+        logits, labels = super().forward(model, batch)
+        if logits.shape[-1] < 2:
+            raise ModelError(
+                "A classifier with one output is a regression; give a LossTask of your own."
+            )
+        return logits, labels
+
+
+class Seq2SeqLM(Task):
+    """An encoder–decoder's: `labels` [U] are predicted from `input_ids` [T] and what is before.
+
+    Encoder modules see the encoder's positions, all others the decoder's: those up to the last
+    label. The decoder's input is the labels shifted to the right, as the model does it.
+    """
+
+    def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits at every position of the decoder, and the labels."""
+        shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if shift is None:
+            raise ModelError(
+                f"{type(model).__name__} does not say how it shifts labels "
+                "(prepare_decoder_input_ids_from_labels); give a Task with a forward of your own."
+            )
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        if "decoder_input_ids" not in inputs:
+            try:
+                inputs["decoder_input_ids"] = shift(batch["labels"])
+            except (AttributeError, TypeError, ValueError) as error:
+                raise ModelError(
+                    f"{type(model).__name__} could not shift labels ({first_line(error)}); set "
+                    "decoder_start_token_id and pad_token_id in its configuration, or give "
+                    "decoder_input_ids."
+                ) from error
+        return model(**inputs, use_cache=False).logits, batch["labels"]
+
+    def is_aligned(self, field: str) -> bool:
+        """As for any task; but labels are the decoder's."""
+        return field != "labels" and super().is_aligned(field)
+
+    def masks(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The encoder's real positions, and the decoder's up to the last label."""
+        encoder: Any = getattr(model, "get_encoder", lambda: None)()
+        name = next((n for n, module in model.named_modules() if module is encoder), "")
+        if not name or not getattr(model.config, "is_encoder_decoder", False):
+            raise ModelError(f"{type(model).__name__} has no encoder; give another task.")
+        labelled = batch["labels"] != NO_LABEL
+        up_to_last = labelled.flip(1).cumsum(1).flip(1) > 0
+        return {name: super().masks(model, batch)[""], "": up_to_last}
+
+
+CAUSAL_LM = CausalLM()
+
+
+def require_task(task: Any) -> Task:
+    """A task, the default if none is given.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if task is None:
+        return CAUSAL_LM
+    if not isinstance(task, Task):
+        what = f"the class {task.__name__}" if isinstance(task, type) else type(task).__name__
+        raise ConfigError(f"task is {what}; give an instance of a Task, such as MaskedLM().")
+    return task
+
+
+def read_examples(
+    task: Task, model: nn.Module, data: Iterable[Any], max_tokens: int | None
+) -> Sequences | TaskExamples:
+    """Examples as a task and a model read them.
+
+    Raises:
+        DataError: As `from_examples` and `TaskExamples`.
+        ModelError: The model has not the parts that the task asks for.
+        ConfigError: Examples were to be cut to `max_tokens`, and are not text alone.
+    """
+    if isinstance(task, CausalLM):
+        return from_examples(data, max_tokens)
+    if max_tokens is not None:
+        raise ConfigError(
+            f"max_tokens cuts text; cut the examples of the task {task.name} before, labels too."
+        )
+    return TaskExamples(data, task.collate, partial(task.masks, model), task.is_aligned)
+
+
+def few_examples(task: Task, model: nn.Module, examples: TaskExamples) -> Batch:
+    """A small batch whose shape tells sequences from positions, and modules' positions apart."""
+    shortest = np.argsort(examples.num_positions, kind="stable")[:16].tolist()
+    for longer in shortest[::-1]:
+        for count in (2, 3):
+            batch = examples.batch([longer, *[shortest[0]] * (count - 1)])
+            widths = [grid.shape[1] for grid in batch.grids.values()]
+            if len({count, *widths}) == 1 + len(widths):
+                return batch
+    padded = {
+        name: torch.nn.functional.pad(tensor, (0, 1))
+        if tensor.ndim == 2 and task.is_aligned(name)
+        else tensor
+        for name, tensor in batch.inputs.items()
+    }
+    if "attention_mask" not in padded:
+        padded["attention_mask"] = torch.nn.functional.pad(
+            torch.ones_like(batch.inputs["input_ids"]), (0, 1)
+        )
+    masks = task.masks(model, padded)
+    grids = {key: Grid.of(batch.indices, mask.numpy()) for key, mask in masks.items()}
+    return Batch.of(batch.indices, padded, grids)
+
+
+def _stacked(name: str, values: Sequence[np.ndarray]) -> Tensor:
+    """One field of all examples, padded if it is of one dimension."""
+    shapes = {value.shape for value in values}
+    if len(shapes) == 1:
+        return torch.from_numpy(np.stack(values))
+    if {len(shape) for shape in shapes} != {1}:
+        raise DataError(
+            f"The examples' {name} have shapes {sorted(shapes)[0]} and {sorted(shapes)[-1]}; "
+            "arrays of several dimensions must be of one shape, or the task's collate has to pad."
+        )
+    longest = max(len(value) for value in values)
+    fill = NO_LABEL if name == "labels" else 0
+    padded = [np.pad(v, (0, longest - len(v)), constant_values=fill) for v in values]
+    return torch.from_numpy(np.stack(padded))

@@ -1,0 +1,536 @@
+"""Tasks beside causal language modelling: factors and scores against dense autograd."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from dense import dense_of_losses, drawn_targets, relative
+from torch import nn
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from workshop import run_cli, write_jsonl
+
+import ekfac_dist
+from ekfac_dist import (
+    LossTask,
+    MaskedLM,
+    Seq2SeqLM,
+    SequenceClassification,
+    Task,
+    estimate_factors,
+    influence_scores,
+)
+from ekfac_dist.errors import ConfigError, DataError, ModelError, StoreError
+from ekfac_dist.models.labels import COVARIANCE_PASS, REFIT_PASS, uniforms
+
+EXACT = 1e-10
+VOCAB = 23
+FIT = {"accumulate": "float64", "batch_tokens": 24}
+
+
+def tiny(model_class, config):
+    torch.manual_seed(0)
+    model = model_class(config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def bert(model_class=BertForMaskedLM, **changes):
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
+    return tiny(
+        model_class,
+        BertConfig(
+            **{
+                **sizes,
+                "vocab_size": VOCAB,
+                "num_attention_heads": 2,
+                "max_position_embeddings": 24,
+                "num_labels": 4,
+                **changes,
+            }
+        ),
+    )
+
+
+def t5(**changes):
+    return tiny(
+        T5ForConditionalGeneration,
+        T5Config(
+            **{
+                "vocab_size": VOCAB,
+                "d_model": 8,
+                "d_kv": 4,
+                "d_ff": 12,
+                "num_layers": 2,
+                "num_heads": 2,
+                "feed_forward_proj": "gated-gelu",
+                "decoder_start_token_id": 0,
+                **changes,
+            }
+        ),
+    )
+
+
+def bart():
+    sizes = {"d_model": 8, "encoder_ffn_dim": 12, "decoder_ffn_dim": 10, "vocab_size": VOCAB}
+    layers = {"encoder_layers": 1, "decoder_layers": 2, "max_position_embeddings": 24}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return tiny(BartForConditionalGeneration, BartConfig(**sizes, **layers, **heads))
+
+
+def masked_examples(number, seed=0):
+    """Sentences with some masked tokens (token 1), and their own tokens as labels there."""
+    draw = np.random.default_rng(seed)
+    rows = []
+    for _ in range(number):
+        ids = draw.integers(2, VOCAB, draw.integers(3, 9))
+        masked = draw.random(len(ids)) < 0.4
+        masked[draw.integers(len(ids))] = True
+        rows.append(
+            {
+                "input_ids": np.where(masked, 1, ids),
+                "labels": np.where(masked, ids, -100),
+                "token_type_ids": (np.arange(len(ids)) > 2).astype(np.int64),
+            }
+        )
+    return rows
+
+
+def classified_examples(number, seed=0):
+    draw = np.random.default_rng(seed)
+    return [
+        {"input_ids": draw.integers(1, VOCAB, draw.integers(2, 9)), "labels": draw.integers(4)}
+        for _ in range(number)
+    ]
+
+
+def translated_examples(number, seed=0):
+    draw = np.random.default_rng(seed)
+    return [
+        {
+            "input_ids": draw.integers(1, VOCAB, draw.integers(2, 9)),
+            "labels": draw.integers(1, VOCAB, draw.integers(1, 7)),
+        }
+        for _ in range(number)
+    ]
+
+
+def tensors(example):
+    return {
+        name: torch.as_tensor(np.asarray(value)[None])
+        for name, value in example.items()
+        if name != "labels"
+    }
+
+
+def nll(logits, labels):
+    return nn.functional.cross_entropy(logits.double(), labels, ignore_index=-100, reduction="sum")
+
+
+def loss_of(model, example, task, labels=None):
+    """One example's loss, alone, by the task's own definition."""
+    labels = torch.as_tensor(np.asarray(example["labels"] if labels is None else labels))
+    inputs = tensors(example)
+    if isinstance(task, Seq2SeqLM):
+        given = torch.as_tensor(example["labels"])[None]
+        start = torch.full((1, 1), model.config.decoder_start_token_id)
+        shifted = torch.cat([start, given[:, :-1]], 1)
+        logits = model(**inputs, decoder_input_ids=shifted).logits[0]
+    else:
+        logits = model(**inputs).logits[0]
+    if isinstance(task, SequenceClassification):
+        logits, labels = logits[None], labels[None]
+    return nll(logits, labels)
+
+
+CASES = {
+    "BERT, masked": (bert, masked_examples, MaskedLM()),
+    "BERT, classifier": (
+        lambda: bert(BertForSequenceClassification),
+        classified_examples,
+        SequenceClassification(),
+    ),
+    "T5": (t5, translated_examples, Seq2SeqLM()),
+    "BART": (bart, translated_examples, Seq2SeqLM()),
+}
+
+
+def compare(factors, oracle):
+    for name, expected in oracle.items():
+        fitted = factors.module(name)
+        Q = torch.kron(fitted.basis_OO, fitted.basis_II)
+        assert relative(fitted.lambda_OI.flatten(), torch.diag(Q.T @ expected.F @ Q)) < EXACT
+        A, S = sums_of(factors, name)
+        assert relative(A, expected.A) < EXACT
+        assert relative(S, expected.S) < EXACT
+
+
+def sums_of(factors, name):
+    """A and S from their eigenbases."""
+    module, source = factors.modules[name], factors._source
+    found = []
+    for factor, size in ((module.input, module.input_size), (module.output, module.num_outputs)):
+        file = f"eigenbasis/{factor}.safetensors"
+        Q = source.tensor(file, "eigenvectors", (size, size))
+        values = source.tensor(file, "eigenvalues", (size,))
+        found.append(Q @ torch.diag(values) @ Q.T)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_factors_are_those_of_dense_autograd(case):
+    make, some, task = CASES[case]
+    model, data = make(), some(9)
+    factors = estimate_factors(model, data, labels="data", task=task, **FIT)
+    coverage = factors.manifest["coverage"]
+    assert coverage["tracked_parameters"] == coverage["mlp_parameters"] > 0
+    assert factors.manifest["fisher"]["task"] == type(task).__name__
+    compare(
+        factors,
+        dense_of_losses(
+            model, [lambda e=e: loss_of(model, e, task) for e in data], list(factors.modules)
+        ),
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sampled_labels_are_the_inverse_cdf_of_the_models_own_softmax(case):
+    make, some, task = CASES[case]
+    model, data = make(), some(4)
+    factors = estimate_factors(model, data, task=task, seed=5, **FIT)
+
+    def drawn(number, which):
+        example = data[number]
+        has_label = np.atleast_1d(np.asarray(example["labels"]) != -100)
+        caught = []
+        loss_of(Watched(model, caught), example, task)
+        logits = caught[0][0]
+        logits = logits[None] if logits.ndim == 1 else logits
+        uniform = uniforms(5, which, number, len(logits))
+        labels = drawn_targets(Fixed(logits), torch.zeros(len(logits)), has_label, uniform)
+        return labels[0] if np.ndim(example["labels"]) == 0 else labels
+
+    for which in (COVARIANCE_PASS, REFIT_PASS):
+        labels = [drawn(number, which) for number in range(len(data))]
+        oracle = dense_of_losses(
+            model,
+            [
+                lambda e=e, found=found: loss_of(model, e, task, found)
+                for e, found in zip(data, labels, strict=True)
+            ],
+            list(factors.modules),
+        )
+        for name, expected in oracle.items():
+            if which == COVARIANCE_PASS:
+                assert relative(sums_of(factors, name)[1], expected.S) < EXACT
+            else:
+                fitted = factors.module(name)
+                Q = torch.kron(fitted.basis_OO, fitted.basis_II)
+                diagonal = torch.diag(Q.T @ expected.F @ Q)
+                assert relative(fitted.lambda_OI.flatten(), diagonal) < EXACT
+
+
+class Watched:
+    """A model whose logits are remembered."""
+
+    def __init__(self, model, caught):
+        self.model, self.caught, self.config = model, caught, model.config
+
+    def __call__(self, **inputs):
+        with torch.no_grad():
+            output = self.model(**inputs)
+        self.caught.append(output.logits)
+        return output
+
+
+class Fixed:
+    """What `drawn_targets` takes for a model: always the same logits."""
+
+    def __init__(self, logits):
+        self.logits = logits[None]
+
+    def __call__(self, **inputs):
+        return self
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scores_are_those_of_dense_gradients(case):
+    make, some, task = CASES[case]
+    model, train, queries = make(), some(8), some(3, seed=7)
+    factors = estimate_factors(model, train, labels="data", task=task, **FIT)
+    answer = influence_scores(
+        model, factors, queries, train, task=task, per_token="all", top_k=3, batch_tokens=20
+    )
+    names = list(factors.modules)
+    of_train, of_queries = (
+        dense_of_losses(model, [lambda e=e: loss_of(model, e, task) for e in data], names)
+        for data in (train, queries)
+    )
+    expected = 0
+    for name in names:
+        E = of_train[name].E()
+        damped = E + 0.1 * of_train[name].lam().mean() * torch.eye(len(E), dtype=E.dtype)
+        G, Q = (
+            torch.stack([g.flatten() for g in found[name].gradients])
+            for found in (of_train, of_queries)
+        )
+        expected = expected + Q @ torch.linalg.solve(damped, G.T)
+    assert relative(answer.scores.double(), expected) < 1e-9
+    starts = answer.token_offsets
+    summed = [answer.token_scores[:, a:b].sum(1) for a, b in pairwise(starts)]
+    assert relative(torch.stack(summed, 1), answer.scores) < 1e-9
+
+
+def test_padding_batches_and_their_order_change_nothing():
+    model, data = bert(), masked_examples(9)
+    padded = []
+    for k, example in enumerate(data):
+        wide = {name: np.pad(v, (0, 12 - len(v))) for name, v in example.items()}
+        wide["labels"][len(example["labels"]) :] = -100
+        wide["input_ids"][len(example["labels"]) :] = 1 + k  # garbage
+        wide["attention_mask"] = np.arange(12) < len(example["labels"])
+        padded.append(wide)
+    batched = [
+        {name: np.stack([e[name] for e in padded[k : k + 3]]) for name in padded[0]}
+        for k in (0, 3, 6)
+    ]
+    fits = [
+        estimate_factors(model, given, task=MaskedLM(), accumulate="float64", batch_tokens=tokens)
+        for given, tokens in ((data, 4096), (padded, 9), (batched, 30))
+    ]
+    first = fits[0]
+    for other in fits[1:]:
+        for key in ("num_sequences", "num_positions", "num_labels"):
+            assert other.manifest["data"][key] == first.manifest["data"][key]
+        for name in first.modules:
+            one, two = first.module(name), other.module(name)
+            probe = {name: torch.randn(one.lambda_OI.shape, dtype=torch.float64)}
+            assert relative(other.apply(probe)[name], first.apply(probe)[name]) < EXACT
+            assert relative(one.lambda_OI.sum(), two.lambda_OI.sum()) < EXACT
+
+
+def test_encoder_and_decoder_count_their_own_positions(tmp_path):
+    data = translated_examples(7)
+    factors = estimate_factors(t5(), data, task=Seq2SeqLM(), output=tmp_path / "f")
+    num_inputs = sum(len(e["input_ids"]) for e in data)
+    num_labels = sum(len(e["labels"]) for e in data)
+    from safetensors import safe_open
+
+    for name in factors.modules:
+        with safe_open(tmp_path / "f" / "covariance" / f"{name}.output.safetensors", "pt") as file:
+            count = int(file.metadata()["count"])
+        assert count == (num_inputs if name.startswith("encoder") else num_labels)
+    assert factors.manifest["data"]["num_positions"] == num_inputs + num_labels
+    assert factors.manifest["data"]["num_labels"] == num_labels
+
+
+class Regression(LossTask):
+    """y = f(x) + a standard normal number, so −log p is half the squared distance."""
+
+    def losses(self, model, batch, draws):
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        means = model(**inputs).logits[:, 0]
+        targets = batch["labels"] if draws is None else means.detach() + draws.normal(1)[:, 0]
+        return 0.5 * (means - targets).square()
+
+
+def regression_examples(number):
+    draw = np.random.default_rng(1)
+    return [
+        {"input_ids": draw.integers(1, VOCAB, draw.integers(2, 9)), "labels": draw.normal()}
+        for _ in range(number)
+    ]
+
+
+@pytest.mark.parametrize("labels", ["data", "sampled"])
+def test_a_loss_of_ones_own_samples_its_own_labels(labels):
+    model, data = bert(BertForSequenceClassification, num_labels=1), regression_examples(8)
+    fits = [
+        estimate_factors(model, data, task=Regression(), labels=labels, seed=3, **(FIT | changes))
+        for changes in ({}, {"batch_tokens": 9})
+    ]
+
+    def loss(example, number, which):
+        mean = model(**tensors(example)).logits[0, 0]
+        if labels == "data":
+            return 0.5 * (mean - float(example["labels"])) ** 2
+        (uniform,) = uniforms(3, which, number, 1)
+        noise = torch.special.ndtri(torch.tensor(uniform + 2.0**-53, dtype=torch.float64))
+        return 0.5 * (mean - mean.detach() - noise) ** 2
+
+    names = list(fits[0].modules)
+    by_pass = [
+        dense_of_losses(
+            model,
+            [lambda e=e, k=k, w=which: loss(e, k, w) for k, e in enumerate(data)],
+            names,
+        )
+        for which in (COVARIANCE_PASS, REFIT_PASS)
+    ]
+    for factors in fits:
+        for name in names:
+            assert relative(sums_of(factors, name)[1], by_pass[0][name].S) < EXACT
+            fitted = factors.module(name)
+            Q = torch.kron(fitted.basis_OO, fitted.basis_II)
+            diagonal = torch.diag(Q.T @ by_pass[1][name].F @ Q)
+            assert relative(fitted.lambda_OI.flatten(), diagonal) < EXACT
+
+
+class SecondSegment(Task):
+    """A task of a caller's own: only the last token's logits count, as a classifier's."""
+
+    def forward(self, model, batch):
+        logits = model(input_ids=batch["input_ids"]).logits
+        return logits[:, -1], batch["answer"]
+
+
+def test_a_task_of_ones_own_needs_a_forward_alone():
+    torch.manual_seed(0)
+    from networks import build
+
+    model = build("gpt2")
+    draw = np.random.default_rng(0)
+    data = [{"input_ids": draw.integers(1, 20, 6), "answer": draw.integers(20)} for _ in range(7)]
+    factors = estimate_factors(model, data, task=SecondSegment(), labels="data", **FIT)
+    oracle = dense_of_losses(
+        model,
+        [
+            lambda e=e: nll(
+                model(input_ids=torch.as_tensor(e["input_ids"])[None]).logits[:, -1],
+                torch.as_tensor(e["answer"])[None],
+            )
+            for e in data
+        ],
+        list(factors.modules),
+    )
+    compare(factors, oracle)
+
+
+def test_albert_is_refused_with_the_reason():
+    config = AlbertConfig(
+        vocab_size=VOCAB,
+        embedding_size=8,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+    )
+    with pytest.raises(ModelError, match=r"ffn is used 3 times in one forward; its uses share"):
+        estimate_factors(tiny(AlbertForMaskedLM, config), masked_examples(4), task=MaskedLM())
+
+
+def test_mlps_that_are_applied_in_chunks_are_as_those_that_are_not():
+    data, task = masked_examples(6), MaskedLM()
+    for example in data:
+        for name, value in example.items():
+            example[name] = np.resize(value, 6)  # a multiple of the chunks
+    whole, chunked = bert(), bert(chunk_size_feed_forward=2)
+    one, two = (estimate_factors(m, data, task=task, **FIT) for m in (whole, chunked))
+    for name in one.modules:
+        assert torch.equal(one.module(name).lambda_OI, two.module(name).lambda_OI)
+    assert chunked.bert.encoder.layer[0].chunk_size_feed_forward == 2
+
+
+def test_a_model_that_sees_what_it_would_predict_is_no_causal_language_model():
+    data = [{"input_ids": np.arange(2, 9)}]
+    with pytest.raises(ModelError, match="sees the tokens that it would have to predict"):
+        estimate_factors(bert(), data)
+
+
+def test_factors_are_of_their_task_alone():
+    model, data = bert(), masked_examples(6)
+    factors = estimate_factors(model, data, task=MaskedLM())
+    with pytest.raises(StoreError, match="fitted with the task MaskedLM, not Regression"):
+        influence_scores(model, factors, data[:1], data, task=Regression())
+
+
+@pytest.mark.parametrize(
+    ("data", "task", "error", "sentence"),
+    [
+        (masked_examples(2), MaskedLM, ConfigError, "task is the class MaskedLM; give an instance"),
+        (["text"], MaskedLM(), DataError, "The data holds a str; give mappings"),
+        ([{"input_ids": "text"}], MaskedLM(), DataError, "input_ids is str, no array of numbers"),
+        ([], MaskedLM(), DataError, "no sequences"),
+        (
+            [*masked_examples(1), {"input_ids": np.arange(3)}],
+            MaskedLM(),
+            DataError,
+            "Example 1 has input_ids; the first has",
+        ),
+        (
+            [{"input_ids": np.arange(3), "labels": np.full(3, -100)}],
+            MaskedLM(),
+            DataError,
+            "None of the 1 examples has a label",
+        ),
+        (
+            [{"input_ids": np.arange(3), "labels": np.full(3, 40)}] * 2,
+            MaskedLM(),
+            DataError,
+            "has label 40, but the model has 23 logits",
+        ),
+        (
+            [{"input_ids": np.full(3, 40), "labels": np.full(3, 4)}],
+            MaskedLM(),
+            DataError,
+            "token id 40, but the model knows 23",
+        ),
+        (
+            [{"input_ids": np.full(30, 4), "labels": np.full(30, 4)}],
+            MaskedLM(),
+            DataError,
+            "has 30 positions, but the model reads 24",
+        ),
+        (translated_examples(3), Seq2SeqLM(), ModelError, "has no encoder; give another task"),
+        (classified_examples(3), MaskedLM(), ModelError, "labels of shape"),
+        ([{"pixels": np.zeros(3)}], MaskedLM(), DataError, "no input_ids, so their positions"),
+    ],
+)
+def test_bad_examples_and_tasks_are_refused_in_a_sentence(data, task, error, sentence):
+    with pytest.raises(error, match=sentence):
+        estimate_factors(bert(), data, task=task, labels="data")
+
+
+def test_an_encoder_decoder_that_cannot_shift_labels_is_refused():
+    model = t5()
+    del model.config.decoder_start_token_id
+    with pytest.raises(ModelError, match=r"could not shift labels.*decoder_start_token_id"):
+        estimate_factors(model, translated_examples(3), task=Seq2SeqLM())
+
+
+def test_losses_of_another_shape_are_refused():
+    class Whole(Regression):
+        def losses(self, model, batch, draws):
+            return super().losses(model, batch, draws).mean()
+
+    model = bert(BertForSequenceClassification, num_labels=1)
+    with pytest.raises(ModelError, match=r"Whole.losses gave \[\] for 2 sequences"):
+        estimate_factors(model, regression_examples(3), task=Whole())
+
+
+def test_the_package_names_its_tasks():
+    for name in ("Task", "LossTask", "Draws", "CausalLM", "MaskedLM", "Seq2SeqLM"):
+        assert getattr(ekfac_dist, name).__name__ == name
+
+
+def test_the_command_line_refuses_factors_of_another_task(tmp_path):
+    estimate_factors(bert(), masked_examples(4), task=MaskedLM(), output=tmp_path / "factors")
+    queries = write_jsonl(tmp_path / "queries.jsonl", [{"text": "The worker reads."}])
+    given = ["--factors", tmp_path / "factors", "--queries", queries, "--output", tmp_path / "s"]
+    done = run_cli(["query", *given])
+    assert done.returncode == 2
+    assert "fitted with the task MaskedLM, not CausalLM" in done.stderr
+    assert "Traceback" not in done.stderr

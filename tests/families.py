@@ -35,8 +35,7 @@ OWN = {
     "YoutuConfig": {"head_dim": 4},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
     "XGLMConfig": {"attention_heads": 2, "scale_embedding": False},
-    "XmodConfig": {"default_language": "en_XX", "is_decoder": True},
-    "BertConfig": {"is_decoder": True},
+    "XmodConfig": {"default_language": "en_XX"},
     "XLMConfig": {"causal": True},
     "MptConfig": {"expansion_ratio": 1},
     "BloomConfig": {"n_head": 2},
@@ -54,6 +53,8 @@ def tiny_config(config_class, **changes):
         for name, size in _SMALL.items()
         if name in names and not isinstance(getattr(plain, name, None), (list, dict))
     }
+    if "is_decoder" in names:
+        settings["is_decoder"] = True  # of a model that may be an encoder too
     for name in ("layer_types", "mlp_layer_types"):
         kinds = getattr(plain, name, None)
         if isinstance(kinds, list) and kinds and not _is_computed(config_class, name):

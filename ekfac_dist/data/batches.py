@@ -152,17 +152,22 @@ class Grid:
         """Counted positions."""
         return sum(self.lengths)
 
+    @property
+    def size(self) -> int:
+        """All positions, B·T."""
+        return self.shape[0] * self.shape[1]
+
     def to(self, device: torch.device) -> "Grid":
         """The same grid on another device."""
         return replace(self, real=None if self.real is None else self.real.to(device))
 
     def routed(self, positions: Tensor) -> "RoutedRows":
-        """The rows of those flat positions b·T + t, ascending, that are counted."""
+        """Which of some rows, that flat positions b·T + t are given of, are counted."""
         where = positions.cpu().numpy()
-        size = self.shape[0] * self.shape[1]
-        counted = np.zeros(size, dtype=bool)
+        counted = np.zeros(self.size, dtype=bool)
         counted[slice(None) if self.real is None else self.real.cpu().numpy()] = True
-        real = np.flatnonzero(counted[where])
+        order = np.argsort(where, kind="stable")
+        real = order[counted[where[order]]]
         places = (np.cumsum(counted) - 1)[where[real]]  # among all counted positions
         starts = np.concatenate([[0], np.cumsum(self.lengths)])
         rows = np.searchsorted(starts, places, side="right") - 1
@@ -183,7 +188,7 @@ class RoutedRows:
     Attributes:
         indices: Row in the source of each sequence that has any.
         lengths: Rows of each of them.
-        real: Which of the captured rows these are [M].
+        real: Which of the captured rows these are, sequence by sequence [M].
         offsets: Place of each in its sequence [M].
     """
 

@@ -4,11 +4,14 @@ Of a linear map with weight W an adapter makes W + s·B A. A (`lora_A`, r×I) an
 are linear maps of their own beside the first one (`base_layer`).
 """
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers.utils import cached_file
 
 from ekfac_dist.errors import ModelError, first_line
 
@@ -17,8 +20,35 @@ _LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, Attribut
 
 
 def is_adapters(name: str) -> bool:
-    """Whether a module, by its name, is one of an adapter's matrices."""
-    return any(part in _PARTS for part in name.split("."))
+    """Whether a module, by its name, was trained with an adapter: its matrices, whole copies."""
+    return any(part in (*_PARTS, "modules_to_save") for part in name.split("."))
+
+
+def trains_biases(model: Any) -> bool:
+    """Whether biases of the model itself were trained with its adapter."""
+    settings = getattr(model, "peft_config", {})
+    return any(getattr(each, "bias", "none") != "none" for each in settings.values())
+
+
+def base_layer(name: str, linears: Mapping[str, nn.Module]) -> str:
+    """The linear map that an adapter's matrix is beside; any other module's own name."""
+    parts = name.split(".")
+    at = next((k for k, part in enumerate(parts) if part in _PARTS), None)
+    base = ".".join([*parts[:at], "base_layer"])
+    return name if at is None or base not in linears else base
+
+
+def adapted_weights(model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
+    """What an adapter's matrix is a part of: the weight beside it, and the adapter's scale."""
+    parts = name.split(".")
+    at = next((k for k, part in enumerate(parts) if part == "lora_A"), None)
+    if at is None:
+        return
+    wrapper: Any = model.get_submodule(".".join(parts[:at]))
+    for kind, parameter in wrapper.base_layer.named_parameters(recurse=False):
+        yield f"base_layer.{kind}", parameter.detach()
+    scale = wrapper.scaling.get(parts[-1], 1.0)
+    yield "scaling", torch.tensor(float(scale), dtype=torch.float64)
 
 
 def with_adapter(model: nn.Module, adapter: str, *, merge: bool) -> nn.Module:
@@ -63,17 +93,25 @@ def with_adapter(model: nn.Module, adapter: str, *, merge: bool) -> nn.Module:
         raise ModelError(
             f"Adapter {adapter} is of type {settings.peft_type.value}; only LORA is supported."
         )
-    _require_whole(adapter, path, adapted, peft)
-    return adapted.merge_and_unload() if merge else adapted
+    _require_whole(adapter, adapted, peft)
+    if not merge:
+        return adapted
+    try:
+        return adapted.merge_and_unload()
+    except _LOAD_ERRORS as error:
+        raise ModelError(
+            f"Adapter {adapter} cannot be merged: {first_line(error)}. Leave model.merge_adapter "
+            "off, for factors of its own matrices."
+        ) from error
 
 
-def _require_whole(adapter: str, path: Path, adapted: Any, peft: Any) -> None:
+def _require_whole(adapter: str, adapted: Any, peft: Any) -> None:
     """Refuses weights that the adapter's file lacks, or that the model has no place for."""
-    if not path.is_dir():
-        return
-    with safetensors.safe_open(path / "adapter_model.safetensors", framework="pt") as file:
+    file_name = cached_file(adapter, "adapter_model.safetensors")
+    with safetensors.safe_open(file_name, framework="pt") as file:
         stored = set(file.keys())
     wanted = set(peft.get_peft_model_state_dict(adapted))
+    stored -= set(adapted.state_dict()) - wanted  # embeddings may be saved with it
     if stored != wanted:
         name = min(stored ^ wanted)
         where = "the adapter lacks" if name in wanted else "the model has no place for"

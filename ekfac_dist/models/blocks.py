@@ -17,9 +17,12 @@ from ekfac_dist.models.modules import describe
 # Parts of a name, in lower case.
 _ATTENTION = re.compile(r"att(n|en)")
 _NORM = re.compile(r"norm|(^|_)ln(_|$|\d)")
-_ROUTER = re.compile(r"router|switch")
+_ROUTER = re.compile(r"router|^switch$|switch_?gate")
 _GATE = re.compile(r"gate$|^wg$")
+_CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
 _MLP = re.compile(r"mlp|^ffn?s?$|feed_?forward")
+
+PART_OF_NORM = "part of a norm"
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,14 @@ class Anatomy:
     Args:
         model: The model.
         mixing: Modules that mix positions, as traced; none of them where nothing was traced.
+        pointwise: Modules that were seen not to: none of them is attention, whatever its name.
     """
 
-    def __init__(self, model: nn.Module, mixing: Collection[str] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, mixing: Collection[str] = (), pointwise: Collection[str] = ()
+    ) -> None:
         self._mixing = mixing
+        self._pointwise = pointwise
         self._lists = _layer_lists(model, mixing)
         self._num_experts = _numbers_of_experts(model)
 
@@ -58,10 +65,11 @@ class Anatomy:
         inner = name[len(layer) + 1 :].split(".")
         block = f"{layer}.{inner[0]}" if len(inner) > 1 else layer
         parts = [part.lower() for part in name.split(".")]
-        if any(_ATTENTION.search(part) for part in parts):
+        named = next((k for k, part in enumerate(parts) if _ATTENTION.search(part)), None)
+        if named is not None and ".".join(name.split(".")[: named + 1]) not in self._pointwise:
             return Place(layer, block, "attention")
         if any(_NORM.search(part) for part in parts[layer.count(".") + 1 :]):
-            return Place(layer, block, "part of a norm")
+            return Place(layer, block, PART_OF_NORM)
         if not any(_MLP.search(part) for part in parts):
             mixes = next((m for m in self._mixing if f"{name}.".startswith(f"{m}.")), None)
             if mixes is not None:
@@ -120,7 +128,13 @@ def _named_attention(model: nn.Module) -> list[str]:
 
 def _numbers_of_experts(model: nn.Module) -> set[int]:
     """How many experts there may be, and 1: the outputs that a gate of experts may have."""
-    fused = {p.shape[0] for p in model.parameters() if p.ndim == 3}
+    fused = {
+        parameter.shape[0]
+        for module in model.modules()
+        if not isinstance(module, _CONVOLUTIONS)
+        for parameter in module.parameters(recurse=False)
+        if parameter.ndim == 3
+    }
     listed = {
         len(module)
         for name, module in model.named_modules()

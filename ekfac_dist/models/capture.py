@@ -7,6 +7,8 @@ forward that gradient checkpointing repeats inside the backward is not looked at
 that it leaves on a repeated output never fires.
 """
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
@@ -16,12 +18,14 @@ from torch import Tensor, nn
 
 from ekfac_dist.data.batches import Batch, Grid, Rows
 from ekfac_dist.errors import ModelError
+from ekfac_dist.models.expert_lists import in_expert_list, picked_positions
 from ekfac_dist.models.experts import Listener, Routed, fused_experts, listening
 from ekfac_dist.models.labels import LabelRule, LossGradient
 from ekfac_dist.models.modules import EXPERT, TrackedModule, only_input, same_tensor
 from ekfac_dist.models.tasks import CAUSAL_LM, Task
 
 _CHUNKS = "chunk_size_feed_forward"
+_NOISE = re.compile("drop|jitter|noise")  # names of what makes two forwards differ
 
 
 class Observer(Protocol):
@@ -31,7 +35,7 @@ class Observer(Protocol):
     """
 
     def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Rows) -> None:
-        """Takes the input of a module that leads its input factor, without the bias coordinate."""
+        """Takes an input, without the bias coordinate, from the first module that reads it."""
 
     def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Rows) -> None:
         """Takes the gradient of the summed loss with respect to a module's output."""
@@ -39,11 +43,11 @@ class Observer(Protocol):
 
 @contextmanager
 def prepared(model: nn.Module) -> Iterator[None]:
-    """Freezes a model's parameters and turns its dropout off, and restores both on the way out.
+    """Freezes a model's parameters, turns all noise off, and restores both on the way out.
 
-    A model in training mode keeps its mode, and with it gradient checkpointing, if nothing in it
-    drops out. MLPs that are applied in chunks of positions are applied to all at once: the same
-    numbers, and each module is used once.
+    Modules of a model in training mode keep their mode where gradient checkpointing needs it, if
+    they have no noise of their own. MLPs that are applied in chunks of positions are applied to all
+    at once: the same numbers, and each module is used once.
     """
     needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
@@ -54,8 +58,10 @@ def prepared(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
         for module in chunked:
             setattr(module, _CHUNKS, 0)
-        if _drops_out(model):
-            model.eval()
+        checkpointing = _checkpointing(model) if model.training else []
+        model.eval()
+        for module in checkpointing:
+            module.training = True
         yield
     finally:
         for parameter, flag in needed:
@@ -66,14 +72,19 @@ def prepared(model: nn.Module) -> Iterator[None]:
             setattr(module, _CHUNKS, size)
 
 
-def _drops_out(model: nn.Module) -> bool:
-    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        return True  # nothing is lost by evaluation mode
-    settings = getattr(model, "config", None)
-    named = vars(settings) if settings is not None else {}
-    probabilities = [v for k, v in named.items() if "dropout" in k or k.endswith("pdrop")]
-    probabilities += [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
-    return any(isinstance(p, (int, float)) and p > 0 for p in probabilities)
+def _checkpointing(model: nn.Module) -> list[nn.Module]:
+    """Modules that have to be in training mode for their gradient checkpointing to work.
+
+    None if one of them has noise of its own: its modules are in evaluation mode, but it is not.
+    """
+    found = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    for module in found:
+        settings = getattr(module, "config", None)
+        named = vars(module) | (vars(settings) if settings is not None else {})
+        noises = [value for name, value in named.items() if _NOISE.search(name)]
+        if any(isinstance(value, (int, float)) and value > 0 for value in noises):
+            return []
+    return found
 
 
 @contextmanager
@@ -118,14 +129,18 @@ class Capture:
         self._with_input: set[str] = set()
         self._with_gradient: set[str] = set()
         self._shared: dict[str, tuple[Tensor, int]] = {}
+        self._readers = Counter(module.input for module in modules)
+        self._readers_left: Counter[str] = Counter()
         self._scale = 1.0
-        self._last_reader = {module.input: module.name for module in modules}
+        self._in_lists = {m.name for m in modules if in_expert_list(model, m.name)}
 
     def __enter__(self) -> "Capture":
         try:
             for module in self.modules:
                 if module.kind != EXPERT:
                     self._hook(module)
+            if self._in_lists:
+                self._start_graph_below()
             self._listen()
         except BaseException:
             self._stack.close()
@@ -139,11 +154,28 @@ class Capture:
         def hook(hooked: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
             if self._batch is None:
                 return None
-            grid = self._batch.grid(module.name)
-            return self._on_forward(module, only_input(args, kwargs), output, grid)
+            grid, tensor = self._batch.grid(module.name), only_input(args, kwargs)
+            which = self._routed(module, tensor, grid)
+            if not which.num_positions:
+                return None  # padding alone
+            return self._on_forward(module, tensor, output, which)
 
         hooked = self.model.get_submodule(module.name)
-        self._stack.callback(hooked.register_forward_hook(hook, with_kwargs=True).remove)
+        # Before other hooks, which may change the output: the gradient is of what is computed here.
+        handle = hooked.register_forward_hook(hook, with_kwargs=True, prepend=True)
+        self._stack.callback(handle.remove)
+
+    def _start_graph_below(self) -> None:
+        """Starts the graph at the embeddings: which rows an expert was given is read off it."""
+
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if self._batch is None or not isinstance(output, Tensor) or output.requires_grad:
+                return output
+            return output.detach().requires_grad_().clone()
+
+        for module in self.model.modules():
+            if isinstance(module, nn.Embedding):
+                self._stack.callback(module.register_forward_hook(hook).remove)
 
     def _listen(self) -> None:
         tracked = {module.fused: module for module in self.modules if module.kind == EXPERT}
@@ -178,10 +210,12 @@ class Capture:
         self._with_input.clear()
         self._with_gradient.clear()
         self._in_forward = True
+        self._readers_left = self._readers.copy()
         try:
             start, result = self.task.loss_gradient(self.model, batch, rule)
             self._in_forward = False
             everywhere = {module.name for module in self.modules if module.kind != EXPERT}
+            everywhere -= self._in_lists
             self._require_all(everywhere - self._with_input, "was not used in this forward")
             if start.requires_grad:
                 self._scale = result.scale
@@ -203,8 +237,23 @@ class Capture:
             if module.name in missing:
                 raise ModelError(f"Module {module.name} {fault}. Leave it out with model.modules.")
 
+    def _routed(self, module: TrackedModule, tensor: Tensor, grid: Grid) -> Rows:
+        """The rows that a module is called with: every position, or an expert's own tokens."""
+        if module.name not in self._in_lists:
+            return grid
+        positions = picked_positions(tensor, grid.size)
+        if positions is not None:
+            return grid.routed(positions)
+        if tensor.numel() == grid.size * module.num_inputs:
+            return grid
+        raise ModelError(
+            f"Module {module.name} has {tensor.shape[:-1].numel()} rows for a batch of "
+            f"{grid.shape[0]} × {grid.shape[1]} positions, and how they were picked cannot be seen "
+            "(it can where it was by tokens[index]). Leave it out with model.modules."
+        )
+
     def _on_expert(self, module: TrackedModule, routed: Routed, grid: Grid) -> Tensor:
-        if routed.num_tokens != grid.shape[0] * grid.shape[1]:
+        if routed.num_tokens != grid.size:
             raise ModelError(
                 f"Module {module.name} has {routed.num_tokens} tokens to choose from for a batch "
                 f"of {grid.shape[0]} × {grid.shape[1]} positions; which is which position cannot "
@@ -243,21 +292,21 @@ class Capture:
                 "cannot be told apart. Leave it out with model.modules."
             )
         self._with_input.add(module.name)
-        if module.leads:
+        shared = self._shared.get(module.input)
+        if self._readers_left[module.input] == self._readers[module.input]:  # the first to read it
             # Held only until the last module that shares it has read it.
             self._shared[module.input] = (tensor, tensor._version)
             with torch.no_grad(), precisely(tensor.device):
                 rows = self._rows(module, "input", tensor.detach(), module.num_inputs, which)
                 self.observer.on_input(module, rows, which)
-        else:
-            shared = self._shared.get(module.input)
-            if shared is None or not same_tensor(shared, (tensor, tensor._version)):
-                raise ModelError(
-                    f"Module {module.name} shared its input with another when the model was "
-                    "traced, and does not now; its forward depends on the data. Leave it out with "
-                    "model.modules."
-                )
-        if self._last_reader[module.input] == module.name:
+        elif shared is None or not same_tensor(shared, (tensor, tensor._version)):
+            raise ModelError(
+                f"Module {module.name} shared its input with another when the model was traced, "
+                "and does not now; its forward depends on the data. Leave it out with "
+                "model.modules."
+            )
+        self._readers_left[module.input] -= 1
+        if not self._readers_left[module.input]:
             self._shared.pop(module.input, None)
 
     @torch.no_grad()
@@ -275,7 +324,7 @@ class Capture:
         self, module: TrackedModule, side: str, tensor: Tensor, size: int, which: Rows
     ) -> Tensor:
         rows = tensor.reshape(-1, size)
-        if isinstance(which, Grid) and rows.shape[0] != which.shape[0] * which.shape[1]:
+        if isinstance(which, Grid) and rows.shape[0] != which.size:
             raise ModelError(
                 f"Module {module.name} has {rows.shape[0]} {side} rows for a batch of "
                 f"{which.shape[0]} × {which.shape[1]} positions; which row is which position "

@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ekfac_dist.data.batches import Batch
 from ekfac_dist.errors import ModelError
-from ekfac_dist.models.adapters import is_adapters
-from ekfac_dist.models.blocks import Anatomy
+from ekfac_dist.models.adapters import base_layer, is_adapters, trains_biases
+from ekfac_dist.models.blocks import PART_OF_NORM, Anatomy
+from ekfac_dist.models.expert_lists import in_expert_list
 from ekfac_dist.models.experts import expert_modules, fused_experts
 from ekfac_dist.models.modules import (
     EXPERT,
@@ -29,6 +31,12 @@ from ekfac_dist.models.trace import Trace, few_tokens, trace
 
 UNREACHED = "text does not pass through it"
 NOT_ROUTED = "no counted position was routed to this expert"
+NO_GRADIENT = "no gradient reaches the counted positions that were routed to this expert"
+_OWN_FORWARD = "these experts compute with a forward of their own, which cannot be looked into"
+_NOT_CALLED = "it is not called as a linear map is (an adapter of a parameter, or switched off)"
+_BY_NAME = "taken for part of a norm, by its name"
+# What leaves a module out, and does not forbid to go on without it.
+_LEFT_OUT = (UNREACHED, _OWN_FORWARD, _NOT_CALLED)
 
 
 @dataclass(frozen=True)
@@ -57,16 +65,25 @@ class Discovery:
     modules: tuple[TrackedModule, ...]
     coverage: Coverage
 
-    def without(self, unreached: Collection[str]) -> "Discovery":
-        """What is left without experts that no counted position reached."""
+    def without(self, unreached: Collection[str], why: str) -> "Discovery":
+        """What is left without some experts.
+
+        Raises:
+            ModelError: Nothing.
+        """
         if not unreached:
             return self
+        if len(unreached) == len(self.modules):
+            raise ModelError(
+                f"Nothing is left to fit: of all {len(self.modules)} chosen modules, {why}. Use "
+                "more data, or choose others with model.modules."
+            )
         size = sum(module.num_parameters for module in self.modules if module.name in unreached)
         coverage = replace(
             self.coverage,
             tracked_parameters=self.coverage.tracked_parameters - size,
             tracked_mlp_parameters=self.coverage.tracked_mlp_parameters - size,
-            skipped=self.coverage.skipped | dict.fromkeys(unreached, NOT_ROUTED),
+            skipped=self.coverage.skipped | dict.fromkeys(unreached, why),
         )
         modules = tuple(module for module in self.modules if module.name not in unreached)
         return Discovery(modules, coverage)
@@ -98,23 +115,47 @@ def discover(
             module is tied to another or used twice in one forward; or the task is to predict the
             next token, but the model sees it.
     """
-    probe = few_tokens(device) if probe is None else probe
-    traced = trace(model, [*linear_modules(model), *fused_experts(model)], task, probe)
+    probe = few_tokens(model, device) if probe is None else probe
+    names = [*linear_modules(model), *fused_experts(model)]
+    before = _checksums(model, names)
+    traced = trace(model, names, task, probe)
+    changed = [name for name, total in _checksums(model, names).items() if total != before[name]]
+    if changed:
+        raise ModelError(
+            f"{type(model).__name__} changes its weight {changed[0]} when it runs; set what does "
+            "so off in its configuration (for RWKV, rescale_every: 0)."
+        )
     if isinstance(task, CausalLM) and traced.looks_ahead:
         raise ModelError(
             f"{type(model).__name__} sees the tokens that it would have to predict: its logits at "
             "a position depend on later ones. Set is_decoder (or causal) in its configuration if "
             "it was trained so; from Python, give another task, such as MaskedLM."
         )
-    mlp = _mlp_parameters(model, Anatomy(model, traced.mixing))
+    anatomy = Anatomy(model, traced.mixing, traced.pointwise)
+    mlp = _mlp_parameters(model, anatomy)
     candidates = candidates_of(model)
+    by_name = {
+        name: _BY_NAME
+        for name in linear_modules(model)
+        if anatomy.place(name).outside == PART_OF_NORM and traced.inputs[name]
+    }
     if any(map(is_adapters, candidates)):  # the model's own weights are not what was trained
-        mlp = {name: parameter for name, parameter in mlp.items() if is_adapters(name)}
+        biases = trains_biases(model)
+        mlp = {
+            name: parameter
+            for name, parameter in mlp.items()
+            if is_adapters(name) or (biases and name.endswith("bias"))
+        }
     in_mlp = {name for name, module in candidates.items() if module.parameters[0] in mlp}
     if globs is not None:
         chosen = _match(globs, candidates, model)
     elif in_mlp:
         chosen = in_mlp
+    elif any(map(is_adapters, candidates)):
+        raise ModelError(
+            f"The adapter of {type(model).__name__} has no matrix in an MLP; name those that it "
+            f"has with model.modules, for instance '*.{next(filter(is_adapters, candidates))}'."
+        )
     else:
         raise ModelError(
             f"No MLP linear was found in the layers of {type(model).__name__}; name its modules "
@@ -124,9 +165,9 @@ def discover(
     faults = {
         name: fault
         for name, module in candidates.items()
-        if name in chosen and (fault := _fault(module, traced, tied, probe))
+        if name in chosen and (fault := _fault(model, module, traced, tied, probe))
     }
-    unusable = next((name for name, fault in faults.items() if fault != UNREACHED), None)
+    unusable = next((name for name, fault in faults.items() if fault not in _LEFT_OUT), None)
     if unusable is not None:
         raise ModelError(f"Module {unusable} {faults[unusable]}. Leave it out with model.modules.")
     tracked = {n: m for n, m in candidates.items() if n in chosen and n not in faults}
@@ -135,15 +176,30 @@ def discover(
             f"Text passes through none of the {len(chosen)} chosen modules of "
             f"{type(model).__name__}; choose others with model.modules."
         )
-    modules = tuple(_with_shared_inputs(tracked.values(), traced))
+    modules = tuple(_with_shared_inputs(model, tracked.values(), traced))
     coverage = Coverage(
         mlp_parameters=sum(p.numel() for p in mlp.values()),
         tracked_parameters=sum(module.num_parameters for module in modules),
         tracked_mlp_parameters=sum(m.num_parameters for m in modules if m.name in in_mlp),
         model_parameters=sum(p.numel() for p in model.parameters()),
-        skipped=_skipped(mlp, candidates, chosen, faults),
+        skipped=by_name | _skipped(mlp, candidates, chosen, faults),
     )
     return Discovery(modules, coverage)
+
+
+def is_routed(model: nn.Module, module: TrackedModule) -> bool:
+    """Whether a module is an expert's, and sees some positions only."""
+    return module.kind == EXPERT or bool(in_expert_list(model, module.name))
+
+
+def _checksums(model: nn.Module, names: Iterable[str]) -> dict[str, float]:
+    """A number of each weight that can be summed up, by which a change of it is seen."""
+    found = {}
+    for name in names:
+        weight = getattr(model.get_submodule(name), "weight", None)
+        if type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta:
+            found[name] = float(weight.detach().nan_to_num(0).sum(dtype=torch.float64))
+    return found
 
 
 def candidates_of(model: nn.Module) -> dict[str, TrackedModule]:
@@ -168,7 +224,7 @@ def _mlp_parameters(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Paramete
         place = anatomy.place(owner)
         if place.outside or (owner == place.layer and parameter.ndim < 2):
             continue
-        described = describe(linears.get(owner))
+        described = describe(linears.get(base_layer(owner, linears)))
         if not anatomy.is_router(owner, described[2] if described else parameter.shape[0]):
             found[name] = parameter
     return found
@@ -203,18 +259,34 @@ def _match(
 
 
 def _fault(
-    module: TrackedModule, traced: Trace, tied: Mapping[str, Sequence[str]], probe: Batch
+    model: nn.Module,
+    module: TrackedModule,
+    traced: Trace,
+    tied: Mapping[str, Sequence[str]],
+    probe: Batch,
 ) -> str:
     """Why a module cannot be tracked; "" if it can."""
-    times = len(traced.inputs[_traced_name(module)])
-    if not times:
+    traced_name = _traced_name(module)
+    times = len(traced.inputs[traced_name])
+    if not times and is_adapters(module.name):
+        return _NOT_CALLED
+    if not times and not _is_in_used_list(model, module.name, traced):
         return UNREACHED
+    if module.kind == EXPERT and traced_name not in traced.heard:
+        return _OWN_FORWARD
     if times > 1:
         return (
             f"is used {times} times in one forward; its uses share one weight and cannot be told "
             "apart"
         )
-    shape = traced.by_position.get(_traced_name(module))
+    if module.name in traced.not_linear:
+        return (
+            "does not compute its weight's product with its input; what its output is a function "
+            "of cannot be told"
+        )
+    if module.kind != EXPERT and is_parametrized(model.get_submodule(module.name)):
+        return "has a parametrization: its weight is computed, and is no parameter"
+    shape = traced.by_position.get(traced_name)
     if shape is not None:
         num_sequences, num_positions = probe.grid(module.name).shape
         return (
@@ -230,6 +302,14 @@ def _fault(
     )
 
 
+def _is_in_used_list(model: nn.Module, name: str, traced: Trace) -> bool:
+    """Whether a module is in a list of experts of which the few traced tokens reached others."""
+    experts = in_expert_list(model, name)
+    return bool(experts) and any(
+        seen and other.startswith(f"{experts}.") for other, seen in traced.inputs.items()
+    )
+
+
 def _traced_name(module: TrackedModule) -> str:
     return module.fused[0] if module.kind == EXPERT else module.name
 
@@ -240,11 +320,13 @@ def _tied_parameters(model: nn.Module) -> dict[str, list[str]]:
     return {name: names for names in shared for name in names}
 
 
-def _with_shared_inputs(modules: Iterable[TrackedModule], traced: Trace) -> Iterator[TrackedModule]:
+def _with_shared_inputs(
+    model: nn.Module, modules: Iterable[TrackedModule], traced: Trace
+) -> Iterator[TrackedModule]:
     """The modules, those that read one tensor with one input factor."""
     leaders: list[TrackedModule] = []
     for module in modules:
-        if module.kind == EXPERT:  # each reads its own tokens
+        if is_routed(model, module):  # each reads its own tokens
             yield module
             continue
         seen = traced.inputs[module.name][0]

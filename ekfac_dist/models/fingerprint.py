@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from ekfac_dist.models.adapters import adapted_weights
 from ekfac_dist.models.modules import TrackedModule, tensors_of
 
 
@@ -21,7 +22,7 @@ def fingerprint(
     """
     digest = hashlib.sha256()
     for module in modules:
-        for name, tensor in tensors_of(model, module):
+        for name, tensor in (*tensors_of(model, module), *adapted_weights(model, module.name)):
             held = tensor.to(dtype=dtype)
             kind = name.rpartition(".")[2]
             label = f"{module.name}.{kind}|{held.dtype}|{tuple(held.shape)}|"

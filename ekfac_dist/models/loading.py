@@ -58,6 +58,8 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
             f"another shape, {absent[0]} among them; they would be random. Give the directory of "
             "a whole causal language model."
         )
+    if hasattr(model.config, "rescale_every"):
+        model.config.rescale_every = 0  # RWKV halves its own weights as it runs; this is the same
     if config.adapter is not None:
         model = with_adapter(model, config.adapter, merge=config.merge_adapter)
     return model.to(device).eval()

@@ -12,15 +12,25 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ekfac_dist.data.batches import Batch
 from ekfac_dist.data.sequences import Sequence, collate
+from ekfac_dist.models.expert_lists import in_expert_list, picked_positions
 from ekfac_dist.models.experts import Routed, fused_experts, listening
 from ekfac_dist.models.labels import LabelRule
-from ekfac_dist.models.modules import only_input
+from ekfac_dist.models.loading import context_length
+from ekfac_dist.models.modules import describe, only_input
 from ekfac_dist.models.tasks import Task
 
 _RULE = LabelRule("data", 0, 0)
+# Relative errors that two ways to compute one product may have.
+_TOLERANCES = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-3,
+    torch.float16: 0.02,
+    torch.bfloat16: 0.05,
+}
 
 
 @dataclass
@@ -31,22 +41,30 @@ class Trace:
         inputs: Of each linear map, or collection of experts, every tensor that it was called with,
             and its version then.
         by_position: Linear maps whose rows are not sequence by sequence, and their inputs' shape.
+        not_linear: Linear maps whose output is not their weight's product with their input.
+        heard: Collections of experts that computed by our implementation.
         mixing: Modules whose output at one position depends on their input at others, though none
             of the modules in them is such a one: where attention, or a recurrence, happens.
+        pointwise: Modules with an output at each position that depends on that position alone.
         looks_ahead: Whether what comes out first depends on the tokens after it.
-        num_classes: Size of what comes out at each place: the number of classes, if it is logits.
     """
 
     inputs: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
     by_position: dict[str, list[int]] = field(default_factory=dict)
+    not_linear: set[str] = field(default_factory=set)
+    heard: set[str] = field(default_factory=set)
     mixing: set[str] = field(default_factory=set)
+    pointwise: set[str] = field(default_factory=set)
     looks_ahead: bool = False
-    num_classes: int = 0
 
 
-def few_tokens(device: torch.device) -> Batch:
+def few_tokens(model: nn.Module, device: torch.device) -> Batch:
     """2 sequences of 5 tokens: unequal numbers, so that a shape tells which is which."""
-    tokens = np.arange(10).reshape(2, 5) % 4  # in any vocabulary
+    num_tokens = min(5, context_length(model) or 5)
+    num_sequences = 3 if num_tokens == 2 else 2
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    vocabulary = min(4, getattr(embeddings, "num_embeddings", 4))
+    tokens = np.arange(num_sequences * num_tokens).reshape(num_sequences, -1) % vocabulary
     return collate([Sequence(k, row, row) for k, row in enumerate(tokens)]).to(device)
 
 
@@ -76,16 +94,34 @@ def trace(model: nn.Module, names: Iterable[str], task: Task, batch: Batch) -> T
             # The tensors are held until the end, so no address is used twice.
             tensor = only_input(args, kwargs)
             found.inputs[name].append((tensor.detach(), tensor._version))
-            if not _is_by_sequence(tensor, batch.grid(name).shape, starts):
+            picked = None
+            if in_expert_list(model, name):
+                picked = picked_positions(tensor, batch.grid(name).size)
+            if not _is_by_sequence(tensor, batch.grid(name).shape, starts, picked):
                 found.by_position[name] = list(tensor.shape)
 
         return hook
 
+    def check(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not _is_linear(module, only_input(args, kwargs), output):
+                found.not_linear.add(name)
+
+        return hook
+
+    def hear(name: str) -> Any:
+        def listen(routed: Routed) -> Tensor:
+            found.heard.add(name)
+            return routed.outputs
+
+        return listen
+
     def look(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             # At once: what comes after may write into the output.
-            given = [*args, *kwargs.values()]
-            mixes[name] = mixes.get(name, False) or _mixes(given, output, lengths)
+            mixing = _mixes([*args, *kwargs.values()], output, lengths)
+            if mixing is not None:
+                mixes[name] = mixes.get(name, False) or mixing
 
         return hook
 
@@ -93,9 +129,11 @@ def trace(model: nn.Module, names: Iterable[str], task: Task, batch: Batch) -> T
         if isinstance(module, nn.Embedding):
             handles.append(module.register_forward_hook(partial(_start_graph, starts, shapes)))
     for name in names:
-        handles.append(
-            model.get_submodule(name).register_forward_pre_hook(see(name), with_kwargs=True)
-        )
+        module = model.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(see(name), with_kwargs=True))
+        if describe(module) is not None:
+            hook = check(name)
+            handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
     for name in sorted(containers - {""}):
         handles.append(
             model.get_submodule(name).register_forward_hook(look(name), with_kwargs=True)
@@ -103,7 +141,8 @@ def trace(model: nn.Module, names: Iterable[str], task: Task, batch: Batch) -> T
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()  # in training mode, gradient checkpointing repeats a forward at each look
-        with listening(dict.fromkeys(fused_experts(model).values(), _hear)):
+        listeners = {experts: hear(name) for name, experts in fused_experts(model).items()}
+        with listening(listeners):
             result, _ = task.loss_gradient(model, batch, _RULE)
     finally:
         for handle in handles:
@@ -113,8 +152,8 @@ def trace(model: nn.Module, names: Iterable[str], task: Task, batch: Batch) -> T
     all_mixing = {name for name, flag in mixes.items() if flag}
     with_mixing_inside = {outer for name in all_mixing for outer in _outer(name)}
     found.mixing = all_mixing - with_mixing_inside
+    found.pointwise = {name for name, flag in mixes.items() if not flag}
     found.looks_ahead = result.ndim == 3 and _depends_on_later(result, starts)
-    found.num_classes = result.shape[-1]
     return found
 
 
@@ -124,10 +163,6 @@ def _outer(name: str) -> list[str]:
     return [".".join(parts[:k]) for k in range(1, len(parts))]
 
 
-def _hear(routed: Routed) -> Tensor:
-    return routed.outputs
-
-
 def _start_graph(
     starts: list[Tensor],
     shapes: Mapping[str, tuple[int, int]],
@@ -135,7 +170,7 @@ def _start_graph(
     args: Any,
     output: Any,
 ) -> Any:
-    if not isinstance(output, Tensor) or output.requires_grad:
+    if not isinstance(output, Tensor) or not output.is_floating_point():
         return output
     start = output.detach().requires_grad_()
     if tuple(start.shape[:2]) in shapes.values():
@@ -143,18 +178,42 @@ def _start_graph(
     return start.clone()  # what follows may write into it
 
 
-def _is_by_sequence(tensor: Tensor, shape: tuple[int, int], starts: list[Tensor]) -> bool:
-    """Whether a linear map's rows are the first sequence's positions, then the next one's."""
+def _is_by_sequence(
+    tensor: Tensor, shape: tuple[int, int], starts: list[Tensor], picked: Tensor | None
+) -> bool:
+    """Whether a linear map's rows are the first sequence's positions, then the next one's.
+
+    Args:
+        tensor: What it is called with.
+        shape: (B, T).
+        starts: The embeddings that the graph starts at.
+        picked: The rows' own flat positions, where they are not all.
+    """
     num_sequences, num_positions = shape
-    if tensor.ndim > 2:
-        return tensor.shape[0] == num_sequences and (
-            tensor.ndim > 3 or tensor.shape[1] == num_positions
-        )
-    if tensor.shape[0] != num_sequences * num_positions or not tensor.requires_grad or not starts:
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    if picked is None and tensor.ndim > 2:
+        return tensor.shape[0] == num_sequences and len(rows) == num_sequences * num_positions
+    if picked is None and len(rows) != num_sequences * num_positions:
         return True  # told by the number of rows, later
-    first = tensor[:num_positions].sum()
-    gradients = torch.autograd.grad(first, starts, retain_graph=True, allow_unused=True)
+    if not tensor.requires_grad or not starts:
+        return False
+    first = rows[:num_positions] if picked is None else rows[picked < num_positions]
+    gradients = torch.autograd.grad(first.sum(), starts, retain_graph=True, allow_unused=True)
     return not any(g is not None and _is_some(g[1:]) for g in gradients)
+
+
+def _is_linear(module: nn.Module, tensor: Tensor, output: Any) -> bool:
+    """Whether what came out is W x + b, where the weight can be read."""
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if type(weight) is not nn.Parameter or weight.dtype not in _TOLERANCES:
+        return True  # quantised, sharded or computed: nothing to compare with
+    with torch.no_grad():
+        weight_OI = weight.T if isinstance(module, Conv1D) else weight
+        expected = torch.nn.functional.linear(tensor, weight_OI, bias)
+        if not isinstance(output, Tensor) or output.shape != expected.shape:
+            return False
+        error = (output - expected).double().norm()
+        return not bool(error > _TOLERANCES[weight.dtype] * expected.double().norm())
 
 
 def _depends_on_later(logits: Tensor, starts: list[Tensor]) -> bool:
@@ -167,18 +226,20 @@ def _depends_on_later(logits: Tensor, starts: list[Tensor]) -> bool:
     return any(g is not None and _is_some(g[:, 1:]) for g in gradients)
 
 
-def _mixes(inputs: Iterable[Any], output: Any, lengths: Container[int]) -> bool:
-    """Whether the last position of an output depends on an earlier one of an input."""
+def _mixes(inputs: Iterable[Any], output: Any, lengths: Container[int]) -> bool | None:
+    """Whether the last position of an output depends on an earlier one of an input.
+
+    None where there is no output at each position, or no input that it depends on.
+    """
     results = output if isinstance(output, (tuple, list)) else [output]
     result = next((r for r in results if _has_positions(r, lengths)), None)
-    if result is None:
-        return False
     given = [tensor for tensor in inputs if _has_positions(tensor, lengths)]
+    if result is None or not given:
+        return None
     last = result[:, -1].sum()
-    gradients = (
-        torch.autograd.grad(last, given, retain_graph=True, allow_unused=True) if given else []
-    )
-    return any(g is not None and _is_some(g[:, :-1]) for g in gradients)
+    gradients = torch.autograd.grad(last, given, retain_graph=True, allow_unused=True)
+    reached = [gradient for gradient in gradients if gradient is not None]
+    return any(_is_some(g[:, :-1]) for g in reached) if reached else None
 
 
 def _is_some(gradient: Tensor) -> bool:

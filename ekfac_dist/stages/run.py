@@ -16,11 +16,11 @@ from ekfac_dist.data.batches import shard
 from ekfac_dist.data.examples import Examples, TaskExamples
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.models.capture import prepared
-from ekfac_dist.models.discovery import Discovery, discover
+from ekfac_dist.models.discovery import NO_GRADIENT, NOT_ROUTED, Discovery, discover, is_routed
 from ekfac_dist.models.fingerprint import fingerprint, narrower_fingerprints
 from ekfac_dist.models.labels import COVARIANCE_PASS, REFIT_PASS, LabelRule
 from ekfac_dist.models.loading import load_model, load_tokenizer
-from ekfac_dist.models.modules import EXPERT, TrackedModule
+from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.models.partition import partition
 from ekfac_dist.models.tasks import CAUSAL_LM, Task, few_examples, read_examples, require_task
 from ekfac_dist.runtime.memory import peak_bytes
@@ -280,14 +280,19 @@ def _fit_group(
     rule = LabelRule(factors.labels, factors.seed, COVARIANCE_PASS)
     result = run_pass("covariance" + suffix, work, group, covariance, rule)
     _require_each_position_once(group, covariance.counts, work)
-    unreached = [module.name for module in group if not covariance.counts[module.output]]
-    if unreached:
-        summary.discovery = summary.discovery.without(unreached)
-        group = [module for module in group if module.name not in unreached]
+    for names, why in (
+        ([m.name for m in group if not covariance.counts[m.output]], NOT_ROUTED),
+        ([m.name for m in group if _has_no_gradient(m, covariance, work)], NO_GRADIENT),
+    ):
+        with world.agree():
+            summary.discovery = summary.discovery.without(names, why)
+        group = [module for module in group if module.name not in names]
         covariance.keep(group)
     summary.seconds["covariance"] += result.seconds
     summary.losses["covariance"] = result.loss
     summary.num_labels = result.num_labels
+    if not group:
+        return
     bases, seconds = run_eigenbasis(
         "eigenbasis" + suffix,
         covariance,
@@ -321,10 +326,19 @@ def _require_each_position_once(
     for module in group:
         expected = int(work.sequences.positions_of(module.name).sum())
         found = {counts[module.input], counts[module.output]}
-        if module.kind != EXPERT and found != {expected}:
+        if not is_routed(work.model, module) and found != {expected}:
             raise RuntimeError(
                 f"{module.name} sees {expected} counted positions, but its sums hold {found}"
             )
+
+
+def _has_no_gradient(module: TrackedModule, covariance: CovarianceSums, work: Work) -> bool:
+    """Whether an expert was reached by positions alone that no label's gradient comes back to."""
+    if not is_routed(work.model, module) or module.output not in covariance.sums:
+        return False
+    return bool(covariance.counts[module.output]) and not bool(
+        covariance.sums[module.output].diagonal().any()
+    )
 
 
 def _kfac(

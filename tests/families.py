@@ -41,6 +41,26 @@ OWN = {
     "BloomConfig": {"n_head": 2},
     "CTRLConfig": {"dff": 12},
     "MiMoV2FlashConfig": {"partial_rotary_factor": 1.0},
+    "BambaConfig": {"mamba_n_heads": 4, "mamba_d_state": 8, "attn_layer_indices": [1]},
+    "FalconH1Config": {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_d_ssm": 16},
+    "GraniteMoeHybridConfig": {
+        "mamba_n_heads": 4,
+        "mamba_d_state": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "CodeGenConfig": {"n_head": 4},
+    "Dots1Config": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "Mamba2Config": {"num_heads": 4, "head_dim": 8, "state_size": 8, "n_groups": 1},
+    "ReformerConfig": {"axial_pos_embds": False},
+    "RoCBertConfig": {
+        "pronunciation_vocab_size": 29,
+        "pronunciation_embed_dim": 4,
+        "shape_vocab_size": 29,
+        "shape_embed_dim": 4,
+    },
+    "ZayaConfig": {"num_experts_per_tok": 1, "router_hidden_size": 8},
+    "Zamba2Config": {"layer_types": ["linear_attention", "hybrid"]},
 }
 
 
@@ -60,11 +80,15 @@ def tiny_config(config_class, **changes):
         if isinstance(kinds, list) and kinds and not _is_computed(config_class, name):
             distinct = list(dict.fromkeys(kinds))[:2]
             settings[name] = distinct if len(distinct) == 2 else distinct * 2
+    for name in config_class.sub_configs:  # of an encoder of images, say
+        part = getattr(plain, name, None)
+        if isinstance(part, transformers.PreTrainedConfig):
+            settings[name] = tiny_config(type(part))
     return config_class(**(settings | OWN.get(config_class.__name__, {}) | changes))
 
 
 def _is_computed(config_class, name):
-    found = getattr(config_class, name, None)
+    found = getattr(config_class, config_class.attribute_map.get(name, name), None)
     return isinstance(found, property) and found.fset is None
 
 

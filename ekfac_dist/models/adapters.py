@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
@@ -24,10 +23,12 @@ def is_adapters(name: str) -> bool:
     return any(part in (*_PARTS, "modules_to_save") for part in name.split("."))
 
 
-def trains_biases(model: Any) -> bool:
-    """Whether biases of the model itself were trained with its adapter."""
-    settings = getattr(model, "peft_config", {})
-    return any(getattr(each, "bias", "none") != "none" for each in settings.values())
+def is_trained_bias(model: Any, name: str) -> bool:
+    """Whether a parameter is a bias of the model itself that was trained with its adapter."""
+    kinds = {getattr(each, "bias", "none") for each in getattr(model, "peft_config", {}).values()}
+    if not name.endswith("bias") or ".original_module." in name:
+        return False
+    return "all" in kinds or ("lora_only" in kinds and ".base_layer." in name)
 
 
 def base_layer(name: str, linears: Mapping[str, nn.Module]) -> str:
@@ -39,16 +40,15 @@ def base_layer(name: str, linears: Mapping[str, nn.Module]) -> str:
 
 
 def adapted_weights(model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
-    """What an adapter's matrix is a part of: the weight beside it, and the adapter's scale."""
+    """The model's own weight beside an adapter's matrix, named with the adapter's scale."""
     parts = name.split(".")
     at = next((k for k, part in enumerate(parts) if part == "lora_A"), None)
     if at is None:
         return
     wrapper: Any = model.get_submodule(".".join(parts[:at]))
-    for kind, parameter in wrapper.base_layer.named_parameters(recurse=False):
-        yield f"base_layer.{kind}", parameter.detach()
     scale = wrapper.scaling.get(parts[-1], 1.0)
-    yield "scaling", torch.tensor(float(scale), dtype=torch.float64)
+    for kind, parameter in wrapper.base_layer.named_parameters(recurse=False):
+        yield f"base_layer_{kind} × {scale!r}", parameter.detach()
 
 
 def with_adapter(model: nn.Module, adapter: str, *, merge: bool) -> nn.Module:

@@ -212,15 +212,17 @@ class Capture:
         self._in_forward = True
         self._readers_left = self._readers.copy()
         try:
-            start, result = self.task.loss_gradient(self.model, batch, rule)
-            self._in_forward = False
-            everywhere = {module.name for module in self.modules if module.kind != EXPERT}
-            everywhere -= self._in_lists
-            self._require_all(everywhere - self._with_input, "was not used in this forward")
-            if start.requires_grad:
-                self._scale = result.scale
-                with torch.autocast(start.device.type, enabled=False):  # it is for forwards alone
-                    torch.autograd.backward(start, result.gradient)
+            # As written: a compiled forward would compile what looks at it, too.
+            with torch.compiler.set_stance("force_eager"):
+                start, result = self.task.loss_gradient(self.model, batch, rule)
+                self._in_forward = False
+                everywhere = {module.name for module in self.modules if module.kind != EXPERT}
+                everywhere -= self._in_lists
+                self._require_all(everywhere - self._with_input, "was not used in this forward")
+                if start.requires_grad:
+                    self._scale = result.scale
+                    with torch.autocast(start.device.type, enabled=False):  # it is for forwards
+                        torch.autograd.backward(start, result.gradient)
             self._require_all(
                 self._with_input - self._with_gradient | everywhere - self._with_gradient,
                 "received no gradient: its output does not reach the loss through differentiable "

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ekfac_dist.data.batches import Batch
 from ekfac_dist.errors import ModelError
-from ekfac_dist.models.adapters import base_layer, is_adapters, trains_biases
+from ekfac_dist.models.adapters import base_layer, is_adapters, is_trained_bias
 from ekfac_dist.models.blocks import PART_OF_NORM, Anatomy
 from ekfac_dist.models.expert_lists import in_expert_list
 from ekfac_dist.models.experts import expert_modules, fused_experts
@@ -34,6 +34,7 @@ NOT_ROUTED = "no counted position was routed to this expert"
 NO_GRADIENT = "no gradient reaches the counted positions that were routed to this expert"
 _OWN_FORWARD = "these experts compute with a forward of their own, which cannot be looked into"
 _NOT_CALLED = "it is not called as a linear map is (an adapter of a parameter, or switched off)"
+_ADAPTERS_BIAS = "trained with the adapter, and no matrix of it"
 _BY_NAME = "taken for part of a norm, by its name"
 # What leaves a module out, and does not forbid to go on without it.
 _LEFT_OUT = (UNREACHED, _OWN_FORWARD, _NOT_CALLED)
@@ -140,12 +141,7 @@ def discover(
         if anatomy.place(name).outside == PART_OF_NORM and traced.inputs[name]
     }
     if any(map(is_adapters, candidates)):  # the model's own weights are not what was trained
-        biases = trains_biases(model)
-        mlp = {
-            name: parameter
-            for name, parameter in mlp.items()
-            if is_adapters(name) or (biases and name.endswith("bias"))
-        }
+        mlp = {n: p for n, p in mlp.items() if is_adapters(n) or is_trained_bias(model, n)}
     in_mlp = {name for name, module in candidates.items() if module.parameters[0] in mlp}
     if globs is not None:
         chosen = _match(globs, candidates, model)
@@ -154,7 +150,7 @@ def discover(
     elif any(map(is_adapters, candidates)):
         raise ModelError(
             f"The adapter of {type(model).__name__} has no matrix in an MLP; name those that it "
-            f"has with model.modules, for instance '*.{next(filter(is_adapters, candidates))}'."
+            "has with model.modules, for instance '*.lora_*'."
         )
     else:
         raise ModelError(
@@ -172,9 +168,10 @@ def discover(
         raise ModelError(f"Module {unusable} {faults[unusable]}. Leave it out with model.modules.")
     tracked = {n: m for n, m in candidates.items() if n in chosen and n not in faults}
     if not tracked:
+        name, fault = next(iter(faults.items()))
         raise ModelError(
-            f"Text passes through none of the {len(chosen)} chosen modules of "
-            f"{type(model).__name__}; choose others with model.modules."
+            f"None of the {len(chosen)} chosen modules of {type(model).__name__} can be tracked: "
+            f"{fault} ({name}). Choose others with model.modules."
         )
     modules = tuple(_with_shared_inputs(model, tracked.values(), traced))
     coverage = Coverage(
@@ -359,7 +356,9 @@ def _skipped(
         if module is None:
             skipped[name] = "not the weight or bias of a Linear, a Conv1D or a fused expert"
         elif module.kind != EXPERT and (module.name in faults or module.name not in chosen):
-            skipped[name] = faults.get(module.name, "not chosen by model.modules")
+            of_adapter = any(map(is_adapters, mlp)) and not is_adapters(name)
+            why = _ADAPTERS_BIAS if of_adapter else "not chosen by model.modules"
+            skipped[name] = faults.get(module.name, why)
     for module in candidates.values():
         if module.kind == EXPERT and module.parameters[0] in mlp and module.name not in chosen:
             skipped[module.name] = "not chosen by model.modules"

@@ -22,9 +22,9 @@ def fingerprint(
     """
     digest = hashlib.sha256()
     for module in modules:
-        for name, tensor in (*tensors_of(model, module), *adapted_weights(model, module.name)):
+        own = ((name.rpartition(".")[2], tensor) for name, tensor in tensors_of(model, module))
+        for kind, tensor in (*own, *adapted_weights(model, module.name)):
             held = tensor.to(dtype=dtype)
-            kind = name.rpartition(".")[2]
             label = f"{module.name}.{kind}|{held.dtype}|{tuple(held.shape)}|"
             digest.update(label.encode())
             content = held.cpu().contiguous().reshape(-1).view(torch.uint8)

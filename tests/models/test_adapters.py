@@ -1,7 +1,11 @@
 """LoRA adapters: their matrices' factors and scores against dense autograd, and what is refused."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -12,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from workshop import run_cli, save_tiny_llama, texts, write_jsonl
 
 from ekfac_dist import estimate_factors, influence_scores, load_factors
-from ekfac_dist.errors import ModelError
+from ekfac_dist.errors import ModelError, StoreError
 from ekfac_dist.models.adapters import with_adapter
 
 EXACT = 1e-10
@@ -146,3 +150,88 @@ def test_an_adapter_that_cannot_be_used_is_refused_in_a_sentence(saved, tmp_path
     (fewer / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(ModelError, match=r"is not of this model: the adapter lacks .*up_proj"):
         with_adapter(load(), str(fewer), merge=False)
+
+
+def trained(**changes):
+    """An adapter on gate projections with something else that was trained beside it."""
+    settings = {"r": 2, "target_modules": ["gate_proj"], "task_type": "CAUSAL_LM", **changes}
+    model = peft.get_peft_model(build("llama_bias"), peft.LoraConfig(**settings)).double().eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name and parameter.ndim > 1:
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def test_what_was_trained_beside_the_matrices_is_tracked_or_told_of():
+    model, data = trained(modules_to_save=["down_proj"], bias="lora_only"), examples(6)
+    factors = estimate_factors(model, data, **FIT)
+    assert sum("modules_to_save" in name for name in factors.modules) == 2
+    coverage = factors.manifest["coverage"]
+    assert set(coverage["skipped"].values()) == {"trained with the adapter, and no matrix of it"}
+    assert all(name.endswith("bias") for name in coverage["skipped"])
+    assert coverage["tracked_mlp_parameters"] < coverage["mlp_parameters"]
+    oracle = dense_modules(model, [shifted(e) for e in data], list(factors.modules))
+    for name, dense in oracle.items():
+        fitted = factors.module(name)
+        Q = torch.kron(fitted.basis_OO, fitted.basis_II)
+        diagonal = torch.diag(Q.T @ dense.F @ Q)
+        assert relative(fitted.lambda_OI.flatten(), diagonal) < EXACT
+
+
+def test_an_adapter_of_attention_alone_is_refused_with_the_reason():
+    with pytest.raises(ModelError, match=r"has no matrix in an MLP; name .*'\*\.lora_\*'"):
+        estimate_factors(trained(target_modules=["q_proj"]), examples(3))
+
+
+def test_factors_are_of_the_weights_beside_the_adapter_and_of_its_scale(tmp_path):
+    data = examples(4)
+    adapted().save_pretrained(tmp_path / "lora")
+
+    def load(seed=0, **changes):
+        path = tmp_path / "lora" / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        return with_adapter(build("llama", seed), str(tmp_path / "lora"), merge=False).double()
+
+    estimate_factors(load(), data, output=tmp_path / "factors")
+    load_factors(tmp_path / "factors", model=load())
+    for other in (load(seed=7), load(lora_alpha=60)):
+        with pytest.raises(StoreError, match="its weights differ"):
+            load_factors(tmp_path / "factors", model=other)
+
+
+def test_an_adapter_on_the_hub_is_looked_at_as_well(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--me--lora" / "snapshots" / "abc"
+    refs = tmp_path / "models--me--lora" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text("abc")
+    adapted(targets=("gate_proj",)).save_pretrained(snapshot)
+    settings = json.loads((snapshot / "adapter_config.json").read_text())
+    settings["target_modules"] = ["gate_proj", "down_proj"]
+    (snapshot / "adapter_config.json").write_text(json.dumps(settings))
+    code = (
+        "from networks import build; from ekfac_dist.models.adapters import with_adapter;"
+        "with_adapter(build('llama'), 'me/lora', merge=False)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "me/lora is not of this model: the adapter lacks" in done.stderr
+
+
+def test_embeddings_saved_with_an_adapter_do_no_harm(tmp_path):
+    adapted().save_pretrained(tmp_path / "lora", save_embedding_layers=True)
+    with_adapter(build("llama"), str(tmp_path / "lora"), merge=True)
+
+
+def test_an_adapter_that_cannot_be_merged_is_refused_in_a_sentence(tmp_path):
+    settings = peft.LoraConfig(r=2, target_modules=["up_proj"], lora_bias=True)
+    peft.get_peft_model(build("llama"), settings).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ModelError, match=r"cannot be merged: .*Leave model\.merge_adapter off"):
+        with_adapter(build("llama"), str(tmp_path / "lora"), merge=True)

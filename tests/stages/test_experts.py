@@ -12,6 +12,7 @@ from torch import nn
 from workshop import VOCABULARY, run_cli, save_tiny, texts, write_jsonl
 
 from ekfac_dist import estimate_factors, influence_scores, load_factors
+from ekfac_dist.errors import ModelError
 from ekfac_dist.models.experts import fused_experts
 from ekfac_dist.models.modules import EXPERT
 
@@ -120,6 +121,124 @@ class ListedExperts(nn.Module):
             weight = (top_k_weights * (top_k_index == number)).sum(-1, keepdim=True)
             total = total + weight * expert.down_proj(self.act_fn(gate) * up)
         return total
+
+
+class RoutedList(ListedExperts):
+    """The list as it is mostly written: each expert is called with its own tokens alone."""
+
+    def __init__(self, fused, pick):
+        super().__init__(fused)
+        self.pick = pick
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        total = torch.zeros_like(hidden_states)
+        for number, expert in enumerate(self.experts):
+            tokens, places = torch.where(top_k_index == number)
+            if len(tokens):
+                order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
+                tokens, places = tokens[order], places[order]
+                gate, up = expert.gate_up_proj(self.pick(hidden_states, tokens)).chunk(2, -1)
+                rows = expert.down_proj(self.act_fn(gate) * up).view(len(tokens), -1)
+                total.index_add_(0, tokens, rows * top_k_weights[tokens, places, None])
+        return total
+
+
+PICKS = {
+    "tokens[index]": lambda rows, index: rows[index],
+    "tokens[None, index]": lambda rows, index: rows[None, index],
+    "index_select": lambda rows, index: rows.index_select(0, index),
+}
+
+
+@pytest.mark.parametrize("pick", PICKS)
+def test_fused_and_listed_experts_agree(pick):
+    """Factors, counts and scores of a list of modules that see their own tokens alone."""
+    train, queries = examples(12, prompts=True), examples(3, seed=4)
+    fused, listed = tiny_model("MixtralForCausalLM"), tiny_model("MixtralForCausalLM")
+    for layer in listed.model.layers:
+        layer.mlp.experts = RoutedList(layer.mlp.experts, PICKS[pick])
+    found = []
+    for model in (fused, listed):
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        factors = estimate_factors(model, train, **FIT)
+        answer = influence_scores(
+            model, factors, queries, train, per_token="all", top_k=2, batch_tokens=30
+        )
+        found.append((factors, answer))
+    (one, one_answer), (other, other_answer) = found
+    for name, module in one.modules.items():
+        head, _, tail = name.partition(".experts.")
+        same = f"{head}.experts.experts.{tail}"
+        assert other.modules[same].input_size == module.input_size
+        assert relative(other.module(same).lambda_OI.sum(), one.module(name).lambda_OI.sum()) < 1e-9
+        assert relative(dense_E(other, same), dense_E(one, name)) < 1e-9
+    assert len(other.modules) == len(one.modules)
+    assert relative(other_answer.scores, one_answer.scores) < 1e-9
+    assert relative(other_answer.token_scores, one_answer.token_scores) < 1e-9
+
+
+def test_rows_that_were_picked_in_an_unknown_way_are_refused():
+    model = tiny_model("MixtralForCausalLM")
+    for layer in model.model.layers:
+        layer.mlp.experts = RoutedList(
+            layer.mlp.experts, lambda rows, index: torch.stack([rows[k] for k in index.tolist()])
+        )
+    with pytest.raises(ModelError, match="how they were picked cannot be seen"):
+        estimate_factors(model, examples(6))
+
+
+def test_listed_experts_that_nothing_reached_are_left_out():
+    model = tiny_model("MixtralForCausalLM")
+    for layer in model.model.layers:
+        layer.mlp.experts = RoutedList(layer.mlp.experts, PICKS["tokens[index]"])
+    factors = estimate_factors(model, [{"input_ids": torch.tensor([3, 4])}], **FIT)
+    skipped = factors.manifest["coverage"]["skipped"]
+    assert len(factors.modules) == len(skipped) == 8
+    assert set(skipped.values()) == {"no counted position was routed to this expert"}
+
+
+def test_experts_with_a_forward_of_their_own_are_told_of():
+    model = tiny_model("Qwen2MoeForCausalLM")
+    for layer in model.model.layers:
+        experts, listed = layer.mlp.experts, ListedExperts(layer.mlp.experts)
+        experts.forward = listed.forward
+    coverage = estimate_factors(model, examples(6)).manifest["coverage"]
+    reasons = {why for name, why in coverage["skipped"].items() if ".experts." in name}
+    assert reasons == {
+        "these experts compute with a forward of their own, which cannot be looked into"
+    }
+
+
+@pytest.mark.parametrize("partitions", [1, 4, 16])
+def test_a_group_of_experts_that_nothing_reached_is_passed_over(partitions):
+    data = [{"input_ids": torch.tensor([3, 4])}]
+    model = tiny_model("MixtralForCausalLM")
+    factors = estimate_factors(model, data, partitions=partitions, **FIT)
+    assert len(factors.modules) == 8
+    unreached = next(iter(factors.manifest["coverage"]["skipped"]))
+    with pytest.raises(ModelError, match="Nothing is left to fit"):
+        estimate_factors(model, data, modules=[unreached], **FIT)
+
+
+def test_experts_that_no_gradient_reaches_do_not_block_queries():
+    """Prompt positions of the last layer have none, so their experts' Λ would be zero."""
+    data = examples(6)
+    for example in data:
+        example["labels"] = example["input_ids"].clone()
+        example["labels"][:-1] = -100
+    left_out = 0
+    for seed in (2, 3):
+        sizes = {"num_experts_per_tok": 1, "num_local_experts": 8}
+        model = tiny_model("MixtralForCausalLM", seed=seed, **sizes)
+        factors = estimate_factors(model, data, **FIT)
+        skipped = factors.manifest["coverage"]["skipped"]
+        left_out += sum("no gradient reaches" in why for why in skipped.values())
+        assert all(factors.module(name).lambda_OI.any() for name in factors.modules)
+        assert torch.isfinite(
+            influence_scores(model, factors, data[:2], data, top_k=2).scores
+        ).all()
+    assert left_out
 
 
 def test_fused_experts_have_the_gradients_of_a_list_of_modules():

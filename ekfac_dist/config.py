@@ -16,6 +16,7 @@ from ekfac_dist.errors import ConfigError
 T = TypeVar("T")
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16", "auto"]
+Quantization = Literal["8bit", "4bit"]
 Labels = Literal["sampled", "data"]
 Refit = Literal["per_sequence", "per_token", "none"]
 Normalize = Literal["none", "cosine", "relatif_l", "relatif_theta"]
@@ -60,6 +61,7 @@ class ModelConfig:
             adapter's matrices on them.
         adapter: Hub id or local directory of a PEFT LoRA adapter for the model.
         merge_adapter: Merge the adapter into the weights, and track those.
+        quantization: Hold linear weights in 8bit or 4bit (with bitsandbytes); null: as stored.
         trust_remote_code: Run Python code that comes with the model.
     """
 
@@ -69,9 +71,12 @@ class ModelConfig:
     modules: list[str] | None = None
     adapter: str | None = None
     merge_adapter: bool = False
+    quantization: Quantization | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        if self.quantization is not None:
+            _require_choice("model.quantization", self.quantization, ("8bit", "4bit"))
         _require_choice(
             "model.dtype", self.dtype, ("float64", "float32", "bfloat16", "float16", "auto")
         )
@@ -204,6 +209,7 @@ class QueryModelConfig:
         revision: Hub revision.
         dtype: float64, float32, bfloat16, float16 or auto.
         adapter: Hub id or local directory of a PEFT LoRA adapter.
+        quantization: Hold linear weights in 8bit or 4bit.
         trust_remote_code: Run Python code that comes with the model; never taken from a store.
     """
 
@@ -211,6 +217,7 @@ class QueryModelConfig:
     revision: str | None = None
     dtype: Dtype | None = None
     adapter: str | None = None
+    quantization: Quantization | None = None
     trust_remote_code: bool = False
 
     def over(self, fitted: Mapping[str, Any]) -> ModelConfig:

@@ -21,7 +21,13 @@ from ekfac_dist.errors import ModelError
 from ekfac_dist.models.expert_lists import in_expert_list, picked_positions
 from ekfac_dist.models.experts import Listener, Routed, fused_experts, listening
 from ekfac_dist.models.labels import LabelRule, LossGradient
-from ekfac_dist.models.modules import EXPERT, TrackedModule, only_input, same_tensor
+from ekfac_dist.models.modules import (
+    EXPERT,
+    TrackedModule,
+    is_quantised,
+    only_input,
+    same_tensor,
+)
 from ekfac_dist.models.tasks import CAUSAL_LM, Task
 
 _CHUNKS = "chunk_size_feed_forward"
@@ -139,7 +145,7 @@ class Capture:
             for module in self.modules:
                 if module.kind != EXPERT:
                     self._hook(module)
-            if self._in_lists:
+            if self._in_lists or any(is_quantised(self.model, m) for m in self.modules):
                 self._start_graph_below()
             self._listen()
         except BaseException:
@@ -166,7 +172,11 @@ class Capture:
         self._stack.callback(handle.remove)
 
     def _start_graph_below(self) -> None:
-        """Starts the graph at the embeddings: which rows an expert was given is read off it."""
+        """Starts the graph at the embeddings.
+
+        Which rows an expert in a list was given is read off it; and a quantised weight may be
+        packed in another way, for good, when its input takes no gradient.
+        """
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             if self._batch is None or not isinstance(output, Tensor) or output.requires_grad:

@@ -24,6 +24,7 @@ from ekfac_dist.models.modules import (
     describe,
     factor_sizes,
     linear_modules,
+    parameter_sizes,
     same_tensor,
 )
 from ekfac_dist.models.tasks import CAUSAL_LM, CausalLM, Task
@@ -175,10 +176,10 @@ def discover(
         )
     modules = tuple(_with_shared_inputs(model, tracked.values(), traced))
     coverage = Coverage(
-        mlp_parameters=sum(p.numel() for p in mlp.values()),
+        mlp_parameters=sum(mlp.values()),
         tracked_parameters=sum(module.num_parameters for module in modules),
         tracked_mlp_parameters=sum(m.num_parameters for m in modules if m.name in in_mlp),
-        model_parameters=sum(p.numel() for p in model.parameters()),
+        model_parameters=sum(parameter_sizes(model).values()),
         skipped=by_name | _skipped(mlp, candidates, chosen, faults),
     )
     return Discovery(modules, coverage)
@@ -212,19 +213,26 @@ def candidates_of(model: nn.Module) -> dict[str, TrackedModule]:
     return found
 
 
-def _mlp_parameters(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Parameter]:
-    """Every parameter of an MLP, by name, in model order; routers' and norms' are none."""
+def _mlp_parameters(model: nn.Module, anatomy: Anatomy) -> dict[str, int]:
+    """Every parameter of an MLP and its size, in model order; routers' and norms' are none."""
     linears = linear_modules(model)
+    vectors = {name for name, parameter in model.named_parameters() if parameter.ndim < 2}
     found = {}
-    for name, parameter in model.named_parameters():
+    for name, size in parameter_sizes(model).items():
         owner = name.rpartition(".")[0]
         place = anatomy.place(owner)
-        if place.outside or (owner == place.layer and parameter.ndim < 2):
+        if place.outside or (owner == place.layer and name in vectors):
             continue
         described = describe(linears.get(base_layer(owner, linears)))
-        if not anatomy.is_router(owner, described[2] if described else parameter.shape[0]):
-            found[name] = parameter
+        num_outputs = described[2] if described else _first_size(model, name)
+        if not anatomy.is_router(owner, num_outputs):
+            found[name] = size
     return found
+
+
+def _first_size(model: nn.Module, name: str) -> int:
+    parameter = model.get_parameter(name)
+    return parameter.shape[0] if parameter.ndim else 0
 
 
 def _example(linears: Iterable[str]) -> str:

@@ -1,8 +1,10 @@
 """Loading a causal language model and its tokenizer from a local directory or the hub."""
 
 import hashlib
+import importlib.util
 import json
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
 )
 
 from ekfac_dist.config import ModelConfig
@@ -33,8 +36,12 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
         ModelError: It cannot be found or read, is no causal language model, has only pickled
             weights, or lacks weights of its own.
     """
-    name = _check_settings(config)
+    name, settings = _check_settings(config)
     dtype: Any = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    quantised = config.quantization or getattr(settings, "quantization_config", None)
+    place: dict[str, Any] = {"device_map": {"": str(device)}} if quantised else {}
+    if config.quantization is not None:
+        place["quantization_config"] = _quantization(config, dtype)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
@@ -43,6 +50,7 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
             **_origin(config),
+            **place,
         )
     except safetensors.SafetensorError as error:
         raise ModelError(
@@ -62,7 +70,25 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
         model.config.rescale_every = 0  # RWKV halves its own weights as it runs; this is the same
     if config.adapter is not None:
         model = with_adapter(model, config.adapter, merge=config.merge_adapter)
-    return model.to(device).eval()
+    return model.eval() if quantised else model.to(device).eval()
+
+
+def _quantization(config: ModelConfig, dtype: Any) -> Any:
+    """What `transformers` is told of the quantisation.
+
+    Raises:
+        ModelError: The library for it is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"model.quantization {config.quantization} needs the package bitsandbytes; install it: "
+            "pip install 'ekfac_dist[quantized]'."
+        )
+    return BitsAndBytesConfig(
+        load_in_8bit=config.quantization == "8bit",
+        load_in_4bit=config.quantization == "4bit",
+        bnb_4bit_compute_dtype=None if dtype == "auto" else dtype,
+    )
 
 
 def load_tokenizer(config: ModelConfig) -> tuple[Any, str]:
@@ -72,7 +98,7 @@ def load_tokenizer(config: ModelConfig) -> tuple[Any, str]:
         ModelError: There is no such causal language model, or it has no tokenizer that can be
             loaded.
     """
-    name = _check_settings(config)  # here already, before a long text is tokenised for nothing
+    name, _ = _check_settings(config)  # here already, before a long text is tokenised for nothing
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **_origin(config))
     except _LOAD_ERRORS as error:
@@ -106,11 +132,11 @@ def _origin(config: ModelConfig) -> dict[str, Any]:
     return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
 
 
-def _check_settings(config: ModelConfig) -> str:
+def _check_settings(config: ModelConfig) -> tuple[str, Any]:
     """Refuses what is no causal language model, as far as can be told without its weights.
 
     Returns:
-        The model's name.
+        The model's name, and its configuration.
     """
     assert config.name is not None
     name = config.name
@@ -126,7 +152,7 @@ def _check_settings(config: ModelConfig) -> str:
             f"Model {name} is of type {settings.model_type!r}, which is no causal language "
             "model that transformers knows; give one that is."
         )
-    return name
+    return name, settings
 
 
 def _check_directory(name: str) -> None:
@@ -162,7 +188,9 @@ def _check_directory(name: str) -> None:
 def _hush_transformers() -> None:
     """Keeps the library's own bars and load reports out of the output; errors are ours to tell."""
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for library in ("transformers", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="MatMul8bitLt")  # at every product
 
 
 def _brief(error: BaseException) -> str:

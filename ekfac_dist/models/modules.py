@@ -4,9 +4,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+_READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LINEAR = "linear"
 CONV1D = "conv1d"
 EXPERT = "expert"
@@ -79,9 +81,15 @@ class TrackedModule:
 def tensors_of(model: nn.Module, module: TrackedModule) -> Iterator[tuple[str, Tensor]]:
     """A module's weight and bias as the model holds them, with the names of their parameters.
 
+    Of a quantised module, whose weight is no parameter, all that it holds.
+
     Raises:
         AttributeError: The model lacks one.
     """
+    if module.kind != EXPERT and _is_opaque(model.get_submodule(module.name)):
+        held = model.get_submodule(module.name).state_dict()
+        yield from sorted((n, t.detach()) for n, t in held.items() if isinstance(t, Tensor))
+        return
     for name in module.parameters:
         tensor = model.get_parameter(name).detach()
         yield name, tensor[module.fused[1]] if module.kind == EXPERT else tensor
@@ -105,16 +113,59 @@ def factor_sizes(modules: Iterable[TrackedModule]) -> dict[str, int]:
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear map of a model, by name, in model order."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    return {name: module for name, module in model.named_modules() if describe(module) is not None}
 
 
 def describe(module: Any) -> tuple[str, int, int, bool] | None:
     """Kind, inputs, outputs and whether there is a bias; None of what is no linear map."""
     if isinstance(module, Conv1D):
         return CONV1D, module.nx, module.nf, module.bias is not None
-    if isinstance(module, nn.Linear):
-        return LINEAR, module.in_features, module.out_features, module.bias is not None
+    if isinstance(module, nn.Linear) or _is_opaque(module):
+        bias = getattr(module, "bias", None)
+        return LINEAR, module.in_features, module.out_features, isinstance(bias, Tensor)
     return None
+
+
+def _is_opaque(module: Any) -> bool:
+    """Whether a module is a linear map of a quantisation library's own, its weight not readable."""
+    return (
+        isinstance(module, nn.Module)
+        and not isinstance(module, nn.Linear)
+        and isinstance(getattr(module, "in_features", None), int)
+        and isinstance(getattr(module, "out_features", None), int)
+        and not any(module.children())
+        and not isinstance(getattr(module, "weight", None), nn.Parameter)
+    )
+
+
+def is_quantised(model: nn.Module, module: TrackedModule) -> bool:
+    """Whether a module's weight is held in another form than as a matrix of floating point."""
+    if module.kind == EXPERT:
+        return False
+    weight = getattr(model.get_submodule(module.name), "weight", None)
+    return not isinstance(weight, Tensor) or weight.dtype not in _READABLE
+
+
+def parameter_sizes(model: nn.Module) -> dict[str, int]:
+    """Numbers in each parameter, by name, in model order; a tied one has its first name.
+
+    A linear map's weight counts as what it stands for: a quantised one is packed, or no parameter.
+    """
+    sizes: dict[str, int] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        described = describe(module)
+        shapes = {kind: parameter.numel() for kind, parameter in own.items()}
+        if described is not None:
+            _, num_inputs, num_outputs, bias = described
+            shapes = {"weight": num_inputs * num_outputs} | ({"bias": num_outputs} if bias else {})
+        for kind, size in shapes.items():
+            if kind in own and id(own[kind]) in seen:
+                continue
+            seen |= {id(own[kind])} if kind in own else set()
+            sizes[f"{name}.{kind}" if name else kind] = size
+    return sizes
 
 
 def all_parameter_names(model: nn.Module) -> dict[int, list[str]]:

@@ -16,7 +16,7 @@ from workshop import BOS, EOS, texts, tiny_tokenizer
 from ekfac_dist.config import DataConfig
 from ekfac_dist.data.batches import NO_LABEL
 from ekfac_dist.data.sequences import Sequences, from_examples
-from ekfac_dist.data.tokenizing import tokenize
+from ekfac_dist.data.tokenizing import encode, tokenize
 from ekfac_dist.errors import DataError
 
 TOKENIZER = tiny_tokenizer()
@@ -375,3 +375,17 @@ def test_thousands_of_rows_keep_their_order():
 def test_what_is_no_example_is_refused(data: Any, says: str):
     with pytest.raises(DataError, match=says):
         from_examples(data)
+
+
+def test_a_tokenizer_that_pads_on_the_left_or_has_no_padding_token_makes_the_same_sequences():
+    plain, left, without = tiny_tokenizer(), tiny_tokenizer(), tiny_tokenizer()
+    left.padding_side = left.truncation_side = "left"
+    without.pad_token = None
+    assert without.pad_token_id is None
+    given = texts(6)
+    prompts = [text[:7] for text in given]
+    rests = [text[7:] for text in given]
+    for limit in (None, 5):
+        expected = encode(plain, prompts, rests, limit)
+        assert encode(left, prompts, rests, limit) == expected
+        assert encode(without, prompts, rests, limit) == expected

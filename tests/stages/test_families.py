@@ -26,13 +26,64 @@ PARTLY = {"ApertusForCausalLM", "RwkvForCausalLM"}
 
 @pytest.mark.parametrize("family", PLAIN)
 def test_every_mlp_of_a_family_is_as_dense_autograd_has_it(family, tmp_path):
-    model, data = tiny_model(family), examples(8, prompts=True)
-    factors = estimate_factors(model, data, output=tmp_path / "store", batch_tokens=1, **FIT)
+    factors = compare_with_dense(tiny_model(family), tmp_path)
     coverage = factors.manifest["coverage"]
     if family not in PARTLY:
         assert coverage["tracked_mlp_parameters"] == coverage["mlp_parameters"]
         assert not coverage["skipped"]
-    oracle = dense_modules(model, [shifted(e) for e in data], list(factors.modules))
+
+
+# What a configuration may ask for: logits that are capped or scaled, windows of attention that are
+# shorter than the sequences, attention beside the MLP.
+VARIANTS = {
+    "logits capped": (
+        "Gemma2ForCausalLM",
+        {"final_logit_softcapping": 1.0, "attn_logit_softcapping": 0.5},
+    ),
+    "logits divided": ("GraniteForCausalLM", {"logits_scaling": 0.3}),
+    "logits multiplied": ("CohereForCausalLM", {"logit_scale": 3.0}),
+    "a sliding window": ("MistralForCausalLM", {"sliding_window": 3}),
+    "a sliding window in some layers": (
+        "Gemma3ForCausalLM",
+        {"sliding_window": 2, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "attention beside the MLP": ("StableLmForCausalLM", {"use_parallel_residual": True}),
+    "attention before the MLP": ("GPTNeoXForCausalLM", {"use_parallel_residual": False}),
+    "an MLP in chunks": ("BertLMHeadModel", {"chunk_size_feed_forward": 3}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_of_a_family_is_as_dense_autograd_has_it(variant, tmp_path):
+    family, changes = VARIANTS[variant]
+    model = tiny_model(family, **changes)
+    plain = tiny_model(family)
+    ids = torch.arange(12)[None] % 9
+    in_chunks = "chunks" in variant
+    changed = relative(model(input_ids=ids).logits, plain(input_ids=ids).logits) > 1e-3
+    assert changed is not in_chunks
+    factors = compare_with_dense(model, tmp_path, oracle=plain if in_chunks else model)
+    assert factors.manifest["coverage"]["skipped"] == {}
+
+
+@pytest.mark.parametrize("biased", [("up_proj",), ("down_proj",), ("gate_proj", "down_proj")])
+def test_some_projections_have_a_bias_and_some_have_none(biased, tmp_path):
+    model = tiny_model("LlamaForCausalLM")
+    for layer in model.model.layers:
+        for name in biased:
+            bias = torch.randn(getattr(layer.mlp, name).out_features, dtype=torch.float64)
+            getattr(layer.mlp, name).bias = torch.nn.Parameter(bias)
+    factors = compare_with_dense(model, tmp_path)
+    gate, up = (factors.modules[f"model.layers.0.mlp.{name}_proj"] for name in ("gate", "up"))
+    assert (gate.input == up.input) is (gate.bias == up.bias)
+
+
+def compare_with_dense(model, tmp_path, oracle=None):
+    """Fits a model's factors; A, S and Λ of each module have to be those of dense autograd."""
+    data = examples(8, prompts=True)
+    factors = estimate_factors(model, data, output=tmp_path / "store", batch_tokens=1, **FIT)
+    sequences = [shifted(example) for example in data]
+    oracle = dense_modules(oracle or model, sequences, list(factors.modules))
     for name, module in factors.modules.items():
         dense = oracle[name]
         for factor, expected in ((module.input, dense.A), (module.output, dense.S)):
@@ -49,6 +100,7 @@ def test_every_mlp_of_a_family_is_as_dense_autograd_has_it(family, tmp_path):
     for name, dense in oracle.items():
         trace = in_batches.module(name).lambda_OI.sum()
         assert relative(trace, dense.F.trace()) < IN_BATCHES
+    return factors
 
 
 def test_a_family_that_computes_positions_first_is_refused():

@@ -9,8 +9,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from networks import build, examples
+from task_models import t5, translated_examples
 
-from ekfac_dist import estimate_factors
+from ekfac_dist import Seq2SeqLM, estimate_factors
 
 FITS = {
     "llama float64": ("llama", 13, {"labels": "data", "accumulate": "float64"}),
@@ -19,6 +20,7 @@ FITS = {
     "llama_bias per token": ("llama_bias", 5, {"refit": "per_token", "accumulate": "float64"}),
     "an empty shard": ("llama", 2, {"labels": "data", "accumulate": "float64"}),
     "one sequence": ("opt", 1, {"labels": "data", "accumulate": "float64"}),
+    "an encoder-decoder": ("t5", 7, {"task": Seq2SeqLM(), "accumulate": "float64"}),
 }
 
 
@@ -26,7 +28,10 @@ def main(output: Path) -> None:
     """Fits everything into `output`, on all workers, and once in memory."""
     accelerator = Accelerator(cpu=True)
     for name, (family, number, settings) in FITS.items():
-        model, data = build(family), examples(number, prompts=True)
+        if family == "t5":
+            model, data = t5(), translated_examples(number)
+        else:
+            model, data = build(family), examples(number, prompts=True)
         if settings["accumulate"] == "float32":
             model = model.float()
         estimate_factors(model, data, output=output / name, batch_tokens=12, **settings)

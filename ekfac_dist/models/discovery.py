@@ -9,18 +9,16 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from ekfac_dist.data.batches import Batch
 from ekfac_dist.errors import ModelError
 from ekfac_dist.models.adapters import base_layer, is_adapters, is_trained_bias
 from ekfac_dist.models.blocks import PART_OF_NORM, Anatomy
-from ekfac_dist.models.expert_lists import in_expert_list
 from ekfac_dist.models.experts import expert_modules, fused_experts
+from ekfac_dist.models.faults import LEFT_OUT, checksums, faults_of, is_routed
 from ekfac_dist.models.modules import (
     EXPERT,
     TrackedModule,
-    all_parameter_names,
     describe,
     factor_sizes,
     linear_modules,
@@ -30,15 +28,8 @@ from ekfac_dist.models.modules import (
 from ekfac_dist.models.tasks import CAUSAL_LM, CausalLM, Task
 from ekfac_dist.models.trace import Trace, few_tokens, trace
 
-UNREACHED = "text does not pass through it"
-NOT_ROUTED = "no counted position was routed to this expert"
-NO_GRADIENT = "no gradient reaches the counted positions that were routed to this expert"
-_OWN_FORWARD = "these experts compute with a forward of their own, which cannot be looked into"
-_NOT_CALLED = "it is not called as a linear map is (an adapter of a parameter, or switched off)"
 _ADAPTERS_BIAS = "trained with the adapter, and no matrix of it"
 _BY_NAME = "taken for part of a norm, by its name"
-# What leaves a module out, and does not forbid to go on without it.
-_LEFT_OUT = (UNREACHED, _OWN_FORWARD, _NOT_CALLED)
 
 
 @dataclass(frozen=True)
@@ -118,21 +109,7 @@ def discover(
             next token, but the model sees it.
     """
     probe = few_tokens(model, device) if probe is None else probe
-    names = [*linear_modules(model), *fused_experts(model)]
-    before = _checksums(model, names)
-    traced = trace(model, names, task, probe)
-    changed = [name for name, total in _checksums(model, names).items() if total != before[name]]
-    if changed:
-        raise ModelError(
-            f"{type(model).__name__} changes its weight {changed[0]} when it runs; set what does "
-            "so off in its configuration (for RWKV, rescale_every: 0)."
-        )
-    if isinstance(task, CausalLM) and traced.looks_ahead:
-        raise ModelError(
-            f"{type(model).__name__} sees the tokens that it would have to predict: its logits at "
-            "a position depend on later ones. Set is_decoder (or causal) in its configuration if "
-            "it was trained so; from Python, give another task, such as MaskedLM."
-        )
+    traced = _traced(model, task, probe)
     anatomy = Anatomy(model, traced.mixing, traced.pointwise)
     mlp = _mlp_parameters(model, anatomy)
     candidates = candidates_of(model)
@@ -144,27 +121,11 @@ def discover(
     if any(map(is_adapters, candidates)):  # the model's own weights are not what was trained
         mlp = {n: p for n, p in mlp.items() if is_adapters(n) or is_trained_bias(model, n)}
     in_mlp = {name for name, module in candidates.items() if module.parameters[0] in mlp}
-    if globs is not None:
-        chosen = _match(globs, candidates, model)
-    elif in_mlp:
-        chosen = in_mlp
-    elif any(map(is_adapters, candidates)):
-        raise ModelError(
-            f"The adapter of {type(model).__name__} has no matrix in an MLP; name those that it "
-            "has with model.modules, for instance '*.lora_*'."
-        )
-    else:
-        raise ModelError(
-            f"No MLP linear was found in the layers of {type(model).__name__}; name its modules "
-            f"with model.modules, for instance '{_example(candidates)}'."
-        )
-    tied = _tied_parameters(model)
-    faults = {
-        name: fault
-        for name, module in candidates.items()
-        if name in chosen and (fault := _fault(model, module, traced, tied, probe))
-    }
-    unusable = next((name for name, fault in faults.items() if fault not in _LEFT_OUT), None)
+    chosen = in_mlp if globs is None else _match(globs, candidates, model)
+    if not chosen:
+        raise _nothing_found(model, candidates)
+    faults = faults_of(model, [candidates[n] for n in candidates if n in chosen], traced, probe)
+    unusable = next((name for name, fault in faults.items() if fault not in LEFT_OUT), None)
     if unusable is not None:
         raise ModelError(f"Module {unusable} {faults[unusable]}. Leave it out with model.modules.")
     tracked = {n: m for n, m in candidates.items() if n in chosen and n not in faults}
@@ -185,19 +146,36 @@ def discover(
     return Discovery(modules, coverage)
 
 
-def is_routed(model: nn.Module, module: TrackedModule) -> bool:
-    """Whether a module is an expert's, and sees some positions only."""
-    return module.kind == EXPERT or bool(in_expert_list(model, module.name))
+def _traced(model: nn.Module, task: Task, probe: Batch) -> Trace:
+    """What a forward shows of a model that computes the same twice, and does not see ahead."""
+    names = [*linear_modules(model), *fused_experts(model)]
+    before = checksums(model, names)
+    traced = trace(model, names, task, probe)
+    changed = [name for name, total in checksums(model, names).items() if total != before[name]]
+    if changed:
+        raise ModelError(
+            f"{type(model).__name__} changes its weight {changed[0]} when it runs; set what does "
+            "so off in its configuration (for RWKV, rescale_every: 0)."
+        )
+    if isinstance(task, CausalLM) and traced.looks_ahead:
+        raise ModelError(
+            f"{type(model).__name__} sees the tokens that it would have to predict: its logits at "
+            "a position depend on later ones. Set is_decoder (or causal) in its configuration if "
+            "it was trained so; from Python, give another task, such as MaskedLM."
+        )
+    return traced
 
 
-def _checksums(model: nn.Module, names: Iterable[str]) -> dict[str, float]:
-    """A number of each weight that can be summed up, by which a change of it is seen."""
-    found = {}
-    for name in names:
-        weight = getattr(model.get_submodule(name), "weight", None)
-        if type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta:
-            found[name] = float(weight.detach().nan_to_num(0).sum(dtype=torch.float64))
-    return found
+def _nothing_found(model: nn.Module, candidates: Iterable[str]) -> ModelError:
+    if any(map(is_adapters, candidates)):
+        return ModelError(
+            f"The adapter of {type(model).__name__} has no matrix in an MLP; name those that it "
+            "has with model.modules, for instance '*.lora_*'."
+        )
+    return ModelError(
+        f"No MLP linear was found in the layers of {type(model).__name__}; name its modules with "
+        f"model.modules, for instance '{_example(candidates)}'."
+    )
 
 
 def candidates_of(model: nn.Module) -> dict[str, TrackedModule]:
@@ -261,68 +239,6 @@ def _match(
             )
         chosen |= matched
     return chosen
-
-
-def _fault(
-    model: nn.Module,
-    module: TrackedModule,
-    traced: Trace,
-    tied: Mapping[str, Sequence[str]],
-    probe: Batch,
-) -> str:
-    """Why a module cannot be tracked; "" if it can."""
-    traced_name = _traced_name(module)
-    times = len(traced.inputs[traced_name])
-    if not times and is_adapters(module.name):
-        return _NOT_CALLED
-    if not times and not _is_in_used_list(model, module.name, traced):
-        return UNREACHED
-    if module.kind == EXPERT and traced_name not in traced.heard:
-        return _OWN_FORWARD
-    if times > 1:
-        return (
-            f"is used {times} times in one forward; its uses share one weight and cannot be told "
-            "apart"
-        )
-    if module.name in traced.not_linear:
-        return (
-            "does not compute its weight's product with its input; what its output is a function "
-            "of cannot be told"
-        )
-    if module.kind != EXPERT and is_parametrized(model.get_submodule(module.name)):
-        return "has a parametrization: its weight is computed, and is no parameter"
-    shape = traced.by_position.get(traced_name)
-    if shape is not None:
-        num_sequences, num_positions = probe.grid(module.name).shape
-        return (
-            f"does not compute sequence by sequence: its input has shape {shape} for "
-            f"{num_sequences} sequences of {num_positions} positions, so which row is whose cannot "
-            "be told"
-        )
-    shared = next((tied[name] for name in module.parameters if name in tied), None)
-    if shared is None:
-        return ""
-    return (
-        f"is tied: {' and '.join(shared)} are one parameter, so its gradient is no single module's"
-    )
-
-
-def _is_in_used_list(model: nn.Module, name: str, traced: Trace) -> bool:
-    """Whether a module is in a list of experts of which the few traced tokens reached others."""
-    experts = in_expert_list(model, name)
-    return bool(experts) and any(
-        seen and other.startswith(f"{experts}.") for other, seen in traced.inputs.items()
-    )
-
-
-def _traced_name(module: TrackedModule) -> str:
-    return module.fused[0] if module.kind == EXPERT else module.name
-
-
-def _tied_parameters(model: nn.Module) -> dict[str, list[str]]:
-    """All names of each parameter that has several, by each of them."""
-    shared = [names for names in all_parameter_names(model).values() if len(names) > 1]
-    return {name: names for names in shared for name in names}
 
 
 def _with_shared_inputs(

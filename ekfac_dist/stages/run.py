@@ -16,7 +16,8 @@ from ekfac_dist.data.batches import shard
 from ekfac_dist.data.examples import Examples, TaskExamples
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.models.capture import prepared
-from ekfac_dist.models.discovery import NO_GRADIENT, NOT_ROUTED, Discovery, discover, is_routed
+from ekfac_dist.models.discovery import Discovery, discover
+from ekfac_dist.models.faults import NO_GRADIENT, NOT_ROUTED, is_routed
 from ekfac_dist.models.fingerprint import fingerprint, narrower_fingerprints
 from ekfac_dist.models.labels import COVARIANCE_PASS, REFIT_PASS, LabelRule
 from ekfac_dist.models.loading import load_model, load_tokenizer

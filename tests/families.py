@@ -40,7 +40,7 @@ OWN = {
     "MptConfig": {"expansion_ratio": 1},
     "BloomConfig": {"n_head": 2},
     "CTRLConfig": {"dff": 12},
-    "MiMoV2FlashConfig": {"partial_rotary_factor": 1.0},
+    "MiMoV2FlashConfig": {"partial_rotary_factor": 1.0, "num_key_value_heads": 1},
     "BambaConfig": {"mamba_n_heads": 4, "mamba_d_state": 8, "attn_layer_indices": [1]},
     "FalconH1Config": {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_d_ssm": 16},
     "GraniteMoeHybridConfig": {
@@ -48,11 +48,10 @@ OWN = {
         "mamba_d_state": 8,
         "layer_types": ["linear_attention", "full_attention"],
     },
-    "CodeGenConfig": {"n_head": 4},
+    "CodeGenConfig": {"num_attention_heads": 4},
     "Dots1Config": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "Mamba2Config": {"num_heads": 4, "head_dim": 8, "state_size": 8, "n_groups": 1},
-    "ReformerConfig": {"axial_pos_embds": False},
     "RoCBertConfig": {
         "pronunciation_vocab_size": 29,
         "pronunciation_embed_dim": 4,
@@ -60,13 +59,44 @@ OWN = {
         "shape_embed_dim": 4,
     },
     "ZayaConfig": {"num_experts_per_tok": 1, "router_hidden_size": 8},
-    "Zamba2Config": {"layer_types": ["linear_attention", "hybrid"]},
+    "ZambaConfig": {"layers_block_type": ["hybrid", "hybrid"]},
+    "CohereCompassTextConfig": {
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 1, 1],
+            }
+        }
+    },
+    "DbrxAttentionConfig": {"rope_theta": 1e4, "clip_qkv": 8},
+    "Dots3NoteTextConfig": {"layer_types": ["indexed_attention"] * 2, "head_dim": 8},
+    "Qwen4ExpTextConfig": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+    },
+    "BltConfig": {"encoder_hash_byte_group_vocab": 50},
+    "BltLocalEncoderConfig": {"hidden_size_global": 16},
+    "BltLocalDecoderConfig": {"hidden_size_global": 16},
+    "Phi4MultimodalAudioConfig": {
+        "nemo_conv_channels": 8,
+        "ext_pw_out_channel": 16,
+        "num_blocks": 2,
+    },
+    "Gemma4TextConfig": {"global_head_dim": 8},
+    "Gemma4UnifiedTextConfig": {"global_head_dim": 8},
+    "MusicgenDecoderConfig": {"num_codebooks": 1},
+    "MusicgenMelodyDecoderConfig": {"num_codebooks": 1},
 }
 
 
 def tiny_config(config_class, **changes):
     """A family's configuration with small sizes."""
     plain = config_class()
+    plain.allow_global_per_layer_attribute_access = True  # a size that differs between layers
     names = set(plain.to_dict()) | set(getattr(config_class, "attribute_map", {}))
     settings = {
         name: size
@@ -76,6 +106,7 @@ def tiny_config(config_class, **changes):
     if "is_decoder" in names:
         settings["is_decoder"] = True  # of a model that may be an encoder too
     for name in ("layer_types", "mlp_layer_types"):
+        name = config_class.attribute_map.get(name, name)
         kinds = getattr(plain, name, None)
         if isinstance(kinds, list) and kinds and not _is_computed(config_class, name):
             distinct = list(dict.fromkeys(kinds))[:2]
@@ -88,7 +119,7 @@ def tiny_config(config_class, **changes):
 
 
 def _is_computed(config_class, name):
-    found = getattr(config_class, config_class.attribute_map.get(name, name), None)
+    found = getattr(config_class, name, None)
     return isinstance(found, property) and found.fset is None
 
 
@@ -112,10 +143,9 @@ def tiny_model(name, seed=0, **changes):
 
 def config_classes():
     """Every causal-LM class's configuration, by the class's name."""
-    return {
-        (model if not isinstance(model, tuple) else model[0]).__name__: config
-        for config, model in MODEL_FOR_CAUSAL_LM_MAPPING.items()
-    }
+    models = MODEL_FOR_CAUSAL_LM_MAPPING.values()
+    models = (model[0] if isinstance(model, tuple) else model for model in models)
+    return {model.__name__: model.config_class for model in models}
 
 
 # Compared with dense autograd in tests/stages: plain MLPs, and mixtures of experts.

@@ -56,6 +56,8 @@ class Anatomy:
         self._pointwise = pointwise
         self._lists = _layer_lists(model, mixing)
         self._num_experts = _numbers_of_experts(model)
+        self._routers: set[str] = set()
+        self._routers = self._gates_of_several_parts(model)
 
     def place(self, name: str) -> Place:
         """Where a module stands, by its name, or by a parameter's."""
@@ -81,7 +83,20 @@ class Anatomy:
         parts = [part.lower() for part in name.split(".")]
         if any(_ROUTER.search(part) for part in parts):
             return True
+        if self._routers.intersection(_prefixes(name)):
+            return True
         return num_outputs in self._num_experts and any(_GATE.search(part) for part in parts)
+
+    def _gates_of_several_parts(self, model: nn.Module) -> set[str]:
+        """Gates that are no linear map themselves, and have one in them that chooses experts."""
+        found = set()
+        for name, module in model.named_modules():
+            described = describe(module)
+            if described is None or not self.is_router(name, described[2]):
+                continue
+            outer = _prefixes(name)[:-1]
+            found |= {gate for gate in outer if _GATE.search(gate.rpartition(".")[2].lower())}
+        return found
 
     def is_mlp(self, name: str, module: nn.Module) -> bool:
         """Whether a linear map is one of an MLP's."""

@@ -133,7 +133,7 @@ class FactorsConfig:
         seed: Seed of the sampled labels.
         refit: How the eigenvalues are corrected: per_sequence, per_token, or none (K-FAC).
         accumulate: Precision of every running sum, float32 or float64.
-        eigen: Who decomposes the factors: rank0.
+        eigen: Who decomposes the factors: rank0 alone, or every worker its share (sharded).
         partitions: How many groups of modules, one pair of passes each; auto: one group.
         blocks: Diagonal blocks of a factor: 1.
         keep_covariance: Store the raw covariance sums; they double the disk.
@@ -143,7 +143,7 @@ class FactorsConfig:
     seed: int = 0
     refit: Refit = "per_sequence"
     accumulate: Literal["float32", "float64"] = "float32"
-    eigen: str = "rank0"
+    eigen: Literal["rank0", "sharded"] = "rank0"
     partitions: int | Literal["auto"] = "auto"
     blocks: int = 1
     keep_covariance: bool = True
@@ -158,10 +158,7 @@ class FactorsConfig:
             raise ConfigError(f"factors.seed is {self.seed}; it must be from 0 to 2^63 - 1.")
         if self.partitions != "auto":
             require_positive("factors.partitions", self.partitions)
-        if self.eigen != "rank0":
-            raise ConfigError(
-                f"factors.eigen is {self.eigen!r}; this version decomposes on rank0 only."
-            )
+        _require_choice("factors.eigen", self.eigen, ("rank0", "sharded"))
         if self.blocks != 1:
             raise ConfigError(
                 f"factors.blocks is {self.blocks!r}; this version keeps each factor whole: 1."

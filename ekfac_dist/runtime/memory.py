@@ -1,7 +1,8 @@
-"""Peak memory of this worker, for the closing summary."""
+"""Memory: what is free, and this worker's peak, for the closing summary."""
 
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,21 @@ def peak_bytes(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         peak["device"] = torch.cuda.max_memory_allocated(device)
     return peak
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that is free: a CUDA device's own, or the host's, as its kernel says.
+
+    Where a kernel does not say (other than Linux's) there is no limit.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        told = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return sys.maxsize
+    lines = dict(line.split(":", 1) for line in told.splitlines() if ":" in line)
+    return int(lines["MemAvailable"].split()[0]) * 1024
 
 
 def as_text(num_bytes: float) -> str:

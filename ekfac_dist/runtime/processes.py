@@ -157,11 +157,11 @@ class World:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def broadcast_(self, tensor: Tensor) -> Tensor:
-        """Overwrites `tensor` in place with worker 0's; shapes and dtypes must agree."""
+    def broadcast_(self, tensor: Tensor, *, source: int = 0) -> Tensor:
+        """Overwrites `tensor` in place with one worker's; shapes and dtypes must agree."""
         if self.size > 1:
             with self._collective():
-                dist.broadcast(tensor, src=0)
+                dist.broadcast(tensor, src=source)
         return tensor
 
     def all_reduce_(self, tensors: Sequence[Tensor]) -> None:

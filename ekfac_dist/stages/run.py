@@ -107,6 +107,7 @@ def estimate_factors(
     seed: int = 0,
     refit: str = "per_sequence",
     accumulate: str = "float32",
+    eigen: str = "rank0",
     partitions: int | str = "auto",
     batch_tokens: int = 4096,
     max_tokens: int | None = None,
@@ -134,6 +135,7 @@ def estimate_factors(
         seed: Seed of sampled labels.
         refit: "per_sequence", "per_token" or "none".
         accumulate: Precision of running sums, "float32" or "float64".
+        eigen: Who decomposes the factors: "rank0", or every worker its share, "sharded".
         partitions: Number of groups of modules, one pair of passes each.
         batch_tokens: Token budget of a batch, padding included.
         max_tokens: Longer sequences are cut to this many tokens; None leaves them whole.
@@ -171,6 +173,7 @@ def estimate_factors(
                 seed=seed,
                 refit=refit,  # type: ignore[arg-type]
                 accumulate=accumulate,  # type: ignore[arg-type]
+                eigen=eigen,  # type: ignore[arg-type]
                 partitions=partitions,  # type: ignore[arg-type]
                 keep_covariance=keep_covariance,
             ),
@@ -181,7 +184,7 @@ def estimate_factors(
     given = {"labels": labels, "seed": seed, "refit": refit, "accumulate": accumulate}
     given |= {"partitions": partitions, "batch_tokens": batch_tokens, "modules": modules}
     given |= {"keep_covariance": keep_covariance, "an output": output is not None}
-    given |= {"task": task.name}
+    given |= {"task": task.name, "eigen": eigen}
     world.require_same("arguments", given)
     if output is not None:
         world.on_main(lambda: check_output(output, config.as_dict()))
@@ -299,6 +302,7 @@ def _fit_group(
         covariance,
         world,
         sink,
+        sharded=factors.eigen == "sharded",
         keep_covariance=factors.keep_covariance,
         show_progress=work.show_progress,
     )

@@ -69,14 +69,15 @@ def test_factors_in_memory_are_on_every_worker(stores):
                 assert trace == pytest.approx(alone.module(name).lambda_OI.sum().item(), rel=1e-10)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_decomposition_that_fails_is_told_on_every_worker(tmp_path, workers):
-    done = run_workers(HERE / "worker_failure.py", workers, tmp_path / "store")
+@pytest.mark.parametrize(("workers", "eigen"), [(1, "rank0"), (2, "rank0"), (2, "sharded")])
+def test_a_decomposition_that_fails_is_told_on_every_worker(tmp_path, workers, eigen):
+    done = run_workers(HERE / "worker_failure.py", workers, tmp_path / "store", eigen)
     assert done.returncode == 0, done.stderr
     said = dict(re.findall(r"WORKER (\d): (.*)", done.stdout))
     assert len(said) == workers
     for sentence in said.values():
-        assert "model.layers.0.mlp.gate_proj.input" in sentence
+        assert "model.layers.0.mlp.gate_proj.input" in sentence or eigen == "sharded"
+        assert re.search(r"The factor model\.layers\.\d\.mlp\.\w+_proj\.(in|out)put", sentence)
         assert "did not converge" in sentence
     with pytest.raises(StoreError, match="incomplete"):
         load_factors(tmp_path / "store")

@@ -1,4 +1,7 @@
-"""Started on W workers by test_workers.py: worker 0's decomposition always fails."""
+"""Started on W workers by test_workers.py: one worker's decomposition always fails.
+
+worker_failure.py OUTPUT EIGEN: worker 0's, which decomposes all, or the last one's of its share.
+"""
 
 import os
 import sys
@@ -19,10 +22,11 @@ def fail(matrix):
 
 
 if __name__ == "__main__":
-    if PartialState(cpu=True).process_index == 0:
+    state, eigen = PartialState(cpu=True), sys.argv[2]
+    if state.process_index == (0 if eigen == "rank0" else state.num_processes - 1):
         torch.linalg.eigh = fail
     try:
-        estimate_factors(build("llama"), examples(4), output=sys.argv[1])
+        estimate_factors(build("llama"), examples(4), output=sys.argv[1], eigen=eigen)
     except UserError as error:
         # In one piece: print's line and its end may be parted by another worker's.
         os.write(1, f"WORKER {PartialState().process_index}: {error}\n".encode())

@@ -20,6 +20,7 @@ FITS = {
     "llama_bias per token": ("llama_bias", 5, {"refit": "per_token", "accumulate": "float64"}),
     "an empty shard": ("llama", 2, {"labels": "data", "accumulate": "float64"}),
     "one sequence": ("opt", 1, {"labels": "data", "accumulate": "float64"}),
+    "sharded": ("gpt2", 6, {"eigen": "sharded", "accumulate": "float64"}),
     "an encoder-decoder": ("t5", 7, {"task": Seq2SeqLM(), "accumulate": "float64"}),
 }
 

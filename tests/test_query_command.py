@@ -20,7 +20,17 @@ QUERIES = [
 ]
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
+# What differs by the model is compared for both; of the rest the second is among the slow tests.
+BOTH = pytest.mark.parametrize("fitted", ["llama", "gpt2"], indirect=True, scope="module")
+ONE = pytest.mark.parametrize(
+    "fitted",
+    ["llama", pytest.param("gpt2", marks=pytest.mark.slow)],
+    indirect=True,
+    scope="module",
+)
+
+
+@pytest.fixture(scope="module")
 def fitted(request, tmp_path_factory):
     """A directory with a model, text, queries and factors; gpt2's text has prompts."""
     directory = tmp_path_factory.mktemp(request.param)
@@ -94,6 +104,7 @@ def dense_answer(directory):
     return torch.stack([scores[0], scores[1], scores[2] + scores[3]])
 
 
+@BOTH
 def test_two_workers_files_hold_what_dense_autograd_says(fitted, tmp_path):
     done = ask(fitted, tmp_path / "scores", "--scores.top_k", "4", workers=2)
     found = load_file(tmp_path / "scores" / "scores.safetensors")
@@ -123,6 +134,7 @@ def test_two_workers_files_hold_what_dense_autograd_says(fitted, tmp_path):
         assert said in done.stdout
 
 
+@BOTH
 def test_every_option_is_in_the_files(fitted, tmp_path):
     options = {
         "normalize": "relatif_l",
@@ -175,6 +187,7 @@ def test_every_option_is_in_the_files(fitted, tmp_path):
     assert "relatif_l" in done.stdout
 
 
+@ONE
 def test_the_same_query_twice_writes_the_same_bytes(fitted, tmp_path):
     for name in ("one", "two"):
         ask(fitted, tmp_path / name, "--scores.rank", "4")
@@ -186,6 +199,7 @@ def test_the_same_query_twice_writes_the_same_bytes(fitted, tmp_path):
             assert one.read_bytes() == two.read_bytes(), name
 
 
+@ONE
 def test_other_data_can_be_scored_and_that_is_said(fitted, tmp_path):
     data = write_jsonl(tmp_path / "other.jsonl", [{"text": text} for text in texts(7, seed=5)])
     done = ask(fitted, tmp_path / "scores", "--data.source", data, "--data.max_tokens", "30")
@@ -196,6 +210,7 @@ def test_other_data_can_be_scored_and_that_is_said(fitted, tmp_path):
     assert manifest["data"]["max_tokens"] == 30
 
 
+@ONE
 def test_a_narrower_model_answers_with_the_same_factors(fitted, tmp_path):
     ask(fitted, tmp_path / "exact")
     ask(fitted, tmp_path / "low", "--model.dtype", "bfloat16")
@@ -208,12 +223,14 @@ def test_a_narrower_model_answers_with_the_same_factors(fitted, tmp_path):
     assert manifest["factors"]["model"]["dtype"] == "float64"
 
 
+@ONE
 def test_a_rank_above_the_matrixs_is_reduced_and_that_is_said(fitted, tmp_path):
     done = ask(fitted, tmp_path / "scores", "--scores.rank", "99")
     assert "99 is more than" in done.stdout
     assert "reduced" in done.stdout
 
 
+@ONE
 def test_a_report_is_written_from_the_results(fitted, tmp_path):
     ask(fitted, tmp_path / "scores")
     done = run_cli(["report", tmp_path / "scores"])

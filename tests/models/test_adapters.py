@@ -102,7 +102,7 @@ def saved(tmp_path_factory):
     return directory, model, data
 
 
-@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("merge", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_command_fits_and_queries_an_adapted_model(saved, tmp_path, merge):
     directory, model, data = saved
     store, scores = tmp_path / "store", tmp_path / "scores"

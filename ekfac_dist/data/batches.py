@@ -212,14 +212,14 @@ class Batch:
         inputs: Tensors by name, [B, ...] each.
         grids: Positions that modules see, by the beginning of the modules' names; "" for the rest.
         labelled: Flat places of `inputs["labels"]` that hold a label, ascending; None: not known.
-        max_label: The largest of them.
+        label_range: The smallest and the largest of them.
     """
 
     indices: tuple[int, ...]
     inputs: Mapping[str, Tensor]
     grids: Mapping[str, Grid]
     labelled: Tensor | None = None
-    max_label: int = NO_LABEL
+    label_range: tuple[int, int] = (0, 0)
 
     @classmethod
     def of(
@@ -232,8 +232,11 @@ class Batch:
         labels = inputs.get("labels")
         if labels is None or labels.is_floating_point():
             return cls(tuple(indices), inputs, grids)
-        labelled = torch.from_numpy(np.flatnonzero(labels.numpy() != NO_LABEL))
-        return cls(tuple(indices), inputs, grids, labelled, int(labels.max()))
+        flat = labels.numpy().reshape(-1)
+        labelled = np.flatnonzero(flat != NO_LABEL)
+        found = flat[labelled] if labelled.size else np.zeros(1, np.int64)
+        ends = int(found.min()), int(found.max())
+        return cls(tuple(indices), inputs, grids, torch.from_numpy(labelled), ends)
 
     @property
     def num_positions(self) -> int:

@@ -11,12 +11,13 @@ from collections.abc import Sequence as SequenceOf
 from typing import Any, Protocol, Self
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ekfac_dist.data.batches import NO_LABEL, Batch, Grid, key_of
 from ekfac_dist.data.sequences import Counts, as_array
-from ekfac_dist.errors import DataError
+from ekfac_dist.errors import DataError, first_line
 
 Example = Mapping[str, np.ndarray]
 
@@ -66,6 +67,7 @@ class TaskExamples:
         collate: Makes a batch of examples.
         masks: Which positions of a batch are counted, by the beginning of modules' names.
         is_aligned: Whether a field has an entry for each position of `input_ids`.
+        id_fields: Fields that hold token ids.
 
     Attributes:
         As of `Examples`.
@@ -81,6 +83,8 @@ class TaskExamples:
         collate: Callable[[SequenceOf[Example]], dict[str, Tensor]],
         masks: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
         is_aligned: Callable[[str], bool],
+        *,
+        id_fields: SequenceOf[str],
     ) -> None:
         self._collate, self._masks = collate, masks
         rows = [_without_padding(row, is_aligned) for given in data for row in _rows(given)]
@@ -101,10 +105,7 @@ class TaskExamples:
         self.indices = np.array(kept, dtype=np.int64)
         self._lengths = self._positions(kept)
         self.num_positions = np.sum(list(self._lengths.values()), 0)
-        ids = [
-            row[name] for row in rows for name in ("input_ids", "decoder_input_ids") if name in row
-        ]
-        self.max_id = max((int(np.max(found, initial=0)) for found in ids), default=0)
+        self.max_id = _largest_id(rows, id_fields)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -194,7 +195,15 @@ def _rows(given: Any) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _array(name: str, value: Any) -> np.ndarray:
-    array = np.asarray(as_array(value))
+    if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
+        value = value.float()  # which arrays do not know
+    try:
+        array = np.asarray(as_array(value))
+    except ValueError as error:
+        raise DataError(
+            f"{name} has rows of different lengths ({first_line(error)}); give examples one by "
+            "one, or pad them and give an attention_mask."
+        ) from error
     if array.dtype.kind in "iub":
         return array.astype(np.int64)
     if array.dtype.kind == "f":
@@ -213,6 +222,12 @@ def _without_padding(
     if mask is None or mask.ndim != 1 or not mask.any():
         return row
     real = np.flatnonzero(mask)
+    others = [name for name in row if not is_aligned(name) and not _is_of_decoder(name)]
+    if real[0] and others:
+        raise DataError(
+            f"An example is padded on the left, and its {others[0]} may count positions; pad on "
+            "the right, or give the examples without padding."
+        )
     kept = slice(real[0], real[-1] + 1)
     return {
         name: array[kept] if array.ndim and len(array) == len(mask) and is_aligned(name) else array
@@ -221,8 +236,28 @@ def _without_padding(
 
 
 def _has_label(row: Example) -> bool:
-    """Whether there is anything to predict; an example without `labels` is taken at its word."""
-    return "labels" not in row or bool(np.any(row["labels"] != NO_LABEL))
+    """Whether there is anything to predict; an example without such labels is taken at its word."""
+    labels = row.get("labels")
+    return labels is None or labels.dtype.kind == "f" or bool(np.any(labels != NO_LABEL))
+
+
+def _largest_id(rows: Iterable[Example], fields: Iterable[str]) -> int:
+    """The largest token id; one below 0 is refused."""
+    largest, fields = 0, list(fields)
+    for number, row in enumerate(rows):
+        for name in fields:
+            ids = row.get(name, np.zeros(0))
+            ids = ids[ids != NO_LABEL] if name == "labels" else ids
+            if np.min(ids, initial=0) < 0:
+                raise DataError(
+                    f"Example {number} has {int(np.min(ids))} in {name}; token ids are 0 or more."
+                )
+            largest = max(largest, int(np.max(ids, initial=0)))
+    return largest
+
+
+def _is_of_decoder(name: str) -> bool:
+    return name == "labels" or name.startswith("decoder_")
 
 
 def _digest(rows: Iterable[Example]) -> str:

@@ -31,7 +31,7 @@ from ekfac_dist.influence.scores import InfluenceScores
 from ekfac_dist.influence.scoring import compute_scores, list_lengths
 from ekfac_dist.models.capture import prepared
 from ekfac_dist.models.loading import context_length, load_model, load_tokenizer
-from ekfac_dist.models.tasks import CAUSAL_LM, Task, require_task
+from ekfac_dist.models.tasks import CAUSAL_LM, CausalLM, Task, require_task
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.stages.factors import Factors
 from ekfac_dist.stages.loading import check_sequences, load_sequences
@@ -204,7 +204,10 @@ def influence_scores(
         asked = queries_of(queries, tokenizer, model, task)
         sequences = sequences_of(train, tokenizer, max_tokens, model, task)
         scored = sequences.take(pick_candidates(sequences, read_candidates(config.candidates)))
-        check_sequences(model, scored, "give max_tokens={context}")
+        advice = "give max_tokens={context}"
+        if not isinstance(task, CausalLM):
+            advice = "cut the examples to {context} or less"
+        check_sequences(model, scored, advice)
         check_sequences(model, asked.sequences, "shorten the query")
         check_model(name, factors, model)
         world = world.at(next(model.parameters()).device)

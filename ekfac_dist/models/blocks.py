@@ -153,6 +153,6 @@ def _numbers_of_experts(model: nn.Module) -> set[int]:
     listed = {
         len(module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and name.endswith("experts")
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and name.endswith("experts")
     }
     return {1} | fused | listed

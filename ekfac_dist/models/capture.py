@@ -25,7 +25,9 @@ from ekfac_dist.models.modules import (
     EXPERT,
     TrackedModule,
     is_quantised,
+    linear_modules,
     only_input,
+    require_unpacked,
     same_tensor,
 )
 from ekfac_dist.models.tasks import CAUSAL_LM, Task
@@ -55,6 +57,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
     they have no noise of their own. MLPs that are applied in chunks of positions are applied to all
     at once: the same numbers, and each module is used once.
     """
+    require_unpacked(model)
     needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     chunked: list[Any] = [m for m in model.modules() if getattr(m, _CHUNKS, 0)]
@@ -81,8 +84,11 @@ def prepared(model: nn.Module) -> Iterator[None]:
 def _checkpointing(model: nn.Module) -> list[nn.Module]:
     """Modules that have to be in training mode for their gradient checkpointing to work.
 
-    None if one of them has noise of its own: its modules are in evaluation mode, but it is not.
+    None if one of them has noise of its own: its modules are in evaluation mode, but it is not. Nor
+    where experts are in lists: what is read of the graph would be computed again.
     """
+    if any(in_expert_list(model, name) for name in linear_modules(model)):
+        return []
     found = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     for module in found:
         settings = getattr(module, "config", None)
@@ -145,7 +151,7 @@ class Capture:
             for module in self.modules:
                 if module.kind != EXPERT:
                     self._hook(module)
-            if self._in_lists or any(is_quantised(self.model, m) for m in self.modules):
+            if self._in_lists or any(map(is_quantised, linear_modules(self.model).values())):
                 self._start_graph_below()
             self._listen()
         except BaseException:

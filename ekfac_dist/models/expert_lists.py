@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 # Steps up the graph from an expert's matrix to where its rows were picked.
 _FARTHEST = 200
+_PICKING = ("IndexBackward0", "IndexSelectBackward0")
 
 
 def in_expert_list(model: nn.Module, name: str) -> str:
     """Name of the list of experts that a module is in; "" if in none."""
     parts = name.split(".")
     for k in range(1, len(parts)):
-        if parts[k - 1].endswith("experts") and parts[k].isdecimal():
+        if parts[k - 1].endswith("experts"):
             found = ".".join(parts[:k])
-            if isinstance(model.get_submodule(found), nn.ModuleList):
+            if isinstance(model.get_submodule(found), (nn.ModuleList, nn.ModuleDict)):
                 return found
     return ""
 
@@ -46,6 +47,8 @@ def picked_positions(tensor: Tensor, num_positions: int) -> Tensor | None:
         if len(seen) > _FARTHEST:
             return None
         picked = _picked(node, num_positions)
+        if picked is None and node.name() in _PICKING:
+            return None  # rows of rows
         if picked is None:
             if not node.next_functions:
                 return None  # a way past all indices
@@ -59,12 +62,12 @@ def picked_positions(tensor: Tensor, num_positions: int) -> Tensor | None:
 
 def _picked(node: Any, num_positions: int) -> Tensor | None:
     """The positions that a step of the graph picks; None of a step that picks none."""
+    if node.name() not in _PICKING:
+        return None
     if node.name() == "IndexSelectBackward0":
         indices = [None] * node._saved_dim + [node._saved_index]
-    elif node.name() == "IndexBackward0":
-        indices = list(node._saved_indices)
     else:
-        return None
+        indices = list(node._saved_indices)
     sizes = list(node._saved_self_sym_sizes)
     while indices and indices[0] is None and sizes[0] == 1:
         indices, sizes = indices[1:], sizes[1:]

@@ -172,15 +172,16 @@ def logit_gradient(logits: Tensor, labels: Tensor, batch: Batch, rule: LabelRule
     scale = GRADIENT_SCALES.get(logits.dtype, 1.0)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     targets = labels.flatten()
-    labelled, max_label = batch.labelled, batch.max_label
+    labelled, label_range = batch.labelled, batch.label_range
     if labelled is None or labels is not batch.inputs.get("labels"):
-        max_label = int(labels.max())
-        labelled = torch.nonzero(targets != NO_LABEL).squeeze(-1)
         _require_labels(labels, batch)
-    if max_label >= logits.shape[-1]:
+        labelled = torch.nonzero(targets != NO_LABEL).squeeze(-1)
+        label_range = int(targets[labelled].min()), int(targets[labelled].max())
+    if label_range[0] < 0 or label_range[1] >= logits.shape[-1]:
+        wrong = label_range[0] if label_range[0] < 0 else label_range[1]
         raise DataError(
-            f"The data has label {max_label}, but the model has {logits.shape[-1]} logits, for "
-            f"labels 0 to {logits.shape[-1] - 1}."
+            f"The data has label {wrong}, but the model has {logits.shape[-1]} logits, for labels "
+            f"0 to {logits.shape[-1] - 1}; what has no label is {NO_LABEL}."
         )
     width = labels.numel() // len(batch.indices)
     draws = None

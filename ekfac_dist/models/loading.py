@@ -121,11 +121,13 @@ def context_length(model: nn.Module) -> int | None:
     names = ["max_position_embeddings", "n_positions"]
     if getattr(settings, "is_encoder_decoder", False):
         names = names[:1]  # T5's n_positions limits nothing: its positions are relative
-    for name in names:
-        limit = getattr(settings, name, None)
-        if isinstance(limit, int) and limit > 0:
-            return limit
-    return None
+    told = [getattr(settings, name, None) for name in names]
+    limits = [limit for limit in told if isinstance(limit, int) and limit > 0][:1]
+    for name, module in model.named_modules():
+        is_positions = isinstance(module, nn.Embedding) and "position_embeddings" in name
+        if is_positions and module.padding_idx is not None:  # RoBERTa's positions begin after it
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    return min(limits, default=None)
 
 
 def _origin(config: ModelConfig) -> dict[str, Any]:

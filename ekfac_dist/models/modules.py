@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ekfac_dist.errors import ModelError
+
 _READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LINEAR = "linear"
 CONV1D = "conv1d"
@@ -81,12 +83,12 @@ class TrackedModule:
 def tensors_of(model: nn.Module, module: TrackedModule) -> Iterator[tuple[str, Tensor]]:
     """A module's weight and bias as the model holds them, with the names of their parameters.
 
-    Of a quantised module, whose weight is no parameter, all that it holds.
+    Of a quantised module all that it holds: codes, and their scales.
 
     Raises:
         AttributeError: The model lacks one.
     """
-    if module.kind != EXPERT and _is_opaque(model.get_submodule(module.name)):
+    if module.kind != EXPERT and is_quantised(model.get_submodule(module.name)):
         held = model.get_submodule(module.name).state_dict()
         yield from sorted((n, t.detach()) for n, t in held.items() if isinstance(t, Tensor))
         return
@@ -138,12 +140,25 @@ def _is_opaque(module: Any) -> bool:
     )
 
 
-def is_quantised(model: nn.Module, module: TrackedModule) -> bool:
-    """Whether a module's weight is held in another form than as a matrix of floating point."""
-    if module.kind == EXPERT:
-        return False
-    weight = getattr(model.get_submodule(module.name), "weight", None)
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a linear map's weight is held in another form than a matrix of floating point."""
+    weight = getattr(module, "weight", None)
     return not isinstance(weight, Tensor) or weight.dtype not in _READABLE
+
+
+def require_unpacked(model: nn.Module) -> None:
+    """Refuses 4-bit weights that a forward without gradients has packed for inference alone.
+
+    Raises:
+        ModelError: A weight is.
+    """
+    for name, module in linear_modules(model).items():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ModelError(
+                f"The weight of {name} was packed for inference by a forward without gradients, "
+                "and has none any more; load the model again."
+            )
 
 
 def parameter_sizes(model: nn.Module) -> dict[str, int]:

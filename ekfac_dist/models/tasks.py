@@ -26,13 +26,23 @@ from ekfac_dist.models.labels import (
     logit_gradient,
 )
 
+# What has an entry for each position of a text.
+_TOKEN_FIELDS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+# How far the losses of one example may be apart, over the loss, by the model's dtype.
+_LOSS_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
+
 
 class Task:
     """Logits and labels: a sequence's loss is the sum of −log p(label) over its labels.
 
     Override `forward` for a model that is called in another way; and `masks` and `collate`, if
     positions are not told by an `attention_mask`, or examples are no mappings of arrays.
+
+    Attributes:
+        id_fields: Fields that hold token ids, which the model has to know.
     """
+
+    id_fields: tuple[str, ...] = ("input_ids", "decoder_input_ids")
 
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Runs a model.
@@ -47,7 +57,8 @@ class Task:
             sampled labels, which places have one is all that is read of them.
         """
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        return model(**inputs).logits, batch["labels"]
+        labels = labels_of(batch)
+        return model(**inputs).logits, labels
 
     def masks(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Which positions are counted: those that a loss of their sequence depends on.
@@ -78,12 +89,12 @@ class Task:
 
         Returns:
             Each field [B, ...]; arrays of one dimension are padded on the right to the longest,
-            `labels` with −100 and all others with 0. There is an `attention_mask` if anything of
-            the length of `input_ids` was padded.
+            `labels` with −100 and all others with 0. With `input_ids` there always is an
+            `attention_mask`; where it is 0 they are the model's padding token in the end.
         """
         batch = {name: _stacked(name, [e[name] for e in examples]) for name in examples[0]}
         lengths = [len(example["input_ids"]) for example in examples if "input_ids" in example]
-        if "attention_mask" not in batch and len(set(lengths)) > 1:
+        if "attention_mask" not in batch and lengths:
             mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
             batch["attention_mask"] = mask.long()
         return batch
@@ -93,18 +104,30 @@ class Task:
 
         Entries of padding (`attention_mask` 0, at either end of an example) are taken off it.
         """
-        return not field.startswith("decoder_")
+        return field in _TOKEN_FIELDS or field == "labels"
 
     def loss_gradient(
         self, model: nn.Module, batch: Batch, rule: LabelRule
     ) -> tuple[Tensor, LossGradient]:
         """Runs a batch: where the backward starts, and with what gradient."""
-        logits, labels = self.forward(model, batch.inputs)
+        given = batch.inputs.get("labels")
+        version = None if given is None else given._version
+        result = self.forward(model, batch.inputs)
+        if not (
+            isinstance(result, tuple) and [isinstance(r, Tensor) for r in result] == [True] * 2
+        ):
+            raise ModelError(
+                f"{self.name}.forward gave {type(result).__name__}; it must give two tensors: "
+                "logits, labels."
+            )
+        logits, labels = result
+        if labels is given and labels._version != version:
+            labels = labels.clone()  # what was known of them is so no more
         return logits, logit_gradient(logits, labels, batch, rule)
 
     @property
     def name(self) -> str:
-        """What a store calls it: its class's name."""
+        """What a store calls it: its class's name. One with settings should name them too."""
         return type(self).__name__
 
 
@@ -134,6 +157,10 @@ class LossTask(Task, ABC):
         """There are no logits: the losses take their place."""
         raise NotImplementedError(f"{self.name} has losses, no logits")
 
+    def is_aligned(self, field: str) -> bool:
+        """As for any task; but labels may be anything."""
+        return field != "labels" and super().is_aligned(field)
+
     def loss_gradient(
         self, model: nn.Module, batch: Batch, rule: LabelRule
     ) -> tuple[Tensor, LossGradient]:
@@ -148,13 +175,17 @@ class LossTask(Task, ABC):
                 f"{self.name}.losses gave {given} for {count} sequences; it must give a tensor "
                 f"of shape [{count}], one loss for each."
             )
-        scale = GRADIENT_SCALES.get(losses.dtype, 1.0)
+        scale = GRADIENT_SCALES.get(next(model.parameters()).dtype, 1.0)
         gradient = torch.full_like(losses, scale).detach()
         return losses, LossGradient(gradient, scale, losses.detach().double(), count)
 
 
 class CausalLM(Task):
-    """Each token predicts the next: what the command line fits. Its batches are shifted already."""
+    """Each token predicts the next: what the command line fits. Its batches are shifted already.
+
+    Its examples are text alone, `input_ids` and `labels`; a class made of it that needs more should
+    be made of `Task`.
+    """
 
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits at every position, and the token that follows it."""
@@ -176,9 +207,21 @@ class MaskedLM(Task):
 class SequenceClassification(Task):
     """One label for each sequence, a class's number: `labels` is a number."""
 
+    def is_aligned(self, field: str) -> bool:
+        """As for any task; but labels are the sequence's."""
+        return field != "labels" and super().is_aligned(field)
+
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits of the classes, and the class."""
-        logits, labels = super().forward(model, batch)
+        try:
+            logits, labels = super().forward(model, batch)
+        except ValueError as error:
+            if "padding token" not in str(error):
+                raise
+            raise ModelError(
+                f"{type(model).__name__} needs to know its padding token, to find where a sequence "
+                "ends; set pad_token_id in its configuration."
+            ) from error
         if logits.shape[-1] < 2:
             raise ModelError(
                 "A classifier with one output is a regression; give a LossTask of your own."
@@ -190,21 +233,25 @@ class Seq2SeqLM(Task):
     """An encoder–decoder's: `labels` [U] are predicted from `input_ids` [T] and what is before.
 
     Encoder modules see the encoder's positions, all others the decoder's: those up to the last
-    label. The decoder's input is the labels shifted to the right, as the model does it.
+    label. The decoder's input is the labels shifted to the right, as the model does it, unless
+    there are `decoder_input_ids`.
     """
+
+    id_fields = ("input_ids", "decoder_input_ids", "labels")
 
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits at every position of the decoder, and the labels."""
-        shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-        if shift is None:
-            raise ModelError(
-                f"{type(model).__name__} does not say how it shifts labels "
-                "(prepare_decoder_input_ids_from_labels); give a Task with a forward of your own."
-            )
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         if "decoder_input_ids" not in inputs:
+            shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+            if shift is None:
+                raise ModelError(
+                    f"{type(model).__name__} does not say how it shifts labels "
+                    "(prepare_decoder_input_ids_from_labels); give decoder_input_ids with the "
+                    "examples, or a Task with a forward of your own."
+                )
             try:
-                inputs["decoder_input_ids"] = shift(batch["labels"])
+                inputs["decoder_input_ids"] = shift(labels_of(batch))
             except (AttributeError, TypeError, ValueError) as error:
                 raise ModelError(
                     f"{type(model).__name__} could not shift labels ({first_line(error)}); set "
@@ -223,7 +270,7 @@ class Seq2SeqLM(Task):
         name = next((n for n, module in model.named_modules() if module is encoder), "")
         if not name or not getattr(model.config, "is_encoder_decoder", False):
             raise ModelError(f"{type(model).__name__} has no encoder; give another task.")
-        labelled = batch["labels"] != NO_LABEL
+        labelled = labels_of(batch) != NO_LABEL
         up_to_last = labelled.flip(1).cumsum(1).flip(1) > 0
         return {name: super().masks(model, batch)[""], "": up_to_last}
 
@@ -261,7 +308,68 @@ def read_examples(
         raise ConfigError(
             f"max_tokens cuts text; cut the examples of the task {task.name} before, labels too."
         )
-    return TaskExamples(data, task.collate, partial(task.masks, model), task.is_aligned)
+    settings: Any = getattr(model, "config", None)
+    pad = getattr(settings, "pad_token_id", None) or 0
+    return TaskExamples(
+        data,
+        partial(_collated, task, pad),
+        partial(task.masks, model),
+        task.is_aligned,
+        id_fields=task.id_fields,
+    )
+
+
+def labels_of(batch: Mapping[str, Tensor]) -> Tensor:
+    """The labels of a batch.
+
+    Raises:
+        DataError: It has none.
+    """
+    if "labels" not in batch:
+        raise DataError(
+            f"The examples have {', '.join(batch)}, but no labels; give them under the name labels."
+        )
+    return batch["labels"]
+
+
+def require_unpadded_losses(
+    task: Task, model: nn.Module, examples: TaskExamples, device: torch.device
+) -> None:
+    """Refuses a loss that depends on padding: that of a short example, alone and with a long one.
+
+    Raises:
+        ModelError: They differ.
+    """
+    order = np.argsort(examples.num_positions, kind="stable")
+    short = order[: min(3, len(order) - 1)].tolist()
+    if not short or examples.num_positions[short[0]] == examples.num_positions[order[-1]]:
+        return
+    rule = LabelRule("data", 0, 0)
+    with torch.no_grad():
+        _, together = task.loss_gradient(
+            model, examples.batch([*short, int(order[-1])]).to(device), rule
+        )
+        for k, number in enumerate(short):
+            _, alone = task.loss_gradient(model, examples.batch([number]).to(device), rule)
+            one, other = float(alone.losses[0]), float(together.losses[k])
+            tolerance = _LOSS_TOLERANCES.get(next(model.parameters()).dtype, 0.1)
+            if abs(one - other) > tolerance * (1 + abs(one)):
+                raise ModelError(
+                    f"The loss of example {int(examples.indices[number])} is {one:.6g} alone and "
+                    f"{other:.6g} in a batch with a longer one, so padding reaches it; give a task "
+                    "whose collate or forward keeps it out, or batch_tokens=1."
+                )
+
+
+def _collated(
+    task: Task, pad: int, examples: Sequence[Mapping[str, np.ndarray]]
+) -> dict[str, Tensor]:
+    """What a task makes of some examples, its padding with the model's own token for it."""
+    batch = dict(task.collate(examples))
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if ids is not None and mask is not None and ids.shape == mask.shape:
+        batch["input_ids"] = torch.where(mask == 0, pad, ids)
+    return batch
 
 
 def few_examples(task: Task, model: nn.Module, examples: TaskExamples) -> Batch:

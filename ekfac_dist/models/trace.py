@@ -206,7 +206,7 @@ def _is_by_sequence(
 def _is_linear(module: nn.Module, tensor: Tensor, output: Any) -> bool:
     """Whether what came out is W x + b, where the weight can be read."""
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if type(weight) is not nn.Parameter or weight.dtype not in _TOLERANCES:
+    if type(weight) is not nn.Parameter or weight.dtype not in _TOLERANCES or weight.is_meta:
         return True  # quantised, sharded or computed: nothing to compare with
     with torch.no_grad():
         weight_OI = weight.T if isinstance(module, Conv1D) else weight

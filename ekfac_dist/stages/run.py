@@ -23,7 +23,14 @@ from ekfac_dist.models.labels import COVARIANCE_PASS, REFIT_PASS, LabelRule
 from ekfac_dist.models.loading import load_model, load_tokenizer
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.models.partition import partition
-from ekfac_dist.models.tasks import CAUSAL_LM, Task, few_examples, read_examples, require_task
+from ekfac_dist.models.tasks import (
+    CAUSAL_LM,
+    Task,
+    few_examples,
+    read_examples,
+    require_task,
+    require_unpadded_losses,
+)
 from ekfac_dist.runtime.memory import peak_bytes
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.store import (
@@ -198,7 +205,7 @@ def estimate_factors(
 
 
 def _max_tokens(sequences: Examples) -> int:
-    return sequences.max_tokens if isinstance(sequences, Sequences) else sequences.longest
+    return sequences.max_tokens if isinstance(sequences, Sequences) else max(2, sequences.longest)
 
 
 def open_store(output: str | Path, config: EstimateConfig, world: World) -> FactorSink:
@@ -223,9 +230,12 @@ def check_inputs(
         DecompositionError: A factor is too large for worker 0's device.
     """
     with world.agree():
-        check_sequences(model, sequences, "set data.max_tokens to {context} or less")
-        probe = None
+        advice, probe = "set data.max_tokens to {context} or less", None
         if isinstance(sequences, TaskExamples):
+            advice = "cut the examples to {context} or less"
+        check_sequences(model, sequences, advice)
+        if isinstance(sequences, TaskExamples):
+            require_unpadded_losses(task, model, sequences, world.device)
             probe = few_examples(task, model, sequences).to(world.device)
         discovery = discover(model, config.model.modules, world.device, task, probe)
     main_device = torch.device(world.share(world.device.type))

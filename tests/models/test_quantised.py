@@ -3,6 +3,7 @@
 import importlib.util
 import json
 
+import peft
 import pytest
 import torch
 from dense import relative
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from workshop import run_cli, save_tiny, texts, tiny_llama_config, write_jsonl
 
-from ekfac_dist import estimate_factors, load_factors
+from ekfac_dist import estimate_factors, influence_scores, load_factors
 from ekfac_dist.config import ModelConfig
 from ekfac_dist.errors import ModelError, StoreError
 from ekfac_dist.models.loading import load_model
@@ -44,6 +45,29 @@ def dequantised(saved, quantised):
                     bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
                 )
     return plain
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_an_adapter_on_quantised_weights_leaves_them_as_they_are(saved, tmp_path, quantization):
+    config, data = ModelConfig(name=str(saved), quantization=quantization), examples(5)
+    settings = peft.LoraConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(load_model(config, CPU), settings).eval()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    factors = estimate_factors(model, data, **FIT)
+    options = {"top_k": 1, "damping": 1.0, "relative": False}  # B is 0, and so is the Λ of A
+    assert torch.isfinite(influence_scores(model, factors, data[:1], data, **options).scores).all()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_scales_of_quantised_weights_are_in_the_fingerprint(saved, tmp_path):
+    config = ModelConfig(name=str(saved), quantization="8bit")
+    model = load_model(config, CPU)
+    estimate_factors(model, examples(3), output=tmp_path / "factors")
+    state = model.model.layers[0].mlp.up_proj.state
+    state.SCB = state.SCB * 2
+    with pytest.raises(StoreError, match="its weights differ"):
+        load_factors(tmp_path / "factors", model=model)
 
 
 @pytest.mark.parametrize(("quantization", "within"), [("4bit", 1e-5), ("8bit", 0.03)])

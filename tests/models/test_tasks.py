@@ -21,6 +21,12 @@ from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
 )
 from workshop import run_cli, write_jsonl
 
@@ -411,6 +417,25 @@ def test_factors_are_of_their_task_alone():
         (translated_examples(3), Seq2SeqLM(), ModelError, "has no encoder; give another task"),
         (classified_examples(3), MaskedLM(), ModelError, "labels of shape"),
         ([{"pixels": np.zeros(3)}], MaskedLM(), DataError, "no input_ids, so their positions"),
+        ([{"input_ids": np.arange(3)}], MaskedLM(), DataError, "but no labels; give them"),
+        (
+            [{"input_ids": np.arange(3), "labels": np.array([1, -1, 2])}],
+            MaskedLM(),
+            DataError,
+            r"has label -1, but .* what has no label is -100",
+        ),
+        (
+            [{"input_ids": np.array([3, -2]), "labels": np.array([1, 2])}],
+            MaskedLM(),
+            DataError,
+            "Example 0 has -2 in input_ids",
+        ),
+        (
+            [{"input_ids": [[1, 2], [3]], "labels": [[1, 2], [3]]}],
+            MaskedLM(),
+            DataError,
+            "input_ids has rows of different lengths",
+        ),
     ],
 )
 def test_bad_examples_and_tasks_are_refused_in_a_sentence(data, task, error, sentence):
@@ -431,7 +456,7 @@ def test_losses_of_another_shape_are_refused():
             return super().losses(model, batch, draws).mean()
 
     model = bert(BertForSequenceClassification, num_labels=1)
-    with pytest.raises(ModelError, match=r"Whole.losses gave \[\] for 2 sequences"):
+    with pytest.raises(ModelError, match=r"Whole.losses gave \[\] for \d sequences"):
         estimate_factors(model, regression_examples(3), task=Whole())
 
 
@@ -448,3 +473,188 @@ def test_the_command_line_refuses_factors_of_another_task(tmp_path):
     assert done.returncode == 2
     assert "fitted with the task MaskedLM, not CausalLM" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def causal_classifier(model_class, config_class, pad):
+    sizes = {"vocab_size": VOCAB, "num_labels": 4, "pad_token_id": pad}
+    if config_class is GPT2Config:
+        sizes |= {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 24}
+        sizes |= {"bos_token_id": 0, "eos_token_id": 1}
+    else:
+        sizes |= {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
+        sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return tiny(model_class, config_class(**sizes))
+
+
+@pytest.mark.parametrize("pad", [0, 22])
+@pytest.mark.parametrize(
+    ("model_class", "config_class"),
+    [
+        (GPT2ForSequenceClassification, GPT2Config),
+        (LlamaForSequenceClassification, LlamaConfig),
+    ],
+)
+def test_a_classifier_that_reads_the_last_token_finds_it_before_the_padding(
+    model_class, config_class, pad
+):
+    model, task = causal_classifier(model_class, config_class, pad), SequenceClassification()
+    data = classified_examples(9)
+    for example in data:
+        example["input_ids"] = np.clip(example["input_ids"], 1, 20)
+    factors = estimate_factors(model, data, labels="data", task=task, **FIT)
+    oracle = dense_of_losses(
+        model, [lambda e=e: loss_of(model, e, task) for e in data], list(factors.modules)
+    )
+    for name, expected in oracle.items():
+        found = factors.module(name).lambda_OI.sum()
+        # Llama computes its norms in float32 whatever the dtype, in batches of another shape.
+        assert relative(found, expected.F.trace()) < 1e-6
+
+
+def test_a_classifier_without_a_padding_token_is_refused():
+    model = causal_classifier(GPT2ForSequenceClassification, GPT2Config, None)
+    with pytest.raises(ModelError, match="set pad_token_id in its configuration"):
+        estimate_factors(model, classified_examples(5), task=SequenceClassification())
+
+
+class LastPosition(Task):
+    """A task that takes padding for text: the last position of a batch, whatever is there."""
+
+    def forward(self, model, batch):
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        return model(**inputs).logits[:, -1], batch["answer"]
+
+
+def test_a_loss_that_padding_reaches_is_refused():
+    draw = np.random.default_rng(0)
+    data = [{"input_ids": draw.integers(1, 20, 3 + k), "answer": np.int64(k)} for k in range(5)]
+    with pytest.raises(ModelError, match=r"alone and .* with a longer one, so padding reaches it"):
+        estimate_factors(bert(), data, task=LastPosition())
+    same = [{**example, "input_ids": example["input_ids"][:3]} for example in data]
+    estimate_factors(bert(), same, task=LastPosition())
+
+
+class ManyLabels(LossTask):
+    """Each class is there or not."""
+
+    def losses(self, model, batch, draws):
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        logits = model(**inputs).logits
+        labels = batch["labels"].to(logits.dtype)
+        if draws is not None:
+            labels = (draws.uniform(logits.shape[1]) < torch.sigmoid(logits.detach())).double()
+        return nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(
+            1
+        )
+
+
+def test_labels_that_are_as_many_as_padded_positions_stay_whole():
+    draw = np.random.default_rng(3)
+    model, plain, padded = bert(BertForSequenceClassification, num_labels=8), [], []
+    for length in (3, 5, 8, 4):
+        ids, labels = draw.integers(1, VOCAB, length), draw.integers(0, 2, 8)
+        plain.append({"input_ids": ids, "labels": labels})
+        padded.append(
+            {
+                "input_ids": np.pad(ids, (0, 8 - length)),
+                "attention_mask": np.arange(8) < length,
+                "labels": labels,
+            }
+        )
+    one, other = (
+        estimate_factors(model, data, task=ManyLabels(), labels="data", **FIT)
+        for data in (plain, padded)
+    )
+    for name in one.modules:
+        assert relative(one.module(name).lambda_OI.sum(), other.module(name).lambda_OI.sum()) < 1e-9
+
+
+def test_left_padding_with_fields_that_may_count_positions_is_refused():
+    example = {
+        "input_ids": np.array([0, 0, 3, 4, 5]),
+        "attention_mask": np.array([0, 0, 1, 1, 1]),
+        "start_positions": np.int64(3),
+    }
+    with pytest.raises(DataError, match="padded on the left, and its start_positions"):
+        estimate_factors(bert(), [example], task=MaskedLM())
+
+
+class Forgets(Task):
+    """A task that changes the labels it was given."""
+
+    def forward(self, model, batch):
+        batch["labels"][:, 0] = -100
+        return model(batch["input_ids"], batch["attention_mask"]).logits, batch["labels"]
+
+
+def test_labels_that_a_forward_changes_are_read_anew():
+    draw = np.random.default_rng(0)
+    data = [{"input_ids": (ids := draw.integers(1, 20, 4)), "labels": ids} for _ in range(5)]
+    model = bert()
+    changed = estimate_factors(model, data, task=Forgets(), labels="data", **FIT)
+    assert changed.manifest["data"]["num_labels"] == 5 * 3
+    less = [{**e, "labels": np.concatenate([[-100], e["labels"][1:]])} for e in data]
+    plain = estimate_factors(model, less, task=MaskedLM(), labels="data", **FIT)
+    for name in plain.modules:
+        assert relative(changed.module(name).lambda_OI, plain.module(name).lambda_OI) < EXACT
+
+
+class Whole(Task):
+    def forward(self, model, batch):
+        return model(batch["input_ids"])
+
+
+def test_a_forward_that_gives_something_else_is_refused():
+    with pytest.raises(ModelError, match=r"Whole\.forward gave MaskedLMOutput; it must give two"):
+        estimate_factors(bert(), masked_examples(3), task=Whole())
+
+
+def test_inputs_of_one_token_are_enough():
+    data = [{"input_ids": np.array([k + 2]), "labels": np.int64(k)} for k in range(4)]
+    model = bert(BertForSequenceClassification)
+    assert estimate_factors(model, data, task=SequenceClassification(), **FIT).modules
+
+
+def test_given_decoder_inputs_need_no_shift():
+    model = t5()
+    del model.config.decoder_start_token_id
+    data = translated_examples(5)
+    for example in data:
+        example["decoder_input_ids"] = np.concatenate([[0], example["labels"][:-1]])
+    given = estimate_factors(model, data, task=Seq2SeqLM(), labels="data", **FIT)
+    plain = estimate_factors(t5(), translated_examples(5), task=Seq2SeqLM(), labels="data", **FIT)
+    for name in plain.modules:
+        assert relative(given.module(name).lambda_OI, plain.module(name).lambda_OI) < EXACT
+
+
+def test_experts_in_a_dictionary_see_their_own_tokens():
+    config = SwitchTransformersConfig(
+        vocab_size=VOCAB,
+        d_model=8,
+        d_kv=4,
+        d_ff=12,
+        num_layers=2,
+        num_heads=2,
+        num_experts=3,
+        num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1,
+        router_jitter_noise=0.0,
+        decoder_start_token_id=0,
+    )
+    model = tiny(SwitchTransformersForConditionalGeneration, config)
+    data, task = translated_examples(7), Seq2SeqLM()
+    factors = estimate_factors(model, data, task=task, labels="data", **(FIT | {"batch_tokens": 1}))
+    experts = [name for name in factors.modules if ".experts." in name]
+    assert len(experts) > 2
+    compared = [name for name in factors.modules if ".experts." not in name]
+    oracle = dense_of_losses(model, [lambda e=e: loss_of(model, e, task) for e in data], compared)
+    compare_lambdas(factors, oracle)
+    in_batches = estimate_factors(model, data, task=task, labels="data", **FIT)
+    for name in experts:
+        one, other = (f.module(name).lambda_OI.sum() for f in (factors, in_batches))
+        assert relative(other, one) < 1e-6
+
+
+def compare_lambdas(factors, oracle):
+    for name, expected in oracle.items():
+        assert relative(factors.module(name).lambda_OI.sum(), expected.F.trace()) < 1e-9

@@ -188,6 +188,18 @@ def test_rows_that_were_picked_in_an_unknown_way_are_refused():
         estimate_factors(model, examples(6))
 
 
+def test_listed_experts_agree_with_gradient_checkpointing_in_training_mode():
+    model, data = tiny_model("MixtralForCausalLM"), examples(8)
+    for layer in model.model.layers:
+        layer.mlp.experts = RoutedList(layer.mlp.experts, PICKS["tokens[index]"])
+    plain = estimate_factors(model, data, **FIT)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    again = estimate_factors(model, data, **FIT)
+    for name in plain.modules:
+        assert relative(again.module(name).lambda_OI, plain.module(name).lambda_OI) < 1e-12
+
+
 def test_listed_experts_that_nothing_reached_are_left_out():
     model = tiny_model("MixtralForCausalLM")
     for layer in model.model.layers:

@@ -31,6 +31,7 @@ from ekfac_dist.influence.scores import InfluenceScores
 from ekfac_dist.influence.scoring import compute_scores, list_lengths
 from ekfac_dist.models.capture import prepared
 from ekfac_dist.models.loading import context_length, load_model, load_tokenizer
+from ekfac_dist.models.modules import device_of
 from ekfac_dist.models.tasks import CAUSAL_LM, CausalLM, Task, require_task
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.stages.factors import Factors
@@ -210,7 +211,7 @@ def influence_scores(
         check_sequences(model, scored, advice)
         check_sequences(model, asked.sequences, "shorten the query")
         check_model(name, factors, model)
-        world = world.at(next(model.parameters()).device)
+        world = world.at(device_of(model))
         setting = _setting(model, factors, chosen, world, batch_tokens, progress, task)
     _require_same(setting, scored, asked, config)
     with torch.inference_mode(False), prepared(model):

@@ -93,8 +93,35 @@ def tensors_of(model: nn.Module, module: TrackedModule) -> Iterator[tuple[str, T
         yield from sorted((n, t.detach()) for n, t in held.items() if isinstance(t, Tensor))
         return
     for name in module.parameters:
-        tensor = model.get_parameter(name).detach()
+        tensor = _loaded(model, name)
         yield name, tensor[module.fused[1]] if module.kind == EXPERT else tensor
+
+
+def _loaded(model: nn.Module, name: str) -> Tensor:
+    """A parameter's numbers, which Accelerate may keep elsewhere until they are needed."""
+    tensor = model.get_parameter(name).detach()
+    owner, _, kind = name.rpartition(".")
+    hook: Any = getattr(model.get_submodule(owner), "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):
+        kept = getattr(each, "weights_map", None)
+        if tensor.is_meta and kept is not None:
+            tensor = kept[kind]
+    if tensor.is_meta:
+        raise ModelError(
+            f"The weight {name} is on no device, so the model cannot be known again by it; load "
+            "the whole model."
+        )
+    return tensor
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes, which is not where Accelerate may keep its weights."""
+    hooks: list[Any] = [getattr(module, "_hf_hook", None) for module in model.modules()]
+    for hook in hooks:
+        device = getattr(hook, "execution_device", None)
+        if device is not None:
+            return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return next(model.parameters()).device
 
 
 def layer_name(module: str) -> str:

@@ -21,7 +21,7 @@ from ekfac_dist.models.faults import NO_GRADIENT, NOT_ROUTED, is_routed
 from ekfac_dist.models.fingerprint import fingerprint, narrower_fingerprints
 from ekfac_dist.models.labels import COVARIANCE_PASS, REFIT_PASS, LabelRule
 from ekfac_dist.models.loading import load_model, load_tokenizer
-from ekfac_dist.models.modules import TrackedModule
+from ekfac_dist.models.modules import TrackedModule, device_of
 from ekfac_dist.models.partition import partition
 from ekfac_dist.models.tasks import (
     CAUSAL_LM,
@@ -187,7 +187,7 @@ def estimate_factors(
             batch_tokens=batch_tokens,
             output=str(output) if output is not None else "(memory)",
         )
-        world = world.at(next(model.parameters()).device)
+        world = world.at(device_of(model))
     given = {"labels": labels, "seed": seed, "refit": refit, "accumulate": accumulate}
     given |= {"partitions": partitions, "batch_tokens": batch_tokens, "modules": modules}
     given |= {"keep_covariance": keep_covariance, "an output": output is not None}

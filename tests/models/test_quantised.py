@@ -3,6 +3,7 @@
 import importlib.util
 import json
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -149,3 +150,25 @@ def test_a_weight_that_cannot_be_read_is_no_obstacle(family, tmp_path):
     packed.model.layers[1].mlp.down_proj.qweight[0, 0] += 1
     with pytest.raises(StoreError, match="its weights differ"):
         load_factors(tmp_path / "factors", model=packed)
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_weights_that_are_kept_elsewhere_until_they_are_needed_are_no_obstacle(where, tmp_path):
+    data, queries = examples(6), examples(2, seed=3)
+    plain, offloaded = build("llama"), build("llama")
+    if where == "cpu":
+        accelerate.cpu_offload(offloaded, torch.device("cpu"))
+    else:
+        accelerate.disk_offload(offloaded, str(tmp_path / "weights"), torch.device("cpu"))
+    assert offloaded.model.layers[0].mlp.up_proj.weight.is_meta
+    found = estimate_factors(offloaded, data, output=tmp_path / "factors", **FIT)
+    expected = estimate_factors(plain, data, **FIT)
+    assert found.manifest["model"]["fingerprint"] == expected.manifest["model"]["fingerprint"]
+    for name in expected.modules:
+        assert torch.equal(found.module(name).lambda_OI, expected.module(name).lambda_OI)
+    answers = [
+        influence_scores(model, load_factors(tmp_path / "factors", model=model), queries, data)
+        for model in (offloaded, plain)
+    ]
+    assert torch.equal(answers[0].scores, answers[1].scores)
+    assert offloaded.model.layers[0].mlp.up_proj.weight.is_meta

@@ -27,7 +27,7 @@ from ekfac_dist.models.modules import (
     is_quantised,
     linear_modules,
     only_input,
-    require_unpacked,
+    require_whole,
     same_tensor,
 )
 from ekfac_dist.models.tasks import CAUSAL_LM, Task
@@ -57,7 +57,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
     they have no noise of their own. MLPs that are applied in chunks of positions are applied to all
     at once: the same numbers, and each module is used once.
     """
-    require_unpacked(model)
+    require_whole(model)
     needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     chunked: list[Any] = [m for m in model.modules() if getattr(m, _CHUNKS, 0)]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from ekfac_dist.errors import ModelError
@@ -173,12 +174,18 @@ def is_quantised(module: nn.Module) -> bool:
     return not isinstance(weight, Tensor) or weight.dtype not in _READABLE
 
 
-def require_unpacked(model: nn.Module) -> None:
-    """Refuses 4-bit weights that a forward without gradients has packed for inference alone.
+def require_whole(model: nn.Module) -> None:
+    """Refuses weights of which a worker holds a part, or that were packed for inference alone.
 
     Raises:
         ModelError: A weight is.
     """
+    sharded = next((n for n, p in model.named_parameters() if isinstance(p, DTensor)), None)
+    if sharded is not None:
+        raise ModelError(
+            f"The weight {sharded} is sharded over the workers (FSDP2 or tensor parallel), which "
+            "this version does not support; give every worker the whole model."
+        )
     for name, module in linear_modules(model).items():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):

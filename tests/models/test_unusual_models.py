@@ -7,10 +7,13 @@ from dense import dense_modules, relative
 from families import tiny_model
 from networks import build, examples, shifted
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from ekfac_dist import estimate_factors, load_factors
 from ekfac_dist.config import ModelConfig
 from ekfac_dist.errors import ModelError
+from ekfac_dist.models.capture import prepared
 from ekfac_dist.models.loading import load_model
 
 FIT = {"labels": "data", "accumulate": "float64", "batch_tokens": 24}
@@ -184,3 +187,16 @@ def test_a_model_compiled_in_place_is_looked_at_as_it_is():
     assert list(compiled.modules) == list(plain.modules)
     for name in plain.modules:
         assert relative(compiled.module(name).lambda_OI, plain.module(name).lambda_OI) < 1e-9
+
+
+def test_a_model_of_which_a_worker_holds_a_part_is_refused(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        model = build("llama")
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ModelError, match="is sharded over the workers"), prepared(model):
+            pass
+    finally:
+        torch.distributed.destroy_process_group()

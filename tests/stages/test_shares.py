@@ -1,0 +1,45 @@
+"""Which worker decomposes which factor, and how many of one host at once."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from ekfac_dist.curvature.eigenbasis import workspace_bytes
+from ekfac_dist.stages.eigenbasis import _owners
+
+CPU = torch.device("cpu")
+SIZES = {"a": 100, "b": 40, "c": 80, "d": 80, "e": 10}
+NEED = workspace_bytes(100)
+
+
+@dataclass
+class Workers:
+    """Stands for the workers: where each is, and what is free there."""
+
+    places: list
+    device: torch.device = CPU
+
+    def gather(self, _):
+        return self.places
+
+
+def owners(*places):
+    return _owners(SIZES, Workers(list(places)))
+
+
+def test_the_largest_factors_go_first_to_the_worker_with_least_to_do():
+    found = owners(("host", "cpu", 10 * NEED), ("host", "cpu", 10 * NEED))
+    # 100³ = 1,000,000 against 80³ = 512,000 twice; then 40³ and 10³ go where there is less.
+    assert found == {"a": 0, "c": 1, "d": 1, "b": 0, "e": 1}
+
+
+@pytest.mark.parametrize(("room", "taking_part"), [(0, {0}), (1, {0}), (2, {0, 1}), (3, {0, 1, 2})])
+def test_only_as_many_workers_of_a_host_take_part_as_its_memory_holds(room, taking_part):
+    assert set(owners(*[("host", "cpu", room * NEED)] * 3).values()) == taking_part
+
+
+def test_hosts_and_devices_have_memory_of_their_own():
+    full = ("one", "cpu", NEED)
+    assert set(owners(full, full, ("two", "cpu", NEED)).values()) == {0, 2}
+    assert set(owners(("one", "cuda:0", NEED), ("one", "cuda:1", NEED)).values()) == {0, 1}

@@ -235,6 +235,24 @@ def dense_E(factors, name):
     return factors.apply({name: basis})[name].reshape(size, size).T
 
 
+def dense_influence(train, queries, damping=0.1):
+    """Scores [Q, N] of dense gradients, summed over modules; λ = damping · mean(Λ) of each.
+
+    Args:
+        train: `DenseModule` of each module, of what the curvature is of and what is scored.
+        queries: The same of the queries.
+    """
+    total = 0
+    for name, module in train.items():
+        E = module.E()
+        damped = E + damping * module.lam().mean() * torch.eye(len(E), dtype=E.dtype)
+        G, Q = (
+            torch.stack([g.flatten() for g in dense.gradients]) for dense in (module, queries[name])
+        )
+        total = total + Q @ torch.linalg.solve(damped, G.T)
+    return total
+
+
 def relative(found, expected):
     """‖found − expected‖ / ‖expected‖."""
     return ((found - expected).norm() / expected.norm()).item()

@@ -6,7 +6,7 @@ same for all: which of them there are, how many positions each has, and by what 
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any, Protocol, Self
 
@@ -66,7 +66,7 @@ class TaskExamples:
             more, `input_ids` two. Every worker must give the whole data, the same.
         collate: Makes a batch of examples.
         masks: Which positions of a batch are counted, by the beginning of modules' names.
-        is_aligned: Whether a field has an entry for each position of `input_ids`.
+        aligned: Fields that have an entry for each position of `input_ids`, if they are as long.
         id_fields: Fields that hold token ids.
 
     Attributes:
@@ -82,12 +82,12 @@ class TaskExamples:
         data: Iterable[Any],
         collate: Callable[[SequenceOf[Example]], dict[str, Tensor]],
         masks: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
-        is_aligned: Callable[[str], bool],
+        aligned: Collection[str],
         *,
         id_fields: SequenceOf[str],
     ) -> None:
         self._collate, self._masks = collate, masks
-        rows = [_without_padding(row, is_aligned) for given in data for row in _rows(given)]
+        rows = [_without_padding(row, aligned) for given in data for row in _rows(given)]
         if not rows:
             raise DataError("The data has no sequences.")
         for number, row in enumerate(rows):
@@ -214,15 +214,13 @@ def _array(name: str, value: Any) -> np.ndarray:
     )
 
 
-def _without_padding(
-    row: dict[str, np.ndarray], is_aligned: Callable[[str], bool]
-) -> dict[str, np.ndarray]:
+def _without_padding(row: dict[str, np.ndarray], aligned: Collection[str]) -> dict[str, np.ndarray]:
     """An example without what its `attention_mask` leaves out at either end."""
     mask = row.get("attention_mask")
     if mask is None or mask.ndim != 1 or not mask.any():
         return row
     real = np.flatnonzero(mask)
-    others = [name for name in row if not is_aligned(name) and not _is_of_decoder(name)]
+    others = [name for name in row if name not in aligned and not _is_of_decoder(name)]
     if real[0] and others:
         raise DataError(
             f"An example is padded on the left, and its {others[0]} may count positions; pad on "
@@ -230,7 +228,7 @@ def _without_padding(
         )
     kept = slice(real[0], real[-1] + 1)
     return {
-        name: array[kept] if array.ndim and len(array) == len(mask) and is_aligned(name) else array
+        name: array[kept] if array.ndim and len(array) == len(mask) and name in aligned else array
         for name, array in row.items()
     }
 

@@ -40,9 +40,12 @@ class Task:
 
     Attributes:
         id_fields: Fields that hold token ids, which the model has to know.
+        aligned: Fields that, if as long as `input_ids`, have an entry for each of its positions;
+            entries of padding (`attention_mask` 0, at either end of an example) are taken off.
     """
 
     id_fields: tuple[str, ...] = ("input_ids", "decoder_input_ids")
+    aligned: tuple[str, ...] = (*_TOKEN_FIELDS, "labels")
 
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Runs a model.
@@ -99,13 +102,6 @@ class Task:
             batch["attention_mask"] = mask.long()
         return batch
 
-    def is_aligned(self, field: str) -> bool:
-        """Whether a field as long as `input_ids` has an entry for each of its positions.
-
-        Entries of padding (`attention_mask` 0, at either end of an example) are taken off it.
-        """
-        return field in _TOKEN_FIELDS or field == "labels"
-
     def loss_gradient(
         self, model: nn.Module, batch: Batch, rule: LabelRule
     ) -> tuple[Tensor, LossGradient]:
@@ -113,9 +109,8 @@ class Task:
         given = batch.inputs.get("labels")
         version = None if given is None else given._version
         result = self.forward(model, batch.inputs)
-        if not (
-            isinstance(result, tuple) and [isinstance(r, Tensor) for r in result] == [True] * 2
-        ):
+        is_pair = isinstance(result, tuple) and len(result) == 2
+        if not (is_pair and all(isinstance(part, Tensor) for part in result)):
             raise ModelError(
                 f"{self.name}.forward gave {type(result).__name__}; it must give two tensors: "
                 "logits, labels."
@@ -135,8 +130,10 @@ class LossTask(Task, ABC):
     """A loss of one's own, −log p of a label of any kind, with its own sampling of labels.
 
     For the true Fisher (labels="sampled") labels have to be drawn from the model's own
-    distribution, which only the task knows.
+    distribution, which only the task knows. `losses` takes the place of `forward`.
     """
+
+    aligned = _TOKEN_FIELDS  # labels may be anything
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor], draws: Draws | None) -> Tensor:
@@ -152,14 +149,6 @@ class LossTask(Task, ABC):
         Returns:
             Each sequence's loss [B], in nats, of that sequence alone and summed over its labels.
         """
-
-    def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """There are no logits: the losses take their place."""
-        raise NotImplementedError(f"{self.name} has losses, no logits")
-
-    def is_aligned(self, field: str) -> bool:
-        """As for any task; but labels may be anything."""
-        return field != "labels" and super().is_aligned(field)
 
     def loss_gradient(
         self, model: nn.Module, batch: Batch, rule: LabelRule
@@ -207,9 +196,7 @@ class MaskedLM(Task):
 class SequenceClassification(Task):
     """One label for each sequence, a class's number: `labels` is a number."""
 
-    def is_aligned(self, field: str) -> bool:
-        """As for any task; but labels are the sequence's."""
-        return field != "labels" and super().is_aligned(field)
+    aligned = _TOKEN_FIELDS
 
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits of the classes, and the class."""
@@ -238,6 +225,7 @@ class Seq2SeqLM(Task):
     """
 
     id_fields = ("input_ids", "decoder_input_ids", "labels")
+    aligned = _TOKEN_FIELDS  # labels are the decoder's
 
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits at every position of the decoder, and the labels."""
@@ -259,10 +247,6 @@ class Seq2SeqLM(Task):
                     "decoder_input_ids."
                 ) from error
         return model(**inputs, use_cache=False).logits, batch["labels"]
-
-    def is_aligned(self, field: str) -> bool:
-        """As for any task; but labels are the decoder's."""
-        return field != "labels" and super().is_aligned(field)
 
     def masks(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The encoder's real positions, and the decoder's up to the last label."""
@@ -314,7 +298,7 @@ def read_examples(
         data,
         partial(_collated, task, pad),
         partial(task.masks, model),
-        task.is_aligned,
+        task.aligned,
         id_fields=task.id_fields,
     )
 
@@ -383,7 +367,7 @@ def few_examples(task: Task, model: nn.Module, examples: TaskExamples) -> Batch:
                 return batch
     padded = {
         name: torch.nn.functional.pad(tensor, (0, 1))
-        if tensor.ndim == 2 and task.is_aligned(name)
+        if tensor.ndim == 2 and name in task.aligned
         else tensor
         for name, tensor in batch.inputs.items()
     }

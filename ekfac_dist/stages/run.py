@@ -349,11 +349,9 @@ def _require_each_position_once(
 
 def _has_no_gradient(module: TrackedModule, covariance: CovarianceSums, work: Work) -> bool:
     """Whether an expert was reached by positions alone that no label's gradient comes back to."""
-    if not is_routed(work.model, module) or module.output not in covariance.sums:
+    if not is_routed(work.model, module) or not covariance.counts[module.output]:
         return False
-    return bool(covariance.counts[module.output]) and not bool(
-        covariance.sums[module.output].diagonal().any()
-    )
+    return not bool(covariance.sums[module.output].diagonal().any())
 
 
 def _kfac(

@@ -35,28 +35,6 @@ def rotate_rows(rows_Mi: Tensor, eigenvectors_nn: Tensor, *, bias: bool) -> Tens
     return torch.addmm(eigenvectors_nn[-1], rows_Mi, eigenvectors_nn[:-1])
 
 
-def rotates_input_rows(num_rows: int, num_sequences: int, output_sizes: Sequence[int]) -> bool:
-    """Whether rotating the rows of a shared input costs less than rotating each module's matrix.
-
-    Args:
-        num_rows: Positions in the batch.
-        num_sequences: Sequences in the batch.
-        output_sizes: O of every module that shares the input.
-    """
-    return num_rows <= num_sequences * sum(output_sizes)
-
-
-def rotates_output_rows(num_rows: int, num_sequences: int, input_size: int) -> bool:
-    """Whether rotating the rows of an output gradient costs less than rotating the matrix.
-
-    Args:
-        num_rows: Positions in the batch.
-        num_sequences: Sequences in the batch.
-        input_size: I of the module.
-    """
-    return num_rows <= num_sequences * input_size
-
-
 def add_sequence_squares_(
     lambda_OI: Tensor,
     acts_MI: Tensor,

@@ -159,7 +159,7 @@ class Grid:
 
     def to(self, device: torch.device) -> "Grid":
         """The same grid on another device."""
-        return replace(self, real=None if self.real is None else self.real.to(device))
+        return replace(self, real=None if self.real is None else moved(self.real, device))
 
     def routed(self, positions: Tensor) -> "RoutedRows":
         """Which of some rows, that flat positions b·T + t are given of, are counted."""
@@ -204,22 +204,75 @@ class RoutedRows:
 
 
 @dataclass(frozen=True)
+class Labelled:
+    """Where a batch's labels are, known on the host without asking the device.
+
+    Attributes:
+        flat: Flat places of `inputs["labels"]` that hold a label, ascending [L].
+        rows: Which of the batch's sequences each belongs to [L].
+        offsets: Its place in that sequence [L].
+        smallest: The smallest label.
+        largest: The largest.
+        flat_at: `flat`, on the batch's device.
+        rows_at: `rows`, on the batch's device.
+    """
+
+    flat: np.ndarray
+    rows: np.ndarray
+    offsets: np.ndarray
+    smallest: int
+    largest: int
+    flat_at: Tensor
+    rows_at: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor, spans: SequenceOf[int]) -> "Labelled":
+        """Looks for labels, int64 in any shape; `spans` are the places of each sequence."""
+        values = labels.detach().cpu().numpy().reshape(-1)
+        flat = np.flatnonzero(values != NO_LABEL)
+        ends = np.cumsum(spans)
+        rows = np.searchsorted(ends, flat, side="right")
+        found = values[flat] if flat.size else np.zeros(1, np.int64)
+        on_host = cls(
+            flat,
+            rows,
+            flat - (ends - np.asarray(spans))[rows],
+            int(found.min()),
+            int(found.max()),
+            torch.from_numpy(flat),
+            torch.from_numpy(rows),
+        )
+        return on_host.to(labels.device)
+
+    def to(self, device: torch.device) -> "Labelled":
+        """The same places for a batch on another device."""
+        return replace(
+            self,
+            flat_at=moved(self.flat_at, device),
+            rows_at=moved(self.rows_at, device),
+        )
+
+
+@dataclass(frozen=True)
 class Batch:
     """Sequences padded to one length: what a task's forward takes, and what is counted of it.
 
+    A packed batch has no padding: its sequences stand one after the other in one row, so every
+    tensor is [1, M], and `position_ids` begin at 0 for each.
+
     Attributes:
         indices: Row in the source of each sequence [B].
-        inputs: Tensors by name, [B, ...] each.
+        inputs: Tensors by name, [B, ...] each; [1, M] in a packed batch.
         grids: Positions that modules see, by the beginning of the modules' names; "" for the rest.
-        labelled: Flat places of `inputs["labels"]` that hold a label, ascending; None: not known.
-        label_range: The smallest and the largest of them.
+        labelled: Where the labels are; None: not known.
+        packed: Lengths of the sequences of a packed batch [B]; None of one that is not.
     """
 
     indices: tuple[int, ...]
     inputs: Mapping[str, Tensor]
     grids: Mapping[str, Grid]
-    labelled: Tensor | None = None
-    label_range: tuple[int, int] = (0, 0)
+    labelled: Labelled | None = None
+    packed: tuple[int, ...] | None = None
 
     @classmethod
     def of(
@@ -227,16 +280,16 @@ class Batch:
         indices: SequenceOf[int],
         inputs: Mapping[str, Tensor],
         grids: Mapping[str, Grid],
+        packed: SequenceOf[int] | None = None,
     ) -> "Batch":
         """From tensors on the CPU, in which labels are looked for."""
-        labels = inputs.get("labels")
-        if labels is None or labels.is_floating_point():
-            return cls(tuple(indices), inputs, grids)
-        flat = labels.numpy().reshape(-1)
-        labelled = np.flatnonzero(flat != NO_LABEL)
-        found = flat[labelled] if labelled.size else np.zeros(1, np.int64)
-        ends = int(found.min()), int(found.max())
-        return cls(tuple(indices), inputs, grids, torch.from_numpy(labelled), ends)
+        labels, labelled = inputs.get("labels"), None
+        if labels is not None and not labels.is_floating_point():
+            even = [labels.numel() // len(indices)] * len(indices)
+            labelled = Labelled.of(labels, even if packed is None else packed)
+        return cls(
+            tuple(indices), inputs, grids, labelled, None if packed is None else tuple(packed)
+        )
 
     @property
     def num_positions(self) -> int:
@@ -251,10 +304,17 @@ class Batch:
         """The same batch on another device."""
         return replace(
             self,
-            inputs={name: tensor.to(device) for name, tensor in self.inputs.items()},
+            inputs={name: moved(tensor, device) for name, tensor in self.inputs.items()},
             grids={key: grid.to(device) for key, grid in self.grids.items()},
             labelled=None if self.labelled is None else self.labelled.to(device),
         )
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on another device; to a GPU by way of pinned memory, which nothing waits for."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def key_of(keys: Iterable[str], module: str) -> str:

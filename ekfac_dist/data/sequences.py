@@ -68,10 +68,13 @@ class Sequences:
         counts: What became of the source's rows.
         max_tokens: Length of the longest row.
         max_id: The largest token id, of labels too.
+        packed: Whether sequences of unequal lengths are packed into one row, instead of padded.
 
     Raises:
         DataError: No sequence is left.
     """
+
+    packed = False
 
     def __init__(self, rows: Dataset) -> None:
         positions = np.zeros(len(rows), dtype=np.int64)
@@ -137,9 +140,18 @@ class Sequences:
         """SHA-256 over every row's token ids and labels, in order."""
         return self._digest
 
+    def packing(self) -> "Sequences":
+        """The same sequences, whose batches have no padding."""
+        packing = copy.copy(self)
+        packing.packed = True
+        return packing
+
     def batch(self, numbers: Iterable[int]) -> Batch:
-        """Some of these sequences, padded on the right to the longest of them."""
-        return collate([self[number] for number in numbers])
+        """Some of these sequences, packed or padded on the right to the longest of them."""
+        sequences = [self[number] for number in numbers]
+        if self.packed and len({len(sequence.inputs) for sequence in sequences}) > 1:
+            return pack(sequences)
+        return collate(sequences)
 
     @property
     def longest(self) -> int:
@@ -175,6 +187,29 @@ def collate(sequences: SequenceOf[Sequence]) -> Batch:
     indices = tuple(sequence.index for sequence in sequences)
     inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return Batch.of(indices, inputs, {"": Grid.of(indices, mask)})
+
+
+def pack(sequences: SequenceOf[Sequence]) -> Batch:
+    """Puts sequences into one row, one after the other.
+
+    The batch has `input_ids`, `labels` and `position_ids` [1, M], int64; positions begin at 0 for
+    each sequence.
+
+    Args:
+        sequences: One or more sequences.
+    """
+    lengths = [len(sequence.inputs) for sequence in sequences]
+    arrays = {
+        "input_ids": np.concatenate([sequence.inputs for sequence in sequences]),
+        "labels": np.concatenate([sequence.targets for sequence in sequences]),
+        "position_ids": np.concatenate([np.arange(length) for length in lengths]),
+    }
+    inputs = {
+        name: torch.from_numpy(array.astype(np.int64)[None]) for name, array in arrays.items()
+    }
+    indices = tuple(sequence.index for sequence in sequences)
+    grid = Grid(indices, tuple(lengths), (1, sum(lengths)), None)
+    return Batch.of(indices, inputs, {"": grid}, packed=lengths)
 
 
 def from_examples(data: Any, max_tokens: int | None = None) -> Sequences:

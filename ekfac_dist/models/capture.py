@@ -30,6 +30,7 @@ from ekfac_dist.models.modules import (
     require_whole,
     same_tensor,
 )
+from ekfac_dist.models.packing import attending_within
 from ekfac_dist.models.tasks import CAUSAL_LM, Task
 
 _CHUNKS = "chunk_size_feed_forward"
@@ -229,7 +230,10 @@ class Capture:
         self._readers_left = self._readers.copy()
         try:
             # As written: a compiled forward would compile what looks at it, too.
-            with torch.compiler.set_stance("force_eager"):
+            with (
+                torch.compiler.set_stance("force_eager"),
+                attending_within(self.model, batch),
+            ):
                 start, result = self.task.loss_gradient(self.model, batch, rule)
                 self._in_forward = False
                 everywhere = {module.name for module in self.modules if module.kind != EXPERT}

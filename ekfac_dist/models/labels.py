@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.config import Labels
-from ekfac_dist.data.batches import NO_LABEL, Batch
+from ekfac_dist.data.batches import NO_LABEL, Batch, Labelled, moved
 from ekfac_dist.errors import DataError, ModelError
 
 COVARIANCE_PASS = 0
 REFIT_PASS = 1
 
-# Rows of logits whose softmax and CDF are held at a time.
-_CHUNK_ELEMENTS = 2**24
+# Logits whose softmax and CDF are held at a time; on a CPU (True) few enough for its caches.
+_CHUNK_ELEMENTS = {False: 2**24, True: 2**19}
 _CDF_BLOCK = 64
 
 # float16 gradients below 6e-8 vanish; a power of two shifts them up and is taken off exactly.
@@ -167,49 +167,59 @@ def logit_gradient(logits: Tensor, labels: Tensor, batch: Batch, rule: LabelRule
         ModelError: The logits are not one row for each label.
     """
     _check_logits(logits, labels, batch)
-    flat = logits.detach().flatten(0, -2)
-    gradient = torch.zeros_like(flat)
-    scale = GRADIENT_SCALES.get(logits.dtype, 1.0)
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    targets = labels.flatten()
-    labelled, label_range = batch.labelled, batch.label_range
+    flat, targets = logits.detach().flatten(0, -2), labels.flatten()
+    labelled = batch.labelled
     if labelled is None or labels is not batch.inputs.get("labels"):
         _require_labels(labels, batch)
-        labelled = torch.nonzero(targets != NO_LABEL).squeeze(-1)
-        label_range = int(targets[labelled].min()), int(targets[labelled].max())
-    if label_range[0] < 0 or label_range[1] >= logits.shape[-1]:
-        wrong = label_range[0] if label_range[0] < 0 else label_range[1]
+        width = labels.numel() // len(batch.indices)
+        labelled = Labelled.of(labels, [width] * len(batch.indices))
+    if labelled.smallest < 0 or labelled.largest >= logits.shape[-1]:
+        wrong = labelled.smallest if labelled.smallest < 0 else labelled.largest
         raise DataError(
             f"The data has label {wrong}, but the model has {logits.shape[-1]} logits, for labels "
             f"0 to {logits.shape[-1] - 1}; what has no label is {NO_LABEL}."
         )
-    width = labels.numel() // len(batch.indices)
     draws = None
     if rule.labels == "sampled":
-        draws = _uniforms_of(batch.indices, width, labelled.cpu(), rule).to(logits.device)
+        draws = moved(torch.from_numpy(_uniforms_at(labelled, batch, rule)), logits.device)
+    scale = GRADIENT_SCALES.get(logits.dtype, 1.0)
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    count = len(labelled.flat)
+    gradient = torch.empty_like(flat) if count == len(flat) else torch.zeros_like(flat)
     chosen, losses = [], []
-    step = max(1, _CHUNK_ELEMENTS // flat.shape[1])
-    for start in range(0, labelled.numel(), step):
-        rows = labelled[start : start + step]
+    step = max(1, _CHUNK_ELEMENTS[logits.device.type == "cpu"] // flat.shape[1])
+    for start in range(0, count, step):
+        end = min(start + step, count)
+        rows = _rows(labelled, start, end)
         scores = flat[rows].to(wide)
-        residual = torch.softmax(scores, -1)
-        labels = (
-            targets[rows] if draws is None else inverse_cdf(residual, draws[start : start + step])
-        )
-        at = (torch.arange(len(rows), device=rows.device), labels)
+        # Written where it is wanted, if it can be: most rows have a label, and no copy is needed.
+        in_place = isinstance(rows, slice) and gradient.dtype == wide
+        residual = gradient[rows] if in_place else torch.empty_like(scores)
+        torch.softmax(scores, -1, out=residual)
+        picked = targets[rows] if draws is None else inverse_cdf(residual, draws[start:end])
+        at = (torch.arange(end - start, device=flat.device), picked)
         # −log p(label) by the likeliest class, whose probability cannot vanish as the label's can.
         likeliest = residual.max(-1)
         log_total = scores.gather(-1, likeliest.indices[:, None]).squeeze(-1)
         log_total = log_total.double() - likeliest.values.double().log()
         losses.append(log_total - scores[at])
         residual[at] -= 1
-        gradient[rows] = (residual if scale == 1.0 else residual * scale).to(gradient.dtype)
-        chosen.append(labels)
+        if scale != 1.0:
+            residual *= scale
+        if not in_place:
+            gradient[rows] = residual.to(gradient.dtype)
+        chosen.append(picked)
     nats = torch.cat(losses)
-    by_sequence = nats.new_zeros(len(batch.indices)).index_add_(0, labelled // width, nats)
-    return LossGradient(
-        gradient.view_as(logits), scale, by_sequence, labelled.numel(), torch.cat(chosen)
-    )
+    by_sequence = nats.new_zeros(len(batch.indices)).index_add_(0, labelled.rows_at, nats)
+    return LossGradient(gradient.view_as(logits), scale, by_sequence, count, torch.cat(chosen))
+
+
+def _rows(labelled: Labelled, start: int, end: int) -> slice | Tensor:
+    """Flat places of some labels; a slice, which is no copy, where they follow one another."""
+    first, last = int(labelled.flat[start]), int(labelled.flat[end - 1])
+    if last - first == end - 1 - start:
+        return slice(first, last + 1)
+    return labelled.flat_at[start:end]
 
 
 def _check_logits(logits: Tensor, labels: Tensor, batch: Batch) -> None:
@@ -218,7 +228,8 @@ def _check_logits(logits: Tensor, labels: Tensor, batch: Batch) -> None:
             f"The labels are {labels.dtype} of shape {list(labels.shape)}; they must be int64, "
             "one for each sequence or one for each position. For other labels give a LossTask."
         )
-    if labels.shape[0] != len(batch.indices) or logits.shape[:-1] != labels.shape:
+    num_rows = 1 if batch.packed else len(batch.indices)
+    if labels.shape[0] != num_rows or logits.shape[:-1] != labels.shape:
         raise ModelError(
             f"The model gave logits of shape {list(logits.shape)} for {len(batch.indices)} "
             f"sequences with labels of shape {list(labels.shape)}; it must give one row of logits "
@@ -236,11 +247,12 @@ def _require_labels(labels: Tensor, batch: Batch) -> None:
         )
 
 
-def _uniforms_of(indices: Sequence[int], width: int, labelled: Tensor, rule: LabelRule) -> Tensor:
-    """The uniform numbers of a batch's labelled places, in order, from `width` for each row."""
-    rows, places = np.divmod(labelled.numpy(), width)
-    table = np.zeros((len(indices), width))
-    for row in np.unique(rows):
-        count = int(places[rows == row].max()) + 1
-        table[row, :count] = uniforms(rule.seed, rule.pass_number, indices[row], count)
-    return torch.from_numpy(table[rows, places])
+def _uniforms_at(labelled: Labelled, batch: Batch, rule: LabelRule) -> np.ndarray:
+    """The uniform numbers of a batch's labels, in order [L]."""
+    found = np.empty(len(labelled.flat))
+    starts = np.flatnonzero(np.diff(labelled.rows, prepend=-1))  # rows ascend
+    for start, end in zip(starts, [*starts[1:], len(found)], strict=True):
+        index, offsets = batch.indices[labelled.rows[start]], labelled.offsets[start:end]
+        drawn = uniforms(rule.seed, rule.pass_number, index, int(offsets[-1]) + 1)
+        found[start:end] = drawn[offsets]
+    return found

@@ -178,11 +178,8 @@ class CausalLM(Task):
 
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits at every position, and the token that follows it."""
-        output: Any = model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch.get("attention_mask"),
-            use_cache=False,
-        )
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        output: Any = model(**inputs, use_cache=False)
         return output.logits, batch["labels"]
 
 

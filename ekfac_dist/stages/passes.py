@@ -1,7 +1,8 @@
 """One pass over this worker's batches: what the covariance and the refit pass have in common."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from ekfac_dist.models.capture import Capture, Observer
 from ekfac_dist.models.labels import LabelRule
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.models.tasks import CAUSAL_LM, Task
+from ekfac_dist.runtime.ahead import ahead
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
 
@@ -48,6 +50,10 @@ class Work:
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Some sequences as a batch on the worker's device."""
         return self.sequences.batch(numbers).to(self.world.device)
+
+    def batches(self) -> Iterator[tuple[Sequence[int], Batch]]:
+        """This worker's batches with their sequences' numbers, made ahead of the device's work."""
+        return zip(self.shard, ahead(self.batch, self.shard), strict=True)
 
 
 @dataclass(frozen=True)
@@ -115,22 +121,60 @@ def run_pass(
         Capture(work.model, modules, observer, work.dtype, work.task) as capture,
         progress,
     ):
-        for numbers in work.shard:
-            batch = work.batch(numbers)
+        watch = _Watch(world.device)
+        for numbers, batch in work.batches():
             result = capture.run(batch, rule)
             loss += result.loss
             num_labels += result.num_labels
             if on_loss is not None:
                 on_loss(batch, result.losses)
-            if not torch.isfinite(observer.health() + loss).item():
-                _raise_non_finite(name, work, modules, numbers, rule)
+            spoilt = watch.after(numbers, torch.isfinite(observer.health() + loss))
+            if spoilt is not None:
+                _raise_non_finite(name, work, modules, spoilt, rule)
             progress.update(batch.num_positions, len(numbers))
             world.check_peers()
+        spoilt = watch.last()
+        if spoilt is not None:
+            _raise_non_finite(name, work, modules, spoilt, rule)
     observer.reduce(world)
     totals = torch.stack([loss, loss.new_tensor(num_labels)])
     world.all_reduce_([totals])
     all_loss, all_labels = totals.tolist()
     return PassResult(time.perf_counter() - start, all_loss / all_labels, int(all_labels))
+
+
+class _Watch:
+    """Whether the sums were finite after each batch, on a GPU asked for without waiting for it.
+
+    The answer to one batch is read when the next has been sent, so the GPU always has work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._asked: deque[tuple[Sequence[int], Tensor, torch.cuda.Event | None]] = deque()
+
+    def after(self, numbers: Sequence[int], finite: Tensor) -> Sequence[int] | None:
+        """Asks of a batch; gives the first batch that was found to have spoilt the sums."""
+        event = None
+        if self._on_gpu:
+            finite = finite.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._asked.append((numbers, finite, event))
+        return self._read(leave=1 if self._on_gpu else 0)
+
+    def last(self) -> Sequence[int] | None:
+        """The same of what is still to be read, at the end."""
+        return self._read(leave=0)
+
+    def _read(self, leave: int) -> Sequence[int] | None:
+        while len(self._asked) > leave:
+            numbers, finite, event = self._asked.popleft()
+            if event is not None:
+                event.synchronize()
+            if not finite.item():
+                return numbers
+        return None
 
 
 class _FirstNonFinite:

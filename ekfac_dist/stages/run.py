@@ -10,6 +10,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from ekfac_dist.config import DataConfig, EstimateConfig, FactorsConfig, ModelConfig
+from ekfac_dist.curvature.costs import step_tokens
 from ekfac_dist.curvature.eigenbasis import check_size
 from ekfac_dist.curvature.kronecker import kfac_lambda
 from ekfac_dist.data.batches import shard
@@ -22,9 +23,11 @@ from ekfac_dist.models.fingerprint import fingerprint, narrower_fingerprints
 from ekfac_dist.models.labels import COVARIANCE_PASS, REFIT_PASS, LabelRule
 from ekfac_dist.models.loading import load_model, load_tokenizer
 from ekfac_dist.models.modules import TrackedModule, device_of
+from ekfac_dist.models.packing import can_pack
 from ekfac_dist.models.partition import partition
 from ekfac_dist.models.tasks import (
     CAUSAL_LM,
+    CausalLM,
     Task,
     few_examples,
     read_examples,
@@ -243,6 +246,11 @@ def check_inputs(
         for factor, size in discovery.factors.items():
             check_size(factor, size, main_device)
     world.require_same("data, by fingerprint,", sequences.fingerprint)
+    if isinstance(sequences, Sequences) and type(task) is CausalLM:
+        with world.agree():
+            packs = can_pack(model, sequences, world.device)
+        if all(world.gather(packs)):
+            sequences = sequences.packing()
     weights = fingerprint(model, discovery.modules)
     world.require_same("model weights, by fingerprint,", weights)
     narrower = world.share(world.on_main(lambda: narrower_fingerprints(model, discovery.modules)))
@@ -261,7 +269,8 @@ def fit(inputs: Inputs, world: World, sink: FactorSink, *, show_progress: bool) 
     """
     config, factors = inputs.config, inputs.config.factors
     sequences, discovery = inputs.sequences, inputs.discovery
-    own = shard(sequences.num_positions, config.batch_tokens, world.size, world.rank)
+    tokens = step_tokens(config.batch_tokens, world.device)
+    own = shard(sequences.num_positions, tokens, world.size, world.rank)
     dtype = getattr(torch, factors.accumulate)
     work = Work(inputs.model, sequences, own, world, dtype, show_progress, task=inputs.task)
     groups = partition(discovery.modules, 1 if factors.partitions == "auto" else factors.partitions)

@@ -126,16 +126,16 @@ def test_shorter_sequences_are_padded_on_the_right():
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.grid("").real is not None
     assert batch.grid("").real.tolist() == [0, 1, 2, 3]
-    assert batch.labelled.tolist() == [0, 1, 2, 3]
-    assert (batch.num_positions, batch.labelled.numel()) == (4, 4)
+    assert batch.labelled.flat.tolist() == [0, 1, 2, 3]
+    assert (batch.num_positions, len(batch.labelled.flat)) == (4, 4)
 
 
 def test_a_batch_of_one_length_has_no_padding_to_tell_of():
     batch = collate([sequence(0, [5, 6], [NO_LABEL, 7]), sequence(1, [1, 2], [2, 3])])
     assert "attention_mask" not in batch.inputs
     assert batch.grid("").real is None
-    assert batch.labelled.tolist() == [1, 2, 3]
-    assert (batch.num_positions, batch.labelled.numel()) == (4, 3)
+    assert batch.labelled.flat.tolist() == [1, 2, 3]
+    assert (batch.num_positions, len(batch.labelled.flat)) == (4, 3)
 
 
 rows = st.lists(st.lists(st.integers(0, 300), min_size=1, max_size=9), min_size=1, max_size=6)
@@ -147,7 +147,7 @@ def test_a_batch_holds_what_went_in_and_nothing_else(rows: list[list[int]]):
     flat = batch.inputs["input_ids"].flatten()
     real = torch.arange(flat.numel()) if batch.grid("").real is None else batch.grid("").real
     assert flat[real].tolist() == [token for row in rows for token in row]
-    assert batch.inputs["labels"].flatten()[batch.labelled].tolist() == [
+    assert batch.inputs["labels"].flatten()[batch.labelled.flat_at].tolist() == [
         i + 1 for row in rows for i in row
     ]
     assert batch.inputs["input_ids"].dtype == batch.inputs["labels"].dtype == torch.int64
@@ -160,5 +160,5 @@ def test_a_moved_batch_is_the_same_batch():
     assert set(moved.inputs) == {"input_ids", "labels", "attention_mask"}
     for name, tensor in batch.inputs.items():
         assert torch.equal(moved.inputs[name], tensor)
-    assert torch.equal(moved.labelled, batch.labelled)
+    assert torch.equal(moved.labelled.flat_at, batch.labelled.flat_at)
     assert torch.equal(moved.grid("").real, batch.grid("").real)

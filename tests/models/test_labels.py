@@ -100,7 +100,7 @@ def labels_by_row(model, data, groups, seed=0, pass_number=COVARIANCE_PASS):
                 attention_mask=batch.inputs.get("attention_mask"),
             ).logits
         labels = logit_gradient(logits, batch.inputs["labels"], batch, rule).labels
-        row_of = batch.labelled // batch.inputs["input_ids"].shape[1]
+        row_of = batch.labelled.rows_at
         for b, index in enumerate(batch.indices):
             found[index] = labels[row_of == b].tolist()
     return found
@@ -126,7 +126,7 @@ def test_only_labelled_positions_get_a_label_and_a_gradient(model):
     assert torch.equal(touched, batch.inputs["labels"] != -100)
     assert (
         len(result.labels)
-        == batch.labelled.numel()
+        == len(batch.labelled.flat)
         == sum(int((shifted(e)[1] != -100).sum()) for e in data)
     )
 

@@ -113,7 +113,7 @@ def test_gradient_checkpointing_counts_every_position_once(family):
         lambda *_: plain_repeats.append(1)
     )
     estimate_factors(plain_model, data, **FIT)
-    assert len(repeats) > 1.8 * len(plain_repeats)
+    assert len(repeats) > 1.4 * len(plain_repeats)
     assert_same(plain, checkpointed)
 
 

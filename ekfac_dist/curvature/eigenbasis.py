@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ekfac_dist.curvature.covariance import add_outer_products_
 from ekfac_dist.errors import DecompositionError, NonFiniteError, first_line
 
 # LAPACK's 32-bit workspace size overflows here: measured, torch 2.13 CPU crashes the process.
@@ -141,8 +142,9 @@ def _eigh(matrix: Tensor, device: torch.device, backwards: bool) -> tuple[Tensor
 def _check(matrix: Tensor, values: Tensor, vectors: Tensor) -> tuple[float, float, float]:
     """Residual, orthogonality and trace error of a decomposition; NaN counts as infinite."""
     matrix = matrix.to(vectors.device)
-    residual = (matrix @ vectors - vectors * values).norm() / matrix.norm()
-    gram = vectors.T @ vectors
+    residual = (matrix @ vectors).addcmul_(vectors, values, value=-1).norm() / matrix.norm()
+    gram = torch.zeros_like(vectors)
+    add_outer_products_(gram, vectors, bias=False)  # its lower triangle is enough
     gram.diagonal().sub_(1)
     trace = matrix.trace()
     trace_error = (values.sum() - trace).abs() / trace.abs().clamp(

@@ -7,7 +7,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 PASSES = ("covariance", "eigenbasis", "refit")
-REST = "the rest"
+REST = "start, load, store"
 # Read on white and on black.
 COLOURS = {"covariance": "#3d7fc4", "eigenbasis": "#e0922f", "refit": "#3f9c6b", REST: "#8c8c8c"}
 TEXT = "#808080"
@@ -69,7 +69,7 @@ def plot(results, path, title):
     bars = [(row, side, median_run(runs)) for row, s in results.items() for side, runs in s.items()]
     places, place = [], 0.0
     for number, (row, _, _) in enumerate(bars):
-        place += 1.0 if number and bars[number - 1][0] == row else 1.7
+        place += 1.0 if number and bars[number - 1][0] == row else 1.9
         places.append(place)
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "peers"})
     figure = Figure(figsize=(8, 0.7 + 0.3 * place), layout="constrained")
@@ -92,7 +92,7 @@ def plot(results, path, title):
         first = next(at for at, (name, _, _) in zip(places, bars, strict=True) if name == row)
         axes.text(0, first - 0.6, row, color=TEXT, fontsize=10, weight="bold", va="bottom")
     axes.set_xlim(0, 1.2 * max(run["whole_seconds"] for _, _, run in bars))
-    axes.set_ylim(place + 0.6, 0.6)
+    axes.set_ylim(place + 0.6, 0.7)
     axes.set_xlabel("seconds, whole command", color=TEXT, fontsize=9)
     axes.set_title(title, color=TEXT, fontsize=10, loc="left")
     axes.tick_params(colors=TEXT, length=0)

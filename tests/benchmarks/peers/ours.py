@@ -4,11 +4,12 @@
 
 `fit.py` and `scores.py` call this; `peer_files.py` says what is read from WORK. Factors stay in
 WORK/ours, in the package's own format. It prints one line of JSON: the seconds of each pass, the
-peak of this process. On several workers it is started by `accelerate launch`, and every worker
-decomposes its share.
+peak of this process. On several workers it is started by `accelerate launch`, every worker
+decomposes its share, and the first one prints.
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -74,7 +75,8 @@ def main():
     else:
         report["scores"] = score(args, model)
     report["seconds"] = time.perf_counter() - start
-    print_report("ekfac_dist", args.device, **report)
+    if os.environ.get("RANK", "0") == "0":
+        print_report("ekfac_dist", args.device, **report)
 
 
 if __name__ == "__main__":

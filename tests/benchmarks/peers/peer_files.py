@@ -14,6 +14,7 @@ Each side reads this in an environment of its own: nothing of ekfac_dist may be 
 import json
 import platform
 import re
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -75,4 +76,5 @@ def print_report(package, device, **report):
     names = (package, "torch", "transformers", "accelerate")
     report["versions"] = {name: metadata.version(name) for name in names}
     report["versions"]["python"] = platform.python_version()
-    print(json.dumps(report), flush=True)
+    # In one piece, whatever else is printed.
+    sys.stdout.write(json.dumps(report) + "\n")

@@ -269,7 +269,7 @@ def fit(inputs: Inputs, world: World, sink: FactorSink, *, show_progress: bool) 
     """
     config, factors = inputs.config, inputs.config.factors
     sequences, discovery = inputs.sequences, inputs.discovery
-    tokens = step_tokens(config.batch_tokens, world.device)
+    tokens = world.share(step_tokens(config.batch_tokens, world.device))  # all cut alike
     own = shard(sequences.num_positions, tokens, world.size, world.rank)
     dtype = getattr(torch, factors.accumulate)
     work = Work(inputs.model, sequences, own, world, dtype, show_progress, task=inputs.task)

@@ -9,7 +9,9 @@ from networks import KINDS, build, examples
 from workshop import run_cli, save_tiny_llama, texts, write_jsonl
 
 from ekfac_dist import estimate_factors, influence_scores, load_factors
+from ekfac_dist.curvature.covariance import multiplies_wide
 from ekfac_dist.curvature.eigenbasis import decompose
+from ekfac_dist.errors import NonFiniteError
 from ekfac_dist.functional import cache_linears, ihvp_at_x_ekfac
 
 pytestmark = pytest.mark.gpu
@@ -39,6 +41,18 @@ def test_low_precision_on_the_gpu_is_near_the_exact_factors(dtype):
     for name in exact.modules:
         traces = [f.module(name).lambda_OI.sum().item() for f in (low, exact)]
         assert traces[0] == pytest.approx(traces[1], rel=0.05)
+
+
+def test_nan_is_named_though_the_gpu_is_not_waited_for():
+    model = build("llama").cuda()
+    model.get_submodule("model.layers.1.mlp.down_proj").weight.data[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match="NaN or infinity in .* at sequence"):
+        estimate_factors(model, examples(16), batch_tokens=24)
+
+
+def test_products_of_sixteen_bit_rows_are_wide():
+    for dtype in (torch.bfloat16, torch.float16):
+        assert multiplies_wide(torch.device("cuda"), dtype)
 
 
 def test_a_decomposition_that_fails_on_the_gpu_is_made_on_the_cpu(monkeypatch):

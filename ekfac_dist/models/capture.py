@@ -119,7 +119,8 @@ class Capture:
         model: A prepared model.
         modules: The tracked modules, in model order.
         observer: What is done with the rows.
-        dtype: What rows are converted to; float32 or float64.
+        dtype: What rows are converted to, float32 or float64; None: they stay as the model has
+            them, which may be lower.
         task: What is asked of the model.
     """
 
@@ -128,7 +129,7 @@ class Capture:
         model: nn.Module,
         modules: Sequence[TrackedModule],
         observer: Observer,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
         task: Task = CAUSAL_LM,
     ) -> None:
         self.model = model
@@ -339,7 +340,7 @@ class Capture:
         with precisely(gradient.device):
             rows = self._rows(module, "output", gradient, module.num_outputs, which)
             if self._scale != 1.0:
-                rows = rows / self._scale
+                rows = rows.to(self.dtype or torch.float32) / self._scale
             self.observer.on_gradient(module, rows, which)
 
     def _rows(
@@ -354,4 +355,4 @@ class Capture:
             )
         if which.real is not None:
             rows = rows[which.real]
-        return rows.to(self.dtype)
+        return rows if self.dtype is None else rows.to(self.dtype)

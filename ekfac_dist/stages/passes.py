@@ -88,6 +88,8 @@ def run_pass(
     observer: SummingObserver,
     rule: LabelRule,
     on_loss: Callable[[Batch, Tensor], None] | None = None,
+    *,
+    converted: bool = True,
 ) -> PassResult:
     """Runs this worker's batches through the model and reduces what the observer summed.
 
@@ -98,12 +100,14 @@ def run_pass(
         observer: What is done with inputs and gradients.
         rule: Where labels come from.
         on_loss: Called after each batch with −log p of each of its sequences [B], float64.
+        converted: Whether the observer's rows are converted to the sums' dtype, or as the model
+            has them.
 
     Raises:
         NonFiniteError: NaN or infinity was met; the module and sequence are named where known.
         PeerError: Another worker failed.
     """
-    world = work.world
+    world, dtype = work.world, work.dtype if converted else None
     own_tokens = sum(int(work.sequences.num_positions[numbers].sum()) for numbers in work.shard)
     all_tokens = int(work.sequences.num_positions.sum())
     start = time.perf_counter()
@@ -118,7 +122,7 @@ def run_pass(
     )
     with (
         world.agree(),
-        Capture(work.model, modules, observer, work.dtype, work.task) as capture,
+        Capture(work.model, modules, observer, dtype, work.task) as capture,
         progress,
     ):
         watch = _Watch(world.device)

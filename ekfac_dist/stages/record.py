@@ -7,7 +7,9 @@ from typing import Any
 from torch import nn
 
 from ekfac_dist.config import EstimateConfig
+from ekfac_dist.data.batches import plan_batches
 from ekfac_dist.data.examples import Examples
+from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.models.discovery import Discovery
 from ekfac_dist.models.tasks import Task
 
@@ -55,6 +57,7 @@ class Inputs:
         fingerprint: SHA-256 of the tracked parameters.
         narrower: The same of the parameters rounded to narrower dtypes, by dtype.
         task: What is asked of the model.
+        step_tokens: Largest number of positions of a batch, padding included.
     """
 
     config: EstimateConfig
@@ -64,6 +67,18 @@ class Inputs:
     fingerprint: str
     narrower: dict[str, str]
     task: Task
+    step_tokens: int
+
+
+def steps_line(inputs: Inputs) -> str:
+    """How the data are cut into batches, in one line."""
+    lengths = inputs.sequences.num_positions
+    batches = plan_batches(lengths, inputs.step_tokens)
+    line = f"{len(batches)} batches of at most {inputs.step_tokens} positions"
+    if isinstance(inputs.sequences, Sequences) and inputs.sequences.packed:
+        return f"{line}, sequences packed, no padding"
+    computed = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
+    return f"{line}, {1 - lengths.sum() / computed:.1%} padding"
 
 
 def coverage_line(discovery: Discovery) -> str:

@@ -48,7 +48,7 @@ from ekfac_dist.stages.eigenbasis import Basis, run_eigenbasis
 from ekfac_dist.stages.factors import Factors
 from ekfac_dist.stages.loading import check_sequences, load_sequences
 from ekfac_dist.stages.passes import Work, run_pass
-from ekfac_dist.stages.record import Inputs, Summary, coverage_line, manifest
+from ekfac_dist.stages.record import Inputs, Summary, coverage_line, manifest, steps_line
 from ekfac_dist.stages.refit import LambdaSums
 from ekfac_dist.stages.reload import load_factors
 
@@ -104,6 +104,7 @@ def run_estimate(config: EstimateConfig, world: World, say: Any = print) -> Summ
         tell(f"tracked       {coverage_line(inputs.discovery)}")
         for name, why in coverage.skipped.items():
             tell(f"not tracked   {name}: {why}")
+        tell(f"steps         {steps_line(inputs)}")
         return fit(inputs, world, open_store(output, config, world), show_progress=True)
 
 
@@ -255,7 +256,8 @@ def check_inputs(
     world.require_same("model weights, by fingerprint,", weights)
     narrower = world.share(world.on_main(lambda: narrower_fingerprints(model, discovery.modules)))
     assert narrower is not None
-    return Inputs(config, model, sequences, discovery, weights, narrower, task)
+    step = world.share(step_tokens(config.batch_tokens, world.device))  # all cut alike
+    return Inputs(config, model, sequences, discovery, weights, narrower, task, step)
 
 
 def fit(inputs: Inputs, world: World, sink: FactorSink, *, show_progress: bool) -> Summary:
@@ -267,10 +269,9 @@ def fit(inputs: Inputs, world: World, sink: FactorSink, *, show_progress: bool) 
         sink: Where factors go.
         show_progress: Whether worker 0 shows progress.
     """
-    config, factors = inputs.config, inputs.config.factors
+    factors = inputs.config.factors
     sequences, discovery = inputs.sequences, inputs.discovery
-    tokens = world.share(step_tokens(config.batch_tokens, world.device))  # all cut alike
-    own = shard(sequences.num_positions, tokens, world.size, world.rank)
+    own = shard(sequences.num_positions, inputs.step_tokens, world.size, world.rank)
     dtype = getattr(torch, factors.accumulate)
     work = Work(inputs.model, sequences, own, world, dtype, show_progress, task=inputs.task)
     groups = partition(discovery.modules, 1 if factors.partitions == "auto" else factors.partitions)
@@ -301,7 +302,8 @@ def _fit_group(
     world, dtype = work.world, work.dtype
     covariance = CovarianceSums(group, dtype, world.device)
     rule = LabelRule(factors.labels, factors.seed, COVARIANCE_PASS)
-    result = run_pass("covariance" + suffix, work, group, covariance, rule)
+    # Rows in the model's dtype: their products are as wide as the sums, whatever they are.
+    result = run_pass("covariance" + suffix, work, group, covariance, rule, converted=False)
     _require_each_position_once(group, covariance.counts, work)
     for names, why in (
         ([m.name for m in group if not covariance.counts[m.output]], NOT_ROUTED),

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent / "peers"), str(Path(__file__).parent)]
+sys.path.append(str(Path(__file__).parent / "peers"))
 from model_shapes import Shape
 from peer_sides import Settings, fit_command, make_rows, prepare, run
 

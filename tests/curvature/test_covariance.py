@@ -2,7 +2,7 @@ import pytest
 import torch
 from dense import relative
 
-from ekfac_dist.curvature.covariance import add_outer_products_, mirror_
+from ekfac_dist.curvature.covariance import add_outer_products_, mirror_, multiplies_wide
 
 
 @pytest.mark.parametrize("size", [1, 5, 191, 192, 193, 500, 2100])
@@ -36,3 +36,32 @@ def test_no_rows_add_nothing():
     total = torch.zeros(3, 3)
     add_outer_products_(total, torch.empty(0, 2), bias=True)
     assert not total.any()
+
+
+def _products_in(dtype):
+    """`torch.mm` of a device that gives products in a dtype; None: it has no such products."""
+
+    def mm(left, right, *, out_dtype):
+        if dtype is None:
+            raise NotImplementedError("no such kernel")
+        return (left.float() @ right.float()).to(dtype).to(out_dtype)
+
+    return mm
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("given", [None, torch.float32, "rounded"])
+def test_sixteen_bit_rows_are_multiplied_as_if_they_were_wide(dtype, bias, given, monkeypatch):
+    torch.manual_seed(0)
+    rows, size = torch.randn(50, 300).to(dtype), 300 + bias
+    expected, total = torch.zeros(2, size, size)
+    add_outer_products_(expected, rows.float(), bias=bias)
+    monkeypatch.setattr(torch, "mm", _products_in(dtype if given == "rounded" else given))
+    multiplies_wide.cache_clear()
+    try:
+        assert multiplies_wide(rows.device, dtype) == (given == torch.float32)
+        add_outer_products_(total, rows, bias=bias)
+    finally:
+        multiplies_wide.cache_clear()
+    assert relative(total.tril(), expected.tril()) < 1e-6

@@ -1,0 +1,141 @@
+"""The measurements that the choices in `ekfac_dist/curvature/costs.py` rest on.
+
+    python tests/benchmarks/choices.py --threads 2
+
+- covariance: GFLOP/s of the half that is needed, by the number of block rows.
+- refit: seconds of both orders of each side, and which of them the cost function takes.
+- step: seconds of a covariance pass and peak memory, by tokens in a step. Each is a process.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ekfac_dist import estimate_factors
+from ekfac_dist.curvature import costs
+from ekfac_dist.curvature.covariance import add_outer_products_
+from ekfac_dist.curvature.refit import add_sequence_squares_, rotate_rows
+from ekfac_dist.report.tables import table
+
+sys.path.append(str(Path(__file__).parent / "peers"))
+from model_shapes import Shape, gemm_rate
+from peer_sides import make_rows
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--of", nargs="+", default=["covariance", "refit", "step"])
+    return parser.parse_args()
+
+
+def best(function, seconds=1.0):
+    """The shortest time of a call, tried for some seconds."""
+    found, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        start = time.perf_counter()
+        function()
+        found = min(found, time.perf_counter() - start)
+    return found
+
+
+def covariance(num_rows=2040):
+    """GFLOP/s by size and number of blocks."""
+    counts, rows = (1, 2, 4, 8, 16), []
+    for size in (768, 2048, 4096):
+        acts, total = torch.randn(num_rows, size), torch.zeros(size, size)
+        cells = []
+        for count in counts:
+            costs.MIN_BLOCK, costs.MAX_BLOCKS = 1, count
+            seconds = best(partial(add_outer_products_, total, acts, bias=False))
+            cells.append(f"{num_rows * size * (size + 1) / seconds / 1e9:.0f}")
+        rows.append([str(size), *cells])
+    return table(["n", *(f"{count} blocks" for count in counts)], rows)
+
+
+def refit():
+    """Seconds of the four orders, by shape."""
+    rows = []
+    for length, size_I, size_O in ((64, 768, 2048), (255, 768, 2048), (511, 2048, 768)):
+        check_orders(rows, length, size_I, size_O)
+    for length, size_I, size_O in ((1024, 256, 688), (2048, 256, 688), (2048, 688, 256)):
+        check_orders(rows, length, size_I, size_O)
+    return table(["T, I, O", "rows, rows", "rows, G", "G, rows", "G, G", "taken"], rows)
+
+
+def check_orders(rows, length, size_I, size_O):
+    """Adds a line: input side and output side, each by rows or by the matrix G."""
+    count = max(1, 2048 // length)
+    acts, grads = torch.randn(count * length, size_I), torch.randn(count * length, size_O)
+    basis_II, basis_OO = torch.randn(size_I, size_I), torch.randn(size_O, size_O)
+    total, cells = torch.zeros(size_O, size_I), []
+    for by_input in (True, False):
+        for by_output in (True, False):
+
+            def run(by_input=by_input, by_output=by_output):
+                add_sequence_squares_(
+                    total,
+                    rotate_rows(acts, basis_II, bias=False) if by_input else acts,
+                    rotate_rows(grads, basis_OO, bias=False) if by_output else grads,
+                    [length] * count,
+                    basis_II=None if by_input else basis_II,
+                    basis_OO=None if by_output else basis_OO,
+                    bias=False,
+                )
+
+            cells.append(f"{best(run):.3f}")
+    taken = [
+        "rows" if rows_are_cheaper else "G"
+        for rows_are_cheaper in (
+            costs.rotates_input_rows(len(acts), count, [size_O]),
+            costs.rotates_output_rows(len(acts), count, size_I),
+        )
+    ]
+    rows.append([f"{length}, {size_I}, {size_O}", *cells, ", ".join(taken)])
+
+
+def one_step(tokens, threads, answers):
+    """One covariance pass in a process of its own."""
+    torch.set_num_threads(threads)
+    costs.STEP_OF_A_THREAD = tokens
+    model = Shape(768, 2048, 4, 4096).model(256)
+    data = make_rows(64, (256, 256), 4096, torch.Generator().manual_seed(1))
+    only = ["*.down_proj", "*.up_proj", "*.gate_proj"]
+    factors = estimate_factors(
+        model, data, labels="data", refit="none", batch_tokens=tokens, modules=only
+    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    answers.put((factors.manifest["passes"]["covariance"]["seconds"], peak / 1e6))
+
+
+def step(threads):
+    """Seconds and memory by tokens in a step."""
+    rows = []
+    for tokens in (512, 1024, 2048, 4096):
+        context = multiprocessing.get_context("spawn")
+        answers = context.Queue()
+        process = context.Process(target=one_step, args=(tokens, threads, answers))
+        process.start()
+        seconds, peak = answers.get()
+        process.join()
+        rows.append([str(tokens), f"{seconds:.1f}", f"{peak:.2f}"])
+    return table(["tokens in a step", "covariance, s", "peak, GB"], rows)
+
+
+def main():
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    print(f"{args.threads} threads: float32 GEMM {gemm_rate('cpu') / 1e9:,.0f} GFLOP/s\n")
+    for name in args.of:
+        found = step(args.threads) if name == "step" else {"refit": refit}.get(name, covariance)()
+        print(f"{name}\n{found}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

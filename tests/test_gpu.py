@@ -46,7 +46,7 @@ def test_low_precision_on_the_gpu_is_near_the_exact_factors(dtype):
 def test_nan_is_named_though_the_gpu_is_not_waited_for():
     model = build("llama").cuda()
     model.get_submodule("model.layers.1.mlp.down_proj").weight.data[0, 0] = torch.nan
-    with pytest.raises(NonFiniteError, match="NaN or infinity in .* at sequence"):
+    with pytest.raises(NonFiniteError, match=r"NaN or infinity in .* at sequence"):
         estimate_factors(model, examples(16), batch_tokens=24)
 
 

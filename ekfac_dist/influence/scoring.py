@@ -34,6 +34,7 @@ from ekfac_dist.influence.scan import DetailSums, Pairs, Scan
 from ekfac_dist.influence.scores import Details, InfluenceScores, Listed, Rescored
 from ekfac_dist.models.modules import layer_name
 from ekfac_dist.runtime.memory import as_text
+from ekfac_dist.stages.loading import packed_where_exact
 from ekfac_dist.stages.passes import SummingObserver, Work, run_pass
 
 
@@ -59,6 +60,7 @@ def compute_scores(
         UserError: Anything that the user can mend, on every worker.
     """
     top_k, bottom_k = list_lengths(config, len(scored))
+    scored = packed_where_exact(setting.model, scored, setting.task, setting.world)
     needs_norms = config.self_influence or config.normalize != "none"
     setting = replace(setting, in_eigenbasis=needs_norms)
     names = tuple(module.name for module in setting.modules)

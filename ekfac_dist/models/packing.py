@@ -11,6 +11,7 @@ compared with what it says of each alone.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ IMPLEMENTATION = "ekfac_dist_packed"
 
 # Lengths of a packed batch's sequences, by the identity of the configuration that attention has.
 _LENGTHS: dict[int, tuple[int, ...]] = {}
+
+# Positions at either end of a sequence whose logits are compared.
+_COMPARED = 32
 
 _PACKABLE = {"sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4"}
 
@@ -71,11 +75,11 @@ def can_pack(model: nn.Module, sequences: Sequences, device: torch.device) -> bo
     experts = dict.fromkeys(fused_experts(model).values(), _unchanged)  # as in a pass
     with listening(experts):
         try:
-            together = _rows(model, sequences.packing().batch(numbers).to(device))
+            together = _ends(model, sequences.packing().batch(numbers).to(device))
         except (TypeError, ValueError, RuntimeError, LookupError, AttributeError):
             return False  # it takes no position_ids, or its attention is no plain one
-        padded = _rows(model, sequences.batch(numbers).to(device))
-        alone = torch.cat([_rows(model, sequences.batch([n]).to(device)) for n in numbers])
+        padded = _ends(model, sequences.batch(numbers).to(device))
+        alone = torch.cat([_ends(model, sequences.batch([n]).to(device)) for n in numbers])
     if together.shape != alone.shape:
         return False
     # As near as a padded batch is, which rounds differently too: no tolerance by dtype is needed.
@@ -89,13 +93,21 @@ def _attention_configs(model: nn.Module) -> list[Any]:
     return [c for c in found.values() if getattr(c, "_attn_implementation", None) is not None]
 
 
-def _rows(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits of a batch's positions, sequence by sequence [M, V], float64."""
+def _ends(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits of each sequence's first and last positions, sequence by sequence, float64.
+
+    What a recurrence carries over from another sequence shows first; what a window cuts off, last.
+    """
     inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "labels"}
     with attending_within(model, batch):
         logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
-    real = batch.grid("").real
-    return (logits if real is None else logits[real]).double()
+    grid, width = batch.grid(""), batch.inputs["input_ids"].shape[1]
+    starts = range(0, grid.size, width) if batch.packed is None else [0, *accumulate(batch.packed)]
+    found = []
+    for start, length in zip(starts, grid.lengths, strict=False):
+        rows = logits[start : start + length]
+        found += [rows[:_COMPARED], rows[-_COMPARED:]]
+    return torch.cat(found).double()
 
 
 def _unchanged(routed: Routed) -> Tensor:

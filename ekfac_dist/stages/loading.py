@@ -11,6 +11,8 @@ from ekfac_dist.data.source import open_source
 from ekfac_dist.data.tokenizing import tokenize
 from ekfac_dist.errors import DataError
 from ekfac_dist.models.loading import context_length
+from ekfac_dist.models.packing import can_pack
+from ekfac_dist.models.tasks import CausalLM, Task
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
 
@@ -57,3 +59,19 @@ def check_sequences(model: nn.Module, sequences: Examples, advice: str) -> None:
             f"The data has token id {sequences.max_id}, but the model knows "
             f"{embeddings.num_embeddings} tokens; use the tokenizer that belongs to the model."
         )
+
+
+def packed_where_exact(model: nn.Module, sequences: Examples, task: Task, world: World) -> Examples:
+    """The same sequences; packed, if on every worker the model computes them so as it should.
+
+    Args:
+        model: The prepared model.
+        sequences: What passes will read.
+        task: What is asked of the model.
+        world: The workers.
+    """
+    if not isinstance(sequences, Sequences) or type(task) is not CausalLM:
+        return sequences
+    with world.agree():
+        found = can_pack(model, sequences, world.device)
+    return sequences.packing() if all(world.gather(found)) else sequences

@@ -23,11 +23,9 @@ from ekfac_dist.models.fingerprint import fingerprint, narrower_fingerprints
 from ekfac_dist.models.labels import COVARIANCE_PASS, REFIT_PASS, LabelRule
 from ekfac_dist.models.loading import load_model, load_tokenizer
 from ekfac_dist.models.modules import TrackedModule, device_of
-from ekfac_dist.models.packing import can_pack
 from ekfac_dist.models.partition import partition
 from ekfac_dist.models.tasks import (
     CAUSAL_LM,
-    CausalLM,
     Task,
     few_examples,
     read_examples,
@@ -46,7 +44,7 @@ from ekfac_dist.runtime.store_writer import StoreWriter, check_output
 from ekfac_dist.stages.covariance import CovarianceSums
 from ekfac_dist.stages.eigenbasis import Basis, run_eigenbasis
 from ekfac_dist.stages.factors import Factors
-from ekfac_dist.stages.loading import check_sequences, load_sequences
+from ekfac_dist.stages.loading import check_sequences, load_sequences, packed_where_exact
 from ekfac_dist.stages.passes import Work, run_pass
 from ekfac_dist.stages.record import Inputs, Summary, coverage_line, manifest, steps_line
 from ekfac_dist.stages.refit import LambdaSums
@@ -247,11 +245,7 @@ def check_inputs(
         for factor, size in discovery.factors.items():
             check_size(factor, size, main_device)
     world.require_same("data, by fingerprint,", sequences.fingerprint)
-    if isinstance(sequences, Sequences) and type(task) is CausalLM:
-        with world.agree():
-            packs = can_pack(model, sequences, world.device)
-        if all(world.gather(packs)):
-            sequences = sequences.packing()
+    sequences = packed_where_exact(model, sequences, task, world)
     weights = fingerprint(model, discovery.modules)
     world.require_same("model weights, by fingerprint,", weights)
     narrower = world.share(world.on_main(lambda: narrower_fingerprints(model, discovery.modules)))

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
 from networks import build, examples
+from workshop import leave
 
 from ekfac_dist import estimate_factors, influence_scores
 from ekfac_dist.errors import LaunchError
@@ -36,3 +37,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from networks import build, examples
+from workshop import leave
 
 from ekfac_dist import influence_scores, load_factors
 
@@ -57,3 +58,4 @@ def answer(root: Path, family: str, workers: int, rank: int) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()

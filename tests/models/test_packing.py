@@ -13,7 +13,7 @@ from ekfac_dist.models import packing
 from ekfac_dist.models.capture import prepared
 from ekfac_dist.models.labels import LabelRule, logit_gradient
 from ekfac_dist.models.packing import attending_within, can_pack
-from ekfac_dist.stages import run
+from ekfac_dist.stages import loading
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ def test_factors_are_the_same_packed_and_padded(name, monkeypatch):
     # gradients, whose basis is arbitrary.
     fit = {"accumulate": "float64", "batch_tokens": 64, "labels": "data"}
     packed = estimate_factors(model, data, **fit)
-    monkeypatch.setattr(run, "can_pack", lambda *_: False)
+    monkeypatch.setattr(loading, "can_pack", lambda *_: False)
     padded = estimate_factors(model, data, **fit)
     for module in padded.modules:
         assert relative(dense_E(packed, module), dense_E(padded, module)) < 1e-9

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from networks import build, examples
 from task_models import t5, translated_examples
+from workshop import leave
 
 from ekfac_dist import Seq2SeqLM, estimate_factors
 
@@ -47,3 +48,4 @@ def main(output: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()

@@ -12,6 +12,7 @@ is said where it is: `ours.py`, `kronfluence_side.py`, `bergson_side.py`.
 
     uniform    64 sequences of 256 tokens; a Llama of hidden 768, MLP 2048, 4 layers
     ragged     the same, 128 sequences of 32 to 256 tokens
+    unsorted   as ragged, with kronfluence in the given order, which it keeps if nobody sorts for it
     long       the same, 32 sequences of 512 tokens
     workers    as uniform, by two workers with half of the threads each
     qwen       64 sequences of 512 tokens; the shape of Qwen2.5-0.5B
@@ -35,7 +36,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -71,6 +72,7 @@ class Row:
     Attributes:
         lengths: Fewest and most tokens of a sequence.
         peers: Who can do it, or is asked.
+        order: Of the sequences that kronfluence is given, "length" or "given".
     """
 
     shape: Shape
@@ -78,11 +80,12 @@ class Row:
     lengths: tuple[int, int]
     workers: int = 1
     peers: tuple[str, ...] = tuple(VERSIONS)
+    order: str = "length"
 
     def small(self):
         """The same in seconds."""
         low, high = (length // 4 for length in self.lengths)
-        return Row(SMALL[self.shape], 24, (low, high), self.workers, self.peers)
+        return replace(self, shape=SMALL[self.shape], sequences=24, lengths=(low, high))
 
     def __str__(self):
         low, high = self.lengths
@@ -94,6 +97,7 @@ class Row:
 ROWS = {
     "uniform": Row(LLAMA, 64, (256, 256)),
     "ragged": Row(LLAMA, 128, (32, 256)),
+    "unsorted": Row(LLAMA, 128, (32, 256), peers=("kronfluence",), order="given"),
     "long": Row(LLAMA, 32, (512, 512)),
     "workers": Row(LLAMA, 64, (256, 256), workers=2, peers=("bergson",)),
     "qwen": Row(QWEN, 64, (512, 512), peers=("kronfluence",)),
@@ -137,6 +141,7 @@ def settings_of(args, row, side):
         workers=row.workers,
         batch_tokens=tokens or args.batch_tokens,
         batch=args.kronfluence_batch or max(1, args.batch_tokens // row.lengths[1]),
+        order=row.order,
     )
 
 

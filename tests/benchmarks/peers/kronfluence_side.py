@@ -20,8 +20,8 @@ What makes the two comparable:
   training sequence makes the query more likely.
 - Factors, gradients of sequences and scores are float32, or float64 for a float64 model.
 
-What makes kronfluence its best: it pads a batch to its longest and keeps the given order, so it
-fits on sequences sorted by length, and scores in either order.
+It pads a batch to its longest and keeps the order that it is given. At its best it is given
+sequences sorted by length.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def arguments():
     parser.add_argument("--rank", type=int, default=None, help="of query gradients; none: exact")
     parser.add_argument("--full_svd", action="store_true", help="not its default, svd_lowrank")
     parser.add_argument(
-        "--order", default="given", choices=["given", "length"], help="of the sequences to score"
+        "--order", default="given", choices=["given", "length"], help="of the sequences"
     )
     parser.add_argument("--name", default=None, help="of the scores; exact or rank<RANK>")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -132,7 +132,7 @@ def fit(args, analyzer, dtype):
         per_sample_gradient_dtype=dtype,
         lambda_dtype=dtype,
     )
-    rows, _ = ordered(shifted(load_rows(args.work / "data.safetensors", "fit")), "length")
+    rows, _ = ordered(shifted(load_rows(args.work / "data.safetensors", "fit")), args.order)
     common = {"factors_name": "fit", "factor_args": factor_args, "overwrite_output_dir": True}
     on_rows = {
         "dataset": rows,

@@ -43,6 +43,7 @@ class Settings:
         threads: Of all workers of a side together.
         batch_tokens: Of a batch, padding included.
         batch: kronfluence's batch, in sequences.
+        order: "length" or "given", of kronfluence's sequences.
     """
 
     environments: Path | None
@@ -51,6 +52,7 @@ class Settings:
     workers: int
     batch_tokens: int
     batch: int
+    order: str = "length"
 
 
 # --- what all are given ---------------------------------------------------------------------------
@@ -99,7 +101,8 @@ def fit_command(side, work, settings):
     python = sys.executable if side == "ours" else peer_python(settings.environments, side)
     command, device = [python], ["--device", settings.device]
     if side == "kronfluence":
-        return [*command, HERE / "kronfluence_side.py", work, "--batch", settings.batch, *device]
+        batches = ["--batch", settings.batch, "--order", settings.order]
+        return [*command, HERE / "kronfluence_side.py", work, *batches, *device]
     tokens = ["--batch_tokens", settings.batch_tokens]
     if side == "bergson":
         workers = ["--workers", settings.workers]

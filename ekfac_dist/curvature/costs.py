@@ -18,16 +18,6 @@ MAX_BLOCKS = 8
 # Two workers of one thread are 1.9 times as fast as one with 1,024, 1.8 times with 2,048.
 STEP_OF_A_THREAD = 1024
 
-# Factors up to this size are decomposed by one thread each, as many at once as there are threads.
-# Seconds for two of them on 2 threads, at once and one after the other: n = 768, 0.12 and 0.24;
-# n = 2048, 2.0 and 2.4; but n = 3072, 8.6 and 8.1.
-MAX_SIZE_OF_A_THREAD = 2048
-
-
-def takes_one_thread(size: int, device: torch.device) -> bool:
-    """Whether a factor is decomposed by one thread, beside others; else by all, alone."""
-    return device.type == "cpu" and size <= MAX_SIZE_OF_A_THREAD
-
 
 def workspace_bytes(size: int) -> int:
     """Memory that one decomposition takes at its peak, beside the sum itself.

@@ -9,18 +9,16 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-def ahead(
-    make: Callable[[T], U], items: Iterable[T], *, depth: int = 2, threads: int = 1
-) -> Iterator[U]:
+def ahead(make: Callable[[T], U], items: Iterable[T], depth: int = 2) -> Iterator[U]:
     """Makes something of each item, in order, up to `depth` of them before they are asked for.
 
     An error comes where its item would have; what was not asked for by then is dropped.
     """
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(1) as thread:
         waiting: deque[Future[U]] = deque()
         try:
             for item in items:
-                waiting.append(pool.submit(make, item))
+                waiting.append(thread.submit(make, item))
                 if len(waiting) > depth:
                     yield waiting.popleft().result()
             while waiting:

@@ -6,16 +6,15 @@ one host decompose at once only as far as its memory goes.
 
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ekfac_dist.curvature.costs import takes_one_thread, workspace_bytes
-from ekfac_dist.curvature.eigenbasis import Eigenbasis, decompose
+from ekfac_dist.curvature.costs import workspace_bytes
+from ekfac_dist.curvature.eigenbasis import decompose
 from ekfac_dist.data.batches import assign_batches
-from ekfac_dist.runtime.ahead import ahead
 from ekfac_dist.runtime.memory import available_bytes
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
@@ -85,43 +84,16 @@ def run_eigenbasis(
         show_rate=False,
     )
     with world.agree(takes_part=bool(mine)), progress:
-        for factor, basis in _decomposed(mine, covariance, world.device):
-            # The sum's memory takes the eigenvectors.
-            covariance.sums[factor].copy_(basis.eigenvectors)
+        for factor in mine:
+            vectors, count = covariance.sums[factor], covariance.counts[factor]
+            basis = decompose(factor, vectors, count, world.device)
+            vectors.copy_(basis.eigenvectors)  # the sum's memory takes the eigenvectors
             values[factor] = basis.eigenvalues.to(world.device)
-            headers[factor] = {"count": str(covariance.counts[factor]), **basis.header()}
+            headers[factor] = {"count": str(count), **basis.header()}
             del basis  # in float64, it need not live through the next decomposition
             progress.update(sizes[factor] ** 3)
             world.check_peers()
     return _shared(covariance, owners, values, headers, world, sink), time.perf_counter() - start
-
-
-def _decomposed(
-    factors: Sequence[str], covariance: CovarianceSums, device: torch.device
-) -> Iterator[tuple[str, Eigenbasis]]:
-    """The basis of each factor; small ones first, as many at once as there are threads."""
-
-    def basis(factor: str) -> Eigenbasis:
-        return decompose(factor, covariance.sums[factor], covariance.counts[factor], device)
-
-    def basis_by_one_thread(factor: str) -> Eigenbasis:
-        torch.set_num_threads(1)  # of the calling thread
-        return basis(factor)
-
-    sizes = {factor: covariance.sums[factor].shape[0] for factor in factors}
-    small = [factor for factor in factors if takes_one_thread(sizes[factor], device)]
-    threads = torch.get_num_threads()
-    if small:
-        need = workspace_bytes(max(sizes[factor] for factor in small))
-        at_once = max(1, min(threads, len(small), available_bytes(device) // need))
-        try:
-            made = ahead(basis_by_one_thread, small, depth=at_once, threads=at_once)
-            yield from zip(small, made, strict=True)
-        finally:
-            torch.set_num_threads(threads)
-    for factor in factors:
-        if factor not in small:
-            yield factor, basis(factor)
 
 
 def _shared(

@@ -86,8 +86,8 @@ def test_the_second_pass_is_named_too(monkeypatch):
     mlp.forward = later
     plain_pass = run.run_pass
 
-    def remembering(name, *rest):
-        result = plain_pass(name, *rest)
+    def remembering(name, *rest, **options):
+        result = plain_pass(name, *rest, **options)
         passes.append(name)
         return result
 

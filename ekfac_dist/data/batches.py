@@ -1,8 +1,8 @@
 """Which sequences are computed together, and by whom: pure functions of their lengths.
 
 Sequences are sorted by length and cut into batches under a token budget, so a batch is nearly free
-of padding. The batches do not depend on the number of workers: only who computes which does. Every
-sequence is in exactly one batch, and every batch has exactly one worker.
+of padding. For a given budget the batches do not depend on the number of workers: only who computes
+which does. Every sequence is in exactly one batch, and every batch has exactly one worker.
 
     lengths   9 9 8 | 7 7 6 6 | 4 4 3 3 3 2 | …      budget 27
     worker    0       1         1              …      each batch to the worker with least to do
@@ -255,7 +255,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences padded to one length: what a task's forward takes, and what is counted of it.
+    """Sequences padded or packed: what a task's forward takes, and what is counted of it.
 
     A packed batch has no padding: its sequences stand one after the other in one row, so every
     tensor is [1, M], and `position_ids` begin at 0 for each.

@@ -51,7 +51,7 @@ class Examples(Protocol):
         """Some of these, in the order given; the counts stay those of the source."""
 
     def batch(self, numbers: Iterable[int]) -> Batch:
-        """Some of these, padded to one length."""
+        """Some of these, padded to one length or packed."""
 
     def positions_of(self, module: str) -> np.ndarray:
         """Counted positions of each that a module sees [N]."""

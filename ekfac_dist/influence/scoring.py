@@ -60,7 +60,9 @@ def compute_scores(
         UserError: Anything that the user can mend, on every worker.
     """
     top_k, bottom_k = list_lengths(config, len(scored))
-    scored = packed_where_exact(setting.model, scored, setting.task, setting.world)
+    scored = packed_where_exact(
+        setting.model, scored, setting.task, setting.world, setting.batch_tokens
+    )
     needs_norms = config.self_influence or config.normalize != "none"
     setting = replace(setting, in_eigenbasis=needs_norms)
     names = tuple(module.name for module in setting.modules)

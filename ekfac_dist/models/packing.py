@@ -1,12 +1,13 @@
 """Sequences of unequal lengths in one row, without padding: attention sequence by sequence.
 
 `position_ids` begin anew with each sequence, and all but attention computes position by position.
-Attention is computed of each sequence alone, so nothing is computed between sequences; it is put
-into the registry that `transformers` chooses attention from, for as long as a packed batch lasts.
+Attention is computed of each sequence alone, so nothing is computed between sequences; it is in
+the registry that `transformers` chooses attention from, and chosen for as long as a packed batch
+lasts.
 Attention that knows by itself where sequences begin (flash attention) is left as it is.
 
-Whether a model computes so is not taken from its name: what it says of two sequences in one row is
-compared with what it says of each alone.
+Whether a model computes so is not taken from its name: what it says of sequences in a row that a
+pass will really have is compared with what it says of each alone.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ekfac_dist.data.batches import Batch
+from ekfac_dist.data.batches import Batch, plan_batches
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.models.experts import Routed, fused_experts, listening
 
@@ -31,6 +32,10 @@ _LENGTHS: dict[int, tuple[int, ...]] = {}
 # Positions at either end of a sequence whose logits are compared.
 _COMPARED = 32
 
+# What rounding may change logits by, in norm, relative; many families compute parts in float32.
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 3e-5}
+_ROUNDING_OF_16_BITS = 0.03
+
 _PACKABLE = {"sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4"}
 
 
@@ -39,7 +44,8 @@ def attending_within(model: nn.Module, batch: Batch) -> Iterator[None]:
     """Within it, the sequences of a packed batch do not see each other."""
     configs = _attention_configs(model) if batch.packed is not None else []
     before = [config._attn_implementation for config in configs]
-    ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _forward)
+    if configs:
+        ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _forward)
     try:
         for config in configs:
             if config._attn_implementation == "sdpa":
@@ -53,38 +59,52 @@ def attending_within(model: nn.Module, batch: Batch) -> Iterator[None]:
 
 
 @torch.no_grad()
-def can_pack(model: nn.Module, sequences: Sequences, device: torch.device) -> bool:
+def can_pack(
+    model: nn.Module, sequences: Sequences, device: torch.device, batch_tokens: int
+) -> bool:
     """Whether a model gives the same logits for sequences in one row as for each alone.
 
-    Seen on the longest sequence, after the shortest: attention that is cut to a window or a chunk
-    shows by the longest, if it does at all.
+    Seen on rows that the passes will have: the one with the longest sequences, which shows windows
+    and chunks, and the longest one, which shows what depends on a place in the row. The longest
+    sequence is its first, the shortest its last. They may differ as much as padding makes them
+    differ, which rounds in other ways too, and not by more than rounding can.
 
     Args:
         model: A prepared model.
         sequences: The run's sequences.
         device: The model's.
+        batch_tokens: Of the passes' batches.
     """
-    configs = _attention_configs(model)
-    implementations = {config._attn_implementation for config in configs}
+    implementations = {config._attn_implementation for config in _attention_configs(model)}
     if len(implementations) != 1 or not implementations <= _PACKABLE:
         return False
-    order = sequences.num_positions.argsort(kind="stable")
-    numbers = [int(order[0]), int(order[-1])]
-    if sequences.num_positions[numbers[0]] == sequences.num_positions[numbers[1]]:
+    lengths = sequences.num_positions
+    mixed = [b for b in plan_batches(lengths, batch_tokens) if lengths[b].min() < lengths[b].max()]
+    if not mixed:
         return False  # there is nothing to pad
+    longest = max(mixed, key=lambda batch: int(lengths[batch].sum()))
     experts = dict.fromkeys(fused_experts(model).values(), _unchanged)  # as in a pass
-    with listening(experts):
-        try:
-            together = _ends(model, sequences.packing().batch(numbers).to(device))
-        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError):
-            return False  # it takes no position_ids, or its attention is no plain one
-        padded = _ends(model, sequences.batch(numbers).to(device))
-        alone = torch.cat([_ends(model, sequences.batch([n]).to(device)) for n in numbers])
-    if together.shape != alone.shape:
+    try:
+        with listening(experts), torch.compiler.set_stance("force_eager"):
+            return all(
+                _is_same(model, sequences, batch, device)
+                for batch in ([longest] if longest == mixed[0] else [mixed[0], longest])
+            )
+    except Exception:  # whatever a model cannot do with such a row: it is not given one
         return False
-    # As near as a padded batch is, which rounds differently too: no tolerance by dtype is needed.
-    rounding = torch.finfo(torch.float32).eps * alone.norm()
-    return bool((together - alone).norm() <= 2 * (padded - alone).norm() + 8 * rounding)
+
+
+def _is_same(
+    model: nn.Module, sequences: Sequences, batch: list[int], device: torch.device
+) -> bool:
+    """Whether the first and the last sequence of a packed batch are as they are alone."""
+    two = [batch[0], batch[-1]]
+    together = _ends(model, sequences.packing().batch(batch).to(device))
+    padded = _ends(model, sequences.batch(two).to(device))
+    alone = torch.cat([_ends(model, sequences.batch([n]).to(device), (0,)) for n in two])
+    rounding = _ROUNDING.get(next(model.parameters()).dtype, _ROUNDING_OF_16_BITS)
+    allowed = 2 * (padded - alone).norm() + _ROUNDING[torch.float64] * alone.norm()
+    return bool((together - alone).norm() <= allowed.minimum(rounding * alone.norm()))
 
 
 def _attention_configs(model: nn.Module) -> list[Any]:
@@ -93,8 +113,8 @@ def _attention_configs(model: nn.Module) -> list[Any]:
     return [c for c in found.values() if getattr(c, "_attn_implementation", None) is not None]
 
 
-def _ends(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits of each sequence's first and last positions, sequence by sequence, float64.
+def _ends(model: nn.Module, batch: Batch, wanted: tuple[int, ...] = (0, -1)) -> Tensor:
+    """Logits of some sequences' first and last positions, sequence by sequence, float64.
 
     What a recurrence carries over from another sequence shows first; what a window cuts off, last.
     """
@@ -104,7 +124,8 @@ def _ends(model: nn.Module, batch: Batch) -> Tensor:
     grid, width = batch.grid(""), batch.inputs["input_ids"].shape[1]
     starts = range(0, grid.size, width) if batch.packed is None else [0, *accumulate(batch.packed)]
     found = []
-    for start, length in zip(starts, grid.lengths, strict=False):
+    for number in wanted:
+        start, length = list(starts)[: len(grid.lengths)][number], grid.lengths[number]
         rows = logits[start : start + length]
         found += [rows[:_COMPARED], rows[-_COMPARED:]]
     return torch.cat(found).double()

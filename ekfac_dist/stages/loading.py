@@ -61,7 +61,9 @@ def check_sequences(model: nn.Module, sequences: Examples, advice: str) -> None:
         )
 
 
-def packed_where_exact(model: nn.Module, sequences: Examples, task: Task, world: World) -> Examples:
+def packed_where_exact(
+    model: nn.Module, sequences: Examples, task: Task, world: World, batch_tokens: int
+) -> Examples:
     """The same sequences; packed, if on every worker the model computes them so as it should.
 
     Args:
@@ -69,9 +71,10 @@ def packed_where_exact(model: nn.Module, sequences: Examples, task: Task, world:
         sequences: What passes will read.
         task: What is asked of the model.
         world: The workers.
+        batch_tokens: Of the passes' batches; the same on every worker.
     """
     if not isinstance(sequences, Sequences) or type(task) is not CausalLM:
         return sequences
     with world.agree():
-        found = can_pack(model, sequences, world.device)
+        found = can_pack(model, sequences, world.device, batch_tokens)
     return sequences.packing() if all(world.gather(found)) else sequences

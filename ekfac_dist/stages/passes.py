@@ -52,8 +52,13 @@ class Work:
         return self.sequences.batch(numbers).to(self.world.device)
 
     def batches(self) -> Iterator[tuple[Sequence[int], Batch]]:
-        """This worker's batches with their sequences' numbers, made ahead of the device's work."""
-        return zip(self.shard, ahead(self.batch, self.shard), strict=True)
+        """This worker's batches with their sequences' numbers, made ahead of the device's work.
+
+        They are sent to the device from here, on the stream that the model computes on.
+        """
+        made = ahead(self.sequences.batch, self.shard)
+        for numbers, batch in zip(self.shard, made, strict=True):
+            yield numbers, batch.to(self.world.device)
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,7 @@ class _Watch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._device, self._on_gpu = device, device.type == "cuda"
         self._asked: deque[tuple[Sequence[int], Tensor, torch.cuda.Event | None]] = deque()
 
     def after(self, numbers: Sequence[int], finite: Tensor) -> Sequence[int] | None:
@@ -163,7 +168,7 @@ class _Watch:
         if self._on_gpu:
             finite = finite.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
         self._asked.append((numbers, finite, event))
         return self._read(leave=1 if self._on_gpu else 0)
 

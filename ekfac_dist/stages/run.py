@@ -245,12 +245,12 @@ def check_inputs(
         for factor, size in discovery.factors.items():
             check_size(factor, size, main_device)
     world.require_same("data, by fingerprint,", sequences.fingerprint)
-    sequences = packed_where_exact(model, sequences, task, world)
+    step = world.share(step_tokens(config.batch_tokens, world.device))  # all cut alike
+    sequences = packed_where_exact(model, sequences, task, world, step)
     weights = fingerprint(model, discovery.modules)
     world.require_same("model weights, by fingerprint,", weights)
     narrower = world.share(world.on_main(lambda: narrower_fingerprints(model, discovery.modules)))
     assert narrower is not None
-    step = world.share(step_tokens(config.batch_tokens, world.device))  # all cut alike
     return Inputs(config, model, sequences, discovery, weights, narrower, task, step)
 
 

@@ -23,9 +23,9 @@ def sequences(lengths=(4, 9, 14, 7, 14, 21)):
     return [{"input_ids": torch.randint(1, 29, (n,), generator=generator)} for n in lengths]
 
 
-def packs(model, data):
+def packs(model, data, batch_tokens=64):
     with prepared(model):
-        return can_pack(model, from_examples(data), CPU)
+        return can_pack(model, from_examples(data), CPU, batch_tokens)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,45 @@ def test_a_window_matters_only_where_a_sequence_is_longer():
     wide = tiny_model("MistralForCausalLM", sliding_window=32).double()
     assert packs(wide, data)
     assert not packs(tiny_model("MistralForCausalLM", sliding_window=6).double(), data)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attention_chunk_size": 16},
+        # Scaled by the place in the row, past so many positions of it.
+        {
+            "no_rope_layers": [1, 0],
+            "floor_scale": 40,
+            "attn_scale": 0.5,
+            "attn_temperature_tuning": True,
+        },
+    ],
+)
+def test_attention_by_the_place_in_the_row_is_found_out(settings):
+    data = sequences((3, 30, 8, 21, 5, 17))
+    assert not packs(tiny_model("Llama4ForCausalLM", **settings).double(), data, 128)
+    assert packs(tiny_model("Llama4ForCausalLM").double(), data, 128)
+
+
+def test_a_batch_without_padding_is_not_tried():
+    model, seen = build("llama"), []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    assert not packs(model, sequences(), batch_tokens=1)
+    assert not seen
+
+
+def test_a_model_that_cannot_do_with_such_a_row_is_given_none(monkeypatch):
+    model = build("llama")
+    plain = model.forward
+
+    def forward(*args, position_ids=None, **kwargs):
+        assert position_ids is None
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", forward)
+    assert not packs(model, sequences())
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_sequences_of_one_length_need_no_packing():

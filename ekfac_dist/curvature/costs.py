@@ -1,4 +1,4 @@
-"""What is cheaper, by shape: every choice that the passes make, and what it was measured by.
+"""What is cheaper, by shape: the sizes and orders that the passes choose, and by what figures.
 
 The figures are of `tests/benchmarks/choices.py`, which makes them again.
 """
@@ -17,14 +17,6 @@ MAX_BLOCKS = 8
 # 768, MLP 2048), 1,024 takes 3 % more, 512 takes 7 % more; and 2,048 take 1.9 GB instead of 2.9 GB.
 # Two workers of one thread are 1.9 times as fast as one with 1,024, 1.8 times with 2,048.
 STEP_OF_A_THREAD = 1024
-
-
-def workspace_bytes(size: int) -> int:
-    """Memory that one decomposition takes at its peak, beside the sum itself.
-
-    A float64 copy, its eigenvectors, LAPACK's workspace of 2n² and more, the check's products.
-    """
-    return 6 * 8 * size**2
 
 
 def block_rows(size: int) -> int:

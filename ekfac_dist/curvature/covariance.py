@@ -51,7 +51,7 @@ def multiplies_wide(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         rows = torch.full((16, 16), one, device=device, dtype=dtype)
         product = torch.mm(rows.T, rows, out_dtype=torch.float32)
-    except (NotImplementedError, RuntimeError, TypeError):
+    except (RuntimeError, TypeError):  # no such kernel, or no such option
         return False
     return bool((product == 16 * one**2).all())
 

@@ -50,6 +50,14 @@ class Eigenbasis:
         }
 
 
+def workspace_bytes(size: int) -> int:
+    """Memory that one decomposition takes at its peak, beside the sum itself.
+
+    A float64 copy, its eigenvectors, LAPACK's workspace of 2n² and more, the check's products.
+    """
+    return 6 * 8 * size**2
+
+
 def check_size(name: str, size: int, device: torch.device) -> None:
     """Refuses a factor too large for the device's decomposition.
 

@@ -63,6 +63,11 @@ def assign_batches(costs: SequenceOf[int], num_workers: int) -> list[list[int]]:
     return [sorted(shard) for shard in shards]
 
 
+def padded_sizes(lengths: np.ndarray, batches: Iterable[SequenceOf[int]]) -> list[int]:
+    """Sequences × longest sequence of each batch."""
+    return [len(numbers) * int(lengths[numbers].max()) for numbers in batches]
+
+
 def shard(lengths: np.ndarray, batch_tokens: int, num_workers: int, worker: int) -> list[list[int]]:
     """One worker's batches of all sequences, padding being what a batch costs.
 
@@ -76,7 +81,7 @@ def shard(lengths: np.ndarray, batch_tokens: int, num_workers: int, worker: int)
         Numbers of the sequences of each of its batches.
     """
     batches = plan_batches(lengths, batch_tokens)
-    costs = [len(numbers) * int(lengths[numbers].max()) for numbers in batches]
+    costs = padded_sizes(lengths, batches)
     return [batches[k] for k in assign_batches(costs, num_workers)[worker]]
 
 

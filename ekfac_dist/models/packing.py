@@ -12,7 +12,6 @@ pass will really have is compared with what it says of each alone.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ekfac_dist.data.batches import Batch, plan_batches
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.models.experts import Routed, fused_experts, listening
+from ekfac_dist.models.tasks import CAUSAL_LM
 
 IMPLEMENTATION = "ekfac_dist_packed"
 
@@ -118,15 +118,13 @@ def _ends(model: nn.Module, batch: Batch, wanted: tuple[int, ...] = (0, -1)) -> 
 
     What a recurrence carries over from another sequence shows first; what a window cuts off, last.
     """
-    inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "labels"}
     with attending_within(model, batch):
-        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
-    grid, width = batch.grid(""), batch.inputs["input_ids"].shape[1]
-    starts = range(0, grid.size, width) if batch.packed is None else [0, *accumulate(batch.packed)]
+        logits, _ = CAUSAL_LM.forward(model, batch.inputs)  # as in a pass
+    sequences = logits if batch.packed is None else logits[0].split(batch.packed)
+    lengths = batch.grid("").lengths
     found = []
     for number in wanted:
-        start, length = list(starts)[: len(grid.lengths)][number], grid.lengths[number]
-        rows = logits[start : start + length]
+        rows = sequences[number][: lengths[number]]
         found += [rows[:_COMPARED], rows[-_COMPARED:]]
     return torch.cat(found).double()
 

@@ -59,7 +59,7 @@ class Task:
             there is none, and every sequence has one at least. Where factors are fitted with
             sampled labels, which places have one is all that is read of them.
         """
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        inputs = _without_labels(batch)
         labels = labels_of(batch)
         return model(**inputs).logits, labels
 
@@ -178,7 +178,7 @@ class CausalLM(Task):
 
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits at every position, and the token that follows it."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        inputs = _without_labels(batch)
         output: Any = model(**inputs, use_cache=False)
         return output.logits, batch["labels"]
 
@@ -226,7 +226,7 @@ class Seq2SeqLM(Task):
 
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits at every position of the decoder, and the labels."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        inputs = _without_labels(batch)
         if "decoder_input_ids" not in inputs:
             shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
             if shift is None:
@@ -351,6 +351,10 @@ def _collated(
     if ids is not None and mask is not None and ids.shape == mask.shape:
         batch["input_ids"] = torch.where(mask == 0, pad, ids)
     return batch
+
+
+def _without_labels(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 
 def few_examples(task: Task, model: nn.Module, examples: TaskExamples) -> Batch:

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ekfac_dist.curvature.costs import workspace_bytes
-from ekfac_dist.curvature.eigenbasis import decompose
+from ekfac_dist.curvature.eigenbasis import decompose, workspace_bytes
 from ekfac_dist.data.batches import assign_batches
 from ekfac_dist.runtime.memory import available_bytes
 from ekfac_dist.runtime.processes import World

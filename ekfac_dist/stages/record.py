@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ekfac_dist.config import EstimateConfig
-from ekfac_dist.data.batches import plan_batches
+from ekfac_dist.data.batches import padded_sizes, plan_batches
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.models.discovery import Discovery
@@ -77,8 +77,7 @@ def steps_line(inputs: Inputs) -> str:
     line = f"{len(batches)} batches of at most {inputs.step_tokens} positions"
     if isinstance(inputs.sequences, Sequences) and inputs.sequences.packed:
         return f"{line}, sequences packed, no padding"
-    computed = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
-    return f"{line}, {1 - lengths.sum() / computed:.1%} padding"
+    return f"{line}, {1 - lengths.sum() / sum(padded_sizes(lengths, batches)):.1%} padding"
 
 
 def coverage_line(discovery: Discovery) -> str:

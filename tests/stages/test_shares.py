@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from ekfac_dist.curvature.costs import workspace_bytes
+from ekfac_dist.curvature.eigenbasis import workspace_bytes
 from ekfac_dist.stages.eigenbasis import _owners
 
 CPU = torch.device("cpu")

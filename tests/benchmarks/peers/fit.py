@@ -4,6 +4,9 @@
     python tests/benchmarks/peers/fit.py --environments runs/peers --small --repeats 1
     python tests/benchmarks/peers/fit.py --environments runs/peers --rows qwen --device cuda
 
+All rows take an hour and a half on 2 cores. With `--json` and `--also` they can be run in parts,
+each of which compares within itself, and shown together.
+
 The peers' environments are made in the directory that `--environments` names, where they are
 missing. All sides get one saved random-weight model, the same rows of tokens with the data's own
 labels, and the MLPs' modules; each run of a side is a process of its own, from its start over
@@ -123,11 +126,16 @@ def arguments():
     parser.add_argument("--work", type=Path, default=None, help="folder to keep everything in")
     parser.add_argument("--plot", type=Path, default=None, help="SVG file to write")
     parser.add_argument("--json", type=Path, default=None, help="file for all runs")
+    parser.add_argument(
+        "--also", type=Path, default=None, help="--json of an earlier run, whose rows come first"
+    )
     args = parser.parse_args()
     if args.repeats < 1:
         parser.error("--repeats is at least 1")
     if args.work is not None and args.work.exists():
         parser.error(f"--work {args.work} exists; name a new folder")
+    if args.also is not None and not args.also.is_file():
+        parser.error(f"--also {args.also} is no file; give what an earlier run wrote with --json")
     return args
 
 
@@ -232,6 +240,16 @@ def machine(args):
     }
 
 
+def earlier_rows(args, where):
+    """What an earlier run found, of the same machine and dtype."""
+    if args.also is None:
+        return {name: {} for name in ("results", "least_seconds", "rows", "agreement")}
+    earlier = json.loads(args.also.read_text())
+    if earlier["machine"] != where or earlier["arguments"]["dtype"] != args.dtype:
+        sys.exit(f"--also {args.also} is of another machine, of other settings or another dtype")
+    return earlier
+
+
 def compare(args, folder):
     """The whole benchmark in a folder; prints, and writes what was asked for."""
     rows = {name: ROWS[name].small() if args.small else ROWS[name] for name in args.rows}
@@ -243,13 +261,16 @@ def compare(args, folder):
         positions[name] = [len(one["input_ids"]) - 1 for one in data]
         prepare(folder / name, row.shape, args.dtype, fit=data)
         compared[name] = agreement(args, name, row, sides[name], folder / name)
-    results = {n: timings(args, n, row, sides[n], folder / n) for n, row in rows.items()}
     where = machine(args)
+    earlier = earlier_rows(args, where)
+    results = earlier["results"] | {
+        n: timings(args, n, row, sides[n], folder / n) for n, row in rows.items()
+    }
     computer = where["device"] or f"{where['processor']}, {args.threads} threads"
     said = f"median of {args.repeats}, {args.dtype} models, {computer}"
     table = markdown(results)
     print(f"\n{said}\n\n{table}\n")
-    least = least_seconds_of(args, rows, positions)
+    least = earlier["least_seconds"] | least_seconds_of(args, rows, positions)
     print(shares_of_gemm(results, least))
     if args.plot is not None:
         plot(results, args.plot, said)
@@ -257,8 +278,8 @@ def compare(args, folder):
         content = {
             "machine": where,
             "arguments": {name: str(value) for name, value in vars(args).items()},
-            "rows": {name: asdict(row) for name, row in rows.items()},
-            "agreement": compared,
+            "rows": earlier["rows"] | {name: asdict(row) for name, row in rows.items()},
+            "agreement": earlier["agreement"] | compared,
             "results": results,
             "least_seconds": least,
             "table": table,

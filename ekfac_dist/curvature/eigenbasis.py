@@ -16,8 +16,8 @@ from ekfac_dist.errors import DecompositionError, NonFiniteError, first_line
 MAX_CPU_SIZE = 32_766
 TOLERANCE = 1e-9
 
-# Columns of a decomposition that are checked at a time.
-_CHECKED_COLUMNS = 512
+# Rows of a decomposition's two products that are checked at a time.
+_CHECKED_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Eigenbasis:
     Attributes:
         eigenvectors: [n, n] float64, in columns.
         eigenvalues: [n] float64, ascending, none negative.
-        residual: ‖AQ − QΛ‖ / ‖A‖, Frobenius.
+        residual: ‖A − QΛQᵀ‖ / ‖A‖, Frobenius; for an orthogonal Q it is ‖AQ − QΛ‖ / ‖A‖.
         orthogonality: largest entry of |QᵀQ − I|.
         trace_error: |Σλ − tr A| / tr A.
         attempts: How many decompositions it took; 0 for a trivial case.
@@ -144,16 +144,18 @@ def _eigh(matrix: Tensor, device: torch.device, backwards: bool) -> tuple[Tensor
 def _check(matrix: Tensor, values: Tensor, vectors: Tensor) -> tuple[float, float, float]:
     """Residual, orthogonality and trace error of a decomposition; NaN counts as infinite.
 
-    In blocks of columns, which need no matrix of the whole size; and of QᵀQ the lower half.
+    A − QΛQᵀ and QᵀQ − I are symmetric, so of each the lower half is computed, in block rows, which
+    need no matrix of the whole size.
     """
     matrix = matrix.to(vectors.device)
     size = len(values)
     squares, off = values.new_zeros(()), values.new_zeros(())
-    for start in range(0, size, _CHECKED_COLUMNS):
-        end = min(start + _CHECKED_COLUMNS, size)
-        columns = vectors[:, start:end]
-        squares += (matrix @ columns).addcmul_(columns, values[start:end], value=-1).square_().sum()
-        gram = columns.T @ vectors[:, :end]
+    for start in range(0, size, _CHECKED_ROWS):
+        end = min(start + _CHECKED_ROWS, size)
+        product = (vectors[start:end] * values) @ vectors[:end].T
+        square = product.sub_(matrix[start:end, :end]).square_()
+        squares += 2 * square.sum() - square[:, start:].sum()
+        gram = vectors[:, start:end].T @ vectors[:, :end]
         gram[:, start:].diagonal().sub_(1)
         off = torch.maximum(off, gram.abs_().max())
     trace = matrix.trace()

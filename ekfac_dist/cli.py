@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 
-from ekfac_dist.config import EstimateConfig, QueryConfig, field_names
-from ekfac_dist.errors import ConfigError, UserError
+from ekfac_dist.config import EstimateConfig, PlanConfig, QueryConfig, field_names
+from ekfac_dist.errors import DEFECT, ConfigError, Preempted, UserError, status_of
 
 if TYPE_CHECKING:
     from ekfac_dist.runtime.processes import World
@@ -31,6 +31,7 @@ USAGE = """usage: ekfac-dist COMMAND [options]
 Fits EK-FAC curvature factors of a language model's MLP blocks on many workers, and answers
 influence queries from them.
 
+  plan       what a fit would need, before it runs: ekfac-dist plan --config configs/gpt2.yaml
   estimate   fit factors: ekfac-dist estimate --config configs/gpt2.yaml
   inspect    a store's summary and health: ekfac-dist inspect runs/gpt2 [--verify] [--plot FILE]
   query      score training sequences: ekfac-dist query --factors runs/gpt2 --queries queries.jsonl
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[list[str]], int]] = {
+        "plan": plan,
         "estimate": estimate,
         "inspect": inspect,
         "query": query,
@@ -79,8 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         return command(arguments[1:])
     except UserError as error:
-        _say_error(str(error))
-        return 2
+        _say_error(error)
+        return error.status
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough. Nothing more can be flushed to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -92,24 +94,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def estimate(arguments: list[str]) -> int:
     """Fits factors, alone or as one of the workers that a launcher started."""
-    is_dry = "--dry-run" in arguments
-    arguments = [argument for argument in arguments if argument != "--dry-run"]
+    is_dry, overwrite = "--dry-run" in arguments, "--overwrite" in arguments
+    arguments = [one for one in arguments if one not in ("--dry-run", "--overwrite")]
 
     def work(config: EstimateConfig, world: "World", say: Callable[[str], None]) -> str:
         from ekfac_dist.report.summary import closing_table, modules_table
+        from ekfac_dist.runtime import preemption
         from ekfac_dist.stages.run import find_modules, run_estimate
 
         if is_dry:
             return modules_table(find_modules(config, world))
-        summary = run_estimate(config, world, say)
+        preemption.install()
+        summary = run_estimate(config, world, say, overwrite=overwrite)
         return closing_table(summary, str(config.output)) if world.is_main else ""
 
     parser = _parser(
-        "estimate --config FILE [--FIELD VALUE …] [--dry-run]",
-        "Fits EK-FAC factors of a causal language model's MLP blocks. With --dry-run it only lists "
-        "the modules that it would track, and what it would leave out and why.",
+        "estimate --config FILE [--FIELD VALUE …] [--dry-run] [--overwrite]",
+        "Fits EK-FAC factors of a causal language model's MLP blocks. An unfinished run in its "
+        "output goes on if all is the same; with --overwrite the store there is removed first. "
+        "With --dry-run it only lists the modules that it would track, and what not and why.",
     )
     return _work(parser, EstimateConfig, arguments, work)
+
+
+def plan(arguments: list[str]) -> int:
+    """Says what a run of `estimate` would need, from configurations alone."""
+    parser = _parser(
+        "plan --config FILE [--FIELD VALUE …] [--workers N] [--device_memory 80GiB]",
+        "What a run of `estimate` would need: modules, memory, disk, partitions, operations and "
+        "time. Reads the model's configuration, and neither weights nor data.",
+    )
+    parser.add_class_arguments(PlanConfig)
+    config = _parse_config(parser, PlanConfig, arguments)
+    from ekfac_dist.report.summary import plan_table
+    from ekfac_dist.stages.plan import make_plan
+
+    print(plan_table(make_plan(config)), flush=True)
+    return 0
 
 
 def query(arguments: list[str]) -> int:
@@ -140,10 +161,11 @@ def _work(
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         config = _parse_config(parser, config_class, arguments)  # before the heavy imports
     from ekfac_dist.report.summary import opening_lines
+    from ekfac_dist.runtime.heartbeat import heartbeat
     from ekfac_dist.runtime.processes import World
 
     world = World.start()
-    with _reporting(world):
+    with heartbeat(world), _reporting(world):
         with world.agree():
             if world.size > 1:
                 config = _parse_config(parser, config_class, arguments)
@@ -226,13 +248,14 @@ def _say(world: "World", line: str) -> None:
         print(line, flush=True)
 
 
-def _say_error(message: str) -> None:
-    print(f"ekfac-dist: error: {message}", file=sys.stderr, flush=True)
+def _say_error(error: Exception, who: str = "") -> None:
+    kind = "" if status_of(error) == Preempted.status else "error: "
+    print(f"ekfac-dist: {kind}{who}{error}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def _reporting(world: "World") -> Iterator[None]:
-    """Says a failure once, whichever of the workers it came from, and ends with status 2 or 1."""
+    """Says a failure once, whichever of the workers it came from, and ends with its status."""
     from ekfac_dist.runtime.processes import was_agreed
 
     try:
@@ -240,20 +263,20 @@ def _reporting(world: "World") -> Iterator[None]:
     except Exception as error:
         if world.size == 1:
             raise
-        mendable = isinstance(error, UserError) and error.mendable
+        status = status_of(error)
         is_defect = not isinstance(error, UserError)
         agreed = was_agreed(error)
         if is_defect:
             print(f"ekfac-dist: {world.who} failed:", file=sys.stderr)
             traceback.print_exc()
-        elif agreed and mendable and world.is_main:
-            _say_error(str(error))
+        elif agreed and status != DEFECT and world.is_main:
+            _say_error(error)
         if agreed:
             with suppress(UserError):  # a worker may have been lost since
                 world.barrier()  # nobody leaves before it is said
         elif world.announce_failure(error) and not is_defect:
-            _say_error(f"{world.who}: {error}")
-        _leave(2 if mendable else 1)
+            _say_error(error, f"{world.who}: ")
+        _leave(status)
 
 
 def _leave(status: int) -> NoReturn:

@@ -7,6 +7,7 @@ cannot be meant; types are checked by the command line's parser.
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
@@ -134,7 +135,8 @@ class FactorsConfig:
         refit: How the eigenvalues are corrected: per_sequence, per_token, or none (K-FAC).
         accumulate: Precision of every running sum, float32 or float64.
         eigen: Who decomposes the factors: rank0 alone, or every worker its share (sharded).
-        partitions: How many groups of modules, one pair of passes each; auto: one group.
+        partitions: How many groups of modules, one pair of passes each; auto: the fewest that fit
+            into the workers' memory.
         blocks: Diagonal blocks of a factor: 1.
         keep_covariance: Store the raw covariance sums; they double the disk.
     """
@@ -174,6 +176,8 @@ class EstimateConfig:
         data: Which text.
         factors: What is fitted.
         batch_tokens: Token budget of a batch, per worker and step, padding included.
+        save_minutes: How often each worker saves the state of a pass; 0: after every step; null:
+            never.
         output: Directory of the factor store.
     """
 
@@ -181,12 +185,23 @@ class EstimateConfig:
     data: DataConfig = field(default_factory=DataConfig)
     factors: FactorsConfig = field(default_factory=FactorsConfig)
     batch_tokens: int = 4096
+    save_minutes: float | None = 10.0
     output: str | None = None
 
     def __post_init__(self) -> None:
-        require_positive("batch_tokens", self.batch_tokens)
+        self._check()
         names = {"model.name": self.model.name, "data.source": self.data.source}
         _require_given({**names, "output": self.output})
+
+    def _check(self) -> None:
+        require_positive("batch_tokens", self.batch_tokens)
+        minutes = self.save_minutes
+        if minutes is not None and not (
+            isinstance(minutes, (int, float)) and 0 <= minutes < math.inf
+        ):
+            raise ConfigError(
+                f"save_minutes is {minutes!r}; it must be a finite number of 0 or more, or null."
+            )
         # A shell expands ~ only where it sees it: not in a YAML file, nor behind --output=.
         self.model.name = os.path.expanduser(self.model.name or "")
         self.data.source = os.path.expanduser(self.data.source or "")
@@ -195,6 +210,48 @@ class EstimateConfig:
     def as_dict(self) -> dict[str, Any]:
         """The whole configuration as plain nested dictionaries."""
         return dataclasses.asdict(self)
+
+
+@dataclass(kw_only=True)
+class PlanConfig(EstimateConfig):
+    """What `plan` looks into: a run of `estimate`, and what it would have.
+
+    Args:
+        workers: How many workers; null: one for each GPU here, or one.
+        device_memory: Of each worker's device, such as 80GiB; null: what is free here.
+        sequences: How many sequences there are; null: data.max_sequences, or 1000.
+        gflops: Speed of each worker at products of float32 matrices, in GFLOP/s; null: measured
+            here.
+    """
+
+    workers: int | None = None
+    device_memory: str | None = None
+    sequences: int | None = None
+    gflops: float | None = None
+
+    def __post_init__(self) -> None:
+        self._check()
+        _require_given({"model.name": self.model.name})
+        for name in ("workers", "sequences"):
+            if getattr(self, name) is not None:
+                require_positive(name, getattr(self, name))
+        if self.gflops is not None and not 0 < self.gflops < math.inf:
+            raise ConfigError(f"gflops is {self.gflops!r}; it must be a finite number above 0.")
+        self.memory_bytes  # noqa: B018 - refused now, if it is to be
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`device_memory` as a number."""
+        if self.device_memory is None:
+            return None
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?) *([kMGT]?)(i?)B?", self.device_memory.strip())
+        if not found or not float(found[1]):
+            raise ConfigError(
+                f"device_memory is {self.device_memory!r}; give a number above 0 and its unit, "
+                "such as 80GiB or 24GB."
+            )
+        number, unit, binary = found.groups()
+        return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(unit or " "))
 
 
 @dataclass(kw_only=True)

@@ -1,15 +1,22 @@
 """Every error that a user can cause or mend, each raised with one whole sentence.
 
 A message says what was wrong, what was given and what would do. The command line prints it without
-a traceback and exits with status 2. Anything that is not a `UserError` is a defect of this package
-and keeps its traceback.
+a traceback and exits with the error's status. Anything that is not a `UserError` is a defect of
+this package and keeps its traceback.
 """
+
+MENDABLE = 2
+DEFECT = 1
 
 
 class UserError(Exception):
-    """A fault that the user can mend; its text is a sentence meant for them."""
+    """A fault that the user can mend; its text is a sentence meant for them.
 
-    mendable = True
+    Attributes:
+        status: The exit status of a program that it ends.
+    """
+
+    status = MENDABLE
 
 
 class ConfigError(UserError, ValueError):
@@ -49,13 +56,23 @@ class PeerError(UserError):
 
     Args:
         message: Which worker, and the cause where it is known.
-        mendable: Whether the cause is one that the user can mend; not so for a defect or a worker
-            that was lost.
+        status: The cause's; 1 for a defect or a worker that was lost.
     """
 
-    def __init__(self, message: str, *, mendable: bool = False) -> None:
+    def __init__(self, message: str, *, status: int = DEFECT) -> None:
         super().__init__(message)
-        self.mendable = mendable
+        self.status = status
+
+
+class Preempted(UserError):
+    """A run that SIGTERM ended, after what it had done was stored; it can go on."""
+
+    status = 128 + 15
+
+
+def status_of(error: BaseException) -> int:
+    """The exit status of a program that an error ends."""
+    return error.status if isinstance(error, UserError) else DEFECT
 
 
 def first_line(error: BaseException) -> str:

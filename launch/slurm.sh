@@ -5,15 +5,20 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=12:00:00
+#SBATCH --requeue
+#SBATCH --signal=TERM@120
 #SBATCH --output=%x-%j.log
 #
-# Fits factors on several nodes: one launcher per node, one worker per GPU.
+# Fits factors on several nodes: one launcher per node, one worker per GPU. Two minutes before its
+# time is over, or when it is preempted, the run stores its state; the job is queued again, and then
+# goes on from there. The output directory must be one that all nodes see.
 #
 #   sbatch [--nodes N …] launch/slurm.sh CONFIG.yaml [--FIELD VALUE …]
 #
 # Submit it from the repository's root, or set EKFAC_DIST_ROOT. Also from the environment:
 #   ACCELERATE_CONFIG   the launcher's configuration; launch/accelerate/multi_node.yaml
 #   WORKERS_PER_NODE    the number of GPUs that SLURM gives on a node
+#   MAX_RESTARTS        how often it is queued again; 100
 #   MASTER_PORT         of the first node; by the job's number, so that jobs do not meet
 set -euo pipefail
 
@@ -26,6 +31,16 @@ fi
 cd "${EKFAC_DIST_ROOT:-$SLURM_SUBMIT_DIR}"
 if [[ -d .venv ]]; then
   PATH="$PWD/.venv/bin:$PATH"
+fi
+
+restarts="${SLURM_RESTART_COUNT:-0}"
+if [[ $restarts -gt 0 ]]; then
+  # What was asked to be overwritten was, when the job first began.
+  arguments=()
+  for argument in "$@"; do
+    [[ "$argument" == --overwrite ]] || arguments+=("$argument")
+  done
+  set -- "${arguments[@]}"
 fi
 
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -43,11 +58,19 @@ launcher=(
 echo "$num_nodes nodes (${hosts[*]}), $workers_per_node workers on each"
 
 export HF_HUB_DISABLE_TELEMETRY=1
+# Seconds that workers have for saving their states, of the 120 that SLURM gives.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}"
 # srun does not hand on --cpus-per-task by itself.
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 # A node's number is known only there, so the node's own shell puts it in.
 # shellcheck disable=SC2016
+status=0
 srun --nodes="$num_nodes" --ntasks="$num_nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \
   bash -c 'launcher=("${@:2:$1}"); shift "$(($1 + 1))"
     exec "${launcher[@]}" --machine_rank "$SLURM_NODEID" estimate --config "$@"' \
-  node "${#launcher[@]}" "${launcher[@]}" "$@"
+  node "${#launcher[@]}" "${launcher[@]}" "$@" || status=$?
+if [[ $status -eq 143 && $restarts -lt "${MAX_RESTARTS:-100}" ]]; then
+  echo "ended by SIGTERM with its state stored; the job is queued again"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -182,6 +182,18 @@ def test_slurms_settings_can_be_given_in_the_environment(slurm):
     assert "<--main_process_port><29511>" in done.stdout
 
 
+@pytest.mark.parametrize(("status", "requeued"), [(0, False), (1, False), (2, False), (143, True)])
+def test_slurm_queues_a_preempted_run_again(slurm, tmp_path, status, requeued):
+    (tmp_path / "ekfac-dist").write_text(f"#!/usr/bin/env bash\nexit {status}\n")
+    stub = tmp_path / "scontrol"
+    stub.write_text(f'{stub.read_text()}echo; echo "scontrol $*"\n')
+    srun = tmp_path / "srun"
+    srun.write_text(srun.read_text().replace('"$@"; done', '"$@" || exit $?; done'))
+    done = run_slurm(slurm, "config.yaml")
+    assert done.returncode == status
+    assert ("scontrol requeue 31234567" in done.stdout) == requeued
+
+
 def test_slurm_without_a_configuration_says_how_it_is_used(slurm):
     done = run_slurm(slurm)
     assert done.returncode == 2

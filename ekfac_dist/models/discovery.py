@@ -109,7 +109,20 @@ def discover(
             next token, but the model sees it.
     """
     probe = few_tokens(model, device) if probe is None else probe
-    traced = _traced(model, task, probe)
+    return discovered(model, globs, _traced(model, task, probe), probe)
+
+
+def discovered(
+    model: nn.Module, globs: Sequence[str] | None, traced: Trace, probe: Batch
+) -> Discovery:
+    """The modules to track, given what a forward showed; see `discover`.
+
+    Args:
+        model: The model.
+        globs: Patterns of module names; None for every MLP linear.
+        traced: What a forward showed.
+        probe: What was run through the model for it.
+    """
     anatomy = Anatomy(model, traced.mixing, traced.pointwise)
     mlp = _mlp_parameters(model, anatomy)
     candidates = candidates_of(model)

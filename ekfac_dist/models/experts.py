@@ -7,7 +7,7 @@ expert's input and output to whoever listens; the result is the same sum.
     experts.3.gate_up_proj      the 3rd expert's part of experts.gate_up_proj, as a module
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -91,17 +91,29 @@ def listening(listeners: Mapping[nn.Module, Listener]) -> Iterator[None]:
     Args:
         listeners: Who listens, by collection.
     """
-    configs: dict[int, Any] = {id(experts.config): experts.config for experts in listeners}
-    before = {key: config._experts_implementation for key, config in configs.items()}
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
+    with experts_computed_by(IMPLEMENTATION, listeners):
+        try:
+            _LISTENERS.update(listeners)
+            yield
+        finally:
+            for experts in listeners:
+                _LISTENERS.pop(experts, None)
+
+
+@contextmanager
+def experts_computed_by(implementation: str, collections: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it collections of experts compute by an implementation of the registry."""
+    configs: dict[int, Any] = {}
+    for experts in collections:
+        config: Any = experts.config
+        configs[id(config)] = config
+    before = {key: config._experts_implementation for key, config in configs.items()}
     try:
         for config in configs.values():
-            config._experts_implementation = IMPLEMENTATION
-        _LISTENERS.update(listeners)
+            config._experts_implementation = implementation
         yield
     finally:
-        for experts in listeners:
-            _LISTENERS.pop(experts, None)
         for key, config in configs.items():
             config._experts_implementation = before[key]
 

@@ -2,9 +2,10 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ekfac_dist.models.adapters import adapted_weights
 from ekfac_dist.models.modules import TrackedModule, tensors_of
@@ -24,12 +25,23 @@ def fingerprint(
     for module in modules:
         own = ((name.rpartition(".")[2], tensor) for name, tensor in tensors_of(model, module))
         for kind, tensor in (*own, *adapted_weights(model, module.name)):
-            held = tensor.to(dtype=dtype)
-            label = f"{module.name}.{kind}|{held.dtype}|{tuple(held.shape)}|"
-            digest.update(label.encode())
-            content = held.cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(content.numpy().data)
+            _add(digest, f"{module.name}.{kind}", tensor.to(dtype=dtype))
     return digest.hexdigest()
+
+
+def whole_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over all of a model's parameters and buffers; what is kept elsewhere by its shape."""
+    digest = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        held = tensor.detach()
+        _add(digest, name, torch.empty(0, *held.shape) if held.is_meta else held)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+    content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+    digest.update(content.numpy().data)
 
 
 def narrower_fingerprints(model: nn.Module, modules: Sequence[TrackedModule]) -> dict[str, str]:

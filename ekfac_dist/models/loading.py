@@ -36,7 +36,7 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
         ModelError: It cannot be found or read, is no causal language model, has only pickled
             weights, or lacks weights of its own.
     """
-    name, settings = _check_settings(config)
+    name, settings = load_settings(config)
     dtype: Any = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     quantised = config.quantization or getattr(settings, "quantization_config", None)
     place: dict[str, Any] = {"device_map": {"": str(device)}} if quantised else {}
@@ -98,7 +98,7 @@ def load_tokenizer(config: ModelConfig) -> tuple[Any, str]:
         ModelError: There is no such causal language model, or it has no tokenizer that can be
             loaded.
     """
-    name, _ = _check_settings(config)  # here already, before a long text is tokenised for nothing
+    name, _ = load_settings(config)  # here already, before a long text is tokenised for nothing
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **_origin(config))
     except _LOAD_ERRORS as error:
@@ -134,16 +134,23 @@ def _origin(config: ModelConfig) -> dict[str, Any]:
     return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
 
 
-def _check_settings(config: ModelConfig) -> tuple[str, Any]:
+def load_settings(config: ModelConfig, *, with_weights: bool = True) -> tuple[str, Any]:
     """Refuses what is no causal language model, as far as can be told without its weights.
+
+    Args:
+        config: Which model.
+        with_weights: Whether a directory without safetensors weights is refused too.
 
     Returns:
         The model's name, and its configuration.
+
+    Raises:
+        ModelError: It is refused, or not found.
     """
     assert config.name is not None
     name = config.name
     _hush_transformers()
-    _check_directory(name)
+    _check_directory(name, with_weights)
     try:
         settings = AutoConfig.from_pretrained(name, **_origin(config))
     except _LOAD_ERRORS as error:
@@ -157,7 +164,7 @@ def _check_settings(config: ModelConfig) -> tuple[str, Any]:
     return name, settings
 
 
-def _check_directory(name: str) -> None:
+def _check_directory(name: str, with_weights: bool) -> None:
     path = Path(name)
     if path.is_file():
         raise ModelError(f"model.name is the file {name}; give the directory that it is in.")
@@ -173,7 +180,7 @@ def _check_directory(name: str) -> None:
             f"{name} is a directory without a config.json; give the directory of a saved Hugging "
             "Face model."
         )
-    if not any(path.glob("*.safetensors")):
+    if with_weights and not any(path.glob("*.safetensors")):
         pickled = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
         if pickled:
             raise ModelError(

@@ -230,11 +230,18 @@ def only_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor's numbers are, or would be."""
+    if tensor.is_meta:
+        return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
+    return tensor.data_ptr(), 0
+
+
 def same_tensor(one: tuple[Tensor, int], other: tuple[Tensor, int]) -> bool:
     """Whether two (tensor, version) pairs are the same values in the same memory."""
     (a, a_version), (b, b_version) = one, other
     return a is b or (
-        a.data_ptr() == b.data_ptr()
+        _place(a) == _place(b)
         and a.shape == b.shape
         and a.stride() == b.stride()
         and a.dtype == b.dtype

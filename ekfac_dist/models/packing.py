@@ -42,7 +42,7 @@ _PACKABLE = {"sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_
 @contextmanager
 def attending_within(model: nn.Module, batch: Batch) -> Iterator[None]:
     """Within it, the sequences of a packed batch do not see each other."""
-    configs = _attention_configs(model) if batch.packed is not None else []
+    configs = attention_configs(model) if batch.packed is not None else []
     before = [config._attn_implementation for config in configs]
     if configs:
         ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _forward)
@@ -75,7 +75,7 @@ def can_pack(
         device: The model's.
         batch_tokens: Of the passes' batches.
     """
-    implementations = {config._attn_implementation for config in _attention_configs(model)}
+    implementations = {config._attn_implementation for config in attention_configs(model)}
     if len(implementations) != 1 or not implementations <= _PACKABLE:
         return False
     lengths = sequences.num_positions
@@ -107,7 +107,7 @@ def _is_same(
     return bool((together - alone).norm() <= allowed.minimum(rounding * alone.norm()))
 
 
-def _attention_configs(model: nn.Module) -> list[Any]:
+def attention_configs(model: nn.Module) -> list[Any]:
     """The configurations that a model's modules choose their attention by."""
     found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     return [c for c in found.values() if getattr(c, "_attn_implementation", None) is not None]

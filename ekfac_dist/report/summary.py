@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from ekfac_dist.models.discovery import Discovery
 from ekfac_dist.report.tables import table
 from ekfac_dist.runtime.memory import as_text
+from ekfac_dist.runtime.progress import clock
 from ekfac_dist.runtime.store import StoreReader
+from ekfac_dist.stages.plan import Plan
 from ekfac_dist.stages.record import Summary, coverage_line
 
 
@@ -44,6 +46,78 @@ def modules_table(discovery: Discovery) -> str:
     ]
     lines += [f"not tracked   {name}: {why}" for name, why in discovery.coverage.skipped.items()]
     return "\n".join(lines)
+
+
+def plan_table(plan: Plan) -> str:
+    """What a run would need, and whether it can be had.
+
+    Args:
+        plan: The plan.
+    """
+    many = f"{plan.workers} workers, " if plan.workers > 1 else ""
+    coverage = plan.discovery.coverage
+    lines = [
+        f"model         {plan.model}, {coverage.model_parameters:,} parameters",
+        f"tracked       {coverage_line(plan.discovery)}",
+        *(f"not tracked   {name}: {why}" for name, why in coverage.skipped.items()),
+        f"workers       {many}{as_text(plan.free_bytes)} of memory each ({plan.device})",
+        f"partitions    {len(plan.groups)}, a pair of passes each"
+        + (", the fewest that fit" if plan.is_chosen and plan.fits else ""),
+        f"data          {plan.num_sequences:,} sequences of {plan.num_tokens} tokens, in steps of "
+        f"{plan.step_tokens}",
+        "",
+    ]
+    memory = plan.memory
+    parts = {
+        "program": memory.process,
+        "weights": memory.weights,
+        "step: activations, logits, rows": memory.step,
+        "covariance sums": memory.covariance,
+        "eigenvectors": memory.bases,
+        "sums of the refit": memory.spectra,
+        "workspace of a decomposition": memory.workspace,
+    }
+    rows = [[name, as_text(size)] for name, size in parts.items()]
+    rows += [[f"at once, {stage}", as_text(size)] for stage, size in memory.passes.items()]
+    lines += [table(["memory of a worker", "bytes"], rows), ""]
+    disk = plan.disk
+    sizes = {"store": disk.store, "sums that do not stay": disk.sums, "saved states": disk.states}
+    rows = [[name, as_text(size)] for name, size in sizes.items() if size]
+    lines += [table(["disk", "bytes"], [*rows, ["the most at a time", as_text(disk.peak)]]), ""]
+    done = {
+        "covariance": plan.work.covariance,
+        "eigenbasis": plan.work.eigenbasis,
+        "refit": plan.work.refit,
+    }
+    took = plan.seconds
+    rows = [
+        [stage, f"{operations / 1e12:,.1f}", "" if took is None else clock(took[stage])]
+        for stage, operations in done.items()
+    ]
+    lines += [table(["stage", "10¹² operations", "time"], rows)]
+    if took is None or plan.rate is None:
+        lines.append("Give the workers' speed, --gflops, for the time.")
+    else:
+        lines.append(
+            f"At {plan.rate / 1e9:,.0f} GFLOP/s of each worker; {clock(sum(took.values()))} in all."
+        )
+    lines += ["", _verdict(plan)]
+    return "\n".join(lines)
+
+
+def _verdict(plan: Plan) -> str:
+    needed, free = as_text(plan.memory.peak), as_text(plan.free_bytes)
+    if not plan.fits:
+        return (
+            f"It does not fit: a worker needs {needed} and has {free}. Use more partitions, "
+            "smaller batch_tokens, a narrower model.dtype, or larger devices."
+        )
+    if plan.fits_on_disk is False:
+        return (
+            f"It fits the workers, but not the disk: {as_text(plan.disk.peak)} are needed, and "
+            f"{as_text(plan.free_disk_bytes or 0)} are free."
+        )
+    return f"It fits: a worker needs {needed} and has {free}."
 
 
 def closing_table(summary: Summary, output: str) -> str:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 
-from ekfac_dist.errors import ConfigError
+from ekfac_dist.errors import MENDABLE, ConfigError, Preempted
 
 _COMMANDS = ("estimate", "query")
 
@@ -26,8 +26,8 @@ def launch_workers(arguments: Sequence[str]) -> int:
         arguments: The launcher's own options, then the command and its options.
 
     Returns:
-        0, or the exit status of the first worker that failed: 2 where it has said why, 1 for any
-        other; 128 + N if signal N ended the launcher.
+        0, or the exit status of the first worker that failed: 2 where it has said why, 143 where
+        SIGTERM ended it, 1 for any other; 128 + N if signal N ended the launcher.
 
     Raises:
         ConfigError: There is no command to run, or the launcher refuses its options.
@@ -68,8 +68,8 @@ def launch_workers(arguments: Sequence[str]) -> int:
         rank, failure = min(
             error.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp)
         )
-        if failure.exitcode == 2:
-            return 2
+        if failure.exitcode in (MENDABLE, Preempted.status):
+            return failure.exitcode
         cause = f"ended with status {failure.exitcode}"
         if failure.exitcode < 0:
             cause = f"was ended by {failure.signal_name()}"

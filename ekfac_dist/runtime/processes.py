@@ -28,7 +28,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
-from ekfac_dist.errors import LaunchError, PeerError, UserError, first_line
+from ekfac_dist.errors import DEFECT, LaunchError, PeerError, UserError, first_line, status_of
 
 T = TypeVar("T")
 
@@ -211,7 +211,7 @@ class World:
                 self.announce_failure(error)  # who is in a long block need not finish it
         own = None
         if error is not None and not isinstance(error, PeerError):
-            own = (type(error).__name__, str(error), isinstance(error, UserError))
+            own = (type(error).__name__, str(error), status_of(error))
         reports = self.gather((takes_part, own))
         failed = [rank for rank, (_, told) in enumerate(reports) if told is not None]
         if not failed:
@@ -221,14 +221,15 @@ class World:
         self._failure_key += "+"  # what was announced has been told
         first = reports[failed[0]][1]
         assert first is not None
-        kind, message, mendable = first
+        kind, message, status = first
         alike = {told for took_part, told in reports if took_part} == {first}
-        if not mendable:
+        is_defect = status == DEFECT
+        if is_defect:
             message = f"{kind}: {message}"
-        if not alike or not mendable:
+        if not alike or is_defect:
             message = f"worker {failed[0]} of {self.size}: {message}"
         if error is None or own is None:
-            shown: Exception = PeerError(message, mendable=mendable)
+            shown: Exception = PeerError(message, status=status)
         elif isinstance(error, UserError):
             shown = type(error)(message)
         else:
@@ -282,21 +283,35 @@ class World:
 
     # -- failures of one worker alone -------------------------------------------------------------
 
-    def announce_failure(self, error: BaseException) -> bool:
-        """Tells the others that this worker has failed; True if none had said so before."""
+    @property
+    def failure_key(self) -> str:
+        """What a failure is announced under in the key-value store."""
+        return self._failure_key
+
+    def announce_failure(self, error: BaseException, store: Any = None) -> bool:
+        """Tells the others that this worker has failed; True if none had said so before.
+
+        Args:
+            error: Why.
+            store: A client of the key-value store; None: the main thread's.
+        """
         if self.size == 1:
             return True
-        message, mendable = str(error), isinstance(error, UserError) and error.mendable
+        message = str(error)
         if not isinstance(error, UserError):
             message = f"{type(error).__name__}: {message}"
         try:
-            store = _default_store()
+            store = _default_store() if store is None else store
             first = store.add(self._failure_key + "/number", 1) == 1
             if first:
-                store.set(self._failure_key, json.dumps([self.rank, message, mendable]))
+                store.set(self._failure_key, json.dumps([self.rank, message, status_of(error)]))
         except RuntimeError:
             return True  # the key-value store has gone with its worker, and said nothing
         return first
+
+    def key_value_store(self) -> Any:
+        """A client of the process group's key-value store, for another thread than the main one."""
+        return _default_store().clone()
 
     def check_peers(self) -> None:
         """Raises `PeerError` if another worker has announced its failure; looks once a second."""
@@ -310,8 +325,8 @@ class World:
     def _raise_if_announced(self) -> None:
         store = _default_store()
         if store.check([self._failure_key]):
-            rank, message, mendable = json.loads(store.get(self._failure_key))
-            raise PeerError(f"worker {rank} of {self.size}: {message}", mendable=mendable)
+            rank, message, status = json.loads(store.get(self._failure_key))
+            raise PeerError(f"worker {rank} of {self.size}: {message}", status=status)
 
     @contextmanager
     def _collective(self) -> Iterator[None]:

@@ -19,7 +19,8 @@ def _rate(per_second: float) -> str:
     return f"{per_second / 1000:.1f}k" if per_second >= 10_000 else f"{per_second:.1f}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A number of seconds for people: 1:02:03."""
     return str(timedelta(seconds=round(seconds)))
 
 
@@ -102,9 +103,9 @@ class Progress:
             parts.append(f"{_rate(scale * self.done / seconds)} {self.unit}/s")
         if 0 < self.done < self.total:
             left = seconds * (self.total - self.done) / self.done
-            parts.append(f"{_clock(left)} left")
+            parts.append(f"{clock(left)} left")
         else:
-            parts.append(_clock(seconds))
+            parts.append(clock(seconds))
         return ", ".join(parts)
 
     def _print(self, now: float) -> None:

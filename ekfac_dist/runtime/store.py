@@ -10,9 +10,11 @@ them are in place. This module has the names and the reading, `store_writer` the
 names, bytes and tensors; they know no mathematics.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -26,6 +28,7 @@ from ekfac_dist.runtime.files import file_sha256
 FORMAT = "ekfac_dist/1"
 MANIFEST = "manifest.json"
 FOLDERS = ("covariance", "eigenbasis", "spectrum")
+STATE = "state"
 MANIFEST_KEYS = (
     "model",
     "data",
@@ -37,6 +40,7 @@ MANIFEST_KEYS = (
     "software",
     "config",
 )
+CHECKSUM = "checksum"
 MEND = "Copy the store again, or fit the factors again."
 
 
@@ -61,24 +65,105 @@ def stored_files(store: Path) -> list[str]:
     return sorted(str(path.relative_to(store)) for path in found)
 
 
+@dataclass(frozen=True)
+class Found:
+    """What an earlier start of the same run has left.
+
+    Attributes:
+        files: Files that are in place and whole, as paths inside the store.
+        records: What its stages came to, by their names.
+        run: By what the run is known again.
+    """
+
+    files: frozenset[str] = frozenset()
+    records: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    run: str = ""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a stage will have on the disk.
+
+    Attributes:
+        stage: What the stage is called.
+        results: Bytes of all that it writes.
+        files: What that is; some of it may be in place.
+        states: Bytes of the workers' saved states, at their most.
+        folder: Where in the folder of states those are.
+    """
+
+    stage: str
+    results: int
+    files: Iterable[str]
+    states: int
+    folder: str
+
+
 class FactorSink(Protocol):
     """Where a run puts its factors: a directory, memory, or (on other workers) nowhere."""
+
+    @property
+    def found(self) -> Found:
+        """What was there already when the run started, the same on every worker."""
 
     def write(
         self, file: str, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
     ) -> None:
         """Takes one file's tensors."""
 
+    def require_room(self, room: Room) -> None:
+        """Refuses a stage that the disk has no room for.
+
+        Raises:
+            OutputError: There is no room.
+        """
+
+    def digest(self, files: Iterable[str]) -> str:
+        """By what the content of some files is known again; "" on other workers than worker 0."""
+
+    def read(self, file: str, key: str) -> Tensor:
+        """One tensor of a file that is there; on worker 0 only."""
+
+    def remove(self, file: str) -> None:
+        """Gives up a file."""
+
+    def record(self, stage: str, content: Mapping[str, Any]) -> None:
+        """Takes what a stage came to."""
+
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Takes the manifest; the store is complete."""
 
 
 class NoStore:
-    """Where a worker's factors go when another worker writes the store."""
+    """Where a worker's factors go when another worker writes the store.
+
+    Args:
+        found: What that worker found there.
+    """
+
+    def __init__(self, found: Found | None = None) -> None:
+        self.found = found or Found()
 
     def write(
         self, file: str, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
     ) -> None:
+        """Does nothing."""
+
+    def require_room(self, room: Room) -> None:
+        """Does nothing."""
+
+    def digest(self, files: Iterable[str]) -> str:
+        """Nothing: worker 0 knows."""
+        return ""
+
+    def read(self, file: str, key: str) -> Tensor:
+        """Fails: the other worker reads."""
+        raise NotImplementedError(f"{file} is worker 0's to read")
+
+    def remove(self, file: str) -> None:
+        """Does nothing."""
+
+    def record(self, stage: str, content: Mapping[str, Any]) -> None:
         """Does nothing."""
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
@@ -103,6 +188,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise StoreError(f"{path / MANIFEST} is no JSON object.")
     return manifest
+
+
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of what a manifest says, but for its own checksum, however it is laid out."""
+    said = {key: value for key, value in manifest.items() if key != CHECKSUM}
+    text = json.dumps(said, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class StoreReader:
@@ -150,6 +242,12 @@ class StoreReader:
                     f"{self.path / MANIFEST} lists {file!r} as {listed!r}; it must list files in "
                     f"{', '.join(FOLDERS)}, each with its bytes and sha256. {MEND}"
                 )
+        # A store of an earlier version has none.
+        if self.manifest.get(CHECKSUM, "") not in ("", manifest_checksum(self.manifest)):
+            raise StoreError(
+                f"{self.path / MANIFEST} is damaged: what it says has changed since it was "
+                f"written. {MEND}"
+            )
 
     @contextmanager
     def open(self, file: str) -> Iterator[Any]:
@@ -270,6 +368,8 @@ def _is_listing(file: str, listed: object) -> bool:
 class MemoryStore:
     """A store that is kept in memory: written and read like one on disk."""
 
+    found = Found()
+
     def __init__(self) -> None:
         self.manifest: dict[str, Any] = {}
         self._tensors: dict[str, dict[str, Tensor]] = {}
@@ -281,6 +381,25 @@ class MemoryStore:
         """Keeps one file's tensors, on the CPU."""
         self._tensors[file] = {name: t.detach().cpu().clone() for name, t in tensors.items()}
         self._headers[file] = dict(header or {})
+
+    def require_room(self, room: Room) -> None:
+        """Does nothing: memory is planned for elsewhere."""
+
+    def digest(self, files: Iterable[str]) -> str:
+        """Nothing: no run goes on from here."""
+        return ""
+
+    def read(self, file: str, key: str) -> Tensor:
+        """One tensor of one file."""
+        return self._tensors[file][key]
+
+    def remove(self, file: str) -> None:
+        """Gives up one file, if it is there."""
+        self._tensors.pop(file, None)
+        self._headers.pop(file, None)
+
+    def record(self, stage: str, content: Mapping[str, Any]) -> None:
+        """Does nothing: the run ends with the process."""
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Keeps the manifest."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ekfac_dist.curvature.costs import block_rows
 from ekfac_dist.curvature.covariance import add_outer_products_, mirror_
 from ekfac_dist.data.batches import Positions
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
@@ -42,6 +43,16 @@ class CovarianceSums:
         """Adds a batch's output-gradients to the module's output factor."""
         add_outer_products_(self.sums[module.output], rows_MO, bias=False)
         self.counts[module.output] += rows_MO.shape[0]
+
+    def pieces(self) -> dict[str, Tensor]:
+        """Views of the block rows that are summed, which hold little more than lower triangles."""
+        found = {}
+        for name, total in self.sums.items():
+            size = total.shape[0]
+            for start in range(0, size, block_rows(size)):
+                end = min(start + block_rows(size), size)
+                found[f"{name}/{start}"] = total[start:end, :end]
+        return found
 
     def keep(self, modules: Sequence[TrackedModule]) -> None:
         """Gives up the sums of all other modules."""

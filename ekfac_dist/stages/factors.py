@@ -194,7 +194,11 @@ class Factors:
         """
         if not isinstance(self._source, MemoryStore):
             raise StoreError("These factors are on disk already; copy their directory instead.")
-        self._source.copy_to(StoreWriter(path, self.manifest["config"]))
+        writer = StoreWriter(path, self.manifest["config"])
+        try:
+            self._source.copy_to(writer)
+        finally:
+            writer.close()
 
     def _at(self, name: str, gradient: Tensor) -> tuple[ModuleFactors, Tensor]:
         """A module's factors and a gradient, in one dtype on the gradient's device."""

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from ekfac_dist.data.batches import Batch, Rows
 from ekfac_dist.data.examples import Examples
-from ekfac_dist.errors import NonFiniteError
+from ekfac_dist.errors import NonFiniteError, Preempted, UserError
 from ekfac_dist.models.capture import Capture, Observer
+from ekfac_dist.models.holding import Step, keeping
 from ekfac_dist.models.labels import LabelRule
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.models.tasks import CAUSAL_LM, Task
 from ekfac_dist.runtime.ahead import ahead
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
+from ekfac_dist.stages.checkpoints import PassState
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,13 @@ class Work:
         """Some sequences as a batch on the worker's device."""
         return self.sequences.batch(numbers).to(self.world.device)
 
-    def batches(self) -> Iterator[tuple[Sequence[int], Batch]]:
-        """This worker's batches with their sequences' numbers, made ahead of the device's work.
+    def batches(self, shard: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], Batch]]:
+        """Batches with their sequences' numbers, made ahead of the device's work.
 
         They are sent to the device from here, on the stream that the model computes on.
         """
-        made = ahead(self.sequences.batch, self.shard)
-        for numbers, batch in zip(self.shard, made, strict=True):
+        made = ahead(self.sequences.batch, shard)
+        for numbers, batch in zip(shard, made, strict=True):
             yield numbers, batch.to(self.world.device)
 
 
@@ -74,6 +76,33 @@ class PassResult:
     seconds: float
     loss: float
     num_labels: int
+
+
+class _Nobody:
+    """Does nothing with what passes through."""
+
+    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Rows) -> None: ...
+
+    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Rows) -> None: ...
+
+
+def measured_step(work: Work, modules: Sequence[TrackedModule]) -> Step:
+    """What this worker's largest batch holds, by running it once; nothing where it has none.
+
+    Args:
+        work: Model, data and workers.
+        modules: All tracked modules.
+    """
+    if not work.shard:
+        return Step.nothing()
+    batch = work.batch(max(work.shard, key=lambda n: work.sequences.num_positions[n].sum()))
+    rule = LabelRule("data", 0, 0)
+    with (
+        keeping(work.model) as kept,
+        Capture(work.model, modules, _Nobody(), None, work.task) as capture,
+    ):
+        gradient = capture.run(batch, rule).gradient
+    return Step(kept.num_bytes, gradient.nbytes, gradient.dtype.itemsize)
 
 
 class SummingObserver(Observer, Protocol):
@@ -95,6 +124,7 @@ def run_pass(
     on_loss: Callable[[Batch, Tensor], None] | None = None,
     *,
     converted: bool = True,
+    state: PassState | None = None,
 ) -> PassResult:
     """Runs this worker's batches through the model and reduces what the observer summed.
 
@@ -107,44 +137,63 @@ def run_pass(
         on_loss: Called after each batch with −log p of each of its sequences [B], float64.
         converted: Whether the observer's rows are converted to the sums' dtype, or as the model
             has them.
+        state: What is left of the pass, and how it is saved; None: all of it, and not at all.
 
     Raises:
         NonFiniteError: NaN or infinity was met; the module and sequence are named where known.
         PeerError: Another worker failed.
+        Preempted: SIGTERM has come, and the state is saved.
+        OutputError: It cannot be saved.
     """
     world, dtype = work.world, work.dtype if converted else None
-    own_tokens = sum(int(work.sequences.num_positions[numbers].sum()) for numbers in work.shard)
+    state = state or PassState(work.shard)
+    own_tokens = sum(int(work.sequences.num_positions[numbers].sum()) for numbers in state.batches)
     all_tokens = int(work.sequences.num_positions.sum())
     start = time.perf_counter()
-    loss, num_labels = torch.zeros((), dtype=torch.float64, device=world.device), 0
+    loss = torch.full((), state.loss, dtype=torch.float64, device=world.device)
+    num_labels = state.num_labels
     progress = Progress(
         name,
         total=own_tokens,
         unit="tokens",
-        num_sequences=sum(map(len, work.shard)),
+        num_sequences=sum(map(len, state.batches)),
         whole=(all_tokens, len(work.sequences)),
         enabled=work.show_progress and world.is_main,
     )
-    with (
-        world.agree(),
-        Capture(work.model, modules, observer, dtype, work.task) as capture,
-        progress,
-    ):
-        watch = _Watch(world.device)
-        for numbers, batch in work.batches():
-            result = capture.run(batch, rule)
-            loss += result.loss
-            num_labels += result.num_labels
-            if on_loss is not None:
-                on_loss(batch, result.losses)
-            spoilt = watch.after(numbers, torch.isfinite(observer.health() + loss))
-            if spoilt is not None:
-                _raise_non_finite(name, work, modules, spoilt, rule)
-            progress.update(batch.num_positions, len(numbers))
-            world.check_peers()
-        spoilt = watch.last()
+    watch = _Watch(world.device)
+
+    def require_finite(spoilt: Sequence[int] | None) -> None:
         if spoilt is not None:
             _raise_non_finite(name, work, modules, spoilt, rule)
+
+    try:
+        with (
+            world.agree(),
+            Capture(work.model, modules, observer, dtype, work.task) as capture,
+            progress,
+        ):
+            for numbers, batch in work.batches(state.batches):
+                result = capture.run(batch, rule)
+                loss += result.loss
+                num_labels += result.num_labels
+                if on_loss is not None:
+                    on_loss(batch, result.losses)
+                require_finite(watch.after(numbers, torch.isfinite(observer.health() + loss)))
+                progress.update(batch.num_positions, len(numbers))
+                state.after_step()
+                if state.is_due():
+                    require_finite(watch.last())
+                    state.save(loss.item(), num_labels)
+                world.check_peers()
+            require_finite(watch.last())
+    except UserError as error:
+        # Another worker, or this one, was asked to end: what this one has done is not lost.
+        if error.status == Preempted.status and watch.last() is None:
+            state.leave(loss.item(), num_labels)
+        raise
+    with world.agree():
+        kept_loss, kept_labels = state.complete()
+    loss, num_labels = loss + kept_loss, num_labels + kept_labels
     observer.reduce(world)
     totals = torch.stack([loss, loss.new_tensor(num_labels)])
     world.all_reduce_([totals])

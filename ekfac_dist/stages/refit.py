@@ -29,6 +29,7 @@ class LambdaSums:
 
     Attributes:
         sums: Σ (Q_Sᵀ G_n Q_A)∘² [O, I] of each module.
+        counts: Nothing: what is summed is a mean over all sequences.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class LambdaSums:
             m.name: torch.zeros(m.num_outputs, m.input_size, dtype=dtype, device=device)
             for m in modules
         }
+        self.counts: dict[str, int] = {}
         self._bases = bases
         self._per_token = per_token
         self._readers: dict[str, list[TrackedModule]] = {}
@@ -94,6 +96,10 @@ class LambdaSums:
     def _rotates_input(self, factor: str, batch: Positions) -> bool:
         sizes = [module.num_outputs for module in self._readers[factor]]
         return self._per_token or rotates_input_rows(batch.num_positions, len(batch.lengths), sizes)
+
+    def pieces(self) -> dict[str, Tensor]:
+        """The running sums, by module."""
+        return self.sums
 
     def health(self) -> Tensor:
         """Σ of all sums: every square is in it."""

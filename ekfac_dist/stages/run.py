@@ -1,7 +1,7 @@
-"""The run that joins the stages: from a model and sequences to a store of factors."""
+"""What a fit begins with: model, sequences, and a store that takes its factors."""
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,13 @@ from torch import nn
 from ekfac_dist.config import DataConfig, EstimateConfig, FactorsConfig, ModelConfig
 from ekfac_dist.curvature.costs import step_tokens
 from ekfac_dist.curvature.eigenbasis import check_size
-from ekfac_dist.curvature.kronecker import kfac_lambda
-from ekfac_dist.data.batches import shard
 from ekfac_dist.data.examples import Examples, TaskExamples
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.models.capture import prepared
 from ekfac_dist.models.discovery import Discovery, discover
-from ekfac_dist.models.faults import NO_GRADIENT, NOT_ROUTED, is_routed
-from ekfac_dist.models.fingerprint import fingerprint, narrower_fingerprints
-from ekfac_dist.models.labels import COVARIANCE_PASS, REFIT_PASS, LabelRule
+from ekfac_dist.models.fingerprint import fingerprint, narrower_fingerprints, whole_fingerprint
 from ekfac_dist.models.loading import load_model, load_tokenizer
-from ekfac_dist.models.modules import TrackedModule, device_of
-from ekfac_dist.models.partition import partition
+from ekfac_dist.models.modules import device_of
 from ekfac_dist.models.tasks import (
     CAUSAL_LM,
     Task,
@@ -32,22 +27,16 @@ from ekfac_dist.models.tasks import (
     require_task,
     require_unpadded_losses,
 )
-from ekfac_dist.runtime.memory import peak_bytes
+from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.processes import World
-from ekfac_dist.runtime.store import (
-    FactorSink,
-    MemoryStore,
-    NoStore,
-    spectrum_file,
-)
-from ekfac_dist.runtime.store_writer import StoreWriter, check_output
-from ekfac_dist.stages.covariance import CovarianceSums
-from ekfac_dist.stages.eigenbasis import Basis, run_eigenbasis
+from ekfac_dist.runtime.progress import Progress
+from ekfac_dist.runtime.store import FactorSink, MemoryStore, NoStore
+from ekfac_dist.runtime.store_writer import StoreWriter, check_output, remove_store
+from ekfac_dist.stages.checkpoints import Checkpoints, SavedCheckpoints
 from ekfac_dist.stages.factors import Factors
+from ekfac_dist.stages.fit import fit
 from ekfac_dist.stages.loading import check_sequences, load_sequences, packed_where_exact
-from ekfac_dist.stages.passes import Work, run_pass
-from ekfac_dist.stages.record import Inputs, Summary, coverage_line, manifest, steps_line
-from ekfac_dist.stages.refit import LambdaSums
+from ekfac_dist.stages.record import Inputs, Summary, coverage_line, steps_line
 from ekfac_dist.stages.reload import load_factors
 
 
@@ -62,13 +51,16 @@ def find_modules(config: EstimateConfig, world: World) -> Discovery:
         return discover(model, config.model.modules, world.device)
 
 
-def run_estimate(config: EstimateConfig, world: World, say: Any = print) -> Summary:
-    """Fits and stores factors as configured.
+def run_estimate(
+    config: EstimateConfig, world: World, say: Any = print, *, overwrite: bool = False
+) -> Summary:
+    """Fits and stores factors as configured; an unfinished run of the same is gone on with.
 
     Args:
         config: The run's configuration.
         world: The workers.
         say: Takes a line of text for people; called on worker 0 only.
+        overwrite: Whether a store in its output is removed first.
 
     Raises:
         UserError: Anything that the user can mend, on every worker.
@@ -77,7 +69,7 @@ def run_estimate(config: EstimateConfig, world: World, say: Any = print) -> Summ
     assert config.output is not None
     output = config.output
     # First of all, for it costs nothing: whether the result has somewhere to go.
-    world.on_main(lambda: check_output(output, config.as_dict()))
+    world.on_main(lambda: require_output(output, config, overwrite=overwrite))
     tokenizer, tokenizer_print = world.main_first(lambda: load_tokenizer(config.model))
     sequences = load_sequences(config.data, tokenizer, tokenizer_print, world)
     counts = sequences.counts
@@ -103,7 +95,11 @@ def run_estimate(config: EstimateConfig, world: World, say: Any = print) -> Summ
         for name, why in coverage.skipped.items():
             tell(f"not tracked   {name}: {why}")
         tell(f"steps         {steps_line(inputs)}")
-        return fit(inputs, world, open_store(output, config, world), show_progress=True)
+        with (
+            opened_store(output, inputs, world, tell, show_progress=True) as (sink, checkpoints),
+            preemption.deferred(),
+        ):
+            return fit(inputs, world, sink, checkpoints, show_progress=True)
 
 
 def estimate_factors(
@@ -121,6 +117,8 @@ def estimate_factors(
     batch_tokens: int = 4096,
     max_tokens: int | None = None,
     keep_covariance: bool = True,
+    save_minutes: float | None = 10,
+    overwrite: bool = False,
     progress: bool = False,
     task: Task | None = None,
 ) -> Factors:
@@ -138,17 +136,22 @@ def estimate_factors(
             wanted, `labels` (−100 for none) and `attention_mask`; padding is taken off. What other
             tasks' examples hold, the task says.
         output: Directory of the factor store, seen by every worker; None keeps the factors in
-            memory, on every worker.
+            memory, on every worker. If it holds an unfinished run of the same arguments, model and
+            data, that is gone on with.
         modules: A glob of module names, or several; None for every MLP linear.
         labels: "sampled" from the model's softmax, or "data" for the data's own.
         seed: Seed of sampled labels.
         refit: "per_sequence", "per_token" or "none".
         accumulate: Precision of running sums, "float32" or "float64".
         eigen: Who decomposes the factors: "rank0", or every worker its share, "sharded".
-        partitions: Number of groups of modules, one pair of passes each.
+        partitions: Number of groups of modules, one pair of passes each; "auto": the fewest that
+            fit into the workers' memory.
         batch_tokens: Token budget of a batch, padding included.
         max_tokens: Longer sequences are cut to this many tokens; None leaves them whole.
         keep_covariance: Store the raw covariance sums too.
+        save_minutes: How often each worker saves the state of a pass under `output`; 0: after
+            every step; None: never.
+        overwrite: Remove the factor store that is in `output`, finished or not, and begin anew.
         progress: Show progress on worker 0.
         task: What the model is asked, and what its loss is: `MaskedLM()`,
             `SequenceClassification()`, `Seq2SeqLM()`, or a `Task` or `LossTask` of one's own; None
@@ -187,21 +190,25 @@ def estimate_factors(
                 keep_covariance=keep_covariance,
             ),
             batch_tokens=batch_tokens,
+            save_minutes=save_minutes,
             output=str(output) if output is not None else "(memory)",
         )
         world = world.at(device_of(model))
     given = {"labels": labels, "seed": seed, "refit": refit, "accumulate": accumulate}
     given |= {"partitions": partitions, "batch_tokens": batch_tokens, "modules": modules}
     given |= {"keep_covariance": keep_covariance, "an output": output is not None}
-    given |= {"task": task.name, "eigen": eigen}
+    given |= {"task": task.name, "eigen": eigen, "overwrite": overwrite}
     world.require_same("arguments", given)
     if output is not None:
-        world.on_main(lambda: check_output(output, config.as_dict()))
+        world.on_main(lambda: require_output(output, config, overwrite=overwrite))
     memory = MemoryStore()
     with torch.inference_mode(False), prepared(model):
         inputs = check_inputs(config, model, sequences, world, task)
-        sink = memory if output is None else open_store(output, config, world)
-        fit(inputs, world, sink, show_progress=progress)
+        if output is None:
+            fit(inputs, world, memory, Checkpoints(), show_progress=progress)
+        else:
+            with opened_store(output, inputs, world, show_progress=progress) as opened:
+                fit(inputs, world, *opened, show_progress=progress)
     world.barrier()
     return Factors(memory) if output is None else load_factors(output)
 
@@ -210,10 +217,64 @@ def _max_tokens(sequences: Examples) -> int:
     return sequences.max_tokens if isinstance(sequences, Sequences) else max(2, sequences.longest)
 
 
-def open_store(output: str | Path, config: EstimateConfig, world: World) -> FactorSink:
-    """The store that worker 0 writes; on the others, one that takes nothing."""
-    writer = world.on_main(lambda: StoreWriter(output, config.as_dict()))
-    return writer if writer is not None else NoStore()
+def require_output(output: str | Path, config: EstimateConfig, *, overwrite: bool) -> None:
+    """Refuses an output that the run could not be stored in; empties it if it is to be overwritten.
+
+    Raises:
+        OutputError: As `check_output` does.
+    """
+    if overwrite:
+        remove_store(output)
+    check_output(output, config.as_dict())
+
+
+@contextmanager
+def opened_store(
+    output: str | Path,
+    inputs: Inputs,
+    world: World,
+    tell: Callable[[str], None] = lambda line: None,
+    *,
+    show_progress: bool,
+) -> Iterator[tuple[FactorSink, Checkpoints]]:
+    """A store that worker 0 writes, or what it has found there, and how passes are saved beside it.
+
+    Args:
+        output: The store's directory.
+        inputs: What the run begins with.
+        world: The workers.
+        tell: Takes a line of text for people.
+        show_progress: Whether worker 0 shows how far it is with comparing what is there.
+
+    Raises:
+        OutputError: It cannot be written, or holds a run of another configuration, model or data.
+    """
+    begins = {"data": inputs.sequences.fingerprint, "task": inputs.task.name}
+
+    def opened() -> StoreWriter:
+        told = {"model": whole_fingerprint(inputs.model), **begins}
+        writer = StoreWriter(output, inputs.config.as_dict(), told)
+        sizes = sum(listed["bytes"] for listed in writer.files.values())
+        with Progress("verifying", total=sizes, unit="bytes", enabled=show_progress) as progress:
+            lost = writer.keep_whole(progress.update)
+        for file in lost:
+            tell(f"damaged       {file} has changed since it was written; it is made again")
+        if writer.found.files or writer.found.records:
+            tell(f"goes on       {len(writer.found.files)} files are in place")
+        return writer
+
+    writer = world.on_main(opened)
+    try:
+        found = world.share(None if writer is None else writer.found)
+        sink = NoStore(found) if writer is None else writer
+        checkpoints, minutes = Checkpoints(), inputs.config.save_minutes
+        if minutes is not None:
+            lengths, step = inputs.sequences.num_positions, inputs.step_tokens
+            checkpoints = SavedCheckpoints(output, world, sink, lengths, step, minutes)
+        yield sink, checkpoints
+    finally:
+        if writer is not None:
+            writer.close()
 
 
 def check_inputs(
@@ -252,126 +313,3 @@ def check_inputs(
     narrower = world.share(world.on_main(lambda: narrower_fingerprints(model, discovery.modules)))
     assert narrower is not None
     return Inputs(config, model, sequences, discovery, weights, narrower, task, step)
-
-
-def fit(inputs: Inputs, world: World, sink: FactorSink, *, show_progress: bool) -> Summary:
-    """Runs every stage for every group of modules and finishes the store.
-
-    Args:
-        inputs: Model (prepared), data and configuration.
-        world: The workers.
-        sink: Where factors go.
-        show_progress: Whether worker 0 shows progress.
-    """
-    factors = inputs.config.factors
-    sequences, discovery = inputs.sequences, inputs.discovery
-    own = shard(sequences.num_positions, inputs.step_tokens, world.size, world.rank)
-    dtype = getattr(torch, factors.accumulate)
-    work = Work(inputs.model, sequences, own, world, dtype, show_progress, task=inputs.task)
-    groups = partition(discovery.modules, 1 if factors.partitions == "auto" else factors.partitions)
-    summary = Summary(sequences, discovery, world.size, len(groups))
-    for number, group in enumerate(groups, start=1):
-        suffix = f" {number}/{len(groups)}" if len(groups) > 1 else ""
-        _fit_group(group, suffix, work, factors, sink, summary)
-    peaks = world.gather(peak_bytes(world.device))
-    summary.peak_bytes = {place: max(p.get(place, 0) for p in peaks) for place in peaks[0]}
-    with world.agree(takes_part=world.is_main):
-        if summary.discovery is not discovery and world.is_main:
-            modules = summary.discovery.modules
-            inputs.fingerprint = fingerprint(inputs.model, modules)
-            inputs.narrower = narrower_fingerprints(inputs.model, modules)
-        sink.finish(manifest(inputs, summary))
-    return summary
-
-
-def _fit_group(
-    group: list[TrackedModule],
-    suffix: str,
-    work: Work,
-    factors: FactorsConfig,
-    sink: FactorSink,
-    summary: Summary,
-) -> None:
-    """Both passes and the decomposition of one group of modules."""
-    world, dtype = work.world, work.dtype
-    covariance = CovarianceSums(group, dtype, world.device)
-    rule = LabelRule(factors.labels, factors.seed, COVARIANCE_PASS)
-    # Rows in the model's dtype: their products are as wide as the sums, whatever they are.
-    result = run_pass("covariance" + suffix, work, group, covariance, rule, converted=False)
-    _require_each_position_once(group, covariance.counts, work)
-    for names, why in (
-        ([m.name for m in group if not covariance.counts[m.output]], NOT_ROUTED),
-        ([m.name for m in group if _has_no_gradient(m, covariance, work)], NO_GRADIENT),
-    ):
-        with world.agree():
-            summary.discovery = summary.discovery.without(names, why)
-        group = [module for module in group if module.name not in names]
-        covariance.keep(group)
-    summary.seconds["covariance"] += result.seconds
-    summary.losses["covariance"] = result.loss
-    summary.num_labels = result.num_labels
-    if not group:
-        return
-    bases, seconds = run_eigenbasis(
-        "eigenbasis" + suffix,
-        covariance,
-        world,
-        sink,
-        sharded=factors.eigen == "sharded",
-        keep_covariance=factors.keep_covariance,
-        show_progress=work.show_progress,
-    )
-    summary.seconds["eigenbasis"] += seconds
-    start = time.perf_counter()
-    num_sequences = len(work.sequences)
-    if factors.refit == "none":
-        spectra = _kfac(group, bases, covariance.counts, num_sequences, dtype)
-    else:
-        per_token = factors.refit == "per_token"
-        sums = LambdaSums(group, bases, per_token=per_token, dtype=dtype, device=world.device)
-        rule = LabelRule(factors.labels, factors.seed, REFIT_PASS)
-        result = run_pass("refit" + suffix, work, group, sums, rule)
-        summary.losses["refit"] = result.loss
-        spectra = {name: total.div_(num_sequences) for name, total in sums.sums.items()}
-    with world.agree(takes_part=world.is_main):
-        for name, spectrum in spectra.items():
-            sink.write(spectrum_file(name), {"lambda": spectrum})
-    if factors.refit != "none":
-        summary.seconds["refit"] += time.perf_counter() - start
-
-
-def _require_each_position_once(
-    group: list[TrackedModule], counts: dict[str, int], work: Work
-) -> None:
-    for module in group:
-        expected = int(work.sequences.positions_of(module.name).sum())
-        found = {counts[module.input], counts[module.output]}
-        if not is_routed(work.model, module) and found != {expected}:
-            raise RuntimeError(
-                f"{module.name} sees {expected} counted positions, but its sums hold {found}"
-            )
-
-
-def _has_no_gradient(module: TrackedModule, covariance: CovarianceSums, work: Work) -> bool:
-    """Whether an expert was reached by positions alone that no label's gradient comes back to."""
-    if not is_routed(work.model, module) or not covariance.counts[module.output]:
-        return False
-    return not bool(covariance.sums[module.output].diagonal().any())
-
-
-def _kfac(
-    group: list[TrackedModule],
-    bases: dict[str, Basis],
-    counts: dict[str, int],
-    num_sequences: int,
-    dtype: torch.dtype,
-) -> dict[str, torch.Tensor]:
-    return {
-        module.name: kfac_lambda(
-            bases[module.output].eigenvalues,
-            bases[module.input].eigenvalues,
-            counts[module.input],
-            num_sequences,
-        ).to(dtype)
-        for module in group
-    }

@@ -13,7 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from ekfac_dist.errors import OutputError, StoreError
 from ekfac_dist.runtime import store as store_module
+from ekfac_dist.runtime.journal import JOURNAL
+from ekfac_dist.runtime.lock import LOCK
 from ekfac_dist.runtime.store import (
+    CHECKSUM,
     FOLDERS,
     MANIFEST,
     MANIFEST_KEYS,
@@ -24,7 +27,7 @@ from ekfac_dist.runtime.store import (
     eigenbasis_file,
     spectrum_file,
 )
-from ekfac_dist.runtime.store_writer import StoreWriter, check_output
+from ekfac_dist.runtime.store_writer import StoreWriter, check_output, remove_store
 
 CONFIG = {"model": {"name": "tiny"}, "output": "here", "batch_tokens": 4096, "modules": None}
 BASIS, SUM, SPECTRUM = eigenbasis_file("a.input"), covariance_file("a.input"), spectrum_file("a")
@@ -62,6 +65,7 @@ def write(path: Path) -> Path:
 def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     """Changes a store's manifest."""
     manifest = json.loads((path / MANIFEST).read_text())
+    manifest.pop(CHECKSUM)
     change(manifest)
     (path / MANIFEST).write_text(json.dumps(manifest))
     return path
@@ -173,7 +177,7 @@ def test_an_interrupted_write_leaves_the_file_that_was_there(
         with pytest.raises(KeyboardInterrupt):
             writer.write(SUM, tensors(seed=1)[SUM])
     assert (tmp_path / "store" / SUM).read_bytes() == before
-    assert files(tmp_path / "store") == {MANIFEST, SUM}
+    assert files(tmp_path / "store") == {MANIFEST, JOURNAL, LOCK, SUM}
 
 
 def test_a_store_is_incomplete_until_it_is_finished(tmp_path: Path):
@@ -213,6 +217,7 @@ def test_no_number_that_json_lacks_gets_into_a_manifest(tmp_path: Path):
 def begun(path: Path) -> None:
     writer = StoreWriter(path, CONFIG)
     writer.write(SUM, tensors()[SUM])
+    writer.close()
     (path / "covariance/.a.safetensors.99.tmp").write_bytes(b"killed while writing")
     (path / ".manifest.json.99.tmp").write_bytes(b"killed while finishing")
 
@@ -221,6 +226,34 @@ def killed_at_once(path: Path) -> None:
     for folder in FOLDERS:
         (path / folder).mkdir(parents=True)
     (path / ".manifest.json.99.tmp").write_bytes(b"killed before it was renamed")
+
+
+def test_a_run_that_began_with_something_else_is_refused_by_its_name(tmp_path: Path):
+    StoreWriter(tmp_path, CONFIG, {"task": "CausalLM", "data": "a" * 64}).close()
+    with pytest.raises(OutputError, match=r"began with another data .a{12}…, now b{12}….; give"):
+        StoreWriter(tmp_path, CONFIG, {"task": "CausalLM", "data": "b" * 64})
+    with pytest.raises(OutputError, match=r"began with another task .CausalLM, now MaskedLM."):
+        StoreWriter(tmp_path, CONFIG, {"task": "MaskedLM", "data": "a" * 64})
+    StoreWriter(tmp_path, CONFIG, {"task": "CausalLM", "data": "a" * 64}).close()
+
+
+def test_an_output_that_is_being_written_is_refused(tmp_path: Path):
+    writer = StoreWriter(tmp_path, CONFIG)
+    for refuse in (check_output, StoreWriter):
+        with pytest.raises(OutputError, match=r"is being written by another run .process"):
+            refuse(tmp_path, CONFIG)
+    with pytest.raises(OutputError, match="is being written by another run"):
+        remove_store(tmp_path)
+    writer.close()
+    check_output(tmp_path, CONFIG)
+
+
+def test_states_that_other_hosts_workers_left_are_no_obstacle(tmp_path: Path):
+    (tmp_path / "state" / "covariance-1-of-2" / "0-1-3").mkdir(parents=True)
+    check_output(tmp_path, CONFIG)
+    (tmp_path / "state" / "of mind").mkdir()
+    with pytest.raises(OutputError, match=r"no factor store .it holds state"):
+        check_output(tmp_path, CONFIG)
 
 
 def linked(path: Path) -> None:
@@ -251,7 +284,7 @@ def finished(path: Path) -> None:
 
 
 def of_another_run(path: Path) -> None:
-    StoreWriter(path, CONFIG | {"batch_tokens": 1})
+    StoreWriter(path, CONFIG | {"batch_tokens": 1}).close()
 
 
 def manifest_only(text: str) -> Callable[[Path], None]:

@@ -6,7 +6,7 @@ from networks import build, examples
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.errors import NonFiniteError
-from ekfac_dist.stages import run
+from ekfac_dist.stages import fit
 
 
 @pytest.mark.parametrize("rule", ["data", "sampled"])
@@ -84,13 +84,13 @@ def test_the_second_pass_is_named_too(monkeypatch):
         return forward(x) * (float("nan") if passes else 1.0)
 
     mlp.forward = later
-    plain_pass = run.run_pass
+    plain_pass = fit.run_pass
 
     def remembering(name, *rest, **options):
         result = plain_pass(name, *rest, **options)
         passes.append(name)
         return result
 
-    monkeypatch.setattr(run, "run_pass", remembering)
+    monkeypatch.setattr(fit, "run_pass", remembering)
     with pytest.raises(NonFiniteError, match="in the refit pass"):
         estimate_factors(model, examples(4))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ekfac_dist.curvature.eigenbasis import workspace_bytes
-from ekfac_dist.stages.eigenbasis import _owners
+from ekfac_dist.stages.eigenbasis import _rounds
 
 CPU = torch.device("cpu")
 SIZES = {"a": 100, "b": 40, "c": 80, "d": 80, "e": 10}
@@ -24,14 +24,29 @@ class Workers:
         return self.places
 
 
+def rounds(*places):
+    return _rounds(SIZES, Workers(list(places)), sharded=True)
+
+
 def owners(*places):
-    return _owners(SIZES, Workers(list(places)))
+    return {factor: worker for one in rounds(*places) for worker, factor in one.items()}
 
 
 def test_the_largest_factors_go_first_to_the_worker_with_least_to_do():
     found = owners(("host", "cpu", 10 * NEED), ("host", "cpu", 10 * NEED))
     # 100³ = 1,000,000 against 80³ = 512,000 twice; then 40³ and 10³ go where there is less.
     assert found == {"a": 0, "c": 1, "d": 1, "b": 0, "e": 1}
+
+
+def test_workers_decompose_their_largest_factors_at_the_same_time():
+    free = 10 * NEED
+    assert rounds(("host", "cpu", free), ("host", "cpu", free)) == [
+        {0: "a", 1: "c"},
+        {0: "b", 1: "d"},
+        {1: "e"},
+    ]
+    assert _rounds(SIZES, Workers([]), sharded=False) == [{0: name} for name in "acdbe"]
+    assert _rounds({}, Workers([]), sharded=True) == []
 
 
 @pytest.mark.parametrize(("room", "taking_part"), [(0, {0}), (1, {0}), (2, {0, 1}), (3, {0, 1, 2})])

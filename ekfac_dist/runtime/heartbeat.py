@@ -1,0 +1,90 @@
+"""A worker that is stopped, or whose host is lost, is noticed and named by the others.
+
+A worker that fails says so, and one that ends closes its connections; one that is stopped does
+neither, and the others would wait for it in their next collective. So each worker counts up a
+number in the key-value store, from a thread, and watches the next worker's. The patience is counted
+in beats of the watcher's own, so a pause of all of them at once is none.
+
+    worker 0 ── watches ──> 1 ──> 2 ──> 0
+"""
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, NoReturn
+
+from ekfac_dist.errors import DEFECT, PeerError, Preempted
+from ekfac_dist.runtime.processes import World
+
+BEAT_SECONDS = 3.0
+BEATS = 18
+
+
+@contextmanager
+def heartbeat(world: World, beat_seconds: float = BEAT_SECONDS) -> Iterator[None]:
+    """Within it a worker that does not answer for a while ends the program of all others.
+
+    For a program that owns its process: its main thread may be waiting where nothing reaches it, so
+    the process is ended, with status 1, after one of the workers has said why.
+
+    Args:
+        world: The workers.
+        beat_seconds: How often each gives a sign; it may leave out a few.
+    """
+    if world.size == 1:
+        yield
+        return
+    over = threading.Event()
+    thread = threading.Thread(target=_beat, args=(world, beat_seconds, over), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _beat(world: World, beat_seconds: float, over: threading.Event) -> None:
+    store = world.key_value_store()
+    store.set_timeout(timedelta(seconds=BEATS * beat_seconds))
+    watched = (world.rank + 1) % world.size
+    own, other = f"ekfac_dist/beat/{world.rank}", f"ekfac_dist/beat/{watched}"
+    number, seen, missed, told = 0, b"", 0, 0
+    while not over.wait(beat_seconds):
+        number += 1
+        try:
+            store.set(own, str(number))
+            found = store.get(other) if store.check([other]) else b""
+            told = told + 1 if _has_failed(world, store) else 0
+        except RuntimeError:
+            # It has gone with its worker, whose end the others notice by themselves; or with its
+            # host.
+            if over.wait(BEATS * beat_seconds):
+                return
+            _end(world, None, "The host of the workers' key-value store does not answer")
+        missed = missed + 1 if found == seen else 0
+        seen = found
+        if missed >= BEATS:
+            silence = f"{BEATS * beat_seconds:.0f} seconds"
+            said = f"worker {watched} of {world.size} has not answered for {silence}"
+            _end(world, store, f"{said}: it was stopped, or its host or its network is lost")
+        if told >= BEATS:  # the failure of another, which the main thread is kept from seeing
+            os._exit(DEFECT)
+
+
+def _has_failed(world: World, store: Any) -> bool:
+    """Whether a worker has announced its failure; one that is preempted has not failed."""
+    if not store.check([world.failure_key]):
+        return False
+    _, _, status = json.loads(store.get(world.failure_key))
+    return status != Preempted.status
+
+
+def _end(world: World, store: Any, said: str) -> NoReturn:
+    with suppress(Exception):
+        if store is None or world.announce_failure(PeerError(said), store):
+            print(f"ekfac-dist: error: {said}", file=sys.stderr, flush=True)
+    os._exit(DEFECT)

@@ -1,0 +1,62 @@
+"""A worker that is stopped is named by the others, which do not wait for it."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+HERE = Path(__file__).parent
+
+
+def outcomes(workers: int, victim: int) -> dict[int, tuple[int, str, str]]:
+    """Exit status, output and errors of every worker but the victim, which is killed at the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store = dist.TCPStore("127.0.0.1", port, is_master=True)
+    common = {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(workers),
+        "LOCAL_WORLD_SIZE": str(workers),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "worker_heartbeat.py"), str(victim)],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(workers)
+    ]
+    found = {}
+    try:
+        for rank, process in enumerate(processes):
+            if rank != victim:
+                found[rank] = (process, *process.communicate(timeout=60))
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+        del store
+    return {rank: (process.returncode, out, err) for rank, (process, out, err) in found.items()}
+
+
+@pytest.mark.parametrize(("workers", "victim"), [(2, 0), (3, 1)])
+def test_a_stopped_worker_is_named_once_and_the_others_end(workers: int, victim: int):
+    found = outcomes(workers, victim)
+    assert [status for status, _, _ in found.values()] == [1] * (workers - 1)
+    said = "".join(err for _, _, err in found.values())
+    assert said.count(f"worker {victim} of {workers} has not answered for 2 seconds") == 1
+
+
+def test_workers_that_are_well_wait_for_each_other():
+    assert [out for _, out, _ in outcomes(2, -1).values()] == ["went on\n"] * 2

@@ -1,0 +1,221 @@
+"""Real runs that are killed, preempted or stopped: they end by themselves, and go on afterwards."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from dense import dense_E, relative
+from workshop import cpu_launcher_config, run_cli, save_tiny_llama, texts, write_jsonl
+
+from ekfac_dist import load_factors
+from ekfac_dist.runtime.journal import JOURNAL
+from ekfac_dist.runtime.lock import LOCK
+from ekfac_dist.runtime.store import FOLDERS, MANIFEST
+
+NUMBER = 60
+STAGES = {
+    "covariance": "state/covariance-1/*/part.json",
+    "decomposition": "eigenbasis/*.safetensors",
+    "refit": "state/refit-1/*/part.json",
+    "writing": "spectrum/*.safetensors",
+}
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and data, and what an uninterrupted run makes of them."""
+    root = tmp_path_factory.mktemp("kills")
+    save_tiny_llama(root / "model")
+    write_jsonl(root / "text.jsonl", [{"text": text} for text in texts(NUMBER)])
+    done = run_cli(arguments(root, root / "whole"), workers=2, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def arguments(root: Path, output: Path) -> list[str | Path]:
+    return [
+        *("estimate", "--model.name", root / "model", "--data.source", root / "text.jsonl"),
+        *("--batch_tokens", "40", "--save_minutes", "0", "--output", output),
+    ]
+
+
+def content(store: Path) -> dict[str, bytes]:
+    """Every file's bytes; of the manifest, what does not tell the time or the workers."""
+    found = {str(p.relative_to(store)): p.read_bytes() for p in store.rglob("*") if p.is_file()}
+    manifest = json.loads(found.pop(MANIFEST))
+    for told in manifest["passes"].values():
+        del told["seconds"]
+    del manifest["config"]["output"], manifest["checksum"]
+    return found | {MANIFEST: json.dumps(manifest).encode()}
+
+
+@contextmanager
+def running(root: Path, output: Path, workers: int = 2) -> Iterator[subprocess.Popen[str]]:
+    """A run that has just been started; whatever is left of it at the end is killed."""
+    launcher = cpu_launcher_config(root / f"{workers}.yaml", workers)
+    command = [sys.executable, "-m", "ekfac_dist", "launch", "--config_file", str(launcher)]
+    with subprocess.Popen(
+        [*command, *map(str, arguments(root, output))],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            for member in family(process):
+                with suppress(psutil.NoSuchProcess):
+                    member.kill()
+
+
+def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(process.pid)
+        return [launcher, *launcher.children(recursive=True)]
+    return []
+
+
+def worker(process: subprocess.Popen[str], rank: int) -> psutil.Process | None:
+    """One of the workers, as soon as it is there."""
+    for member in family(process)[1:]:
+        with suppress(psutil.Error):
+            if member.environ().get("RANK") == str(rank):
+                return member
+    return None
+
+
+def wait_for(
+    there: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 60
+) -> bool:
+    """Whether something came about before the run ended."""
+    until = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < until:
+        if there():
+            return True
+        time.sleep(0.01)
+    return there()
+
+
+def kill(process: subprocess.Popen[str], victim: str) -> None:
+    if victim == "all":
+        members = family(process)
+    else:
+        found = worker(process, int(victim))
+        members = [] if found is None else [found]
+    for member in members:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+
+
+def goes_on_to_the_end(root: Path, output: Path, workers: int) -> None:
+    if (output / MANIFEST).exists() and json.loads((output / MANIFEST).read_text())["complete"]:
+        same = True  # it had ended before it was killed, but for what it leaves behind
+        for left in (JOURNAL, LOCK):
+            (output / left).unlink(missing_ok=True)
+    else:
+        done = run_cli(arguments(root, output), workers=workers, timeout=120)
+        assert done.returncode == 0, done.stderr
+        same = workers == 2
+    if same:
+        assert content(output) == content(root / "whole")
+        return
+    went_on, whole = load_factors(output), load_factors(root / "whole")
+    assert went_on.manifest["data"] == whole.manifest["data"]
+    assert {path.name for path in output.iterdir()} == {MANIFEST, *FOLDERS}
+    for name in whole.modules:
+        assert relative(dense_E(went_on, name), dense_E(whole, name)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("stage", "victim", "workers"), [("covariance", "all", 2), ("refit", "1", 3)]
+)
+def test_a_killed_run_goes_on(setting: Path, tmp_path: Path, stage: str, victim: str, workers: int):
+    with running(setting, tmp_path / "store") as process:
+        assert wait_for(lambda: any((tmp_path / "store").glob(STAGES[stage])), process)
+        kill(process, victim)
+        _, stderr = process.communicate(timeout=60)
+    if victim != "all":
+        assert process.returncode == 1
+        assert re.findall(r"ekfac-dist: error: .*", stderr)[-1].endswith("was ended by SIGKILL")
+    goes_on_to_the_end(setting, tmp_path / "store", workers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(36))
+def test_a_run_killed_at_any_moment_goes_on(setting: Path, tmp_path: Path, number: int):
+    draw = random.Random(number)
+    victim, workers = ("all", "0", "1")[number % 3], (2, draw.choice([1, 3]))[number // 3 % 2]
+    with running(setting, tmp_path / "store") as process:
+        if number < 24:
+            folder = tmp_path / "store"
+            moment = draw.choice(list(STAGES.values()))
+            wait_for(lambda: any(folder.glob(moment)), process)
+            time.sleep(draw.random())
+        else:
+            time.sleep(draw.uniform(1, 14))
+        kill(process, victim)
+        process.communicate(timeout=60)
+    goes_on_to_the_end(setting, tmp_path / "store", workers)
+
+
+@pytest.mark.parametrize(
+    ("stage", "target"),
+    [
+        ("covariance", "the launcher"),
+        pytest.param("refit", "0", marks=pytest.mark.slow),
+        pytest.param("decomposition", "the launcher", marks=pytest.mark.slow),
+        pytest.param("covariance", "1", marks=pytest.mark.slow),
+    ],
+)
+def test_a_preempted_run_stores_its_state_and_goes_on(
+    setting: Path, tmp_path: Path, stage: str, target: str
+):
+    store = tmp_path / "store"
+    with running(setting, store) as process:
+        assert wait_for(lambda: any(store.glob(STAGES[stage])), process)
+        if target == "the launcher":
+            process.send_signal(signal.SIGTERM)
+        else:
+            found = worker(process, int(target))
+            assert found is not None
+            found.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143, stderr
+    assert "Traceback" not in stderr
+    assert "SIGTERM" in stderr
+    assert (store / JOURNAL).exists()
+    goes_on_to_the_end(setting, store, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_run_whose_worker_is_stopped_ends_by_itself_and_names_it(
+    setting: Path, tmp_path: Path, stage: str, rank: int
+):
+    store = tmp_path / "store"
+    with running(setting, store) as process:
+        assert wait_for(lambda: any(store.glob(STAGES[stage])), process)
+        found = worker(process, rank)
+        assert found is not None
+        found.suspend()
+        if not wait_for(lambda: process.poll() is not None, process, 110):
+            raise AssertionError("it still waits")
+        _, stderr = process.communicate(timeout=10)
+    if process.returncode == 0:
+        pytest.fail("it ended before the worker was stopped")
+    assert process.returncode == 1
+    said = re.findall(r"ekfac-dist: error: (.*)", stderr)
+    assert any(f"worker {rank} of 2 has not answered" in line for line in said), stderr
+    goes_on_to_the_end(setting, store, 2)

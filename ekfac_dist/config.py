@@ -137,7 +137,7 @@ class FactorsConfig:
         eigen: Who decomposes the factors: rank0 alone, or every worker its share (sharded).
         partitions: How many groups of modules, one pair of passes each; auto: the fewest that fit
             into the workers' memory.
-        blocks: Diagonal blocks of a factor: 1.
+        blocks: Diagonal blocks of each factor, of about equal size; 1: factors are whole.
         keep_covariance: Store the raw covariance sums; they double the disk.
     """
 
@@ -161,10 +161,7 @@ class FactorsConfig:
         if self.partitions != "auto":
             require_positive("factors.partitions", self.partitions)
         _require_choice("factors.eigen", self.eigen, ("rank0", "sharded"))
-        if self.blocks != 1:
-            raise ConfigError(
-                f"factors.blocks is {self.blocks!r}; this version keeps each factor whole: 1."
-            )
+        require_positive("factors.blocks", self.blocks)
 
 
 @dataclass(kw_only=True)

@@ -62,9 +62,9 @@ export HF_HUB_DISABLE_TELEMETRY=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}"
 # srun does not hand on --cpus-per-task by itself.
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
+status=0
 # A node's number is known only there, so the node's own shell puts it in.
 # shellcheck disable=SC2016
-status=0
 srun --nodes="$num_nodes" --ntasks="$num_nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \
   bash -c 'launcher=("${@:2:$1}"); shift "$(($1 + 1))"
     exec "${launcher[@]}" --machine_rank "$SLURM_NODEID" estimate --config "$@"' \

@@ -551,7 +551,7 @@ for name, value, known in (
     ("factors.refit", "per_word", "per_token"),
     ("factors.accumulate", "bfloat16", "float64"),
     ("factors.eigen", "rank1", "rank0"),
-    ("factors.blocks", "2", "1"),
+    ("factors.blocks", "0", "1 or more"),
 ):
 
     @case(f"{name} of {value}", name.rpartition(".")[2], value, known)
@@ -717,7 +717,7 @@ def test_sequences_without_labels_are_skipped_and_counted(
     assert data["num_truncated"] == 1
 
 
-def test_an_unfinished_run_is_begun_anew_by_the_same_configuration(
+def test_an_unfinished_run_is_not_gone_on_with_by_another_model_but_begun_anew_if_asked_to(
     setting: Setting, capfd: pytest.CaptureFixture
 ) -> None:
     name = "one sequence that makes activations infinite"
@@ -725,7 +725,10 @@ def test_an_unfinished_run_is_begun_anew_by_the_same_configuration(
     assert in_this_process(setting.arguments(), capfd)[0] == 2
     shutil.copytree(setting.good_model, setting.path("model"), dirs_exist_ok=True)
     setting.path("factors/covariance/left.safetensors").write_bytes(b"begun, not finished")
-    assert in_this_process(setting.arguments(), capfd)[0] == 0
+    status, _, stderr = in_this_process(setting.arguments(), capfd)
+    assert status == 2
+    assert re.search("began with another model .*; give another directory, or begin anew", stderr)
+    assert in_this_process([*setting.arguments(), "--overwrite"], capfd)[0] == 0
     assert json.loads(setting.path("factors/manifest.json").read_text())["complete"] is True
     assert not setting.path("factors/covariance/left.safetensors").exists()
 

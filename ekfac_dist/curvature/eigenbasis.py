@@ -5,6 +5,7 @@ on failure decompose the same matrix with its rows and columns reversed (the sam
 path), then on another device; then `DecompositionError`.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,14 +41,18 @@ class Eigenbasis:
     trace_error: float
     attempts: int
 
-    def header(self) -> dict[str, str]:
-        """The checks as strings, for a file's header."""
-        return {
-            "residual": f"{self.residual:.3e}",
-            "orthogonality": f"{self.orthogonality:.3e}",
-            "trace_error": f"{self.trace_error:.3e}",
-            "attempts": str(self.attempts),
-        }
+    @property
+    def checks(self) -> dict[str, float]:
+        """How good it is, by name."""
+        names = ("residual", "orthogonality", "trace_error", "attempts")
+        return {name: getattr(self, name) for name in names}
+
+
+def header_of(checks: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """The worst of some decompositions' checks as strings, for a file's header."""
+    worst = {name: max(each[name] for each in checks) for name in checks[0]}
+    attempts = str(int(worst.pop("attempts")))
+    return {name: f"{value:.3e}" for name, value in worst.items()} | {"attempts": attempts}
 
 
 def workspace_bytes(size: int) -> int:

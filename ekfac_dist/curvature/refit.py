@@ -18,21 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
-def rotate_rows(rows_Mi: Tensor, eigenvectors_nn: Tensor, *, bias: bool) -> Tensor:
-    """Rows in the eigenbasis: x Q.
-
-    Args:
-        rows_Mi: Rows [M, i], in the eigenvectors' dtype.
-        eigenvectors_nn: Q [n, n], in columns; n = i, or i + 1 with a bias.
-        bias: Whether x is the row with a 1 appended (which is never built).
-
-    Returns:
-        [M, n].
-    """
-    if not bias:
-        return rows_Mi @ eigenvectors_nn
-    return torch.addmm(eigenvectors_nn[-1], rows_Mi, eigenvectors_nn[:-1])
+from ekfac_dist.curvature.blocks import Blocks, rotate_columns, rotate_rows
 
 
 def add_sequence_squares_(
@@ -41,8 +27,8 @@ def add_sequence_squares_(
     grads_MO: Tensor,
     lengths: Sequence[int],
     *,
-    basis_II: Tensor | None,
-    basis_OO: Tensor | None,
+    basis_II: Blocks | None,
+    basis_OO: Blocks | None,
     bias: bool,
 ) -> None:
     """Adds Σ_n (Q_Sᵀ G_n Q_A)∘² to a running sum, in place.
@@ -53,8 +39,8 @@ def add_sequence_squares_(
             `basis_II` is None, else as captured, without the bias coordinate.
         grads_MO: Output-gradient rows [M, O]; already in the eigenbasis where `basis_OO` is None.
         lengths: Number of rows of each sequence; they sum to M.
-        basis_II: Q_A, if the input side is still to be rotated.
-        basis_OO: Q_S, if the output side is still to be rotated.
+        basis_II: The blocks of Q_A, if the input side is still to be rotated.
+        basis_OO: The blocks of Q_S, if the output side is still to be rotated.
         bias: Whether the module has a bias (used only with `basis_II`).
     """
     if basis_II is None and basis_OO is None and max(lengths, default=0) <= 1:
@@ -69,13 +55,10 @@ def add_sequence_squares_(
         torch.mm(grads.T, acts_MI[start : start + length], out=product)
         rotated = product
         if basis_II is not None:
-            if bias:
-                rotated = product @ basis_II[:-1]
-                rotated.addr_(grads.sum(0), basis_II[-1])
-            else:
-                rotated = product @ basis_II
+            sums_O1 = grads.sum(0)[:, None] if bias else None  # the bias coordinate's column
+            rotated = rotate_rows(product, basis_II, last=sums_O1)
         if basis_OO is not None:
-            rotated = basis_OO.T @ rotated
+            rotated = rotate_columns(rotated, basis_OO)
         lambda_OI.addcmul_(rotated, rotated)
         start += length
 

@@ -63,9 +63,9 @@ def fit(
             _add(covariance, rows)
         assert covariance is not None
         bases = {}
-        for name, total in covariance.sums.items():
+        for name, (total,) in covariance.sums.items():
             basis = decompose(name, mirror_(total), covariance.counts[name], calls.device)
-            bases[name] = Basis(total.copy_(basis.eigenvectors), basis.eigenvalues)
+            bases[name] = Basis([total.copy_(basis.eigenvectors)], basis.eigenvalues)
         lambdas = LambdaSums(
             calls.modules, bases, per_token=False, dtype=calls.dtype, device=calls.device
         )
@@ -73,8 +73,8 @@ def fit(
             _add(lambdas, rows)
     factors = {
         m.name: ModuleFactors(
-            bases[m.output].eigenvectors,
-            bases[m.input].eigenvectors,
+            bases[m.output].eigenvectors[0],
+            bases[m.input].eigenvectors[0],
             lambdas.sums[m.name] / batches.num_examples,
         )
         for m in calls.modules

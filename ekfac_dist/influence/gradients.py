@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ekfac_dist.curvature import products
+from ekfac_dist.curvature.blocks import rotate_rows
 from ekfac_dist.curvature.kronecker import damped, rotate_back
-from ekfac_dist.curvature.refit import rotate_rows
 from ekfac_dist.data.batches import Batch, Rows, assign_batches
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.models.labels import COVARIANCE_PASS, LabelRule
@@ -251,13 +251,13 @@ class _QueryGradients:
     def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Rows) -> None:
         """Keeps a batch's inputs, in the eigenbasis, until the gradients come."""
         basis_II = self._setting.factors.module(module.name).basis_II.to(rows_Mi)
-        self._acts[module.input] = rotate_rows(rows_Mi, basis_II, bias=module.bias)
+        self._acts[module.input] = rotate_rows(rows_Mi, [basis_II], bias=module.bias)
 
     def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Rows) -> None:
         """Sums each row's gradient, and finishes it with the row's last query."""
         fitted = self._setting.at_device(module.name)
         acts_MI = self._acts[module.input]
-        grads_MO = rotate_rows(rows_MO, fitted.basis_OO, bias=False)
+        grads_MO = rotate_rows(rows_MO, [fitted.basis_OO], bias=False)
         start = 0
         parts: dict[int, list[slice]] = {}
         for number, length in zip(batch.indices, batch.lengths, strict=True):  # all have labels

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.curvature import products
-from ekfac_dist.curvature.refit import rotate_rows
+from ekfac_dist.curvature.blocks import rotate_rows
 from ekfac_dist.data.batches import Rows
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.influence.gradients import Countdown, PreparedQueries, Setting
@@ -36,7 +36,7 @@ class _TrainingRows(ABC):
         """Keeps a batch's inputs until the gradients come."""
         if self._setting.in_eigenbasis:
             basis_II = self._setting.factors.module(module.name).basis_II.to(rows_Mi)
-            rows_MI = rotate_rows(rows_Mi, basis_II, bias=module.bias)
+            rows_MI = rotate_rows(rows_Mi, [basis_II], bias=module.bias)
         elif module.bias:
             rows_MI = products.with_bias(rows_Mi)
         else:
@@ -47,7 +47,7 @@ class _TrainingRows(ABC):
         """Uses a batch's inputs and gradients."""
         if self._setting.in_eigenbasis:
             basis_OO = self._setting.factors.module(module.name).basis_OO.to(rows_MO)
-            rows_MO = rotate_rows(rows_MO, basis_OO, bias=False)
+            rows_MO = rotate_rows(rows_MO, [basis_OO], bias=False)
         self._use(module, self._acts[module.input], rows_MO, batch)
         if self._readers.is_last(module):
             del self._acts[module.input]

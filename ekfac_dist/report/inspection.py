@@ -127,7 +127,7 @@ def _summary(path: str | Path) -> str:
         ),
         "",
         "rank: effective, exp of the entropy of the eigenvalues. Λ−KFAC: ‖Λ − M/N·λ_S λ_Aᵀ‖ / ‖Λ‖.",
-        "residual: the larger ‖AQ − QΛ‖/‖A‖ of the module's two factors, in float64, before Q is",
+        "residual: the larger ‖A − QΛQᵀ‖/‖A‖ of the module's two factors, in float64, before Q is",
         "rounded to the precision that it is stored in.",
     ]
     return "\n".join(lines)
@@ -199,7 +199,7 @@ def plot_spectra(path: str | Path, file: str | Path) -> None:
 def _spectra(reader: StoreReader, factors: Factors, name: str) -> Spectra:
     module = factors.modules[name]
     values = [
-        reader.tensor(eigenbasis_file(factor), "eigenvalues", (size,))
+        factors.eigenvalues(factor, size)
         for factor, size in ((module.input, module.input_size), (module.output, module.num_outputs))
     ]
     shape = (module.num_outputs, module.input_size)

@@ -58,7 +58,7 @@ def _beat(world: World, beat_seconds: float, over: threading.Event) -> None:
         try:
             store.set(own, str(number))
             found = store.get(other) if store.check([other]) else b""
-            told = told + 1 if _has_failed(world, store) else 0
+            failure = _failure(world, store)
         except RuntimeError:
             # It has gone with its worker, whose end the others notice by themselves; or with its
             # host.
@@ -71,16 +71,21 @@ def _beat(world: World, beat_seconds: float, over: threading.Event) -> None:
             silence = f"{BEATS * beat_seconds:.0f} seconds"
             said = f"worker {watched} of {world.size} has not answered for {silence}"
             _end(world, store, f"{said}: it was stopped, or its host or its network is lost")
-        if told >= BEATS:  # the failure of another, which the main thread is kept from seeing
-            os._exit(DEFECT)
+        told = 0 if failure is None else told + 1
+        if failure is not None and told >= BEATS:  # some main thread is kept from hearing of it
+            rank, message, status = failure
+            if rank == world.rank:
+                print(f"ekfac-dist: error: {world.who}: {message}", file=sys.stderr, flush=True)
+            if rank == world.rank or told > BEATS:  # who has failed speaks first
+                os._exit(status)
 
 
-def _has_failed(world: World, store: Any) -> bool:
-    """Whether a worker has announced its failure; one that is preempted has not failed."""
+def _failure(world: World, store: Any) -> tuple[int, str, int] | None:
+    """What a worker has announced, its rank and status with it; a preempted one has not failed."""
     if not store.check([world.failure_key]):
-        return False
-    _, _, status = json.loads(store.get(world.failure_key))
-    return status != Preempted.status
+        return None
+    rank, message, status = json.loads(store.get(world.failure_key))
+    return None if status == Preempted.status else (rank, message, status)
 
 
 def _end(world: World, store: Any, said: str) -> NoReturn:

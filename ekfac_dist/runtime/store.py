@@ -5,7 +5,8 @@
     eigenbasis/<factor>.safetensors    eigenvectors [n, n]  in columns; eigenvalues [n] ascending
     spectrum/<module>.safetensors      lambda       [O, I]  Λ
 
-The manifest lists each file with its size and SHA-256, and says `complete: true` only once all of
+Of a factor of several blocks on its diagonal the keys end in .0, .1, …, a block each. The manifest
+lists each file with its size and SHA-256, and says `complete: true` only once all of
 them are in place. This module has the names and the reading, `store_writer` the writing. They know
 names, bytes and tensors; they know no mathematics.
 """
@@ -57,6 +58,11 @@ def eigenbasis_file(factor: str) -> str:
 def spectrum_file(module: str) -> str:
     """Path, inside a store, of a module's Λ."""
     return f"spectrum/{module}.safetensors"
+
+
+def block_keys(key: str, number: int) -> list[str]:
+    """Names, in a file, of a factor's blocks on its diagonal; of one that is whole, the key."""
+    return [key] if number == 1 else [f"{key}.{k}" for k in range(number)]
 
 
 def stored_files(store: Path) -> list[str]:

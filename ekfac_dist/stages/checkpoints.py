@@ -78,6 +78,8 @@ class PassState:
 class Checkpoints:
     """Makes the state of each pass; this kind saves nothing."""
 
+    saves = False
+
     def begin(
         self, name: str, batches: Sequence[Sequence[int]], sums: Sums, of: str = ""
     ) -> PassState:
@@ -106,6 +108,8 @@ class SavedCheckpoints(Checkpoints):
         step_tokens: Of a batch.
         minutes: Between two savings; 0: after every step.
     """
+
+    saves = True
 
     def __init__(
         self,
@@ -227,7 +231,7 @@ class _SavedState(PassState):
         for name, tensor in part.tensors():
             if name == LOSS:
                 self.loss = tensor.item()
-            elif name in pieces:
+            else:
                 pieces[name].copy_(tensor)
         self._sums.counts.update(part.counts)
         self.steps = self._saved_steps = part.steps
@@ -281,7 +285,7 @@ class _SavedState(PassState):
             for name, tensor in part.tensors():
                 if name == LOSS:
                     loss += tensor.item()
-                elif name in pieces:
+                else:
                     pieces[name].add_(tensor.to(pieces[name].device))
             for name, count in part.counts.items():
                 self._sums.counts[name] += count

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ekfac_dist.curvature.blocks import block_sizes, bounds
 from ekfac_dist.curvature.costs import block_rows
 from ekfac_dist.curvature.covariance import add_outer_products_, mirror_
 from ekfac_dist.data.batches import Positions
@@ -19,56 +20,77 @@ class CovarianceSums:
         modules: The group, in model order.
         dtype: float32 or float64.
         device: Where the sums are held.
+        blocks: Of each factor on its diagonal.
 
     Attributes:
-        sums: Raw sum [n, n] of each factor; its upper triangle is filled by `reduce`.
+        sums: Raw sum [n, n] of each block of each factor; the upper triangles are filled by
+            `reduce`.
         counts: Number of summed positions of each factor.
     """
 
     def __init__(
-        self, modules: Sequence[TrackedModule], dtype: torch.dtype, device: torch.device
+        self,
+        modules: Sequence[TrackedModule],
+        dtype: torch.dtype,
+        device: torch.device,
+        blocks: int = 1,
     ) -> None:
-        self.sums: dict[str, Tensor] = {
-            name: torch.zeros(size, size, dtype=dtype, device=device)
+        self.sums: dict[str, list[Tensor]] = {
+            name: [torch.zeros(n, n, dtype=dtype, device=device) for n in block_sizes(size, blocks)]
             for name, size in factor_sizes(modules).items()
         }
         self.counts = dict.fromkeys(self.sums, 0)
 
     def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Positions) -> None:
         """Adds a batch's inputs to the module's input factor."""
-        add_outer_products_(self.sums[module.input], rows_Mi, bias=module.bias)
+        self._add(module.input, rows_Mi)
         self.counts[module.input] += rows_Mi.shape[0]
 
     def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Positions) -> None:
         """Adds a batch's output-gradients to the module's output factor."""
-        add_outer_products_(self.sums[module.output], rows_MO, bias=False)
+        self._add(module.output, rows_MO)
         self.counts[module.output] += rows_MO.shape[0]
+
+    def _add(self, factor: str, rows_Mi: Tensor) -> None:
+        blocks, num_columns = self.sums[factor], rows_Mi.shape[1]
+        for block, (start, end) in zip(blocks, bounds([len(b) for b in blocks]), strict=True):
+            # The last coordinate is the bias's, if the rows lack one.
+            bias = end > num_columns
+            add_outer_products_(block, rows_Mi[:, start : min(end, num_columns)], bias=bias)
+
+    def has_any(self, factor: str) -> bool:
+        """Whether anything but zeros was summed."""
+        return any(bool(block.diagonal().any()) for block in self.sums[factor])
 
     def pieces(self) -> dict[str, Tensor]:
         """Views of the block rows that are summed, which hold little more than lower triangles."""
         found = {}
-        for name, total in self.sums.items():
-            size = total.shape[0]
-            for start in range(0, size, block_rows(size)):
-                end = min(start + block_rows(size), size)
-                found[f"{name}/{start}"] = total[start:end, :end]
+        for name, blocks in self.sums.items():
+            for number, total in enumerate(blocks):
+                size = total.shape[0]
+                for start in range(0, size, block_rows(size)):
+                    end = min(start + block_rows(size), size)
+                    found[f"{name}/{number}/{start}"] = total[start:end, :end]
         return found
 
     def keep(self, modules: Sequence[TrackedModule]) -> None:
         """Gives up the sums of all other modules."""
         kept = factor_sizes(modules)
-        self.sums = {name: total for name, total in self.sums.items() if name in kept}
+        self.sums = {name: blocks for name, blocks in self.sums.items() if name in kept}
         self.counts = {name: count for name, count in self.counts.items() if name in kept}
 
     def health(self) -> Tensor:
         """Σ of all diagonals: every row's square is in it."""
-        traces = [s.diagonal().sum(dtype=torch.float64) for s in self.sums.values()]
+        traces = [s.diagonal().sum(dtype=torch.float64) for s in self._blocks()]
         return torch.stack(traces).sum()
 
     def reduce(self, world: World) -> None:
         """Adds up sums and counts of all workers, and fills the upper triangles."""
         counts = torch.tensor(list(self.counts.values()), dtype=torch.int64, device=world.device)
-        world.all_reduce_([*self.sums.values(), counts])
+        world.all_reduce_([*self._blocks(), counts])
         self.counts = dict(zip(self.counts, counts.tolist(), strict=True))
-        for total in self.sums.values():
+        for total in self._blocks():
             mirror_(total)
+
+    def _blocks(self) -> list[Tensor]:
+        return [block for blocks in self.sums.values() for block in blocks]

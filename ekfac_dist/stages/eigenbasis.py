@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ekfac_dist.curvature.eigenbasis import decompose, workspace_bytes
+from ekfac_dist.curvature.eigenbasis import decompose, header_of, workspace_bytes
 from ekfac_dist.data.batches import assign_batches
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.memory import available_bytes
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
-from ekfac_dist.runtime.store import FactorSink, covariance_file, eigenbasis_file
+from ekfac_dist.runtime.store import FactorSink, block_keys, covariance_file, eigenbasis_file
 from ekfac_dist.stages.covariance import CovarianceSums
 
 
@@ -29,11 +29,12 @@ class Basis:
     """A factor's eigenbasis as a worker uses it.
 
     Attributes:
-        eigenvectors: [n, n] on the worker's device, in the run's precision, in columns.
-        eigenvalues: [n] float64 on the CPU, ascending.
+        eigenvectors: [n, n] of each block, on the worker's device, in the run's precision, in
+            columns.
+        eigenvalues: [n] float64 on the CPU, ascending in each block.
     """
 
-    eigenvectors: Tensor
+    eigenvectors: Sequence[Tensor]
     eigenvalues: Tensor
 
 
@@ -69,37 +70,40 @@ def run_eigenbasis(
         Preempted: SIGTERM has come, and what is decomposed is stored.
     """
     start = time.perf_counter()
-    sizes = {factor: total.shape[0] for factor, total in covariance.sums.items()}
-    done = [factor for factor in sizes if eigenbasis_file(factor) in sink.found.files]
+    work = {f: sum(len(b) ** 3 for b in blocks) for f, blocks in covariance.sums.items()}
+    done = [factor for factor in work if eigenbasis_file(factor) in sink.found.files]
     bases = {factor: _stored(factor, covariance, world, sink) for factor in done}
     with world.agree(takes_part=world.is_main):
         for factor in () if keep_covariance else done:
             sink.remove(covariance_file(factor))  # the run may have ended just before
-    left = {factor: size for factor, size in sizes.items() if factor not in bases}
+    left = {factor: n3 for factor, n3 in work.items() if factor not in bases}
     progress = Progress(
         name,
-        total=sum(size**3 for size in left.values()),
+        total=sum(left.values()),
         unit="n³",
         enabled=show_progress and world.is_main,
         show_rate=False,
     )
     with progress:
-        for decomposed in _rounds(left, world, sharded=sharded):
+        largest = max((len(b) for factor in left for b in covariance.sums[factor]), default=0)
+        for decomposed in _rounds(left, largest, world, sharded=sharded):
             bases |= _one_round(decomposed, covariance, world, sink, keep_covariance)
-            progress.update(sum(left[factor] ** 3 for factor in decomposed.values()))
+            progress.update(sum(left[factor] for factor in decomposed.values()))
     covariance.sums.clear()
-    return {factor: bases[factor] for factor in sizes}, time.perf_counter() - start
+    return {factor: bases[factor] for factor in work}, time.perf_counter() - start
 
 
 def _stored(factor: str, covariance: CovarianceSums, world: World, sink: FactorSink) -> Basis:
     """A basis that an earlier start of the run has stored, from worker 0 on every worker."""
-    vectors, file = covariance.sums[factor], eigenbasis_file(factor)
-    values = torch.empty(vectors.shape[0], dtype=torch.float64, device=world.device)
+    blocks, file = covariance.sums[factor], eigenbasis_file(factor)
+    values = _values_of(blocks, world)
     with world.agree(takes_part=world.is_main):
         if world.is_main:
-            vectors.copy_(sink.read(file, "eigenvectors"))
-            values.copy_(sink.read(file, "eigenvalues"))
-    return Basis(world.broadcast_(vectors), world.broadcast_(values).cpu())
+            for key, block in zip(block_keys("eigenvectors", len(blocks)), blocks, strict=True):
+                block.copy_(sink.read(file, key))
+            keys = block_keys("eigenvalues", len(blocks))
+            values.copy_(torch.cat([sink.read(file, key) for key in keys]))
+    return _sent(blocks, values, 0, world)
 
 
 def _one_round(
@@ -112,38 +116,70 @@ def _one_round(
     """The decompositions of some factors, one of a worker at most, stored and on every worker."""
     header: dict[str, str] = {}
     own = decomposed.get(world.rank)
-    values = torch.empty(0)
+    own_values = torch.empty(0)
     with world.agree(takes_part=own is not None):
         preemption.end_if_requested()
         if own is not None:
-            vectors, count = covariance.sums[own], covariance.counts[own]
-            basis = decompose(own, vectors, count, world.device)
-            vectors.copy_(basis.eigenvectors)  # the sum's memory takes the eigenvectors
-            values = basis.eigenvalues.to(world.device)
-            header = {"count": str(count), **basis.header()}
-            del basis  # in float64, it need not live through what follows
+            own_values, header = _decompose(own, covariance, world)
     headers, bases = world.gather(header), {}
     for owner, factor in decomposed.items():
-        vectors = world.broadcast_(covariance.sums[factor], source=owner)
-        if owner != world.rank:
-            values = torch.empty(vectors.shape[0], dtype=torch.float64, device=world.device)
-        on_cpu = world.broadcast_(values, source=owner).cpu()
-        bases[factor] = Basis(vectors, on_cpu)
+        blocks = covariance.sums[factor]
+        values = own_values if owner == world.rank else _values_of(blocks, world)
+        basis = bases[factor] = _sent(blocks, values, owner, world)
+        sizes, number = [len(block) for block in blocks], len(blocks)
         with world.agree(takes_part=world.is_main):
-            tensors = {"eigenvectors": vectors, "eigenvalues": on_cpu}
+            tensors = dict(zip(block_keys("eigenvectors", number), blocks, strict=True))
+            parts = basis.eigenvalues.split(sizes)
+            tensors |= zip(block_keys("eigenvalues", number), parts, strict=True)
             sink.write(eigenbasis_file(factor), tensors, headers[owner])
             if not keep_covariance:
                 sink.remove(covariance_file(factor))
     return bases
 
 
-def _rounds(sizes: Mapping[str, int], world: World, *, sharded: bool) -> list[dict[int, str]]:
-    """Which factor each worker decomposes in each round: {worker: factor}, the largest first."""
-    if not sizes:
+def _decompose(
+    factor: str, covariance: CovarianceSums, world: World
+) -> tuple[Tensor, dict[str, str]]:
+    """A factor's eigenvalues, and how good its decomposition is; its sums become eigenvectors."""
+    blocks, count = covariance.sums[factor], covariance.counts[factor]
+    values, checks = [], []
+    for key, block in zip(block_keys(factor, len(blocks)), blocks, strict=True):
+        basis = decompose(key, block, count, world.device)
+        block.copy_(basis.eigenvectors)
+        values.append(basis.eigenvalues.to(world.device))
+        checks.append(basis.checks)
+        del basis  # in float64, it need not live through what follows
+    return torch.cat(values), {"count": str(count), **header_of(checks)}
+
+
+def _values_of(blocks: Sequence[Tensor], world: World) -> Tensor:
+    """Room for a factor's eigenvalues."""
+    return torch.empty(sum(map(len, blocks)), dtype=torch.float64, device=world.device)
+
+
+def _sent(blocks: Sequence[Tensor], values: Tensor, owner: int, world: World) -> Basis:
+    """What one worker has, on every worker."""
+    for block in blocks:
+        world.broadcast_(block, source=owner)
+    return Basis(blocks, world.broadcast_(values, source=owner).cpu())
+
+
+def _rounds(
+    work: Mapping[str, int], largest: int, world: World, *, sharded: bool
+) -> list[dict[int, str]]:
+    """Which factor each worker decomposes in each round: {worker: factor}, the costliest first.
+
+    Args:
+        work: n³ of each factor, all its blocks together.
+        largest: n of the largest block.
+        world: The workers.
+        sharded: Whether more than worker 0 take part.
+    """
+    if not work:
         return []
-    workers = _takes_part(max(sizes.values()), world) if sharded else [0]
-    names = sorted(sizes, key=lambda factor: -sizes[factor])
-    shares = assign_batches([sizes[name] ** 3 for name in names], len(workers))
+    workers = _takes_part(largest, world) if sharded else [0]
+    names = sorted(work, key=lambda factor: -work[factor])
+    shares = assign_batches([work[name] for name in names], len(workers))
     return [
         {
             worker: names[share[number]]

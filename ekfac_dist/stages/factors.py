@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.curvature import kronecker
+from ekfac_dist.curvature.blocks import block_sizes, whole
 from ekfac_dist.curvature.damping import DEFAULT, Damping
 from ekfac_dist.errors import ConfigError, StoreError
 from ekfac_dist.models.modules import CONV1D, EXPERT, LINEAR, TrackedModule
 from ekfac_dist.runtime.store import (
     MEND,
     MemoryStore,
+    block_keys,
     eigenbasis_file,
     spectrum_file,
 )
@@ -82,6 +84,12 @@ class Factors:
         self.modules = {
             name: _tracked_module(name, entry) for name, entry in self.manifest["modules"].items()
         }
+        fitted = self.manifest["config"].get("factors")
+        self._num_blocks = fitted.get("blocks", 1) if isinstance(fitted, dict) else 1
+        if type(self._num_blocks) is not int or self._num_blocks < 1:
+            raise StoreError(
+                f"The manifest says that factors have {self._num_blocks!r} blocks. {MEND}"
+            )
 
     def module(self, name: str) -> ModuleFactors:
         """One module's factors, read from the store on first use, on the CPU.
@@ -224,10 +232,24 @@ class Factors:
 
     def _basis(self, factor: str, size: int) -> Tensor:
         if factor not in self._bases:
-            self._bases[factor] = self._source.tensor(
-                eigenbasis_file(factor), "eigenvectors", (size, size)
-            )
+            self._bases[factor] = whole(self._blocks(factor, "eigenvectors", size, square=True))
         return self._bases[factor]
+
+    def eigenvalues(self, factor: str, size: int) -> Tensor:
+        """A factor's eigenvalues [n], ascending in each of its blocks.
+
+        Raises:
+            StoreError: Its file is missing or damaged.
+        """
+        return torch.cat(self._blocks(factor, "eigenvalues", size, square=False))
+
+    def _blocks(self, factor: str, key: str, size: int, *, square: bool) -> list[Tensor]:
+        sizes = block_sizes(size, self._num_blocks)
+        file = eigenbasis_file(factor)
+        return [
+            self._source.tensor(file, name, (n, n) if square else (n,))
+            for name, n in zip(block_keys(key, len(sizes)), sizes, strict=True)
+        ]
 
 
 def _tracked_module(name: str, entry: Any) -> TrackedModule:

@@ -19,6 +19,7 @@ from ekfac_dist.data.batches import shard
 from ekfac_dist.errors import ConfigError
 from ekfac_dist.models.faults import NO_GRADIENT, NOT_ROUTED, is_routed
 from ekfac_dist.models.fingerprint import fingerprint, narrower_fingerprints
+from ekfac_dist.models.holding import Step
 from ekfac_dist.models.labels import COVARIANCE_PASS, REFIT_PASS, LabelRule
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
 from ekfac_dist.models.partition import partition
@@ -29,6 +30,7 @@ from ekfac_dist.runtime.store import (
     FactorSink,
     MemoryStore,
     Room,
+    block_keys,
     covariance_file,
     eigenbasis_file,
     spectrum_file,
@@ -36,7 +38,7 @@ from ekfac_dist.runtime.store import (
 from ekfac_dist.stages.checkpoints import Checkpoints, PassState
 from ekfac_dist.stages.covariance import CovarianceSums
 from ekfac_dist.stages.eigenbasis import Basis, run_eigenbasis
-from ekfac_dist.stages.needs import LARGE_SUMS, Memory, Step, fewest_groups, memory, stage_bytes
+from ekfac_dist.stages.needs import LARGE_SUMS, Memory, fewest_groups, memory, stage_bytes
 from ekfac_dist.stages.passes import Work, measured_step, run_pass
 from ekfac_dist.stages.record import Inputs, Summary, manifest
 from ekfac_dist.stages.refit import LambdaSums
@@ -87,16 +89,16 @@ def _number_of_groups(inputs: Inputs, work: Work, sink: FactorSink) -> int:
     Raises:
         ConfigError: No number of them fits.
     """
-    number = inputs.config.factors.partitions
-    if number != "auto":
-        return number
+    configured = inputs.config.factors.partitions
+    if configured != "auto":
+        return int(configured)
     record = sink.found.records.get("groups")
     world, modules = work.world, inputs.discovery.modules
     if record is not None:
         return int(record["number"])
     places = world.gather((socket.gethostname(), str(world.device)))
     free = available_bytes(world.device) // places.count(places[world.rank])
-    needed = memory(modules, Step.nothing(), 0, accumulate=inputs.config.factors.accumulate)
+    needed = memory(modules, Step.nothing(), 0, factors=inputs.config.factors)
     wanted: int | None = 1
     with world.agree():
         # Groups make sums smaller, and nothing else.
@@ -104,9 +106,7 @@ def _number_of_groups(inputs: Inputs, work: Work, sink: FactorSink) -> int:
             held = measured_step(work, modules)
 
             def needs(group: Sequence[TrackedModule]) -> Memory:
-                return memory(
-                    group, held, inputs.step_tokens, accumulate=inputs.config.factors.accumulate
-                )
+                return memory(group, held, inputs.step_tokens, factors=inputs.config.factors)
 
             wanted = fewest_groups(modules, free, needs)
             if wanted is None:
@@ -189,8 +189,7 @@ class _Group:
         """Sums up, and stores, the covariances of all modules that have some."""
         self._require_room("covariance")
         start = time.perf_counter()
-        work, world = self.work, self.work.world
-        sums = CovarianceSums(self.modules, work.dtype, world.device)
+        work, sums = self.work, self._no_covariance()
         state = self.checkpoints.begin(self._state("covariance"), work.shard, sums)
         self._say_resumed("covariance", state)
         result = run_pass(
@@ -206,9 +205,10 @@ class _Group:
         self._leave_out(left_out := self._without_factors(sums))
         sums.keep(self.modules)
         if self.factors.keep_covariance or not isinstance(self.sink, MemoryStore):
-            for factor, total in sums.sums.items():
+            for factor, blocks in sums.sums.items():
                 header = {"count": str(sums.counts[factor])}
-                self._put(covariance_file(factor), {"sum": total}, header)
+                tensors = dict(zip(block_keys("sum", len(blocks)), blocks, strict=True))
+                self._put(covariance_file(factor), tensors, header)
         seconds = state.seconds + time.perf_counter() - start
         told = {"counts": sums.counts, "left_out": left_out, **vars(result), "seconds": seconds}
         record = self._record("covariance", told)
@@ -218,15 +218,21 @@ class _Group:
     def _stored_covariance(self, record: Mapping[str, Any]) -> CovarianceSums:
         """What an earlier start of the run has stored; of factors that are decomposed, no sums."""
         world = self.work.world
-        sums = CovarianceSums(self.modules, self.work.dtype, world.device)
+        sums = self._no_covariance()
         sums.counts.update(record["counts"])
-        for factor, total in sums.sums.items():
-            if not self._has([eigenbasis_file(factor)]):
+        for factor, blocks in sums.sums.items():
+            if self._has([eigenbasis_file(factor)]):
+                continue
+            for key, block in zip(block_keys("sum", len(blocks)), blocks, strict=True):
                 with world.agree(takes_part=world.is_main):
                     if world.is_main:
-                        total.copy_(self.sink.read(covariance_file(factor), "sum"))
-                world.broadcast_(total)
+                        block.copy_(self.sink.read(covariance_file(factor), key))
+                world.broadcast_(block)
         return sums
+
+    def _no_covariance(self) -> CovarianceSums:
+        work = self.work
+        return CovarianceSums(self.modules, work.dtype, work.world.device, self.factors.blocks)
 
     def _suffices(self, record: Mapping[str, Any]) -> bool:
         """Whether what is stored of the covariances is all that the run still needs of them."""
@@ -242,7 +248,7 @@ class _Group:
         reached = [m for m in routed if sums.counts[m.output]]
         return {
             NOT_ROUTED: [m.name for m in routed if not sums.counts[m.output]],
-            NO_GRADIENT: [m.name for m in reached if not sums.sums[m.output].diagonal().any()],
+            NO_GRADIENT: [m.name for m in reached if not sums.has_any(m.output)],
         }
 
     def _leave_out(self, left_out: Mapping[str, list[str]]) -> None:
@@ -304,6 +310,7 @@ class _Group:
         """
         world = self.work.world
         results, states = stage_bytes(self.modules, self.factors, world.size)[stage]
+        states *= self.checkpoints.saves
         files = {
             "covariance": map(covariance_file, factor_sizes(self.modules)),
             "eigenbasis": map(eigenbasis_file, factor_sizes(self.modules)),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ekfac_dist.config import FactorsConfig
+from ekfac_dist.curvature.blocks import block_sizes, num_numbers
 from ekfac_dist.curvature.costs import block_rows, rotates_input_rows, rotates_output_rows
 from ekfac_dist.curvature.eigenbasis import workspace_bytes
 from ekfac_dist.models.holding import Step
@@ -121,7 +122,7 @@ def memory(
     step: Step,
     step_tokens: int,
     *,
-    accumulate: str,
+    factors: FactorsConfig,
     process_bytes: int = 0,
     weight_bytes: int = 0,
 ) -> Memory:
@@ -131,12 +132,13 @@ def memory(
         group: The modules.
         step: What a step holds.
         step_tokens: Positions of a step.
-        accumulate: Dtype of the running sums.
+        factors: What is fitted.
         process_bytes: Of the program itself, where that is not held already.
         weight_bytes: Of the model, likewise.
     """
-    itemsize = getattr(torch, accumulate).itemsize
+    itemsize = getattr(torch, factors.accumulate).itemsize
     sizes = factor_sizes(group)
+    squares = itemsize * sum(num_numbers(n, factors.blocks) for n in sizes.values())
     inputs = {module.input: module.input_size for module in group}
     # Inputs wait in the eigenbasis for their gradients; and the backward of the widest layer.
     rows = step_tokens * sum(inputs.values()) * itemsize
@@ -147,36 +149,42 @@ def memory(
         process=process_bytes,
         weights=weight_bytes,
         step=step.activation_bytes + 2 * step.logit_bytes + rows + backward,
-        covariance=itemsize * sum(n**2 for n in sizes.values()),
-        bases=itemsize * sum(n**2 for n in sizes.values()),
+        covariance=squares,
+        bases=squares,
         spectra=itemsize * (sum(matrices) + 3 * max(matrices, default=0)),
-        workspace=workspace_bytes(widest),
+        workspace=workspace_bytes(max(block_sizes(widest, factors.blocks), default=0)),
     )
 
 
-def disk(groups: Sequence[Sequence[TrackedModule]], factors: FactorsConfig, workers: int) -> Disk:
+def disk(
+    groups: Sequence[Sequence[TrackedModule]],
+    factors: FactorsConfig,
+    workers: int,
+    *,
+    saves: bool = True,
+) -> Disk:
     """What a run has on the disk.
 
     Args:
         groups: Groups of modules that have passes of their own.
         factors: What is fitted.
         workers: W.
+        saves: Whether states are saved.
     """
     itemsize = getattr(torch, factors.accumulate).itemsize
     modules = [module for group in groups for module in group]
     stages = [stage_bytes(group, factors, workers) for group in groups]
     sizes = factor_sizes(modules)
-    squares = sum(itemsize * n**2 + _HEADER for n in sizes.values())
+    numbers = [num_numbers(n, factors.blocks) for n in sizes.values()]
+    squares = sum(itemsize * number + _HEADER for number in numbers)
     bases = squares + sum(8 * n for n in sizes.values())
     spectra = sum(itemsize * m.num_outputs * m.input_size + _HEADER for m in modules)
     num_files = len(sizes) * (1 + factors.keep_covariance) + len(modules)
     listed = _MANIFEST_FILE * num_files + _MANIFEST_MODULE * len(modules) + 4096
     return Disk(
         store=bases + spectra + listed + (squares if factors.keep_covariance else 0),
-        states=max(states for stage in stages for _, states in stage.values()),
-        sums=0
-        if factors.keep_covariance
-        else max(itemsize * sum(n**2 for n in factor_sizes(group).values()) for group in groups),
+        states=saves * max(states for stage in stages for _, states in stage.values()),
+        sums=0 if factors.keep_covariance else max(stage["covariance"][0] for stage in stages),
     )
 
 
@@ -192,11 +200,12 @@ def stage_bytes(
     """
     itemsize = getattr(torch, factors.accumulate).itemsize
     sizes = factor_sizes(group).values()
-    squares = sum(itemsize * n**2 + _HEADER for n in sizes)
+    numbers = [num_numbers(n, factors.blocks) for n in sizes]
+    squares = sum(itemsize * number + _HEADER for number in numbers)
     spectra = sum(itemsize * m.num_outputs * m.input_size + _HEADER for m in group)
     twice = 2 * workers  # a new state is whole before the one before it goes
     return {
-        "covariance": (squares, twice * itemsize * sum(map(_staircase, sizes))),
+        "covariance": (squares, twice * itemsize * sum(_summed(n, factors.blocks) for n in sizes)),
         "eigenbasis": (squares + sum(8 * n for n in sizes), 0),
         "refit": (spectra, twice * spectra if factors.refit != "none" else 0),
     }
@@ -226,9 +235,13 @@ def work(
         sizes, share = factor_sizes(group), {}
         for module in group:
             share[module.input] = share[module.output] = routed.get(module.name, 1.0)
-        eigenbasis += DECOMPOSITION_OPERATIONS * sum(n**3 for n in sizes.values())
+        eigenbasis += DECOMPOSITION_OPERATIONS * sum(
+            n**3 for size in sizes.values() for n in block_sizes(size, factors.blocks)
+        )
         covariance += positions * model
-        covariance += positions * 2 * sum(_staircase(n) * share[f] for f, n in sizes.items())
+        covariance += (
+            positions * 2 * sum(_summed(n, factors.blocks) * share[f] for f, n in sizes.items())
+        )
         if factors.refit == "none":
             continue
         refit += positions * model
@@ -253,11 +266,18 @@ def _refit_pairs(
         size, outputs = members[0].input_size, [m.num_outputs for m in members]
         rows = math.ceil(tokens)
         by_rows = per_token or rotates_input_rows(rows, 1, outputs)
-        pairs += (tokens if by_rows else sum(outputs)) * size**2
+        squares = num_numbers(size, factors.blocks)
+        pairs += (tokens if by_rows else sum(outputs)) * squares
         for num_outputs in outputs:
             by_rows = per_token or rotates_output_rows(rows, 1, size)
-            pairs += (tokens if by_rows else size) * num_outputs**2 + tokens * num_outputs * size
+            squares = num_numbers(num_outputs, factors.blocks)
+            pairs += (tokens if by_rows else size) * squares + tokens * num_outputs * size
     return pairs
+
+
+def _summed(size: int, blocks: int) -> int:
+    """Numbers of a covariance that are summed: its blocks' lower triangles, in block rows."""
+    return sum(map(_staircase, block_sizes(size, blocks)))
 
 
 def _staircase(size: int) -> int:

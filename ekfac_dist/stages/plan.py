@@ -116,7 +116,7 @@ def make_plan(config: PlanConfig) -> Plan:
             shape[0] * shape[1],
             process_bytes=CUDA_CONTEXT_BYTES if planned_gpu else held_here,
             weight_bytes=weight_bytes,
-            accumulate=factors.accumulate,
+            factors=factors,
         )
 
     if factors.partitions == "auto":
@@ -144,7 +144,7 @@ def make_plan(config: PlanConfig) -> Plan:
         groups=groups,
         is_chosen=factors.partitions == "auto",
         memory=max(map(held, groups), key=lambda needed: needed.peak),
-        disk=disk(groups, factors, workers),
+        disk=disk(groups, factors, workers, saves=config.save_minutes is not None),
         free_disk_bytes=None if folder is None else free_disk_bytes(folder),
         work=work(
             groups,

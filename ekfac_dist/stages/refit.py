@@ -5,12 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ekfac_dist.curvature.blocks import rotate_rows
 from ekfac_dist.curvature.costs import rotates_input_rows, rotates_output_rows
-from ekfac_dist.curvature.refit import (
-    add_position_squares_,
-    add_sequence_squares_,
-    rotate_rows,
-)
+from ekfac_dist.curvature.refit import add_position_squares_, add_sequence_squares_
 from ekfac_dist.data.batches import Positions
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.runtime.processes import World

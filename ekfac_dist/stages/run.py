@@ -10,6 +10,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from ekfac_dist.config import DataConfig, EstimateConfig, FactorsConfig, ModelConfig
+from ekfac_dist.curvature.blocks import block_sizes
 from ekfac_dist.curvature.costs import step_tokens
 from ekfac_dist.curvature.eigenbasis import check_size
 from ekfac_dist.data.examples import Examples, TaskExamples
@@ -114,6 +115,7 @@ def estimate_factors(
     accumulate: str = "float32",
     eigen: str = "rank0",
     partitions: int | str = "auto",
+    blocks: int = 1,
     batch_tokens: int = 4096,
     max_tokens: int | None = None,
     keep_covariance: bool = True,
@@ -146,6 +148,7 @@ def estimate_factors(
         eigen: Who decomposes the factors: "rank0", or every worker its share, "sharded".
         partitions: Number of groups of modules, one pair of passes each; "auto": the fewest that
             fit into the workers' memory.
+        blocks: Diagonal blocks of each factor, for very large dimensions; 1: factors are whole.
         batch_tokens: Token budget of a batch, padding included.
         max_tokens: Longer sequences are cut to this many tokens; None leaves them whole.
         keep_covariance: Store the raw covariance sums too.
@@ -187,6 +190,7 @@ def estimate_factors(
                 accumulate=accumulate,  # type: ignore[arg-type]
                 eigen=eigen,  # type: ignore[arg-type]
                 partitions=partitions,  # type: ignore[arg-type]
+                blocks=blocks,
                 keep_covariance=keep_covariance,
             ),
             batch_tokens=batch_tokens,
@@ -197,7 +201,7 @@ def estimate_factors(
     given = {"labels": labels, "seed": seed, "refit": refit, "accumulate": accumulate}
     given |= {"partitions": partitions, "batch_tokens": batch_tokens, "modules": modules}
     given |= {"keep_covariance": keep_covariance, "an output": output is not None}
-    given |= {"task": task.name, "eigen": eigen, "overwrite": overwrite}
+    given |= {"blocks": blocks, "task": task.name, "eigen": eigen, "overwrite": overwrite}
     world.require_same("arguments", given)
     if output is not None:
         world.on_main(lambda: require_output(output, config, overwrite=overwrite))
@@ -304,7 +308,8 @@ def check_inputs(
     main_device = torch.device(world.share(world.device.type))
     with world.agree():
         for factor, size in discovery.factors.items():
-            check_size(factor, size, main_device)
+            largest = max(block_sizes(size, config.factors.blocks))
+            check_size(factor, largest, main_device)
     world.require_same("data, by fingerprint,", sequences.fingerprint)
     step = world.share(step_tokens(config.batch_tokens, world.device))  # all cut alike
     sequences = packed_where_exact(model, sequences, task, world, step)

@@ -19,8 +19,9 @@ import torch
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.curvature import costs
+from ekfac_dist.curvature.blocks import rotate_rows
 from ekfac_dist.curvature.covariance import add_outer_products_
-from ekfac_dist.curvature.refit import add_sequence_squares_, rotate_rows
+from ekfac_dist.curvature.refit import add_sequence_squares_
 from ekfac_dist.report.tables import table
 
 sys.path.append(str(Path(__file__).parent / "peers"))
@@ -81,11 +82,11 @@ def check_orders(rows, length, size_I, size_O):
             def run(by_input=by_input, by_output=by_output):
                 add_sequence_squares_(
                     total,
-                    rotate_rows(acts, basis_II, bias=False) if by_input else acts,
-                    rotate_rows(grads, basis_OO, bias=False) if by_output else grads,
+                    rotate_rows(acts, [basis_II]) if by_input else acts,
+                    rotate_rows(grads, [basis_OO]) if by_output else grads,
                     [length] * count,
-                    basis_II=None if by_input else basis_II,
-                    basis_OO=None if by_output else basis_OO,
+                    basis_II=None if by_input else [basis_II],
+                    basis_OO=None if by_output else [basis_OO],
                     bias=False,
                 )
 

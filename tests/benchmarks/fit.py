@@ -2,19 +2,24 @@
 
     python tests/benchmarks/fit.py                                    64 sequences of 256 tokens
     python tests/benchmarks/fit.py --sequences 128 --lengths 32 256   ragged
+    python tests/benchmarks/fit.py --profile                          and where the time goes
 
 For each pass: seconds, tokens/s, the least operations that it can do with (as `model_shapes.py`
-counts them), and the share of the machine's own measured GEMM rate that this is.
+counts them), and the share of the machine's own measured GEMM rate that this is. With `--profile`
+the whole call's operations too, by the time that each takes by itself, as torch's profiler sees
+them on the host (which slows it down by a few percent).
 """
 
 import argparse
 import resource
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from model_shapes import Shape, gemm_rate, least_operations
+from torch.profiler import ProfilerActivity, profile
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.report.tables import table
@@ -34,6 +39,7 @@ def arguments():
     parser.add_argument("--refit", default="per_sequence", choices=["per_sequence", "per_token"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--profile", action="store_true", help="show where the time goes")
     return parser.parse_args()
 
 
@@ -46,6 +52,22 @@ def make_data(args):
     ]
 
 
+def profile_table(events):
+    """The operations that take most time by themselves."""
+    events = sorted(events, key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    rows = [
+        [
+            event.key,
+            f"{event.self_cpu_time_total / 1e6:.2f}",
+            f"{event.self_cpu_time_total / total:.1%}",
+            str(event.count),
+        ]
+        for event in events[:20]
+    ]
+    return table(["operation", "seconds", "share", "calls"], rows)
+
+
 def main():
     args = arguments()
     if args.threads:
@@ -56,7 +78,8 @@ def main():
     lengths = [len(row["input_ids"]) - 1 for row in data]  # counted positions
     before = gemm_rate(args.device)
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as directory:
+    profiler = profile(activities=[ProfilerActivity.CPU]) if args.profile else nullcontext()
+    with profiler, tempfile.TemporaryDirectory() as directory:
         factors = estimate_factors(
             model,
             data,
@@ -94,6 +117,8 @@ def main():
     header = ["pass", "seconds", "tokens/s", "GFLOP model", "GFLOP curvature", "GFLOP/s", "of GEMM"]
     print(table(header, rows))
     print(f"\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB (host)")
+    if args.profile:
+        print("\n" + profile_table(profiler.key_averages()))
     if args.device == "cuda":
         print(f"            {torch.cuda.max_memory_allocated() / 1e9:.2f} GB (device)")
 

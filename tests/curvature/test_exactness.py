@@ -11,12 +11,12 @@ from dense import relative
 from torch import nn
 
 from ekfac_dist.curvature import kronecker
+from ekfac_dist.curvature.blocks import rotate_rows
 from ekfac_dist.curvature.covariance import add_outer_products_, mirror_
 from ekfac_dist.curvature.eigenbasis import decompose
 from ekfac_dist.curvature.refit import (
     add_position_squares_,
     add_sequence_squares_,
-    rotate_rows,
 )
 
 EXACT = 1e-10
@@ -92,8 +92,8 @@ class Fit:
         for a, grads in rows:
             for g in grads:
                 gradients.append((g.T @ a).flatten())
-                a_rows = rotate_rows(a, self.QA, bias=False)
-                g_rows = rotate_rows(g, self.QS, bias=False)
+                a_rows = rotate_rows(a, [self.QA])
+                g_rows = rotate_rows(g, [self.QS])
                 if per_token:
                     add_position_squares_(lam, a_rows, g_rows)
                 else:
@@ -258,11 +258,11 @@ def test_every_order_of_rotation_gives_the_same_squares(bias, lengths):
             found = torch.zeros(6, I).double()
             add_sequence_squares_(
                 found,
-                rotate_rows(a, QA, bias=bias) if rows_first_A else a,
-                rotate_rows(g, QS, bias=False) if rows_first_S else g,
+                rotate_rows(a, [QA], bias=bias) if rows_first_A else a,
+                rotate_rows(g, [QS]) if rows_first_S else g,
                 lengths,
-                basis_II=None if rows_first_A else QA,
-                basis_OO=None if rows_first_S else QS,
+                basis_II=None if rows_first_A else [QA],
+                basis_OO=None if rows_first_S else [QS],
                 bias=bias,
             )
             assert relative(found, expected) < 1e-13

@@ -19,7 +19,7 @@ from ekfac_dist.stages.checkpoints import _kept
 
 HERE = Path(__file__).parent
 FITS = {
-    "in groups": {"partitions": 2},
+    "in groups and blocks": {"partitions": 2, "blocks": 2},
     "K-FAC, sums not kept": {"refit": "none", "keep_covariance": False},
     "sums not kept": {"keep_covariance": False, "accumulate": "float64"},
     "experts that nothing reached": {"family": "MixtralForCausalLM", "number": 2},

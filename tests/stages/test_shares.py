@@ -24,8 +24,11 @@ class Workers:
         return self.places
 
 
+WORK = {name: size**3 for name, size in SIZES.items()}
+
+
 def rounds(*places):
-    return _rounds(SIZES, Workers(list(places)), sharded=True)
+    return _rounds(WORK, max(SIZES.values()), Workers(list(places)), sharded=True)
 
 
 def owners(*places):
@@ -45,8 +48,8 @@ def test_workers_decompose_their_largest_factors_at_the_same_time():
         {0: "b", 1: "d"},
         {1: "e"},
     ]
-    assert _rounds(SIZES, Workers([]), sharded=False) == [{0: name} for name in "acdbe"]
-    assert _rounds({}, Workers([]), sharded=True) == []
+    assert _rounds(WORK, 100, Workers([]), sharded=False) == [{0: name} for name in "acdbe"]
+    assert _rounds({}, 0, Workers([]), sharded=True) == []
 
 
 @pytest.mark.parametrize(("room", "taking_part"), [(0, {0}), (1, {0}), (2, {0, 1}), (3, {0, 1, 2})])

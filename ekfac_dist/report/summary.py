@@ -76,6 +76,7 @@ def plan_table(plan: Plan) -> str:
         "eigenvectors": memory.bases,
         "sums of the refit": memory.spectra,
         "workspace of a decomposition": memory.workspace,
+        "kept by the allocator": memory.retained,
     }
     rows = [[name, as_text(size)] for name, size in parts.items()]
     rows += [[f"at once, {stage}", as_text(size)] for stage, size in memory.passes.items()]

@@ -98,7 +98,8 @@ def _number_of_groups(inputs: Inputs, work: Work, sink: FactorSink) -> int:
         return int(record["number"])
     places = world.gather((socket.gethostname(), str(world.device)))
     free = available_bytes(world.device) // places.count(places[world.rank])
-    needed = memory(modules, Step.nothing(), 0, factors=inputs.config.factors)
+    factors, on_cpu = inputs.config.factors, world.device.type == "cpu"
+    needed = memory(modules, Step.nothing(), 0, factors=factors, on_cpu=on_cpu)
     wanted: int | None = 1
     with world.agree():
         # Groups make sums smaller, and nothing else.
@@ -106,7 +107,7 @@ def _number_of_groups(inputs: Inputs, work: Work, sink: FactorSink) -> int:
             held = measured_step(work, modules)
 
             def needs(group: Sequence[TrackedModule]) -> Memory:
-                return memory(group, held, inputs.step_tokens, factors=inputs.config.factors)
+                return memory(group, held, inputs.step_tokens, factors=factors, on_cpu=on_cpu)
 
             wanted = fewest_groups(modules, free, needs)
             if wanted is None:

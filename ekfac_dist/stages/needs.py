@@ -25,6 +25,10 @@ DECOMPOSITION_OPERATIONS = 26
 # Of the rate of products, what passes reach; measured, see tests/benchmarks/peers.
 EFFICIENCY = 0.8
 
+# Of a step's memory, what a CPU's allocator still holds when the next stage is at its peak: with
+# glibc 0.4 to 1.0 after the covariance pass of the three models of tests/stages/test_peak_memory.
+RETAINED = 0.6
+
 # Of the memory that is free, how much is planned for; the rest is the allocator's, and chance's.
 USABLE = 0.9
 
@@ -48,6 +52,7 @@ class Memory:
         bases: Eigenvectors of the refit, all factors'.
         spectra: Running sums of the refit, and matrices of a sequence's gradient beside them.
         workspace: Of the largest decomposition.
+        retained: Of steps that are over, what the allocator does not give back.
     """
 
     process: int
@@ -57,6 +62,7 @@ class Memory:
     bases: int
     spectra: int
     workspace: int
+    retained: int
 
     @property
     def passes(self) -> dict[str, int]:
@@ -64,8 +70,8 @@ class Memory:
         always = self.process + self.weights
         return {
             "covariance": always + self.step + self.covariance,
-            "eigenbasis": always + self.covariance + self.workspace,
-            "refit": always + self.step + self.bases + self.spectra,
+            "eigenbasis": always + self.retained + self.covariance + self.workspace,
+            "refit": always + self.retained + self.step + self.bases + self.spectra,
         }
 
     @property
@@ -123,6 +129,7 @@ def memory(
     step_tokens: int,
     *,
     factors: FactorsConfig,
+    on_cpu: bool,
     process_bytes: int = 0,
     weight_bytes: int = 0,
 ) -> Memory:
@@ -133,6 +140,7 @@ def memory(
         step: What a step holds.
         step_tokens: Positions of a step.
         factors: What is fitted.
+        on_cpu: Whether it computes on the CPU, in the host's memory.
         process_bytes: Of the program itself, where that is not held already.
         weight_bytes: Of the model, likewise.
     """
@@ -145,14 +153,16 @@ def memory(
     matrices = [module.num_outputs * module.input_size for module in group]
     widest = max(sizes.values(), default=0)
     backward = step_tokens * 4 * widest * step.itemsize
+    held = step.activation_bytes + 2 * step.logit_bytes + rows + backward
     return Memory(
         process=process_bytes,
         weights=weight_bytes,
-        step=step.activation_bytes + 2 * step.logit_bytes + rows + backward,
+        step=held,
         covariance=squares,
         bases=squares,
         spectra=itemsize * (sum(matrices) + 3 * max(matrices, default=0)),
         workspace=workspace_bytes(max(block_sizes(widest, factors.blocks), default=0)),
+        retained=int(RETAINED * held) if on_cpu else 0,
     )
 
 

@@ -117,6 +117,7 @@ def make_plan(config: PlanConfig) -> Plan:
             process_bytes=CUDA_CONTEXT_BYTES if planned_gpu else held_here,
             weight_bytes=weight_bytes,
             factors=factors,
+            on_cpu=not planned_gpu,
         )
 
     if factors.partitions == "auto":

@@ -167,7 +167,9 @@ def _sent(blocks: Sequence[Tensor], values: Tensor, owner: int, world: World) ->
 def _rounds(
     work: Mapping[str, int], largest: int, world: World, *, sharded: bool
 ) -> list[dict[int, str]]:
-    """Which factor each worker decomposes in each round: {worker: factor}, the costliest first.
+    """Which factor each worker decomposes in each round: {worker: factor}.
+
+    In their own order, or the costliest first if several workers take part.
 
     Args:
         work: n³ of each factor, all its blocks together.
@@ -178,7 +180,9 @@ def _rounds(
     if not work:
         return []
     workers = _takes_part(largest, world) if sharded else [0]
-    names = sorted(work, key=lambda factor: -work[factor])
+    names = list(work)
+    if len(workers) > 1:
+        names.sort(key=lambda factor: -work[factor])  # a round is as long as its longest
     shares = assign_batches([work[name] for name in names], len(workers))
     return [
         {

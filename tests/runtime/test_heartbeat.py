@@ -50,7 +50,9 @@ def outcomes(workers: int, victim: int) -> dict[int, tuple[int, str, str]]:
     return {rank: (process.returncode, out, err) for rank, (process, out, err) in found.items()}
 
 
-@pytest.mark.parametrize(("workers", "victim"), [(2, 0), (3, 1)])
+@pytest.mark.parametrize(
+    ("workers", "victim"), [(3, 1), pytest.param(2, 0, marks=pytest.mark.slow)]
+)
 def test_a_stopped_worker_is_named_once_and_the_others_end(workers: int, victim: int):
     found = outcomes(workers, victim)
     assert [status for status, _, _ in found.values()] == [1] * (workers - 1)

@@ -138,7 +138,8 @@ def goes_on_to_the_end(root: Path, output: Path, workers: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "victim", "workers"), [("covariance", "all", 2), ("refit", "1", 3)]
+    ("stage", "victim", "workers"),
+    [("refit", "1", 2), pytest.param("covariance", "all", 3, marks=pytest.mark.slow)],
 )
 def test_a_killed_run_goes_on(setting: Path, tmp_path: Path, stage: str, victim: str, workers: int):
     with running(setting, tmp_path / "store") as process:

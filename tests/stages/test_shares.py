@@ -48,7 +48,7 @@ def test_workers_decompose_their_largest_factors_at_the_same_time():
         {0: "b", 1: "d"},
         {1: "e"},
     ]
-    assert _rounds(WORK, 100, Workers([]), sharded=False) == [{0: name} for name in "acdbe"]
+    assert _rounds(WORK, 100, Workers([]), sharded=False) == [{0: name} for name in "abcde"]
     assert _rounds({}, 0, Workers([]), sharded=True) == []
 
 

@@ -156,7 +156,7 @@ def test_a_disk_that_fills_up_ends_a_run_with_a_sentence_and_it_goes_on(
 def test_a_disk_that_is_too_small_is_told_before_the_work(setting: Path, tmp_path: Path):
     with small_disk(tmp_path / "disk", 1) as disk:
         fill(disk).rename(disk / "mine")
-        os.truncate(disk / "mine", 900_000)
+        os.truncate(disk / "mine", 2**20 - 24_576)
         done = run_cli(arguments(setting, disk / "store"))
         assert done.returncode == 2
         assert re.search(r"covariance stage needs .* are free. Free some", done.stderr)

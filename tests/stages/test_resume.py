@@ -69,7 +69,7 @@ def killed_at(flush: int, output: Path, monkeypatch: pytest.MonkeyPatch, **setti
     return False
 
 
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize("name", list(FITS)[:3])
 def test_a_run_killed_at_some_moments_ends_with_the_same_bytes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -118,8 +118,7 @@ def test_what_is_done_is_not_done_again(
     flushes = 1
     while killed_at(flushes, tmp_path / "a", monkeypatch):
         shutil.rmtree(tmp_path / "a")
-        flushes += 1
-        flushes += 40
+        flushes += 41
     # Killed shortly before its end, it decomposes nothing and passes over no data again.
     calls = []
     shutil.rmtree(tmp_path / "a")
@@ -199,7 +198,7 @@ def test_a_damaged_part_of_an_unfinished_run_is_made_again(
             if p.is_file() and p.suffix in (".safetensors", ".json") and p.name != MANIFEST
         ]
         assert any(file.parts[0] == STATE for file in files)
-        for file in files[:: 1 if len(files) < 8 else 5]:
+        for file in files[:: 1 if len(files) < 8 else 9]:
             store = shutil.copytree(tmp_path / "killed", tmp_path / "damaged")
             spoil(store / file, damage)
             fit(store, **settings)

@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from typing import Any, NoReturn
 
 import psutil
 import torch
+import torch.distributed as dist
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -253,6 +255,45 @@ def run_workers(
         command = [sys.executable, "-m", "accelerate.commands.launch"]
         command += ["--config_file", str(launcher), str(script), *map(str, arguments)]
         return _run(command, timeout, env, cwd)
+
+
+def start_without_launcher(
+    command: Sequence[str], workers: int, store: dist.TCPStore | None = None
+) -> list[subprocess.Popen[str]]:
+    """Starts a Python script's workers with no launcher, which would end the others with the first.
+
+    Args:
+        command: The script and its arguments.
+        workers: Number of workers.
+        store: The key-value store that outlives them, as a launcher's does; None: worker 0's own.
+    """
+    port = free_port() if store is None else store.port
+    common = {
+        "TORCHELASTIC_USE_AGENT_STORE": str(store is not None),
+        "WORLD_SIZE": str(workers),
+        "LOCAL_WORLD_SIZE": str(workers),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(workers)
+    ]
+
+
+def free_port() -> int:
+    """A port of this host that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def leave() -> NoReturn:

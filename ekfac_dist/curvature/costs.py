@@ -24,11 +24,17 @@ def block_rows(size: int) -> int:
     return max(MIN_BLOCK, -(-size // MAX_BLOCKS))
 
 
-def step_tokens(batch_tokens: int, device: torch.device) -> int:
-    """Tokens in a step: what was asked for, at most; on a CPU what its caches like."""
+def step_tokens(batch_tokens: int, device: torch.device, threads: int | None = None) -> int:
+    """Tokens in a step: what was asked for, at most; on a CPU what its caches like.
+
+    Args:
+        batch_tokens: What was asked for.
+        device: Where the step is computed.
+        threads: Of a CPU; None: this process's.
+    """
     if device.type != "cpu":
         return batch_tokens
-    return min(batch_tokens, STEP_OF_A_THREAD * torch.get_num_threads())
+    return min(batch_tokens, STEP_OF_A_THREAD * (threads or torch.get_num_threads()))
 
 
 def rotates_input_rows(num_rows: int, num_sequences: int, output_sizes: Sequence[int]) -> bool:

@@ -211,7 +211,7 @@ class _SavedState(PassState):
     def __init__(
         self,
         directory: Path,
-        identity: "Identity",
+        identity: Identity,
         batches: Sequence[Sequence[int]],
         sums: Sums,
         kept: Sequence[Part],

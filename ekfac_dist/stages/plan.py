@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ekfac_dist.config import PlanConfig
-from ekfac_dist.curvature.costs import STEP_OF_A_THREAD
+from ekfac_dist.curvature.costs import step_tokens
 from ekfac_dist.models.discovery import Discovery
 from ekfac_dist.models.holding import parameter_bytes
 from ekfac_dist.models.loading import context_length
@@ -102,11 +102,10 @@ def make_plan(config: PlanConfig) -> Plan:
         )
     planned_gpu = on_gpu or config.device_memory is not None
     threads = max(1, torch.get_num_threads() // (config.workers or 1))
-    step_tokens = config.batch_tokens
-    if not planned_gpu:
-        step_tokens = min(config.batch_tokens, STEP_OF_A_THREAD * threads)
+    planned = torch.device("cuda" if planned_gpu else "cpu")
+    tokens = step_tokens(config.batch_tokens, planned, threads)
     length = min(config.data.max_tokens, context_length(model) or config.data.max_tokens)
-    shape = (max(1, step_tokens // length), length)
+    shape = (max(1, tokens // length), length)
     whole = step(model, modules.modules, *shape)
 
     def held(group: Sequence[TrackedModule]) -> Memory:

@@ -1,42 +1,19 @@
 """A worker that is stopped is named by the others, which do not wait for it."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from workshop import free_port, start_without_launcher
 
 HERE = Path(__file__).parent
 
 
 def outcomes(workers: int, victim: int) -> dict[int, tuple[int, str, str]]:
     """Exit status, output and errors of every worker but the victim, which is killed at the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    store = dist.TCPStore("127.0.0.1", port, is_master=True)
-    common = {
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "WORLD_SIZE": str(workers),
-        "LOCAL_WORLD_SIZE": str(workers),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "worker_heartbeat.py"), str(victim)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(workers)
-    ]
+    store = dist.TCPStore("127.0.0.1", free_port(), is_master=True)
+    command = [str(HERE / "worker_heartbeat.py"), str(victim)]
+    processes = start_without_launcher(command, workers, store)
     found = {}
     try:
         for rank, process in enumerate(processes):

@@ -1,12 +1,8 @@
 """Real gloo workers agree, add up, and never wait for one that has gone."""
 
 import json
-import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from worker_collectives import CHECKS
-from workshop import run_cli, run_workers, save_tiny_llama, texts, write_jsonl
+from workshop import (
+    free_port,
+    run_cli,
+    run_workers,
+    save_tiny_llama,
+    start_without_launcher,
+    texts,
+    write_jsonl,
+)
 
 from ekfac_dist.errors import DataError, LaunchError
 from ekfac_dist.runtime.processes import World, _buckets, was_agreed
@@ -53,30 +57,9 @@ def survivors(
 
     The key-value store is worker 0's and goes with it, or outlives them all as a launcher's does.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    store = dist.TCPStore("127.0.0.1", port, is_master=True) if store_outlives else None
-    common = {
-        "TORCHELASTIC_USE_AGENT_STORE": str(store is not None),
-        "WORLD_SIZE": str(workers),
-        "LOCAL_WORLD_SIZE": str(workers),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, str(HERE / "worker_death.py"), str(victim), manner, collective]
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(workers)
-    ]
+    store = dist.TCPStore("127.0.0.1", free_port(), is_master=True) if store_outlives else None
+    command = [str(HERE / "worker_death.py"), str(victim), manner, collective]
+    processes = start_without_launcher(command, workers, store)
     try:
         told = [process.communicate(timeout=60) for process in processes]
     finally:

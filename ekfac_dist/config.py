@@ -19,6 +19,7 @@ T = TypeVar("T")
 Dtype = Literal["float64", "float32", "bfloat16", "float16", "auto"]
 Quantization = Literal["8bit", "4bit"]
 Labels = Literal["sampled", "data"]
+DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 Refit = Literal["per_sequence", "per_token", "none"]
 Normalize = Literal["none", "cosine", "relatif_l", "relatif_theta"]
 PerToken = Literal["none", "top", "all"]
@@ -63,6 +64,9 @@ class ModelConfig:
         adapter: Hub id or local directory of a PEFT LoRA adapter for the model.
         merge_adapter: Merge the adapter into the weights, and track those.
         quantization: Hold linear weights in 8bit or 4bit (with bitsandbytes); null: as stored.
+        device_map: Spread the model of a single worker over all devices, as Accelerate names the
+            ways to: auto, balanced, balanced_low_0 (leaves room on the first, where factors are) or
+            sequential; null: all on one.
         trust_remote_code: Run Python code that comes with the model.
     """
 
@@ -73,11 +77,14 @@ class ModelConfig:
     adapter: str | None = None
     merge_adapter: bool = False
     quantization: Quantization | None = None
+    device_map: DeviceMap | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.quantization is not None:
             _require_choice("model.quantization", self.quantization, ("8bit", "4bit"))
+        if self.device_map is not None:
+            _require_choice("model.device_map", self.device_map, get_args(DeviceMap))
         _require_choice(
             "model.dtype", self.dtype, ("float64", "float32", "bfloat16", "float16", "auto")
         )
@@ -216,6 +223,7 @@ class PlanConfig(EstimateConfig):
     Args:
         workers: How many workers; null: one for each GPU here, or one.
         device_memory: Of each worker's device, such as 80GiB; null: what is free here.
+        fsdp: Whether the weights are sharded over the workers.
         sequences: How many sequences there are; null: data.max_sequences, or 1000.
         gflops: Speed of each worker at products of float32 matrices, in GFLOP/s; null: measured
             here.
@@ -223,6 +231,7 @@ class PlanConfig(EstimateConfig):
 
     workers: int | None = None
     device_memory: str | None = None
+    fsdp: bool = False
     sequences: int | None = None
     gflops: float | None = None
 
@@ -261,6 +270,7 @@ class QueryModelConfig:
         dtype: float64, float32, bfloat16, float16 or auto.
         adapter: Hub id or local directory of a PEFT LoRA adapter.
         quantization: Hold linear weights in 8bit or 4bit.
+        device_map: Spread the model of a single worker over all devices; never taken from a store.
         trust_remote_code: Run Python code that comes with the model; never taken from a store.
     """
 
@@ -269,10 +279,12 @@ class QueryModelConfig:
     dtype: Dtype | None = None
     adapter: str | None = None
     quantization: Quantization | None = None
+    device_map: DeviceMap | None = None
     trust_remote_code: bool = False
 
     def over(self, fitted: Mapping[str, Any]) -> ModelConfig:
         """What is given, over what the factors were fitted with."""
+        fitted = {**fitted, "device_map": None}  # it is of the machine, not of the model
         model = _over(ModelConfig, fitted, _given(self))
         _require_given({"model.name": model.name})
         return model

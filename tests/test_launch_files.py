@@ -51,7 +51,8 @@ def as_config(plain):
 
 def test_there_are_the_promised_files():
     assert [path.stem for path in CONFIGS] == ["demo", "gpt2", "llama-3-8b", "pythia-1.4b"]
-    assert [path.stem for path in LAUNCHERS] == ["cpu", "multi_gpu", "multi_node", "one_gpu"]
+    launchers = ["cpu", "fsdp", "multi_gpu", "multi_node", "one_gpu"]
+    assert [path.stem for path in LAUNCHERS] == launchers
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -90,6 +91,7 @@ def test_the_demos_configuration_is_what_the_demo_fits():
         ("one_gpu", DistributedType.NO, False, 1),
         ("multi_gpu", DistributedType.MULTI_GPU, False, 1),
         ("multi_node", DistributedType.MULTI_GPU, False, 2),
+        ("fsdp", DistributedType.FSDP, False, 1),
     ],
 )
 def test_a_launcher_configuration_starts_what_its_name_says(name, kind, use_cpu, num_machines):

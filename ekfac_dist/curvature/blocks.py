@@ -44,18 +44,18 @@ def rotate_rows(
     """Rows in the eigenbasis: x Q.
 
     Args:
-        rows_Mi: Rows [M, i], in the eigenvectors' dtype.
+        rows_Mi: Rows [..., M, i], in the eigenvectors' dtype; [M, i] where n = i + 1.
         basis: The blocks of Q, n in all, eigenvectors in columns; n = i, or i + 1 where the bias
             coordinate is left out of the rows.
         bias: Whether x is the row with a 1 appended (which is never built).
         last: The bias coordinate of each row [M, 1], if it is no 1.
 
     Returns:
-        [M, n].
+        [..., M, n].
     """
-    num_columns, parts = rows_Mi.shape[1], []
+    num_columns, parts = rows_Mi.shape[-1], []
     for block, (start, end) in zip(basis, bounds([len(block) for block in basis]), strict=True):
-        rows = rows_Mi[:, start : min(end, num_columns)]
+        rows = rows_Mi[..., start : min(end, num_columns)]
         if end <= num_columns:
             parts.append(rows @ block)
         elif last is not None:
@@ -67,14 +67,27 @@ def rotate_rows(
 
 
 def rotate_columns(matrix_OX: Tensor, basis: Blocks) -> Tensor:
-    """Qᵀ V for a matrix V [O, X], block by block."""
-    if len(basis) == 1:
-        return basis[0].T @ matrix_OX
+    """Qᵀ V for a matrix V [..., O, X], block by block."""
+    return _from_left([block.T for block in basis], matrix_OX)
+
+
+def rotate_columns_back(matrix_OX: Tensor, basis: Blocks) -> Tensor:
+    """Q V for a matrix V [..., O, X], block by block."""
+    return _from_left(basis, matrix_OX)
+
+
+def rotate_rows_back(rows_Mn: Tensor, basis: Blocks) -> Tensor:
+    """Rows out of the eigenbasis: x Qᵀ for x [..., M, n], block by block."""
+    return rotate_rows(rows_Mn, [block.T for block in basis])
+
+
+def _from_left(blocks: Blocks, matrix_OX: Tensor) -> Tensor:
+    places = bounds([len(block) for block in blocks])
     parts = [
-        block.T @ matrix_OX[start:end]
-        for block, (start, end) in zip(basis, bounds([len(block) for block in basis]), strict=True)
+        block @ matrix_OX[..., start:end, :]
+        for block, (start, end) in zip(blocks, places, strict=True)
     ]
-    return torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
 
 def whole(basis: Blocks) -> Tensor:

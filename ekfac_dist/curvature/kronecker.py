@@ -3,6 +3,13 @@
 import torch
 from torch import Tensor
 
+from ekfac_dist.curvature.blocks import (
+    Blocks,
+    rotate_columns,
+    rotate_columns_back,
+    rotate_rows,
+    rotate_rows_back,
+)
 from ekfac_dist.errors import ConfigError
 
 
@@ -23,23 +30,23 @@ def kfac_lambda(
     return torch.outer(values_O, values_I) * (num_positions / num_sequences)
 
 
-def rotate(matrix_OI: Tensor, basis_OO: Tensor, basis_II: Tensor) -> Tensor:
+def rotate(matrix_OI: Tensor, basis_OO: Blocks, basis_II: Blocks) -> Tensor:
     """Q_Sᵀ V Q_A, shape [..., O, I]."""
-    return basis_OO.T @ matrix_OI @ basis_II
+    return rotate_rows(rotate_columns(matrix_OI, basis_OO), basis_II)
 
 
-def rotate_back(matrix_OI: Tensor, basis_OO: Tensor, basis_II: Tensor) -> Tensor:
+def rotate_back(matrix_OI: Tensor, basis_OO: Blocks, basis_II: Blocks) -> Tensor:
     """Q_S V Q_Aᵀ, shape [..., O, I]."""
-    return basis_OO @ matrix_OI @ basis_II.T
+    return rotate_rows_back(rotate_columns_back(matrix_OI, basis_OO), basis_II)
 
 
-def apply(matrix_OI: Tensor, basis_OO: Tensor, basis_II: Tensor, lambda_OI: Tensor) -> Tensor:
+def apply(matrix_OI: Tensor, basis_OO: Blocks, basis_II: Blocks, lambda_OI: Tensor) -> Tensor:
     """E V.
 
     Args:
         matrix_OI: V [..., O, I], weight-shaped.
-        basis_OO: Q_S, eigenvectors in columns.
-        basis_II: Q_A, eigenvectors in columns.
+        basis_OO: The blocks of Q_S, eigenvectors in columns.
+        basis_II: The blocks of Q_A, eigenvectors in columns.
         lambda_OI: Λ.
 
     Returns:
@@ -48,13 +55,13 @@ def apply(matrix_OI: Tensor, basis_OO: Tensor, basis_II: Tensor, lambda_OI: Tens
     return rotate_back(lambda_OI * rotate(matrix_OI, basis_OO, basis_II), basis_OO, basis_II)
 
 
-def solve(matrix_OI: Tensor, basis_OO: Tensor, basis_II: Tensor, damped_OI: Tensor) -> Tensor:
+def solve(matrix_OI: Tensor, basis_OO: Blocks, basis_II: Blocks, damped_OI: Tensor) -> Tensor:
     """(E + λ)⁻¹ V = Q_S [(Q_Sᵀ V Q_A) ⊘ (Λ + λ)] Q_Aᵀ (Grosse et al. 2023, eq. 21).
 
     Args:
         matrix_OI: V [..., O, I], weight-shaped.
-        basis_OO: Q_S, eigenvectors in columns.
-        basis_II: Q_A, eigenvectors in columns.
+        basis_OO: The blocks of Q_S, eigenvectors in columns.
+        basis_II: The blocks of Q_A, eigenvectors in columns.
         damped_OI: Λ + λ, from `damped`; not changed.
 
     Returns:

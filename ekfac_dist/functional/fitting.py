@@ -73,8 +73,8 @@ def fit(
             _add(lambdas, rows)
     factors = {
         m.name: ModuleFactors(
-            bases[m.output].eigenvectors[0],
-            bases[m.input].eigenvectors[0],
+            bases[m.output].eigenvectors,
+            bases[m.input].eigenvectors,
             lambdas.sums[m.name] / batches.num_examples,
         )
         for m in calls.modules

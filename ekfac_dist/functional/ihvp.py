@@ -152,7 +152,7 @@ def _solve(fitted: Fit, damping: Damping, module: TrackedModule, matrix_OI: Tens
     room = max(1, GRADIENT_BYTES // (damped_OI.nbytes or 1))
     with precisely(matrix_OI.device):
         solved = [
-            kronecker.solve(part, factors.basis_OO, factors.basis_II, damped_OI)
+            kronecker.solve(part, factors.blocks_OO, factors.blocks_II, damped_OI)
             for part in stack_kOI.split(room)
         ]
     return (torch.cat(solved) if len(solved) > 1 else solved[0]).view(matrix_OI.shape)

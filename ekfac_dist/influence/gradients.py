@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ekfac_dist.curvature import products
-from ekfac_dist.curvature.blocks import rotate_rows
+from ekfac_dist.curvature.blocks import rotate_columns_back, rotate_rows
 from ekfac_dist.curvature.kronecker import damped, rotate_back
 from ekfac_dist.data.batches import Batch, Rows, assign_batches
 from ekfac_dist.influence.queries import QuerySet
@@ -250,14 +250,14 @@ class _QueryGradients:
 
     def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Rows) -> None:
         """Keeps a batch's inputs, in the eigenbasis, until the gradients come."""
-        basis_II = self._setting.factors.module(module.name).basis_II.to(rows_Mi)
-        self._acts[module.input] = rotate_rows(rows_Mi, [basis_II], bias=module.bias)
+        basis = [block.to(rows_Mi) for block in self._setting.factors.module(module.name).blocks_II]
+        self._acts[module.input] = rotate_rows(rows_Mi, basis, bias=module.bias)
 
     def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Rows) -> None:
         """Sums each row's gradient, and finishes it with the row's last query."""
         fitted = self._setting.at_device(module.name)
         acts_MI = self._acts[module.input]
-        grads_MO = rotate_rows(rows_MO, [fitted.basis_OO], bias=False)
+        grads_MO = rotate_rows(rows_MO, fitted.blocks_OO)
         start = 0
         parts: dict[int, list[slice]] = {}
         for number, length in zip(batch.indices, batch.lengths, strict=True):  # all have labels
@@ -293,15 +293,17 @@ class _QueryGradients:
         rotates_back = not self._setting.in_eigenbasis
         if isinstance(into, WholeGradients):
             if rotates_back:
-                solved_OI = rotate_back(solved_OI, fitted.basis_OO, fitted.basis_II)
+                solved_OI = rotate_back(solved_OI, fitted.blocks_OO, fitted.blocks_II)
             into.put_(place, solved_OI)
             return
         if not torch.isfinite(own):
             return  # nothing to decompose; `health` tells of it
         # The bases are orthogonal, so the best approximation may be found on either side of them.
         left_Or, right_Ir = products.low_rank(solved_OI, into.left_QOr.shape[-1])
-        into.left_QOr[place] = fitted.basis_OO @ left_Or if rotates_back else left_Or
-        into.right_QIr[place] = fitted.basis_II @ right_Ir if rotates_back else right_Ir
+        if rotates_back:
+            left_Or = rotate_columns_back(left_Or, fitted.blocks_OO)
+            right_Ir = rotate_columns_back(right_Ir, fitted.blocks_II)
+        into.left_QOr[place], into.right_QIr[place] = left_Or, right_Ir
 
     def on_loss(self, batch: Batch, losses_B: Tensor) -> None:
         """Takes −log p of each query of a batch, and finishes rows of which a module saw a part.

@@ -30,12 +30,13 @@ from ekfac_dist.influence.results import check_new
 from ekfac_dist.influence.scores import InfluenceScores
 from ekfac_dist.influence.scoring import compute_scores, list_lengths
 from ekfac_dist.models.capture import prepared
-from ekfac_dist.models.loading import context_length, load_model, load_tokenizer
+from ekfac_dist.models.loading import context_length, load_tokenizer
 from ekfac_dist.models.modules import device_of
 from ekfac_dist.models.tasks import CAUSAL_LM, CausalLM, Task, require_task
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.stages.factors import Factors
 from ekfac_dist.stages.loading import check_sequences, load_sequences
+from ekfac_dist.stages.model import load, refuse_sharded
 from ekfac_dist.stages.reload import check_model, load_factors, require_fitted_task
 
 
@@ -55,6 +56,7 @@ def run_query(config: QueryConfig, world: World, say: Any = print) -> Answer:
     start = time.perf_counter()
     world.on_main(lambda: check_new(output))
     with world.agree():
+        refuse_sharded(world)
         damping = _damping(config)
         texts = read_queries(queries_file)
         candidates = read_candidates(config.scores.candidates)
@@ -75,7 +77,7 @@ def run_query(config: QueryConfig, world: World, say: Any = print) -> Answer:
         list_lengths(config.scores, len(columns))
     scored = train.take(columns)
     _tell_data(tell, train, scored, factors)
-    model = world.main_first(lambda: load_model(model_config, world.device))
+    model = load(model_config, world)
     with prepared(model):
         with world.agree():
             check_model(store, factors, model)
@@ -200,6 +202,7 @@ def influence_scores(
         if max_tokens is not None:
             require_positive("max_tokens", max_tokens)
         chosen = Damping.of(damping, relative)
+        refuse_sharded(world, model)
         task = require_task(task)
         require_fitted_task(name, factors, task)
         asked = queries_of(queries, tokenizer, model, task)

@@ -35,8 +35,9 @@ class _TrainingRows(ABC):
     def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Rows) -> None:
         """Keeps a batch's inputs until the gradients come."""
         if self._setting.in_eigenbasis:
-            basis_II = self._setting.factors.module(module.name).basis_II.to(rows_Mi)
-            rows_MI = rotate_rows(rows_Mi, [basis_II], bias=module.bias)
+            fitted = self._setting.factors.module(module.name)
+            basis = [block.to(rows_Mi) for block in fitted.blocks_II]
+            rows_MI = rotate_rows(rows_Mi, basis, bias=module.bias)
         elif module.bias:
             rows_MI = products.with_bias(rows_Mi)
         else:
@@ -46,8 +47,8 @@ class _TrainingRows(ABC):
     def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Rows) -> None:
         """Uses a batch's inputs and gradients."""
         if self._setting.in_eigenbasis:
-            basis_OO = self._setting.factors.module(module.name).basis_OO.to(rows_MO)
-            rows_MO = rotate_rows(rows_MO, [basis_OO], bias=False)
+            fitted = self._setting.factors.module(module.name)
+            rows_MO = rotate_rows(rows_MO, [block.to(rows_MO) for block in fitted.blocks_OO])
         self._use(module, self._acts[module.input], rows_MO, batch)
         if self._readers.is_last(module):
             del self._acts[module.input]

@@ -27,10 +27,11 @@ from ekfac_dist.models.modules import (
     is_quantised,
     linear_modules,
     only_input,
-    require_whole,
+    require_usable,
     same_tensor,
 )
 from ekfac_dist.models.packing import attending_within
+from ekfac_dist.models.sharding import is_sharded, reshard
 from ekfac_dist.models.tasks import CAUSAL_LM, Task
 
 _CHUNKS = "chunk_size_feed_forward"
@@ -50,6 +51,16 @@ class Observer(Protocol):
         """Takes the gradient of the summed loss with respect to a module's output."""
 
 
+class Nobody:
+    """The observer that does nothing with what passes through."""
+
+    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Rows) -> None:
+        """Does nothing."""
+
+    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Rows) -> None:
+        """Does nothing."""
+
+
 @contextmanager
 def prepared(model: nn.Module) -> Iterator[None]:
     """Freezes a model's parameters, turns all noise off, and restores both on the way out.
@@ -58,7 +69,8 @@ def prepared(model: nn.Module) -> Iterator[None]:
     they have no noise of their own. MLPs that are applied in chunks of positions are applied to all
     at once: the same numbers, and each module is used once.
     """
-    require_whole(model)
+    require_usable(model)
+    reshard(model)  # flags are those of what is sharded
     needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     chunked: list[Any] = [m for m in model.modules() if getattr(m, _CHUNKS, 0)]
@@ -74,6 +86,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
             module.training = True
         yield
     finally:
+        reshard(model)
         for parameter, flag in needed:
             parameter.requires_grad_(flag)
         for module, mode in modes:
@@ -122,6 +135,7 @@ class Capture:
         dtype: What rows are converted to, float32 or float64; None: they stay as the model has
             them, which may be lower.
         task: What is asked of the model.
+        device: Where rows are wanted, if the model is spread over several; None: where they are.
     """
 
     def __init__(
@@ -131,7 +145,9 @@ class Capture:
         observer: Observer,
         dtype: torch.dtype | None,
         task: Task = CAUSAL_LM,
+        device: torch.device | None = None,
     ) -> None:
+        self.device = device
         self.model = model
         self.task = task
         self.modules = modules
@@ -148,12 +164,23 @@ class Capture:
         self._scale = 1.0
         self._in_lists = {m.name for m in modules if in_expert_list(model, m.name)}
 
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Within it what passes through is shown to nobody; all else is done as ever."""
+        observer, self.observer = self.observer, Nobody()
+        try:
+            yield
+        finally:
+            self.observer = observer
+
     def __enter__(self) -> "Capture":
         try:
             for module in self.modules:
                 if module.kind != EXPERT:
                     self._hook(module)
-            if self._in_lists or any(map(is_quantised, linear_modules(self.model).values())):
+            routed = self._in_lists or any(module.kind == EXPERT for module in self.modules)
+            quantised = any(map(is_quantised, linear_modules(self.model).values()))
+            if self._in_lists or quantised or (routed and is_sharded(self.model)):
                 self._start_graph_below()
             self._listen()
         except BaseException:
@@ -182,8 +209,9 @@ class Capture:
     def _start_graph_below(self) -> None:
         """Starts the graph at the embeddings.
 
-        Which rows an expert in a list was given is read off it; and a quantised weight may be
-        packed in another way, for good, when its input takes no gradient.
+        Which rows an expert in a list was given is read off it; a quantised weight may be packed in
+        another way, for good, when its input takes no gradient; and the layers that a sharded
+        model's backward goes through must not depend on the experts that a worker's tokens reach.
         """
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -319,7 +347,7 @@ class Capture:
         if self._readers_left[module.input] == self._readers[module.input]:  # the first to read it
             # Held only until the last module that shares it has read it.
             self._shared[module.input] = (tensor, tensor._version)
-            with torch.no_grad(), precisely(tensor.device):
+            with torch.no_grad(), precisely(self.device or tensor.device):
                 rows = self._rows(module, "input", tensor.detach(), module.num_inputs, which)
                 self.observer.on_input(module, rows, which)
         elif shared is None or not same_tensor(shared, (tensor, tensor._version)):
@@ -337,7 +365,7 @@ class Capture:
         if module.name in self._with_gradient:
             raise ModelError(f"Module {module.name} received two gradients in one backward.")
         self._with_gradient.add(module.name)
-        with precisely(gradient.device):
+        with precisely(self.device or gradient.device):
             rows = self._rows(module, "output", gradient, module.num_outputs, which)
             if self._scale != 1.0:
                 rows = rows.to(self.dtype or torch.float32) / self._scale
@@ -354,5 +382,5 @@ class Capture:
                 "cannot be told. Leave it out with model.modules."
             )
         if which.real is not None:
-            rows = rows[which.real]
-        return rows if self.dtype is None else rows.to(self.dtype)
+            rows = rows[which.real.to(rows.device)]
+        return rows.to(self.device, self.dtype or rows.dtype)

@@ -1,11 +1,13 @@
 """What autograd keeps of a forward for the backward: most of what a step holds."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+
+from ekfac_dist.models.sharding import storage_of
 
 
 @dataclass(frozen=True)
@@ -44,23 +46,13 @@ class Kept:
 @contextmanager
 def keeping(model: nn.Module) -> Iterator[Kept]:
     """Within it, what autograd keeps is noted, but for the model's own parameters and buffers."""
-    own = {_storage(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    own = {storage_of(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     kept = Kept()
 
     def keep(tensor: Tensor) -> Tensor:
-        if _storage(tensor) not in own:
-            kept.tensors[_storage(tensor)] = tensor  # held, so that its place is not used again
+        if storage_of(tensor) not in own:
+            kept.tensors[storage_of(tensor)] = tensor  # held, so that its place is not used again
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         yield kept
-
-
-def parameter_bytes(model: nn.Module) -> int:
-    """Of all parameters and buffers; a tied one once."""
-    held: Mapping[int, Tensor] = {_storage(t): t for t in [*model.parameters(), *model.buffers()]}
-    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from ekfac_dist.config import ModelConfig
-from ekfac_dist.errors import ModelError
+from ekfac_dist.errors import ModelError, first_line
 from ekfac_dist.models.adapters import with_adapter
 
 _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError)
@@ -40,6 +40,8 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
     dtype: Any = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     quantised = config.quantization or getattr(settings, "quantization_config", None)
     place: dict[str, Any] = {"device_map": {"": str(device)}} if quantised else {}
+    if config.device_map is not None:
+        place["device_map"] = config.device_map
     if config.quantization is not None:
         place["quantization_config"] = _quantization(config, dtype)
     try:
@@ -70,7 +72,39 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
         model.config.rescale_every = 0  # RWKV halves its own weights as it runs; this is the same
     if config.adapter is not None:
         model = with_adapter(model, config.adapter, merge=config.merge_adapter)
-    return model.eval() if quantised else model.to(device).eval()
+    return model.eval() if place else model.to(device).eval()
+
+
+def is_quantised(config: ModelConfig) -> bool:
+    """Whether a model is to be quantised, or was saved so.
+
+    Raises:
+        ModelError: There is no such causal language model.
+    """
+    _, settings = load_settings(config)
+    return bool(config.quantization or getattr(settings, "quantization_config", None))
+
+
+def without_weights(config: ModelConfig) -> nn.Module:
+    """The model as its configuration alone says, on the meta device; no weight is read.
+
+    Raises:
+        ModelError: There is no such causal language model, or it cannot be built without weights.
+    """
+    name, settings = load_settings(config, with_weights=False)
+    dtype: Any = getattr(settings, "dtype", None) or torch.float32
+    if config.dtype != "auto":
+        dtype = getattr(torch, config.dtype)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                settings, dtype=dtype, trust_remote_code=config.trust_remote_code
+            )
+    except Exception as error:
+        raise ModelError(
+            f"Model {name} cannot be built from its configuration alone: {first_line(error)}."
+        ) from error
+    return model.requires_grad_(False).eval()
 
 
 def _quantization(config: ModelConfig, dtype: Any) -> Any:

@@ -1,15 +1,15 @@
 """Linear maps that factors are fitted for: what can be said of them without running a model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from ekfac_dist.errors import ModelError
+from ekfac_dist.models.sharding import require_known_sharding, whole
 
 _READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LINEAR = "linear"
@@ -81,10 +81,17 @@ class TrackedModule:
         }
 
 
-def tensors_of(model: nn.Module, module: TrackedModule) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(
+    model: nn.Module, module: TrackedModule, numbers: Callable[[str], Tensor] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """A module's weight and bias as the model holds them, with the names of their parameters.
 
     Of a quantised module all that it holds: codes, and their scales.
+
+    Args:
+        model: The model.
+        module: The module.
+        numbers: Gives a parameter's numbers by its name; None: they are read of the model.
 
     Raises:
         AttributeError: The model lacks one.
@@ -94,13 +101,17 @@ def tensors_of(model: nn.Module, module: TrackedModule) -> Iterator[tuple[str, T
         yield from sorted((n, t.detach()) for n, t in held.items() if isinstance(t, Tensor))
         return
     for name in module.parameters:
-        tensor = _loaded(model, name)
+        tensor = loaded(model, name) if numbers is None else numbers(name)
         yield name, tensor[module.fused[1]] if module.kind == EXPERT else tensor
 
 
-def _loaded(model: nn.Module, name: str) -> Tensor:
-    """A parameter's numbers, which Accelerate may keep elsewhere until they are needed."""
-    tensor = model.get_parameter(name).detach()
+def loaded(model: nn.Module, name: str) -> Tensor:
+    """A parameter's numbers, which may be sharded, or kept elsewhere until they are needed.
+
+    Raises:
+        ModelError: They are nowhere.
+    """
+    tensor = whole(model.get_parameter(name).detach())
     owner, _, kind = name.rpartition(".")
     hook: Any = getattr(model.get_submodule(owner), "_hf_hook", None)
     for each in getattr(hook, "hooks", (hook,)):
@@ -174,18 +185,13 @@ def is_quantised(module: nn.Module) -> bool:
     return not isinstance(weight, Tensor) or weight.dtype not in _READABLE
 
 
-def require_whole(model: nn.Module) -> None:
-    """Refuses weights of which a worker holds a part, or that were packed for inference alone.
+def require_usable(model: nn.Module) -> None:
+    """Refuses weights that are sharded in an unknown way, or were packed for inference alone.
 
     Raises:
         ModelError: A weight is.
     """
-    sharded = next((n for n, p in model.named_parameters() if isinstance(p, DTensor)), None)
-    if sharded is not None:
-        raise ModelError(
-            f"The weight {sharded} is sharded over the workers (FSDP2 or tensor parallel), which "
-            "this version does not support; give every worker the whole model."
-        )
+    require_known_sharding(model)
     for name, module in linear_modules(model).items():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):

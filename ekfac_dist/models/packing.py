@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ekfac_dist.data.batches import Batch, plan_batches
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.models.experts import Routed, fused_experts, listening
+from ekfac_dist.models.sharding import forget_forward
 from ekfac_dist.models.tasks import CAUSAL_LM
 
 IMPLEMENTATION = "ekfac_dist_packed"
@@ -86,11 +87,16 @@ def can_pack(
     experts = dict.fromkeys(fused_experts(model).values(), _unchanged)  # as in a pass
     try:
         with listening(experts), torch.compiler.set_stance("force_eager"):
-            return all(
+            # All are looked at, for a sharded model's forward is a collective.
+            found = [
                 _is_same(model, sequences, batch, device)
                 for batch in ([longest] if longest == mixed[0] else [mixed[0], longest])
-            )
+            ]
+            return all(found)
+    except torch.OutOfMemoryError:
+        raise  # a pass would meet it too
     except Exception:  # whatever a model cannot do with such a row: it is not given one
+        forget_forward(model)
         return False
 
 

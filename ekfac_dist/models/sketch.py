@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -23,7 +22,7 @@ from ekfac_dist.errors import ModelError, first_line
 from ekfac_dist.models.discovery import Discovery, discovered
 from ekfac_dist.models.experts import experts_computed_by, fused_experts, matrices
 from ekfac_dist.models.holding import Step, keeping
-from ekfac_dist.models.loading import load_settings
+from ekfac_dist.models.loading import without_weights
 from ekfac_dist.models.modules import EXPERT, TrackedModule, linear_modules, only_input
 from ekfac_dist.models.packing import attention_configs
 from ekfac_dist.models.trace import Trace, few_tokens
@@ -57,26 +56,13 @@ def sketch(config: ModelConfig) -> nn.Module:
     Raises:
         ModelError: There is no such causal language model, or it cannot be built without weights.
     """
-    name, settings = load_settings(config, with_weights=False)
     for field in ("adapter", "quantization"):
         if getattr(config, field) is not None:
             raise ModelError(
                 f"model.{field} is {getattr(config, field)!r}, which cannot be planned; plan the "
                 "model without it."
             )
-    dtype: Any = getattr(settings, "dtype", None) or torch.float32
-    if config.dtype != "auto":
-        dtype = getattr(torch, config.dtype)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                settings, dtype=dtype, trust_remote_code=config.trust_remote_code
-            )
-    except Exception as error:
-        raise ModelError(
-            f"Model {name} cannot be built from its configuration alone: {first_line(error)}."
-        ) from error
-    return model.requires_grad_(False).eval()
+    return without_weights(config)
 
 
 def discover_by_shape(model: nn.Module, globs: Sequence[str] | None) -> Discovery:

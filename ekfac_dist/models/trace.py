@@ -210,10 +210,10 @@ def _is_linear(module: nn.Module, tensor: Tensor, output: Any) -> bool:
         return True  # quantised, sharded or computed: nothing to compare with
     with torch.no_grad():
         weight_OI = weight.T if isinstance(module, Conv1D) else weight
-        expected = torch.nn.functional.linear(tensor, weight_OI, bias)
+        expected = torch.nn.functional.linear(tensor.to(weight.device), weight_OI, bias)
         if not isinstance(output, Tensor) or output.shape != expected.shape:
             return False
-        error = (output - expected).double().norm()
+        error = (output.to(weight.device) - expected).double().norm()
         return not bool(error > _TOLERANCES[weight.dtype] * expected.double().norm())
 
 

@@ -47,7 +47,12 @@ def end_if_requested() -> None:
         Preempted: It has.
     """
     if _is_requested:
-        raise Preempted(f"Ended by SIGTERM; what is done is stored: {_AGAIN}.")
+        raise ended("what is done is stored")
+
+
+def ended(stored: str) -> Preempted:
+    """The error that ends the work, with what is stored in words."""
+    return Preempted(f"Ended by SIGTERM; {stored}: {_AGAIN}.")
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ekfac_dist.errors import DEFECT, LaunchError, PeerError, UserError, first_line, status_of
 
@@ -40,6 +41,11 @@ GLOO_SECONDS = 0.002
 
 _runs = itertools.count()
 _AGREED = "_ekfac_dist_agreed"  # marks an error that every worker raised together
+_FIRST = "_ekfac_dist_first"  # marks one that was announced before any other
+
+
+def _says_yes(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
 
 
 def launched_processes() -> int:
@@ -57,6 +63,7 @@ class World:
         local_rank: This worker's number on its host.
         device: Where this worker computes.
         backend: Name of the process group's backend; "none" for one worker.
+        fsdp: Version of FSDP by which the launcher's configuration shards models; 0: it does not.
     """
 
     rank: int
@@ -64,6 +71,7 @@ class World:
     local_rank: int
     device: torch.device
     backend: str
+    fsdp: int = 0
     _failure_key: str = field(default="", repr=False)
     _last_peer_check: float = field(default=0.0, repr=False)
 
@@ -77,8 +85,7 @@ class World:
             LaunchError: The launcher started several workers that do not see each other.
         """
         # Accelerate's launcher does not pass a configuration's use_cpu on to several workers.
-        asked = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
-        cpu = asked or not torch.accelerator.is_available()
+        cpu = _says_yes("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
         arguments: dict[str, Any] = {}
         if launched_processes() > 1 and not dist.is_initialized():
             arguments["timeout"] = COLLECTIVE_TIMEOUT
@@ -96,15 +103,20 @@ class World:
                 "In a script with an Accelerator of its own and no GPU, make it with "
                 "Accelerator(cpu=True); otherwise check the launcher's configuration."
             )
+        sharding = size > 1 and _says_yes("ACCELERATE_USE_FSDP")
         device = state.device
         if device.type == "cpu":
             device = torch.device("cpu")  # accelerate says "cpu:0" for a worker of several
+        elif device.type == "cuda" and device.index is None:
+            # In a thread of another GPU, "cuda" would be that one.
+            device = torch.device("cuda", torch.cuda.current_device())
         return cls(
             rank=state.process_index,
             size=size,
             local_rank=max(0, state.local_process_index),
             device=device,
             backend=str(state.backend or "none") if size > 1 else "none",
+            fsdp=int(os.environ.get("FSDP_VERSION", "1")) if sharding else 0,
             _failure_key=f"ekfac_dist/failure/{next(_runs)}",
         )
 
@@ -128,6 +140,10 @@ class World:
         if self.device.type == "cuda":
             device = f"{device} ({torch.cuda.get_device_name(self.device)})"
         return socket.gethostname(), device, torch.get_num_threads()
+
+    def mesh(self) -> DeviceMesh:
+        """All workers as `torch.distributed` wants to be told of them."""
+        return init_device_mesh(self.device.type, (self.size,))
 
     def close(self) -> None:
         """Leaves the process group, in good order, with the others."""
@@ -190,14 +206,20 @@ class World:
         self.gather(None)
 
     @contextmanager
-    def agree(self, *, takes_part: bool = True) -> Iterator[None]:
+    def agree(
+        self, *, takes_part: bool = True, together: tuple[type[Exception], ...] | None = None
+    ) -> Iterator[None]:
         """Runs a block on every worker; if it fails on any, it fails on all.
 
-        The block itself must hold no collective. The others raise the failing worker's sentence,
-        with the worker's name unless all that took part said the same.
+        The others raise the failing worker's sentence, with the worker's name unless all that took
+        part said the same. A block that holds collectives, as a sharded model's forward is one,
+        says so: where a worker fails alone in it, the others wait for it there and can agree on
+        nothing. The failure is announced then, and raised at once.
 
         Args:
             takes_part: Whether this worker really does something in the block.
+            together: None: the block holds no collective. Else it does, and only these are raised
+                on every worker at the same place, so that they can be agreed on.
         """
         if self.size == 1:
             yield
@@ -206,9 +228,12 @@ class World:
         try:
             yield
         except Exception as caught:
-            error = caught
+            error = caught if together is None else self._cause_of(caught)
             if not isinstance(error, PeerError):
                 self.announce_failure(error)  # who is in a long block need not finish it
+            alone = not isinstance(error, together or ()) or isinstance(error, PeerError)
+            if together is not None and alone:
+                raise error from (None if error is caught else caught)
         own = None
         if error is not None and not isinstance(error, PeerError):
             own = (type(error).__name__, str(error), status_of(error))
@@ -289,13 +314,13 @@ class World:
         return self._failure_key
 
     def announce_failure(self, error: BaseException, store: Any = None) -> bool:
-        """Tells the others that this worker has failed; True if none had said so before.
+        """Tells the others that this worker has failed; True if none had said so of another cause.
 
         Args:
             error: Why.
             store: A client of the key-value store; None: the main thread's.
         """
-        if self.size == 1:
+        if self.size == 1 or getattr(error, _FIRST, False):
             return True
         message = str(error)
         if not isinstance(error, UserError):
@@ -304,6 +329,7 @@ class World:
             store = _default_store() if store is None else store
             first = store.add(self._failure_key + "/number", 1) == 1
             if first:
+                setattr(error, _FIRST, True)
                 store.set(self._failure_key, json.dumps([self.rank, message, status_of(error)]))
         except RuntimeError:
             return True  # the key-value store has gone with its worker, and said nothing
@@ -328,6 +354,18 @@ class World:
             rank, message, status = json.loads(store.get(self._failure_key))
             raise PeerError(f"worker {rank} of {self.size}: {message}", status=status)
 
+    def _cause_of(self, error: Exception) -> Exception:
+        """What another worker has said, or its end, if an error only follows from that."""
+        if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+            return error
+        try:
+            with suppress(RuntimeError):  # the key-value store may have gone with its worker
+                self._raise_if_announced()
+        except PeerError as told:
+            return told
+        is_of_connection = isinstance(error, dist.DistError) or _CONNECTION.search(str(error))
+        return _lost(error) if is_of_connection else error
+
     @contextmanager
     def _collective(self) -> Iterator[None]:
         try:
@@ -339,12 +377,20 @@ class World:
             # why, that is the cause to report.
             with suppress(RuntimeError):  # the key-value store may have gone with its worker
                 self._raise_if_announced()
-            # Gloo begins with a line of its own source and ends with advice on its logs.
-            cause = re.sub(r"^\[\S+:\d+\] ", "", first_line(error)).partition(". ")[0]
-            raise PeerError(
-                f"The connection to another worker was lost ({cause}): it has ended without a "
-                "word. Look for that worker's own message, or for the system ending it for memory."
-            ) from error
+            raise _lost(error) from error
+
+
+# What gloo says of a connection that ended, wherever it is met.
+_CONNECTION = re.compile(r"gloo|[Cc]onnection (closed|reset)|Timed out waiting")
+
+
+def _lost(error: Exception) -> PeerError:
+    # Gloo begins with a line of its own source and ends with advice on its logs.
+    cause = re.sub(r"^\[\S+:\d+\] ", "", first_line(error)).partition(". ")[0]
+    return PeerError(
+        f"The connection to another worker was lost ({cause}): it has ended without a word. Look "
+        "for that worker's own message, or for the system ending it for memory."
+    )
 
 
 def was_agreed(error: BaseException) -> bool:

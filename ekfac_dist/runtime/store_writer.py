@@ -331,7 +331,7 @@ def _require_own_store(path: Path, config: Mapping[str, Any]) -> None:
 
 
 # Fields that a run may have another value of when it goes on: no number depends on them.
-_MAY_CHANGE = ("save_minutes", "output")
+_MAY_CHANGE = ("save_minutes", "output", "model.device_map")
 
 
 def _require_same_beginning(path: Path, found: Any, begins: Mapping[str, Any]) -> None:

@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 
 from ekfac_dist.data.batches import shard
-from ekfac_dist.errors import Preempted
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.store import STATE, FactorSink
@@ -55,17 +54,23 @@ class PassState:
         """Counts a step that is in the sums."""
 
     def is_due(self) -> bool:
-        """Whether to save after this step."""
-        return preemption.requested()
+        """Whether it is time to save, after this step."""
+        return False
 
-    def save(self, loss: float, num_labels: int) -> None:
+    def save(self, loss: float, num_labels: int, *, ends: bool) -> None:
         """Saves the sums as they are.
 
+        Args:
+            loss: Σ −log p(label) so far.
+            num_labels: Labels so far.
+            ends: Whether the run ends here, for SIGTERM has come to a worker.
+
         Raises:
-            Preempted: SIGTERM has come.
+            Preempted: It ends.
             OutputError: They cannot be saved; what was saved before is still there.
         """
-        preemption.end_if_requested()
+        if ends:
+            raise preemption.ended("what is done is stored")
 
     def leave(self, loss: float, num_labels: int) -> None:
         """Saves the sums if they are not, for the run ends."""
@@ -243,18 +248,15 @@ class _SavedState(PassState):
 
     def is_due(self) -> bool:
         since = time.monotonic() - self._last
-        return preemption.requested() or since >= max(self._interval, self._least_interval)
+        return since >= max(self._interval, self._least_interval)
 
-    def save(self, loss: float, num_labels: int) -> None:
+    def save(self, loss: float, num_labels: int, *, ends: bool) -> None:
         start = time.monotonic()
-        self._write(loss, num_labels)
+        self.leave(loss, num_labels)
         self._last = time.monotonic()
         self._least_interval = _LEAST_RATIO * (self._last - start) if self._interval else 0.0
-        if preemption.requested():
-            raise Preempted(
-                "Ended by SIGTERM; the state of the pass is stored: run the same command again to "
-                "go on."
-            )
+        if ends:
+            raise preemption.ended("the state of the pass is stored")
 
     def leave(self, loss: float, num_labels: int) -> None:
         if self.steps > self._saved_steps:

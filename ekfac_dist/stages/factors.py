@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.curvature import kronecker
-from ekfac_dist.curvature.blocks import block_sizes, whole
+from ekfac_dist.curvature.blocks import Blocks, block_sizes, whole
 from ekfac_dist.curvature.damping import DEFAULT, Damping
 from ekfac_dist.errors import ConfigError, StoreError
 from ekfac_dist.models.modules import CONV1D, EXPERT, LINEAR, TrackedModule
@@ -47,20 +47,30 @@ class ModuleFactors:
     """One module's approximate Fisher, (Q_S ⊗ Q_A) diag(vec Λ) (Q_S ⊗ Q_A)ᵀ.
 
     Attributes:
-        basis_OO: Q_S, in columns.
-        basis_II: Q_A, in columns.
+        blocks_OO: The blocks of Q_S, eigenvectors in columns; one, unless factors have several.
+        blocks_II: The blocks of Q_A.
         lambda_OI: Λ.
     """
 
-    basis_OO: Tensor
-    basis_II: Tensor
+    blocks_OO: Blocks
+    blocks_II: Blocks
     lambda_OI: Tensor
+
+    @property
+    def basis_OO(self) -> Tensor:
+        """Q_S as one matrix, zero between its blocks."""
+        return whole(self.blocks_OO)
+
+    @property
+    def basis_II(self) -> Tensor:
+        """Q_A as one matrix, zero between its blocks."""
+        return whole(self.blocks_II)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "ModuleFactors":
         """The same factors on a device and in a dtype; copies only what is not there already."""
         return ModuleFactors(
-            self.basis_OO.to(device, dtype),
-            self.basis_II.to(device, dtype),
+            [block.to(device, dtype) for block in self.blocks_OO],
+            [block.to(device, dtype) for block in self.blocks_II],
             self.lambda_OI.to(device, dtype),
         )
 
@@ -78,7 +88,7 @@ class Factors:
 
     def __init__(self, source: FactorSource) -> None:
         self._source = source
-        self._bases: dict[str, Tensor] = {}
+        self._bases: dict[str, Blocks] = {}
         self._lambdas: dict[str, Tensor] = {}
         self.manifest = source.manifest
         self.modules = {
@@ -108,8 +118,8 @@ class Factors:
         if name not in self._lambdas:
             self._lambdas[name] = self._lambda(name, shape)
         return ModuleFactors(
-            basis_OO=self._basis(module.output, shape[0]),
-            basis_II=self._basis(module.input, shape[1]),
+            blocks_OO=self._basis(module.output, shape[0]),
+            blocks_II=self._basis(module.input, shape[1]),
             lambda_OI=self._lambdas[name],
         )
 
@@ -180,7 +190,7 @@ class Factors:
         for name, gradient in gradients.items():
             fitted, gradient = self._at(name, gradient)
             damped_OI = self.damped(name, chosen, fitted)
-            solved[name] = kronecker.solve(gradient, fitted.basis_OO, fitted.basis_II, damped_OI)
+            solved[name] = kronecker.solve(gradient, fitted.blocks_OO, fitted.blocks_II, damped_OI)
         return solved
 
     def apply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -189,7 +199,7 @@ class Factors:
         for name, gradient in gradients.items():
             fitted, gradient = self._at(name, gradient)
             applied[name] = kronecker.apply(
-                gradient, fitted.basis_OO, fitted.basis_II, fitted.lambda_OI
+                gradient, fitted.blocks_OO, fitted.blocks_II, fitted.lambda_OI
             )
         return applied
 
@@ -230,9 +240,9 @@ class Factors:
             )
         return lambda_OI
 
-    def _basis(self, factor: str, size: int) -> Tensor:
+    def _basis(self, factor: str, size: int) -> Blocks:
         if factor not in self._bases:
-            self._bases[factor] = whole(self._blocks(factor, "eigenvectors", size, square=True))
+            self._bases[factor] = self._blocks(factor, "eigenvectors", size, square=True)
         return self._bases[factor]
 
     def eigenvalues(self, factor: str, size: int) -> Tensor:

@@ -18,11 +18,11 @@ from ekfac_dist.curvature.kronecker import kfac_lambda
 from ekfac_dist.data.batches import shard
 from ekfac_dist.errors import ConfigError
 from ekfac_dist.models.faults import NO_GRADIENT, NOT_ROUTED, is_routed
-from ekfac_dist.models.fingerprint import fingerprint, narrower_fingerprints
 from ekfac_dist.models.holding import Step
 from ekfac_dist.models.labels import COVARIANCE_PASS, REFIT_PASS, LabelRule
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
 from ekfac_dist.models.partition import partition
+from ekfac_dist.models.sharding import is_sharded
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.memory import as_text, available_bytes, peak_bytes
 from ekfac_dist.runtime.processes import World
@@ -38,6 +38,7 @@ from ekfac_dist.runtime.store import (
 from ekfac_dist.stages.checkpoints import Checkpoints, PassState
 from ekfac_dist.stages.covariance import CovarianceSums
 from ekfac_dist.stages.eigenbasis import Basis, run_eigenbasis
+from ekfac_dist.stages.model import tracked_fingerprints
 from ekfac_dist.stages.needs import LARGE_SUMS, Memory, fewest_groups, memory, stage_bytes
 from ekfac_dist.stages.passes import Work, measured_step, run_pass
 from ekfac_dist.stages.record import Inputs, Summary, manifest
@@ -74,11 +75,11 @@ def fit(
         _Group(name, group, work, factors, sink, checkpoints, summary).fit()
     peaks = world.gather(peak_bytes(world.device))
     summary.peak_bytes = {place: max(p.get(place, 0) for p in peaks) for place in peaks[0]}
+    if summary.discovery is not discovery:
+        inputs.fingerprint, inputs.narrower = tracked_fingerprints(
+            inputs.model, summary.discovery.modules, world
+        )
     with world.agree(takes_part=world.is_main):
-        if summary.discovery is not discovery and world.is_main:
-            modules = summary.discovery.modules
-            inputs.fingerprint = fingerprint(inputs.model, modules)
-            inputs.narrower = narrower_fingerprints(inputs.model, modules)
         sink.finish(manifest(inputs, summary))
     return summary
 
@@ -101,10 +102,11 @@ def _number_of_groups(inputs: Inputs, work: Work, sink: FactorSink) -> int:
     factors, on_cpu = inputs.config.factors, world.device.type == "cpu"
     needed = memory(modules, Step.nothing(), 0, factors=factors, on_cpu=on_cpu)
     wanted: int | None = 1
-    with world.agree():
-        # Groups make sums smaller, and nothing else.
-        if needed.bases + needed.spectra > LARGE_SUMS * free:
+    # Groups make sums smaller, and nothing else.
+    if any(world.gather(needed.bases + needed.spectra > LARGE_SUMS * free)):
+        with world.agree(together=() if is_sharded(work.model) else None):
             held = measured_step(work, modules)
+        with world.agree():
 
             def needs(group: Sequence[TrackedModule]) -> Memory:
                 return memory(group, held, inputs.step_tokens, factors=factors, on_cpu=on_cpu)

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from ekfac_dist.data.batches import Batch, Rows
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.errors import NonFiniteError, Preempted, UserError
-from ekfac_dist.models.capture import Capture, Observer
+from ekfac_dist.models.capture import Capture, Nobody, Observer
 from ekfac_dist.models.holding import Step, keeping
 from ekfac_dist.models.labels import LabelRule
 from ekfac_dist.models.modules import TrackedModule
+from ekfac_dist.models.sharding import is_sharded
 from ekfac_dist.models.tasks import CAUSAL_LM, Task
+from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.ahead import ahead
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
@@ -53,6 +55,11 @@ class Work:
         """Some sequences as a batch on the worker's device."""
         return self.sequences.batch(numbers).to(self.world.device)
 
+    @property
+    def shortest(self) -> list[int]:
+        """The shortest sequence, as a batch of its own."""
+        return [int(self.sequences.num_positions.argmin())]
+
     def batches(self, shard: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], Batch]]:
         """Batches with their sequences' numbers, made ahead of the device's work.
 
@@ -78,28 +85,24 @@ class PassResult:
     num_labels: int
 
 
-class _Nobody:
-    """Does nothing with what passes through."""
-
-    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Rows) -> None: ...
-
-    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Rows) -> None: ...
-
-
 def measured_step(work: Work, modules: Sequence[TrackedModule]) -> Step:
     """What this worker's largest batch holds, by running it once; nothing where it has none.
+
+    A collective if the model is sharded.
 
     Args:
         work: Model, data and workers.
         modules: All tracked modules.
     """
-    if not work.shard:
+    if not work.shard and not is_sharded(work.model):
         return Step.nothing()
-    batch = work.batch(max(work.shard, key=lambda n: work.sequences.num_positions[n].sum()))
+    lengths = work.sequences.num_positions
+    largest = max(work.shard, key=lambda n: lengths[n].sum()) if work.shard else [0]
+    batch = work.batch(largest)
     rule = LabelRule("data", 0, 0)
     with (
         keeping(work.model) as kept,
-        Capture(work.model, modules, _Nobody(), None, work.task) as capture,
+        Capture(work.model, modules, Nobody(), None, work.task) as capture,
     ):
         gradient = capture.run(batch, rule).gradient
     return Step(kept.num_bytes, gradient.nbytes, gradient.dtype.itemsize)
@@ -160,7 +163,10 @@ def run_pass(
         whole=(all_tokens, len(work.sequences)),
         enabled=work.show_progress and world.is_main,
     )
-    watch = _Watch(world.device)
+    # Steps of a sharded model are collectives: all have as many, and learn of what comes of them.
+    in_step = is_sharded(work.model)
+    idle = max(steps := world.gather(len(state.batches))) - steps[world.rank] if in_step else 0
+    watch = _Watch(world.device, late=not in_step)
 
     def require_finite(spoilt: Sequence[int] | None) -> None:
         if spoilt is not None:
@@ -168,8 +174,8 @@ def run_pass(
 
     try:
         with (
-            world.agree(),
-            Capture(work.model, modules, observer, dtype, work.task) as capture,
+            world.agree(together=(NonFiniteError, Preempted) if in_step else None),
+            Capture(work.model, modules, observer, dtype, work.task, world.device) as capture,
             progress,
         ):
             for numbers, batch in work.batches(state.batches):
@@ -178,14 +184,25 @@ def run_pass(
                 num_labels += result.num_labels
                 if on_loss is not None:
                     on_loss(batch, result.losses)
-                require_finite(watch.after(numbers, torch.isfinite(observer.health() + loss)))
+                spoilt = watch.after(numbers, torch.isfinite(observer.health() + loss))
+                ends = preemption.requested()
+                if in_step:
+                    spoilt, ends = _told_by_all(world, spoilt, ends)
+                require_finite(spoilt)
                 progress.update(batch.num_positions, len(numbers))
                 state.after_step()
-                if state.is_due():
+                if ends or state.is_due():
                     require_finite(watch.last())
-                    state.save(loss.item(), num_labels)
+                    state.save(loss.item(), num_labels, ends=ends)
                 world.check_peers()
             require_finite(watch.last())
+            for _ in range(idle):
+                with capture.unseen():
+                    capture.run(work.batch(work.shortest), rule)
+                spoilt, ends = _told_by_all(world, None, preemption.requested())
+                require_finite(spoilt)
+                if ends:
+                    state.save(loss.item(), num_labels, ends=True)
     except UserError as error:
         # Another worker, or this one, was asked to end: what this one has done is not lost.
         if error.status == Preempted.status and watch.last() is None:
@@ -201,14 +218,33 @@ def run_pass(
     return PassResult(time.perf_counter() - start, all_loss / all_labels, int(all_labels))
 
 
+def _told_by_all(
+    world: World, spoilt: Sequence[int] | None, ends: bool
+) -> tuple[Sequence[int] | None, bool]:
+    """At the end of a step of all workers: the first bad batch of any, and whether one is to end.
+
+    Args:
+        world: The workers.
+        spoilt: The batch that spoilt this worker's sums, if one did.
+        ends: Whether this worker is to end.
+    """
+    told = world.gather((spoilt, ends))
+    first = next((numbers for numbers, _ in told if numbers is not None), None)
+    return first, any(ends for _, ends in told)
+
+
 class _Watch:
     """Whether the sums were finite after each batch, on a GPU asked for without waiting for it.
 
     The answer to one batch is read when the next has been sent, so the GPU always has work.
+
+    Args:
+        device: Where the sums are.
+        late: Whether it may come so late; else it is waited for.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._on_gpu = device, device.type == "cuda"
+    def __init__(self, device: torch.device, *, late: bool) -> None:
+        self._device, self._on_gpu, self._late = device, device.type == "cuda", late
         self._asked: deque[tuple[Sequence[int], Tensor, torch.cuda.Event | None]] = deque()
 
     def after(self, numbers: Sequence[int], finite: Tensor) -> Sequence[int] | None:
@@ -219,7 +255,7 @@ class _Watch:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self._device))
         self._asked.append((numbers, finite, event))
-        return self._read(leave=1 if self._on_gpu else 0)
+        return self._read(leave=1 if self._on_gpu and self._late else 0)
 
     def last(self) -> Sequence[int] | None:
         """The same of what is still to be read, at the end."""

@@ -11,10 +11,10 @@ import torch
 from ekfac_dist.config import PlanConfig
 from ekfac_dist.curvature.costs import step_tokens
 from ekfac_dist.models.discovery import Discovery
-from ekfac_dist.models.holding import parameter_bytes
 from ekfac_dist.models.loading import context_length
 from ekfac_dist.models.modules import EXPERT, TrackedModule
 from ekfac_dist.models.partition import partition
+from ekfac_dist.models.sharding import bytes_of_worker, parameter_bytes
 from ekfac_dist.models.sketch import discover_by_shape, sketch, step
 from ekfac_dist.runtime.memory import available_bytes, free_disk_bytes, own_bytes
 from ekfac_dist.stages.needs import USABLE, Disk, Memory, Work, disk, fewest_groups, memory, work
@@ -94,7 +94,7 @@ def make_plan(config: PlanConfig) -> Plan:
     model = sketch(config.model)
     modules = discover_by_shape(model, config.model.modules)
     held_here = own_bytes()
-    weight_bytes = parameter_bytes(model)
+    weight_bytes = bytes_of_worker(model, workers) if config.fsdp else parameter_bytes(model)
     free = config.memory_bytes
     if free is None:
         free = (

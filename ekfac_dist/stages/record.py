@@ -11,6 +11,7 @@ from ekfac_dist.data.batches import padded_sizes, plan_batches
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.models.discovery import Discovery
+from ekfac_dist.models.sharding import class_of
 from ekfac_dist.models.tasks import Task
 
 _SOFTWARE = ("ekfac_dist", "torch", "transformers", "accelerate", "safetensors")
@@ -105,7 +106,7 @@ def manifest(inputs: Inputs, summary: Summary) -> dict[str, Any]:
         "model": {
             "name": config.model.name,
             "revision": config.model.revision,
-            "class": type(inputs.model).__name__,
+            "class": class_of(inputs.model).__name__,
             "dtype": str(next(inputs.model.parameters()).dtype).removeprefix("torch."),
             "fingerprint": inputs.fingerprint,
             "narrower_fingerprints": inputs.narrower,

@@ -15,11 +15,12 @@ from ekfac_dist.curvature.costs import step_tokens
 from ekfac_dist.curvature.eigenbasis import check_size
 from ekfac_dist.data.examples import Examples, TaskExamples
 from ekfac_dist.data.sequences import Sequences
+from ekfac_dist.errors import UserError
 from ekfac_dist.models.capture import prepared
-from ekfac_dist.models.discovery import Discovery, discover
-from ekfac_dist.models.fingerprint import fingerprint, narrower_fingerprints, whole_fingerprint
-from ekfac_dist.models.loading import load_model, load_tokenizer
+from ekfac_dist.models.discovery import Discovery
+from ekfac_dist.models.loading import load_tokenizer
 from ekfac_dist.models.modules import device_of
+from ekfac_dist.models.sharding import class_of, is_sharded, refuse_first_fsdp
 from ekfac_dist.models.tasks import (
     CAUSAL_LM,
     Task,
@@ -37,6 +38,7 @@ from ekfac_dist.stages.checkpoints import Checkpoints, SavedCheckpoints
 from ekfac_dist.stages.factors import Factors
 from ekfac_dist.stages.fit import fit
 from ekfac_dist.stages.loading import check_sequences, load_sequences, packed_where_exact
+from ekfac_dist.stages.model import find, load, model_fingerprint, tracked_fingerprints
 from ekfac_dist.stages.record import Inputs, Summary, coverage_line, steps_line
 from ekfac_dist.stages.reload import load_factors
 
@@ -47,9 +49,9 @@ def find_modules(config: EstimateConfig, world: World) -> Discovery:
     Raises:
         UserError: Anything about the model that the user can mend, on every worker.
     """
-    model = world.main_first(lambda: load_model(config.model, world.device))
-    with world.agree(), prepared(model):
-        return discover(model, config.model.modules, world.device)
+    model = load(config.model, world)
+    with prepared(model):
+        return find(model, config.model.modules, world)
 
 
 def run_estimate(
@@ -84,13 +86,14 @@ def run_estimate(
             f"truncation    {counts.truncated} sequences cut to {config.data.max_tokens} tokens, "
             f"{counts.tokens_cut} tokens lost"
         )
-    model = world.main_first(lambda: load_model(config.model, world.device))
+    model = load(config.model, world)
     with prepared(model):
         inputs = check_inputs(config, model, sequences, world)
         coverage = inputs.discovery.coverage
         tell(
-            f"model         {type(model).__name__}, {coverage.model_parameters} parameters, "
+            f"model         {class_of(model).__name__}, {coverage.model_parameters} parameters, "
             f"{str(next(model.parameters()).dtype).removeprefix('torch.')}"
+            f"{f', sharded over {world.size} workers' if is_sharded(model) else ''}"
         )
         tell(f"tracked       {coverage_line(inputs.discovery)}")
         for name, why in coverage.skipped.items():
@@ -168,15 +171,17 @@ def estimate_factors(
     """
     if isinstance(modules, str):
         modules = [modules]
+    world = World.start()
+    with world.agree():
+        refuse_first_fsdp(model)
     # Accelerate's containers compute the same, and speak to the other workers at every forward.
     model = extract_model_from_parallel(model, keep_torch_compile=False)
-    world = World.start()
     with world.agree():
         task = require_task(task)
         sequences = read_examples(task, model, data, max_tokens)
         config = EstimateConfig(
             model=ModelConfig(
-                name=str(getattr(model, "name_or_path", "") or type(model).__name__),
+                name=str(getattr(model, "name_or_path", "") or class_of(model).__name__),
                 dtype="auto",
                 modules=None if modules is None else list(modules),
             ),
@@ -197,7 +202,8 @@ def estimate_factors(
             save_minutes=save_minutes,
             output=str(output) if output is not None else "(memory)",
         )
-        world = world.at(device_of(model))
+        if not is_sharded(model):
+            world = world.at(device_of(model))
     given = {"labels": labels, "seed": seed, "refit": refit, "accumulate": accumulate}
     given |= {"partitions": partitions, "batch_tokens": batch_tokens, "modules": modules}
     given |= {"keep_covariance": keep_covariance, "an output": output is not None}
@@ -254,10 +260,10 @@ def opened_store(
         OutputError: It cannot be written, or holds a run of another configuration, model or data.
     """
     begins = {"data": inputs.sequences.fingerprint, "task": inputs.task.name}
+    begins["model"] = model_fingerprint(inputs.model, world)
 
     def opened() -> StoreWriter:
-        told = {"model": whole_fingerprint(inputs.model), **begins}
-        writer = StoreWriter(output, inputs.config.as_dict(), told)
+        writer = StoreWriter(output, inputs.config.as_dict(), begins)
         sizes = sum(listed["bytes"] for listed in writer.files.values())
         with Progress("verifying", total=sizes, unit="bytes", enabled=show_progress) as progress:
             lost = writer.keep_whole(progress.update)
@@ -296,15 +302,18 @@ def check_inputs(
         LaunchError: Workers hold different data or models.
         DecompositionError: A factor is too large for worker 0's device.
     """
+    probe = None
     with world.agree():
-        advice, probe = "set data.max_tokens to {context} or less", None
+        advice = "set data.max_tokens to {context} or less"
         if isinstance(sequences, TaskExamples):
             advice = "cut the examples to {context} or less"
         check_sequences(model, sequences, advice)
-        if isinstance(sequences, TaskExamples):
+    if isinstance(sequences, TaskExamples):
+        with world.agree(together=(UserError,) if is_sharded(model) else None):
             require_unpadded_losses(task, model, sequences, world.device)
+        with world.agree():
             probe = few_examples(task, model, sequences).to(world.device)
-        discovery = discover(model, config.model.modules, world.device, task, probe)
+    discovery = find(model, config.model.modules, world, task, probe)
     main_device = torch.device(world.share(world.device.type))
     with world.agree():
         for factor, size in discovery.factors.items():
@@ -313,8 +322,5 @@ def check_inputs(
     world.require_same("data, by fingerprint,", sequences.fingerprint)
     step = world.share(step_tokens(config.batch_tokens, world.device))  # all cut alike
     sequences = packed_where_exact(model, sequences, task, world, step)
-    weights = fingerprint(model, discovery.modules)
-    world.require_same("model weights, by fingerprint,", weights)
-    narrower = world.share(world.on_main(lambda: narrower_fingerprints(model, discovery.modules)))
-    assert narrower is not None
+    weights, narrower = tracked_fingerprints(model, discovery.modules, world)
     return Inputs(config, model, sequences, discovery, weights, narrower, task, step)

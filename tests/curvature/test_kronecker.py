@@ -24,18 +24,18 @@ def test_solve_equals_the_dense_damped_solve(parts):
     damping = 0.1 * lam.mean().item()
     damped = E + damping * torch.eye(20).double()
     dense = torch.linalg.solve(damped, V.reshape(3, 20).T).T.reshape(3, 4, 5)
-    found = kronecker.solve(V, QS, QA, kronecker.damped(lam, damping))
+    found = kronecker.solve(V, [QS], [QA], kronecker.damped(lam, damping))
     assert relative(found, dense) < 1e-10
     # Rows for columns, the mistake that isotropic inputs cannot show.
-    assert relative(kronecker.solve(V, QS.T, QA.T, kronecker.damped(lam, damping)), dense) > 0.1
+    assert relative(kronecker.solve(V, [QS.T], [QA.T], kronecker.damped(lam, damping)), dense) > 0.1
     assert relative(V / (lam.mean() + damping), dense) > 0.1
 
 
 def test_apply_undoes_solve(parts):
     QS, QA, lam = parts
     V = torch.randn(4, 5).double()
-    solved = kronecker.solve(V, QS, QA, kronecker.damped(lam, 0.3))
-    assert relative(kronecker.apply(solved, QS, QA, lam) + 0.3 * solved, V) < 1e-10
+    solved = kronecker.solve(V, [QS], [QA], kronecker.damped(lam, 0.3))
+    assert relative(kronecker.apply(solved, [QS], [QA], lam) + 0.3 * solved, V) < 1e-10
 
 
 def test_no_damping_where_lambda_has_zeros_is_refused(parts):
@@ -65,7 +65,7 @@ def test_zeros_but_for_rounding_are_zeros(dtype):
     """A rank-one Λ has such entries; without damping their inverse would be noise."""
     basis, _ = torch.linalg.qr(torch.randn(6, 6, dtype=dtype))
     gradient = torch.outer(basis[:, 0], basis[:, 1])
-    lambda_OI = kronecker.rotate(gradient, basis, basis).square()
+    lambda_OI = kronecker.rotate(gradient, [basis], [basis]).square()
     assert (lambda_OI > 0).sum() > 1
     with pytest.raises(ConfigError, match="Λ has zeros"):
         kronecker.damped(lambda_OI, 0.0)

@@ -41,7 +41,7 @@ def test_influence_is_the_derivative_of_the_ridge_solution():
     def gradient(x, y):
         return -torch.outer(W @ x - y, x)  # of log p
 
-    step = kronecker.solve(gradient(x_query, y_query), basis_OO, basis_II, damped)
+    step = kronecker.solve(gradient(x_query, y_query), [basis_OO], [basis_II], damped)
     influence = torch.stack([(step * gradient(x, y)).sum() for x, y in zip(X, Y, strict=True)])
     assert relative(influence, derivative) < 1e-10
     identity = torch.stack(

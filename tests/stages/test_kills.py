@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -60,13 +60,15 @@ def content(store: Path) -> dict[str, bytes]:
 
 
 @contextmanager
-def running(root: Path, output: Path, workers: int = 2) -> Iterator[subprocess.Popen[str]]:
+def running(
+    root: Path, output: Path, workers: int = 2, env: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """A run that has just been started; whatever is left of it at the end is killed."""
     launcher = cpu_launcher_config(root / f"{workers}.yaml", workers)
     command = [sys.executable, "-m", "ekfac_dist", "launch", "--config_file", str(launcher)]
     with subprocess.Popen(
         [*command, *map(str, arguments(root, output))],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -66,6 +66,16 @@ def plan_of(directory: Path, **settings):
     return make_plan(PlanConfig(model=ModelConfig(name=str(directory)), gflops=100, **settings))
 
 
+def test_sharded_weights_are_a_part_of_all_and_a_few_layers(tmp_path: Path):
+    SHAPES["Llama-3-70B"].save_pretrained(tmp_path)
+    asked = {"device_memory": "80GiB", "workers": 8, "factors": FactorsConfig(partitions=1)}
+    whole, parts = (plan_of(tmp_path, fsdp=fsdp, **asked).memory.weights for fsdp in (False, True))
+    outside = 4 * (2 * 128256 * 8192 + 8192)
+    layer = 4 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192)
+    assert whole - outside == pytest.approx(80 * layer, rel=1e-6)
+    assert parts == pytest.approx(whole / 8 + outside + 3 * layer, rel=1e-6)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_large_models_are_planned_from_their_configuration_alone(name: str, tmp_path: Path):
     SHAPES[name].save_pretrained(tmp_path)

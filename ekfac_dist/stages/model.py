@@ -1,0 +1,144 @@
+"""A run's model on its workers, whole or sharded: loading it, and what is read of all its weights.
+
+Reading a sharded model is a collective, so here every worker does it; of a whole one worker 0 does
+what one is enough for.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ekfac_dist.config import ModelConfig
+from ekfac_dist.data.batches import Batch
+from ekfac_dist.errors import LaunchError, ModelError
+from ekfac_dist.models.capture import prepared
+from ekfac_dist.models.discovery import Discovery, discover
+from ekfac_dist.models.fingerprint import fingerprint, fingerprints, whole_fingerprint
+from ekfac_dist.models.loading import is_quantised, load_model, without_weights
+from ekfac_dist.models.modules import TrackedModule
+from ekfac_dist.models.sharding import Held, is_sharded, reshards_after_forward, shard, whole_copy
+from ekfac_dist.models.tasks import CAUSAL_LM, Task
+from ekfac_dist.runtime.processes import World
+
+_CPU = torch.device("cpu")
+
+
+def load(config: ModelConfig, world: World) -> nn.Module:
+    """The configured model, on each host's first worker first.
+
+    If the launcher's configuration says so it is sharded; worker 0 reads it then, for all.
+
+    Raises:
+        ModelError: As `load_model` does; or it cannot be sharded, or be put on several devices.
+        LaunchError: It would be sharded by FSDP's first version.
+    """
+    with world.agree():
+        if world.fsdp == 1:
+            raise LaunchError(
+                "The launcher's configuration shards models by FSDP's first version; set "
+                "fsdp_version: 2, as launch/accelerate/fsdp.yaml does."
+            )
+        if config.device_map is not None and world.size > 1:
+            raise ModelError(
+                f"model.device_map is {config.device_map} and there are {world.size} workers; it "
+                "spreads the model of one worker over several devices. Start one worker, or shard "
+                "the model over the workers with launch/accelerate/fsdp.yaml."
+            )
+        if world.fsdp and is_quantised(config):
+            raise ModelError(
+                "The launcher's configuration shards the model, which is quantised; that is not "
+                "supported together, use one of them."
+            )
+        if world.fsdp and config.adapter is not None and not config.merge_adapter:
+            raise ModelError(
+                "A model with an adapter cannot be sharded; set model.merge_adapter, or give every "
+                "worker the whole model with launch/accelerate/multi_gpu.yaml."
+            )
+        reshards = world.fsdp > 0 and reshards_after_forward()
+    if not world.fsdp:
+        return world.main_first(lambda: load_model(config, world.device))
+    with world.agree():
+        model = load_model(config, _CPU) if world.is_main else without_weights(config)
+    held = world.share(Held.by(model) if world.is_main else None)
+    assert held is not None
+    with world.agree(together=(ModelError,)):
+        return shard(
+            model,
+            held,
+            world.mesh(),
+            world.broadcast_,
+            is_main=world.is_main,
+            reshard_after_forward=reshards,
+        )
+
+
+def refuse_sharded(world: World, model: nn.Module | None = None) -> None:
+    """Refuses to answer queries with a sharded model.
+
+    Raises:
+        ModelError: The launcher's configuration shards it, or it is sharded.
+    """
+    if is_sharded(model) if model is not None else world.fsdp > 0:
+        raise ModelError(
+            "Queries are not answered with a sharded model; give every worker the whole model "
+            "(launch/accelerate/multi_gpu.yaml), or start one worker and set model.device_map: "
+            "auto if it is larger than a device."
+        )
+
+
+def find(
+    model: nn.Module,
+    globs: Sequence[str] | None,
+    world: World,
+    task: Task = CAUSAL_LM,
+    probe: Batch | None = None,
+) -> Discovery:
+    """What `discover` finds in a prepared model; a sharded one is looked at whole, by worker 0.
+
+    Raises:
+        ModelError: As `discover` does, on every worker.
+    """
+    if not is_sharded(model):
+        with world.agree():
+            return discover(model, globs, world.device, task, probe)
+    with world.agree(together=(ModelError,)):
+        whole = whole_copy(model, keep=world.is_main)
+
+    def look() -> Discovery:
+        assert whole is not None
+        with prepared(whole):
+            return discover(whole, globs, _CPU, task, None if probe is None else probe.to(_CPU))
+
+    found = world.share(world.on_main(look))
+    assert found is not None
+    return found
+
+
+def tracked_fingerprints(
+    model: nn.Module, modules: Sequence[TrackedModule], world: World
+) -> tuple[str, dict[str, str]]:
+    """SHA-256 of the tracked parameters, and of what they are in narrower dtypes, by dtype.
+
+    Raises:
+        LaunchError: Workers hold different models.
+    """
+    sharded = is_sharded(model)
+    with world.agree(together=() if sharded else None):
+        own, narrower = (
+            fingerprints(model, modules)
+            if sharded or world.is_main
+            else (fingerprint(model, modules), {})
+        )
+    world.require_same("model weights, by fingerprint,", own)
+    return own, world.share(narrower)
+
+
+def model_fingerprint(model: nn.Module, world: World) -> str:
+    """SHA-256 of all of a model, as worker 0 holds it."""
+    sharded = is_sharded(model)
+    own = ""
+    with world.agree(together=() if sharded else None, takes_part=sharded or world.is_main):
+        if sharded or world.is_main:
+            own = whole_fingerprint(model)
+    return world.share(own)

@@ -1,0 +1,126 @@
+"""Models whose weights FSDP2 shards over the workers: the same factors, and the same ends."""
+
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from dense import dense_E, relative
+from safetensors.torch import load_file, save_file
+from test_kills import arguments, content, running, wait_for
+from worker_sharded import FITS
+from workshop import run_cli, run_workers, save_tiny_llama, texts, write_jsonl
+
+from ekfac_dist import load_factors
+
+HERE = Path(__file__).parent
+# What launch/accelerate/fsdp.yaml makes the launcher tell its workers.
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+}
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+def stores(tmp_path_factory, request):
+    """The same fits of sharded and of whole models."""
+    root = tmp_path_factory.mktemp("sharded")
+    for kind in ("whole", "sharded"):
+        (root / kind).mkdir()
+        script = HERE / "worker_sharded.py"
+        done = run_workers(script, request.param, root / kind, kind, timeout=240)
+        assert done.returncode == 0, done.stderr
+    return root
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_a_sharded_model_has_the_factors_of_the_whole_one(stores, fit):
+    if fit != "encoder-decoder":  # its encoder's gradients are added up in another order
+        assert content(stores / "sharded" / fit) == content(stores / "whole" / fit)
+        return
+    sharded, whole = (load_factors(stores / kind / fit) for kind in ("sharded", "whole"))
+    assert sharded.manifest["modules"] == whole.manifest["modules"]
+    for key in ("fingerprint", "narrower_fingerprints", "class"):
+        assert sharded.manifest["model"][key] == whole.manifest["model"][key]
+    for name in whole.modules:
+        assert relative(dense_E(sharded, name), dense_E(whole, name)) < 1e-12
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> Path:
+    """A model and data, and what whole models make of them."""
+    root = tmp_path_factory.mktemp("sharded-command")
+    save_tiny_llama(root / "model")
+    write_jsonl(root / "text.jsonl", [{"text": text} for text in texts(61)])
+    done = run_cli(arguments(root, root / "whole"), workers=2, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def test_the_command_shards_as_the_launchers_configuration_says(setting, tmp_path):
+    done = run_cli(arguments(setting, tmp_path / "store"), workers=2, env=FSDP, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "sharded over 2 workers" in done.stdout
+    assert content(tmp_path / "store") == content(setting / "whole")
+    listed = run_cli([*arguments(setting, tmp_path / "none"), "--dry-run"], workers=2, env=FSDP)
+    assert listed.returncode == 0, listed.stderr
+    assert "model.layers.1.mlp.down_proj" in listed.stdout
+
+
+def test_a_preempted_run_with_a_sharded_model_goes_on(setting, tmp_path):
+    store = tmp_path / "store"
+    with running(setting, store, env=FSDP) as process:
+        assert wait_for(lambda: any(store.glob("state/refit-1/*/part.json")), process)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143, stderr
+    assert len(re.findall("SIGTERM", stderr)) >= 1
+    assert "Traceback" not in stderr
+    done = run_cli(arguments(setting, store), workers=2, env=FSDP, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert content(store) == content(setting / "whole")
+
+
+def test_what_is_not_finite_is_told_once_and_by_name(setting, tmp_path):
+    save_tiny_llama(tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 2] = float("nan")
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    done = run_cli(
+        [*arguments(setting, tmp_path / "store"), "--model.name", tmp_path / "model"],
+        workers=2,
+        env=FSDP,
+    )
+    assert done.returncode == 2, done.stderr
+    said = re.findall(r"ekfac-dist: error: (.*)", done.stderr)
+    assert len(said) == 1
+    assert "model.layers.1.mlp.down_proj" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"FSDP_VERSION": "1"}, "fsdp_version: 2"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params is true"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing is true"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(setting, tmp_path, changes, says):
+    done = run_cli(arguments(setting, tmp_path / "store"), workers=2, env=FSDP | changes)
+    assert done.returncode == 2, done.stderr
+    said = re.findall(r"ekfac-dist: error: (.*)", done.stderr)
+    assert len(said) == 1
+    assert says in said[0]
+
+
+def test_queries_are_not_answered_with_a_sharded_model(setting, tmp_path):
+    queries = write_jsonl(tmp_path / "queries.jsonl", [{"prompt": "a", "completion": "b"}])
+    done = run_cli(
+        ["query", "--factors", setting / "whole", "--queries", queries, "--output", tmp_path / "o"],
+        workers=2,
+        env=FSDP,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Queries are not answered with a sharded model" in done.stderr

@@ -93,7 +93,8 @@ def require_known_sharding(model: nn.Module) -> None:
             continue
         state = module._get_fsdp_state()
         wanted = state._mp_policy.param_dtype
-        held = {p.orig_dtype for group in state._fsdp_param_groups for p in group.fsdp_params}
+        groups = state._fsdp_param_groups
+        held = {each.sharded_param.dtype for group in groups for each in group.fsdp_params}
         if wanted is not None and held - {wanted}:
             raise ModelError(
                 f"The model is sharded with mixed precision, so it computes in {wanted} with "

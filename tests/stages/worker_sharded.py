@@ -68,7 +68,7 @@ if __name__ == "__main__":
         model = made(name)
         if kind == "sharded":
             model = sharded(model, name)
-            if family != "t5":
+            if family in CONFIGS:
                 with torch.no_grad():  # which leaves some weights gathered
                     model(input_ids=torch.ones(1, 3, dtype=torch.int64))
         data = translated_examples(number) if family == "t5" else examples(number, prompts=True)

@@ -64,9 +64,7 @@ class ModelConfig:
         adapter: Hub id or local directory of a PEFT LoRA adapter for the model.
         merge_adapter: Merge the adapter into the weights, and track those.
         quantization: Hold linear weights in 8bit or 4bit (with bitsandbytes); null: as stored.
-        device_map: Spread the model of a single worker over all devices, as Accelerate names the
-            ways to: auto, balanced, balanced_low_0 (leaves room on the first, where factors are) or
-            sequential; null: all on one.
+        device_map: How Accelerate spreads a single worker's model over devices; null: all on one.
         trust_remote_code: Run Python code that comes with the model.
     """
 

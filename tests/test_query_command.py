@@ -210,6 +210,7 @@ def test_other_data_can_be_scored_and_that_is_said(fitted, tmp_path):
     assert manifest["data"]["max_tokens"] == 30
 
 
+@pytest.mark.slow
 @ONE
 def test_a_narrower_model_answers_with_the_same_factors(fitted, tmp_path):
     ask(fitted, tmp_path / "exact")

@@ -92,6 +92,7 @@ def test_factors_are_those_of_the_dequantised_weights(saved, tmp_path, quantizat
         load_factors(tmp_path / "factors", model=plain)
 
 
+@pytest.mark.slow
 def test_the_command_fits_and_queries_a_quantised_model(saved, tmp_path):
     data = write_jsonl(tmp_path / "text.jsonl", [{"text": text} for text in texts(12)])
     store, scores = tmp_path / "store", tmp_path / "scores"

@@ -332,6 +332,7 @@ def test_experts_that_nothing_reached_are_told_of_and_left_out(tmp_path):
     assert list(again.modules) == list(factors.modules)
 
 
+@pytest.mark.slow
 def test_two_workers_fit_the_experts_that_one_fits(tmp_path):
     config = tiny_config(config_classes()["MixtralForCausalLM"], vocab_size=VOCABULARY)
     model = save_tiny(tmp_path / "model", config)

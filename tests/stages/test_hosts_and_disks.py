@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 from dense import dense_E, relative
-from test_kills import STAGES, arguments, content, running, setting, wait_for
+from long_runs import STAGES, arguments, content, running, wait_for
+from test_kills import setting  # a fixture
 from workshop import run_cli, write_yaml
 
 from ekfac_dist import load_factors

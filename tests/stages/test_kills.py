@@ -1,21 +1,19 @@
 """Real runs that are killed, preempted or stopped: they end by themselves, and go on afterwards."""
 
 import json
-import os
 import random
 import re
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 from dense import dense_E, relative
-from workshop import cpu_launcher_config, run_cli, save_tiny_llama, texts, write_jsonl
+from long_runs import STAGES, arguments, content, family, running, wait_for, worker
+from workshop import run_cli, save_tiny_llama, texts, write_jsonl
 
 from ekfac_dist import load_factors
 from ekfac_dist.runtime.journal import JOURNAL
@@ -23,12 +21,6 @@ from ekfac_dist.runtime.lock import LOCK
 from ekfac_dist.runtime.store import FOLDERS, MANIFEST
 
 NUMBER = 60
-STAGES = {
-    "covariance": "state/covariance-1/*/part.json",
-    "decomposition": "eigenbasis/*.safetensors",
-    "refit": "state/refit-1/*/part.json",
-    "writing": "spectrum/*.safetensors",
-}
 
 
 @pytest.fixture(scope="module")
@@ -40,73 +32,6 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run_cli(arguments(root, root / "whole"), workers=2, timeout=120)
     assert done.returncode == 0, done.stderr
     return root
-
-
-def arguments(root: Path, output: Path) -> list[str | Path]:
-    return [
-        *("estimate", "--model.name", root / "model", "--data.source", root / "text.jsonl"),
-        *("--batch_tokens", "40", "--save_minutes", "0", "--output", output),
-    ]
-
-
-def content(store: Path) -> dict[str, bytes]:
-    """Every file's bytes; of the manifest, what does not tell the time or the workers."""
-    found = {str(p.relative_to(store)): p.read_bytes() for p in store.rglob("*") if p.is_file()}
-    manifest = json.loads(found.pop(MANIFEST))
-    for told in manifest["passes"].values():
-        del told["seconds"]
-    del manifest["config"]["output"], manifest["checksum"]
-    return found | {MANIFEST: json.dumps(manifest).encode()}
-
-
-@contextmanager
-def running(
-    root: Path, output: Path, workers: int = 2, env: Mapping[str, str] | None = None
-) -> Iterator[subprocess.Popen[str]]:
-    """A run that has just been started; whatever is left of it at the end is killed."""
-    launcher = cpu_launcher_config(root / f"{workers}.yaml", workers)
-    command = [sys.executable, "-m", "ekfac_dist", "launch", "--config_file", str(launcher)]
-    with subprocess.Popen(
-        [*command, *map(str, arguments(root, output))],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            for member in family(process):
-                with suppress(psutil.NoSuchProcess):
-                    member.kill()
-
-
-def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    with suppress(psutil.NoSuchProcess):
-        launcher = psutil.Process(process.pid)
-        return [launcher, *launcher.children(recursive=True)]
-    return []
-
-
-def worker(process: subprocess.Popen[str], rank: int) -> psutil.Process | None:
-    """One of the workers, as soon as it is there."""
-    for member in family(process)[1:]:
-        with suppress(psutil.Error):
-            if member.environ().get("RANK") == str(rank):
-                return member
-    return None
-
-
-def wait_for(
-    there: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 60
-) -> bool:
-    """Whether something came about before the run ended."""
-    until = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < until:
-        if there():
-            return True
-        time.sleep(0.01)
-    return there()
 
 
 def kill(process: subprocess.Popen[str], victim: str) -> None:

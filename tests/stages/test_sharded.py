@@ -1,13 +1,14 @@
 """Models whose weights FSDP2 shards over the workers: the same factors, and the same ends."""
 
+import json
 import re
 import signal
 from pathlib import Path
 
 import pytest
 from dense import dense_E, relative
+from long_runs import arguments, content, running, wait_for, worker
 from safetensors.torch import load_file, save_file
-from test_kills import arguments, content, running, wait_for
 from worker_sharded import FITS
 from workshop import run_cli, run_workers, save_tiny_llama, texts, write_jsonl
 
@@ -69,6 +70,7 @@ def test_the_command_shards_as_the_launchers_configuration_says(setting, tmp_pat
     assert "model.layers.1.mlp.down_proj" in listed.stdout
 
 
+@pytest.mark.slow
 def test_a_preempted_run_with_a_sharded_model_goes_on(setting, tmp_path):
     store = tmp_path / "store"
     with running(setting, store, env=FSDP) as process:
@@ -102,9 +104,17 @@ def test_what_is_not_finite_is_told_once_and_by_name(setting, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"FSDP_VERSION": "1"}, "fsdp_version: 2"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params is true"),
-        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing is true"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (
+                ({"FSDP_VERSION": "1"}, "fsdp_version: 2"),
+                (
+                    {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
+                    "fsdp_activation_checkpointing is true",
+                ),
+            )
+        ),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(setting, tmp_path, changes, says):
@@ -115,6 +125,7 @@ def test_what_cannot_be_sharded_is_refused(setting, tmp_path, changes, says):
     assert says in said[0]
 
 
+@pytest.mark.slow
 def test_queries_are_not_answered_with_a_sharded_model(setting, tmp_path):
     queries = write_jsonl(tmp_path / "queries.jsonl", [{"prompt": "a", "completion": "b"}])
     done = run_cli(
@@ -124,3 +135,56 @@ def test_queries_are_not_answered_with_a_sharded_model(setting, tmp_path):
     )
     assert done.returncode == 2, done.stderr
     assert "Queries are not answered with a sharded model" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_worker_ends_a_sharded_run_which_goes_on(setting, tmp_path, rank):
+    store = tmp_path / "store"
+    with running(setting, store, env=FSDP) as process:
+        assert wait_for(lambda: any(store.glob("state/covariance-1/*/part.json")), process)
+        found = worker(process, rank)
+        assert found is not None
+        found.kill()
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    said = re.findall(r"ekfac-dist: error: .*", stderr)
+    assert said[-1].endswith(f"worker {rank} was ended by SIGKILL")
+    assert "Traceback" not in stderr
+    done = run_cli(arguments(setting, store), workers=2, env=FSDP, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert content(store) == content(setting / "whole")
+
+
+@pytest.mark.slow
+def test_weights_that_were_not_tied_stay_so_whatever_the_configuration_says(setting, tmp_path):
+    model = save_tiny_llama(tmp_path / "model", seed=3)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    for kind, env in (("whole", {}), ("sharded", FSDP)):
+        given = [*arguments(setting, tmp_path / kind), "--model.name", model]
+        done = run_cli(given, workers=2, env=env, timeout=120)
+        assert done.returncode == 0, done.stderr
+    assert content(tmp_path / "sharded") == content(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_failure_of_one_worker_alone_is_said_once_and_ends_the_others(setting, tmp_path):
+    # A folder where a saved state has to go keeps worker 1, and no other, from saving it.
+    store = tmp_path / "store"
+    spoilt = tmp_path / "sitecustomize.py"
+    spoilt.write_text(
+        "import os, sys\n"
+        "if os.environ.get('RANK') == '1' and 'ekfac_dist' in ' '.join(sys.orig_argv):\n"
+        "    from ekfac_dist.stages import saved_parts\n"
+        "    from ekfac_dist.errors import OutputError\n"
+        "    from ekfac_dist.stages import checkpoints\n"
+        "    def fail(*a, **k): raise OutputError('No room is left.')\n"
+        "    checkpoints.write_part = fail\n"
+    )
+    env = FSDP | {"PYTHONPATH": str(tmp_path)}
+    done = run_cli(arguments(setting, store), workers=2, env=env, timeout=90)
+    assert done.returncode == 2, done.stderr
+    said = re.findall(r"ekfac-dist: error: (.*)", done.stderr)
+    assert said == ["worker 1 of 2: No room is left."]
+    assert "Traceback" not in done.stderr

@@ -69,7 +69,14 @@ def test_factors_in_memory_are_on_every_worker(stores):
                 assert trace == pytest.approx(alone.module(name).lambda_OI.sum().item(), rel=1e-10)
 
 
-@pytest.mark.parametrize(("workers", "eigen"), [(1, "rank0"), (2, "rank0"), (2, "sharded")])
+@pytest.mark.parametrize(
+    ("workers", "eigen"),
+    [
+        pytest.param(1, "rank0", marks=pytest.mark.slow),
+        pytest.param(2, "rank0", marks=pytest.mark.slow),
+        (2, "sharded"),
+    ],
+)
 def test_a_decomposition_that_fails_is_told_on_every_worker(tmp_path, workers, eigen):
     done = run_workers(HERE / "worker_failure.py", workers, tmp_path / "store", eigen)
     assert done.returncode == 0, done.stderr

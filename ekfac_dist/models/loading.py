@@ -75,7 +75,7 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
     return model.eval() if place else model.to(device).eval()
 
 
-def is_quantised(config: ModelConfig) -> bool:
+def loads_quantised(config: ModelConfig) -> bool:
     """Whether a model is to be quantised, or was saved so.
 
     Raises:

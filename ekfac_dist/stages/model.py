@@ -15,7 +15,7 @@ from ekfac_dist.errors import LaunchError, ModelError
 from ekfac_dist.models.capture import prepared
 from ekfac_dist.models.discovery import Discovery, discover
 from ekfac_dist.models.fingerprint import fingerprint, fingerprints, whole_fingerprint
-from ekfac_dist.models.loading import is_quantised, load_model, without_weights
+from ekfac_dist.models.loading import load_model, loads_quantised, without_weights
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.models.sharding import Held, is_sharded, reshards_after_forward, shard, whole_copy
 from ekfac_dist.models.tasks import CAUSAL_LM, Task
@@ -45,7 +45,7 @@ def load(config: ModelConfig, world: World) -> nn.Module:
                 "spreads the model of one worker over several devices. Start one worker, or shard "
                 "the model over the workers with launch/accelerate/fsdp.yaml."
             )
-        if world.fsdp and is_quantised(config):
+        if world.fsdp and loads_quantised(config):
             raise ModelError(
                 "The launcher's configuration shards the model, which is quantised; that is not "
                 "supported together, use one of them."

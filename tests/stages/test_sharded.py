@@ -15,7 +15,8 @@ from workshop import run_cli, run_workers, save_tiny_llama, texts, write_jsonl
 from ekfac_dist import load_factors
 
 HERE = Path(__file__).parent
-# What launch/accelerate/fsdp.yaml makes the launcher tell its workers.
+LAUNCHER = HERE.parents[1] / "launch" / "accelerate" / "fsdp.yaml"
+# What that makes the launcher tell its workers.
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -61,7 +62,8 @@ def setting(tmp_path_factory) -> Path:
 
 
 def test_the_command_shards_as_the_launchers_configuration_says(setting, tmp_path):
-    done = run_cli(arguments(setting, tmp_path / "store"), workers=2, env=FSDP, timeout=120)
+    launched = ["launch", "--config_file", LAUNCHER, "--num_processes", "2"]
+    done = run_cli([*launched, *arguments(setting, tmp_path / "store")], timeout=120)
     assert done.returncode == 0, done.stderr
     assert "sharded over 2 workers" in done.stdout
     assert content(tmp_path / "store") == content(setting / "whole")

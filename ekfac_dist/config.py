@@ -221,7 +221,7 @@ class PlanConfig(EstimateConfig):
     Args:
         workers: How many workers; null: one for each GPU here, or one.
         device_memory: Of each worker's device, such as 80GiB; null: what is free here.
-        fsdp: Whether the weights are sharded over the workers.
+        fsdp: Whether the weights are sharded over the workers, as launch/accelerate/fsdp.yaml does.
         sequences: How many sequences there are; null: data.max_sequences, or 1000.
         gflops: Speed of each worker at products of float32 matrices, in GFLOP/s; null: measured
             here.

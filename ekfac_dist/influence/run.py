@@ -32,6 +32,7 @@ from ekfac_dist.influence.scoring import compute_scores, list_lengths
 from ekfac_dist.models.capture import prepared
 from ekfac_dist.models.loading import context_length, load_tokenizer
 from ekfac_dist.models.modules import device_of
+from ekfac_dist.models.sharding import refuse_first_fsdp
 from ekfac_dist.models.tasks import CAUSAL_LM, CausalLM, Task, require_task
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.stages.factors import Factors
@@ -178,8 +179,10 @@ def influence_scores(
     Raises:
         UserError: Anything that the caller can mend, on every worker alike.
     """
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
     world = World.start()
+    with world.agree():
+        refuse_first_fsdp(model)
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     with world.agree(), torch.inference_mode(False):
         config = ScoresConfig(
             normalize=normalize,

@@ -69,8 +69,8 @@ def prepared(model: nn.Module) -> Iterator[None]:
     they have no noise of their own. MLPs that are applied in chunks of positions are applied to all
     at once: the same numbers, and each module is used once.
     """
+    reshard(model)  # what is gathered shows neither how it is sharded nor its flags
     require_usable(model)
-    reshard(model)  # flags are those of what is sharded
     needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     chunked: list[Any] = [m for m in model.modules() if getattr(m, _CHUNKS, 0)]

@@ -68,20 +68,29 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
             f"another shape, {absent[0]} among them; they would be random. Give the directory of "
             "a whole causal language model."
         )
-    if hasattr(model.config, "rescale_every"):
-        model.config.rescale_every = 0  # RWKV halves its own weights as it runs; this is the same
+    _keep_weights(model)
     if config.adapter is not None:
         model = with_adapter(model, config.adapter, merge=config.merge_adapter)
     return model.eval() if place else model.to(device).eval()
 
 
-def loads_quantised(config: ModelConfig) -> bool:
+def _keep_weights(model: Any) -> None:
+    """Keeps RWKV from halving its own weights as it runs; the numbers are the same."""
+    if hasattr(model.config, "rescale_every"):
+        model.config.rescale_every = 0
+
+
+def loads_quantised(config: ModelConfig, *, with_weights: bool) -> bool:
     """Whether a model is to be quantised, or was saved so.
+
+    Args:
+        config: Which model.
+        with_weights: Whether its weights are to be here too.
 
     Raises:
         ModelError: There is no such causal language model.
     """
-    _, settings = load_settings(config)
+    _, settings = load_settings(config, with_weights=with_weights)
     return bool(config.quantization or getattr(settings, "quantization_config", None))
 
 
@@ -104,6 +113,7 @@ def without_weights(config: ModelConfig) -> nn.Module:
         raise ModelError(
             f"Model {name} cannot be built from its configuration alone: {first_line(error)}."
         ) from error
+    _keep_weights(model)
     return model.requires_grad_(False).eval()
 
 

@@ -6,7 +6,7 @@ middle of a forward, is looked at in a whole copy.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from ekfac_dist.errors import ModelError, first_line
+from ekfac_dist.errors import LaunchError, ModelError, first_line
 
 _INSTEAD = "give every worker the whole model"
 
@@ -88,13 +88,12 @@ def require_known_sharding(model: nn.Module) -> None:
                 "whole model (fully_shard on its layers and on itself) on a mesh of one dimension; "
                 f"shard it so, or {_INSTEAD}."
             )
-    for module in model.modules():
-        if not isinstance(module, FSDPModule):
-            continue
-        state = module._get_fsdp_state()
-        wanted = state._mp_policy.param_dtype
-        groups = state._fsdp_param_groups
-        held = {each.sharded_param.dtype for group in groups for each in group.fsdp_params}
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        wanted = module._get_fsdp_state()._mp_policy.param_dtype
+        inner = [each for each in sharded if each is not module and each in set(module.modules())]
+        of_inner = {id(p) for each in inner for p in each.parameters()}
+        held = {p.dtype for p in module.parameters() if id(p) not in of_inner}
         if wanted is not None and held - {wanted}:
             raise ModelError(
                 f"The model is sharded with mixed precision, so it computes in {wanted} with "
@@ -107,9 +106,15 @@ def reshards_after_forward() -> bool:
     """Whether the launcher's configuration gives up weights between forward and backward.
 
     Raises:
-        ModelError: The configuration asks for what is not supported.
+        LaunchError: The configuration cannot be used.
+        ModelError: It asks for what is not supported.
     """
-    plugin = FullyShardedDataParallelPlugin()  # what the launcher's configuration says
+    try:
+        plugin = FullyShardedDataParallelPlugin()  # what the launcher's configuration says
+    except ValueError as error:
+        raise LaunchError(
+            f"The launcher's configuration of FSDP cannot be used: {first_line(error)}."
+        ) from error
     refused = {
         "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         "fsdp_activation_checkpointing": bool(plugin.activation_checkpointing),
@@ -144,7 +149,7 @@ class Held:
         of = dict(model.named_parameters(remove_duplicate=False))
         return cls(
             [(each, of[each[0]].shape, of[each[0]].dtype) for each in names.values()],
-            [(name, buffer.shape, buffer.dtype) for name, buffer in model.named_buffers()],
+            [(name, buffer.shape, buffer.dtype) for name, buffer in _all_buffers(model)],
         )
 
     def put_into(self, model: nn.Module) -> None:
@@ -158,6 +163,20 @@ class Held:
         for names, _, _ in self.parameters:
             if len(names) > 1:
                 self._set(model, names, model.get_parameter(names[0]))
+
+    def require_apart(self, layers: Iterable[str]) -> None:
+        """Refuses what a layer shares with another, or with what is in none.
+
+        Raises:
+            ModelError: There is something.
+        """
+        for names, _, _ in self.parameters:
+            homes = {next((x for x in layers if name.startswith(f"{x}.")), "") for name in names}
+            if len(homes) > 1:
+                raise ModelError(
+                    f"The model cannot be sharded by layers: {' and '.join(names[:2])} are one "
+                    f"parameter; {_INSTEAD} (launch/accelerate/multi_gpu.yaml)."
+                )
 
     @staticmethod
     def _set(model: nn.Module, names: Sequence[str], parameter: nn.Parameter) -> None:
@@ -189,18 +208,14 @@ def shard(
         ModelError: Layers share weights.
     """
     numbers = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    buffers = dict(model.named_buffers())
+    buffers = dict(_all_buffers(model))
     model.to("meta")
     held.put_into(model)
-    try:
-        for layer in layers(model):
-            fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward)
-        fully_shard(model, mesh=mesh)
-    except ValueError as error:
-        raise ModelError(
-            f"{class_of(model).__name__} cannot be sharded by layers: {first_line(error)}; "
-            f"{_INSTEAD} (launch/accelerate/multi_gpu.yaml)."
-        ) from error
+    by_name = layers(model)
+    held.require_apart(by_name)
+    for layer in by_name.values():
+        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, mesh=mesh)
     model.to_empty(device=mesh.device_type)
     held.tie(model)
     set_model_state_dict(
@@ -219,38 +234,50 @@ def shard(
 
 def forget_forward(model: nn.Module) -> None:
     """Makes a model ready again after a forward that failed on every worker."""
-    if isinstance(model, FSDPModule):
-        model.reset_iter_state()
+    reset = getattr(model, "reset_iter_state", None)
+    if isinstance(model, FSDPModule) and reset is not None and model._get_fsdp_state()._is_root:
+        reset()
 
 
-def layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model, in model order; lists within blocks are theirs."""
-    found: list[nn.Module] = []
-    for child in model.children():
+def layers(model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+    """The repeated blocks of a model by name, in model order; lists within blocks are theirs."""
+    found: dict[str, nn.Module] = {}
+    for name, child in model.named_children():
         if isinstance(child, nn.ModuleList) and not any(
             isinstance(each, nn.ModuleList) for each in child
         ):
-            found += [each for each in child if any(True for _ in each.parameters())]
+            for number, each in enumerate(child):
+                if any(True for _ in each.parameters()):
+                    found[f"{prefix}{name}.{number}"] = each
         else:
-            found += layers(child)
+            found |= layers(child, f"{prefix}{name}.")
     return found
 
 
 def bytes_of_worker(model: nn.Module, workers: int) -> int:
     """What a worker holds at most of a model's weights when they are sharded.
 
-    Its part of all; and whole, what is in no layer, a layer that is computed with, and the next one
-    twice: as it is gathered and as it is put in place. Before the first, what is in none twice.
-
     Args:
         model: The model before it is sharded.
         workers: W.
     """
-    of_layers = [parameter_bytes(layer) for layer in layers(model)]
     total = parameter_bytes(model)
-    outside, layer = total - sum(of_layers), max(of_layers, default=0)
-    part = -(-total // workers)
-    return part + outside + max(outside, 3 * layer) if workers > 1 else total
+    return -(-total // workers) + gathered_bytes(model) if workers > 1 else total
+
+
+def gathered_bytes(model: nn.Module) -> int:
+    """What is whole at once of a model that is sharded, or will be.
+
+    What is in no layer, a layer that is computed with, and the next one twice: as it is gathered
+    and as it is put in place. Before the first layer, what is in none twice.
+    """
+    of_layers = [_whole_bytes(layer) for layer in layers(model).values()]
+    outside, layer = _whole_bytes(model) - sum(of_layers), max(of_layers, default=0)
+    return outside + max(outside, 3 * layer)
+
+
+def _whole_bytes(model: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
 
 def parameter_bytes(model: nn.Module) -> int:
@@ -284,7 +311,7 @@ def whole_copy(model: nn.Module, *, keep: bool) -> nn.Module | None:
             copies[id(parameter)] = nn.Parameter(numbers, requires_grad=False)
         owner, _, kind = name.rpartition(".")
         built.get_submodule(owner)._parameters[kind] = copies[id(parameter)]
-    for name, buffer in model.named_buffers():
+    for name, buffer in _all_buffers(model):
         owner, _, kind = name.rpartition(".")
         built.get_submodule(owner)._buffers[kind] = buffer.detach().cpu()
     for name, module in built.named_modules():
@@ -301,10 +328,16 @@ def _without_numbers(model: nn.Module) -> nn.Module:
             f"{kind.__name__} is not; {_INSTEAD}."
         )
     config: Any = copy.deepcopy(model.config)
-    if str(config._attn_implementation).startswith("flash"):
+    if config._attn_implementation not in ("sdpa", "eager"):
         config._attn_implementation = "sdpa"  # the copy is on the CPU
-    with torch.device("meta"):
-        built = kind(config)
+    try:
+        with torch.device("meta"):
+            built = kind(config)
+    except Exception as error:
+        raise ModelError(
+            f"The sharded {kind.__name__} cannot be built again from its configuration "
+            f"({first_line(error)}); {_INSTEAD}."
+        ) from error
     wanted, found = _names(model), _names(built)
     if wanted != found:
         raise ModelError(
@@ -317,4 +350,9 @@ def _without_numbers(model: nn.Module) -> nn.Module:
 
 def _names(model: nn.Module) -> set[str]:
     parameters = model.named_parameters(remove_duplicate=False)
-    return {name for name, _ in [*parameters, *model.named_buffers()]}
+    return {name for name, _ in [*parameters, *_all_buffers(model)]}
+
+
+def _all_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Every buffer under each of its names."""
+    return list(model.named_buffers(remove_duplicate=False))

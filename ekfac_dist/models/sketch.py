@@ -149,22 +149,30 @@ def _traced(module: TrackedModule) -> str:
 def _run(model: nn.Module, num_sequences: int, num_tokens: int) -> Tensor:
     """The logits of tokens without numbers."""
     tokens = torch.zeros(num_sequences, num_tokens, dtype=torch.int64, device="meta")
-    try:
-        with _computing_by_shape(model):
-            # With a mask, so that nothing looks for padding among the tokens.
-            mask = torch.ones_like(tokens)
-            return model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
-    except Exception as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot be planned, for its forward depends on numbers: "
-            f"{first_line(error)}. `estimate --dry-run` lists its modules."
-        ) from error
+    # With a mask, so that nothing looks for padding among the tokens.
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    fused = [c for c in attention_configs(model) if c._attn_implementation != "eager"]
+    # Some models do something of their own with each attention that they know (Falcon).
+    for configs in (fused, []) if fused else ([],):
+        try:
+            with _computing_by_shape(model, configs):
+                return model(**inputs, use_cache=False).logits
+        except Exception as error:
+            fault = error
+    raise ModelError(
+        f"{type(model).__name__} cannot be planned, for its forward depends on numbers: "
+        f"{first_line(fault)}. `estimate --dry-run` lists its modules."
+    ) from fault
 
 
 @contextmanager
-def _computing_by_shape(model: nn.Module) -> Iterator[None]:
-    """Within it attention keeps what a fused one does, and tokens are routed evenly."""
-    configs = [c for c in attention_configs(model) if c._attn_implementation != "eager"]
+def _computing_by_shape(model: nn.Module, configs: Sequence[Any]) -> Iterator[None]:
+    """Within it attention keeps what a fused one does, and tokens are routed evenly.
+
+    Args:
+        model: The model.
+        configs: By which modules choose the attention that is replaced.
+    """
     before = [config._attn_implementation for config in configs]
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attend)
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _route_evenly)

@@ -29,7 +29,15 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ekfac_dist.errors import DEFECT, LaunchError, PeerError, UserError, first_line, status_of
+from ekfac_dist.errors import (
+    DEFECT,
+    LaunchError,
+    PeerError,
+    Preempted,
+    UserError,
+    first_line,
+    status_of,
+)
 
 T = TypeVar("T")
 
@@ -229,8 +237,10 @@ class World:
             yield
         except Exception as caught:
             error = caught if together is None else self._cause_of(caught)
-            if not isinstance(error, PeerError):
-                self.announce_failure(error)  # who is in a long block need not finish it
+            # Who is in a long block need not finish it; but all are at the place where all end.
+            at_once = together is not None and isinstance(error, Preempted)
+            if not isinstance(error, PeerError) and not at_once:
+                self.announce_failure(error)
             alone = not isinstance(error, together or ()) or isinstance(error, PeerError)
             if together is not None and alone:
                 raise error from (None if error is caught else caught)

@@ -22,7 +22,7 @@ from ekfac_dist.models.holding import Step
 from ekfac_dist.models.labels import COVARIANCE_PASS, REFIT_PASS, LabelRule
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
 from ekfac_dist.models.partition import partition
-from ekfac_dist.models.sharding import is_sharded
+from ekfac_dist.models.sharding import gathered_bytes, is_sharded
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.memory import as_text, available_bytes, peak_bytes
 from ekfac_dist.runtime.processes import World
@@ -106,10 +106,18 @@ def _number_of_groups(inputs: Inputs, work: Work, sink: FactorSink) -> int:
     if any(world.gather(needed.bases + needed.spectra > LARGE_SUMS * free)):
         with world.agree(together=() if is_sharded(work.model) else None):
             held = measured_step(work, modules)
+        gathered = gathered_bytes(work.model) if is_sharded(work.model) else 0
         with world.agree():
 
             def needs(group: Sequence[TrackedModule]) -> Memory:
-                return memory(group, held, inputs.step_tokens, factors=factors, on_cpu=on_cpu)
+                return memory(
+                    group,
+                    held,
+                    inputs.step_tokens,
+                    factors=factors,
+                    on_cpu=on_cpu,
+                    weight_bytes=gathered,
+                )
 
             wanted = fewest_groups(modules, free, needs)
             if wanted is None:

@@ -31,7 +31,7 @@ def load(config: ModelConfig, world: World) -> nn.Module:
 
     Raises:
         ModelError: As `load_model` does; or it cannot be sharded, or be put on several devices.
-        LaunchError: It would be sharded by FSDP's first version.
+        LaunchError: It would be sharded by FSDP's first version, or with settings that are none.
     """
     with world.agree():
         if world.fsdp == 1:
@@ -45,7 +45,7 @@ def load(config: ModelConfig, world: World) -> nn.Module:
                 "spreads the model of one worker over several devices. Start one worker, or shard "
                 "the model over the workers with launch/accelerate/fsdp.yaml."
             )
-        if world.fsdp and loads_quantised(config):
+        if world.fsdp and loads_quantised(config, with_weights=world.is_main):
             raise ModelError(
                 "The launcher's configuration shards the model, which is quantised; that is not "
                 "supported together, use one of them."
@@ -58,8 +58,9 @@ def load(config: ModelConfig, world: World) -> nn.Module:
         reshards = world.fsdp > 0 and reshards_after_forward()
     if not world.fsdp:
         return world.main_first(lambda: load_model(config, world.device))
-    with world.agree():
-        model = load_model(config, _CPU) if world.is_main else without_weights(config)
+    model = world.main_first(
+        lambda: load_model(config, _CPU) if world.is_main else without_weights(config)
+    )
     held = world.share(Held.by(model) if world.is_main else None)
     assert held is not None
     with world.agree(together=(ModelError,)):

@@ -6,13 +6,26 @@ import signal
 from pathlib import Path
 
 import pytest
+import transformers
 from dense import dense_E, relative
+from families import tiny_config
 from long_runs import arguments, content, running, wait_for, worker
+from networks import build
 from safetensors.torch import load_file, save_file
 from worker_sharded import FITS
-from workshop import run_cli, run_workers, save_tiny_llama, texts, write_jsonl
+from workshop import (
+    VOCABULARY,
+    run_cli,
+    run_workers,
+    save_tiny,
+    save_tiny_llama,
+    texts,
+    write_jsonl,
+)
 
 from ekfac_dist import load_factors
+from ekfac_dist.errors import ModelError
+from ekfac_dist.models.sharding import Held, layers
 
 HERE = Path(__file__).parent
 LAUNCHER = HERE.parents[1] / "launch" / "accelerate" / "fsdp.yaml"
@@ -48,6 +61,15 @@ def test_a_sharded_model_has_the_factors_of_the_whole_one(stores, fit):
         assert sharded.manifest["model"][key] == whole.manifest["model"][key]
     for name in whole.modules:
         assert relative(dense_E(sharded, name), dense_E(whole, name)) < 1e-12
+
+
+def test_layers_that_share_weights_are_refused():
+    model = build("llama")
+    Held.by(model).require_apart(layers(model))
+    first, second = model.model.layers
+    second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    with pytest.raises(ModelError, match=r"0\.mlp\.up_proj\.weight and .* are one parameter"):
+        Held.by(model).require_apart(layers(model))
 
 
 @pytest.fixture(scope="module")
@@ -158,13 +180,27 @@ def test_a_killed_worker_ends_a_sharded_run_which_goes_on(setting, tmp_path, ran
     assert content(store) == content(setting / "whole")
 
 
-@pytest.mark.slow
-def test_weights_that_were_not_tied_stay_so_whatever_the_configuration_says(setting, tmp_path):
-    model = save_tiny_llama(tmp_path / "model", seed=3)
+def with_tied_configuration(folder):
+    model = save_tiny_llama(folder, seed=3)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    return model
+
+
+def rwkv(folder):
+    config = tiny_config(transformers.RwkvConfig)
+    config.vocab_size, config.rescale_every = VOCABULARY, 1
+    return save_tiny(folder, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("save", [with_tied_configuration, rwkv])
+def test_what_loading_changes_is_so_on_every_worker(setting, tmp_path, save):
+    """Weights that were not tied, whatever the configuration says; weights that would be halved."""
+    model = save(tmp_path / "model")
     for kind, env in (("whole", {}), ("sharded", FSDP)):
         given = [*arguments(setting, tmp_path / kind), "--model.name", model]
+        given += ["--data.max_tokens", "32"]
         done = run_cli(given, workers=2, env=env, timeout=120)
         assert done.returncode == 0, done.stderr
     assert content(tmp_path / "sharded") == content(tmp_path / "whole")

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from dense import dense_E, dense_lambda, dense_modules, relative
+from dense_scores import DenseScores
 from networks import KINDS, build, examples, shifted
 from safetensors import safe_open
 
-from ekfac_dist import estimate_factors, load_factors
+from ekfac_dist import estimate_factors, influence_scores, load_factors
 from ekfac_dist.curvature.blocks import block_sizes, num_numbers
 from ekfac_dist.errors import ConfigError, StoreError
 from ekfac_dist.report.inspection import inspect_store
@@ -77,6 +78,21 @@ def test_solves_of_every_kind_of_fit_invert_it(settings):
         damped = E + damping * torch.eye(len(E), dtype=torch.float64)
         expected = torch.linalg.solve(damped, gradient.flatten())
         assert relative(solved.flatten(), expected) < 1e-8
+
+
+@pytest.mark.parametrize("options", [{}, {"self_influence": True}, {"rank": 1000}])
+def test_queries_are_answered_as_with_the_dense_block_diagonal_factors(options):
+    model, train = build("llama_bias"), examples(9, prompts=True)
+    queries = examples(3, seed=2, prompts=True)
+    factors = estimate_factors(model, train, blocks=2, **FIT)
+    dense = DenseScores(model, factors.modules, train)
+    oracle = dense_modules(model, [shifted(e) for e in train], list(factors.modules))
+    for name, module in oracle.items():
+        E = dense_block_E(module, 2)
+        identity = torch.eye(len(E), dtype=E.dtype)
+        dense.inverse[name] = torch.linalg.inv(E + 0.1 * E.trace() / len(E) * identity)
+    found = influence_scores(model, factors, queries, train, batch_tokens=25, **options)
+    assert relative(found.scores, dense.scores(queries, train)) < EXACT
 
 
 def test_blocks_may_be_as_small_as_one_coordinate(tmp_path):

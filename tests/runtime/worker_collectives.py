@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ekfac_dist.errors import DataError, ModelError, NonFiniteError, PeerError
+from ekfac_dist.errors import DataError, ModelError, NonFiniteError, PeerError, Preempted
 from ekfac_dist.runtime import processes
 from ekfac_dist.runtime.processes import World, was_agreed
 
@@ -224,6 +224,46 @@ def an_announced_failure_is_heard_by_the_others(world: World, directory: Path) -
     world.check_peers()
 
 
+def one_that_fails_where_others_wait_for_it_speaks_for_itself(
+    world: World, directory: Path
+) -> None:
+    run = World.start()
+
+    def act() -> None:
+        with run.agree(together=(NonFiniteError, Preempted)):
+            if run.rank == min(1, run.size - 1):
+                raise ModelError("No.")
+            while True:  # for a collective of that worker's that never comes
+                run.check_peers()
+                time.sleep(0.05)
+
+    error = raised(act)
+    assert not was_agreed(error)
+    if type(error) is ModelError:
+        assert str(error) == "No."
+        assert run.announce_failure(error) is True  # nobody has said it yet
+    else:
+        assert type(error) is PeerError
+        assert str(error) == f"worker 1 of {run.size}: No."
+        assert run.announce_failure(error) is False
+    world.barrier()
+
+
+def an_end_of_all_is_agreed_on_and_hides_no_failure(world: World, directory: Path) -> None:
+    run = World.start()
+
+    def act() -> None:
+        with run.agree(together=(Preempted,)):
+            raise Preempted("Ended.")
+
+    error = raised(act)
+    assert (type(error), str(error)) == (Preempted, "Ended.")
+    assert was_agreed(error) is (run.size > 1)
+    if run.rank == run.size - 1:
+        assert run.announce_failure(ModelError("No.")) is True
+    world.barrier()
+
+
 CHECKS = [
     a_worker_knows_its_place,
     gather_keeps_the_order_of_ranks,
@@ -243,6 +283,8 @@ CHECKS = [
     on_main_gives_its_result_there_alone,
     peers_that_announce_nothing_are_not_heard,
     an_announced_failure_is_heard_by_the_others,
+    one_that_fails_where_others_wait_for_it_speaks_for_itself,
+    an_end_of_all_is_agreed_on_and_hides_no_failure,
 ]
 
 

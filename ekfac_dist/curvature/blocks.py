@@ -7,6 +7,7 @@ decomposition 1/B² of the time. The bias coordinate is the last, and so in the 
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +89,11 @@ def _from_left(blocks: Blocks, matrix_OX: Tensor) -> Tensor:
         for block, (start, end) in zip(blocks, places, strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+
+
+def moved(basis: Blocks, *where: Any) -> list[Tensor]:
+    """The blocks where `Tensor.to` would have each; copies only what is not there already."""
+    return [block.to(*where) for block in basis]
 
 
 def whole(basis: Blocks) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ekfac_dist.curvature import products
-from ekfac_dist.curvature.blocks import rotate_columns_back, rotate_rows
+from ekfac_dist.curvature.blocks import moved, rotate_columns_back, rotate_rows
 from ekfac_dist.curvature.kronecker import damped, rotate_back
 from ekfac_dist.data.batches import Batch, Rows, assign_batches
 from ekfac_dist.influence.queries import QuerySet
@@ -250,7 +250,7 @@ class _QueryGradients:
 
     def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Rows) -> None:
         """Keeps a batch's inputs, in the eigenbasis, until the gradients come."""
-        basis = [block.to(rows_Mi) for block in self._setting.factors.module(module.name).blocks_II]
+        basis = moved(self._setting.factors.module(module.name).blocks_II, rows_Mi)
         self._acts[module.input] = rotate_rows(rows_Mi, basis, bias=module.bias)
 
     def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Rows) -> None:

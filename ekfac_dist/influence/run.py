@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from ekfac_dist.config import Normalize, PerToken, QueryConfig, ScoresConfig, require_positive
@@ -32,12 +31,11 @@ from ekfac_dist.influence.scoring import compute_scores, list_lengths
 from ekfac_dist.models.capture import prepared
 from ekfac_dist.models.loading import context_length, load_tokenizer
 from ekfac_dist.models.modules import device_of
-from ekfac_dist.models.sharding import refuse_first_fsdp
 from ekfac_dist.models.tasks import CAUSAL_LM, CausalLM, Task, require_task
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.stages.factors import Factors
 from ekfac_dist.stages.loading import check_sequences, load_sequences
-from ekfac_dist.stages.model import load, refuse_sharded
+from ekfac_dist.stages.model import load, refuse_sharded, unwrapped
 from ekfac_dist.stages.reload import check_model, load_factors, require_fitted_task
 
 
@@ -180,9 +178,7 @@ def influence_scores(
         UserError: Anything that the caller can mend, on every worker alike.
     """
     world = World.start()
-    with world.agree():
-        refuse_first_fsdp(model)
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    model = unwrapped(model, world)
     with world.agree(), torch.inference_mode(False):
         config = ScoresConfig(
             normalize=normalize,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.curvature import products
-from ekfac_dist.curvature.blocks import rotate_rows
+from ekfac_dist.curvature.blocks import moved, rotate_rows
 from ekfac_dist.data.batches import Rows
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.influence.gradients import Countdown, PreparedQueries, Setting
@@ -36,7 +36,7 @@ class _TrainingRows(ABC):
         """Keeps a batch's inputs until the gradients come."""
         if self._setting.in_eigenbasis:
             fitted = self._setting.factors.module(module.name)
-            basis = [block.to(rows_Mi) for block in fitted.blocks_II]
+            basis = moved(fitted.blocks_II, rows_Mi)
             rows_MI = rotate_rows(rows_Mi, basis, bias=module.bias)
         elif module.bias:
             rows_MI = products.with_bias(rows_Mi)
@@ -48,7 +48,7 @@ class _TrainingRows(ABC):
         """Uses a batch's inputs and gradients."""
         if self._setting.in_eigenbasis:
             fitted = self._setting.factors.module(module.name)
-            rows_MO = rotate_rows(rows_MO, [block.to(rows_MO) for block in fitted.blocks_OO])
+            rows_MO = rotate_rows(rows_MO, moved(fitted.blocks_OO, rows_MO))
         self._use(module, self._acts[module.input], rows_MO, batch)
         if self._readers.is_last(module):
             del self._acts[module.input]

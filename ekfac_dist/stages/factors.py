@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.curvature import kronecker
-from ekfac_dist.curvature.blocks import Blocks, block_sizes, whole
+from ekfac_dist.curvature.blocks import Blocks, block_sizes, moved, whole
 from ekfac_dist.curvature.damping import DEFAULT, Damping
 from ekfac_dist.errors import ConfigError, StoreError
 from ekfac_dist.models.modules import CONV1D, EXPERT, LINEAR, TrackedModule
@@ -69,8 +69,8 @@ class ModuleFactors:
     def to(self, device: torch.device, dtype: torch.dtype) -> "ModuleFactors":
         """The same factors on a device and in a dtype; copies only what is not there already."""
         return ModuleFactors(
-            [block.to(device, dtype) for block in self.blocks_OO],
-            [block.to(device, dtype) for block in self.blocks_II],
+            moved(self.blocks_OO, device, dtype),
+            moved(self.blocks_II, device, dtype),
             self.lambda_OI.to(device, dtype),
         )
 

@@ -38,7 +38,7 @@ from ekfac_dist.runtime.store import (
 from ekfac_dist.stages.checkpoints import Checkpoints, PassState
 from ekfac_dist.stages.covariance import CovarianceSums
 from ekfac_dist.stages.eigenbasis import Basis, run_eigenbasis
-from ekfac_dist.stages.model import tracked_fingerprints
+from ekfac_dist.stages.model import agreeing, tracked_fingerprints
 from ekfac_dist.stages.needs import LARGE_SUMS, Memory, fewest_groups, memory, stage_bytes
 from ekfac_dist.stages.passes import Work, measured_step, run_pass
 from ekfac_dist.stages.record import Inputs, Summary, manifest
@@ -104,7 +104,7 @@ def _number_of_groups(inputs: Inputs, work: Work, sink: FactorSink) -> int:
     wanted: int | None = 1
     # Groups make sums smaller, and nothing else.
     if any(world.gather(needed.bases + needed.spectra > LARGE_SUMS * free)):
-        with world.agree(together=() if is_sharded(work.model) else None):
+        with agreeing(world, work.model):
             held = measured_step(work, modules)
         gathered = gathered_bytes(work.model) if is_sharded(work.model) else 0
         with world.agree():

@@ -12,10 +12,10 @@ from ekfac_dist.data.tokenizing import tokenize
 from ekfac_dist.errors import DataError
 from ekfac_dist.models.loading import context_length
 from ekfac_dist.models.packing import can_pack
-from ekfac_dist.models.sharding import is_sharded
 from ekfac_dist.models.tasks import CausalLM, Task
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
+from ekfac_dist.stages.model import agreeing
 
 
 def load_sequences(
@@ -76,6 +76,6 @@ def packed_where_exact(
     """
     if not isinstance(sequences, Sequences) or type(task) is not CausalLM:
         return sequences
-    with world.agree(together=() if is_sharded(model) else None):
+    with agreeing(world, model):
         found = can_pack(model, sequences, world.device, batch_tokens)
     return sequences.packing() if all(world.gather(found)) else sequences

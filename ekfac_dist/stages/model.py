@@ -5,8 +5,10 @@ what one is enough for.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from ekfac_dist.config import ModelConfig
@@ -17,7 +19,8 @@ from ekfac_dist.models.discovery import Discovery, discover
 from ekfac_dist.models.fingerprint import fingerprint, fingerprints, whole_fingerprint
 from ekfac_dist.models.loading import load_model, loads_quantised, without_weights
 from ekfac_dist.models.modules import TrackedModule
-from ekfac_dist.models.sharding import Held, is_sharded, reshards_after_forward, shard, whole_copy
+from ekfac_dist.models.sharding import is_sharded, refuse_first_fsdp
+from ekfac_dist.models.shards import Held, reshards_after_forward, shard, whole_copy
 from ekfac_dist.models.tasks import CAUSAL_LM, Task
 from ekfac_dist.runtime.processes import World
 
@@ -74,6 +77,32 @@ def load(config: ModelConfig, world: World) -> nn.Module:
         )
 
 
+def agreeing(
+    world: World, model: nn.Module, *together: type[Exception], takes_part: bool = True
+) -> AbstractContextManager[None]:
+    """`World.agree` of a block that runs a model, or reads its weights.
+
+    Args:
+        world: The workers.
+        model: The model.
+        together: What is raised on every worker at the same place, if it is sharded.
+        takes_part: Whether this worker really does something in the block.
+    """
+    held = together if is_sharded(model) else None
+    return world.agree(takes_part=takes_part, together=held)
+
+
+def unwrapped(model: nn.Module, world: World) -> nn.Module:
+    """A caller's model without Accelerate's containers, which speak to the others at each forward.
+
+    Raises:
+        ModelError: FSDP's first version has sharded it.
+    """
+    with world.agree():
+        refuse_first_fsdp(model)
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
 def refuse_sharded(world: World, model: nn.Module | None = None) -> None:
     """Refuses to answer queries with a sharded model.
 
@@ -124,11 +153,10 @@ def tracked_fingerprints(
     Raises:
         LaunchError: Workers hold different models.
     """
-    sharded = is_sharded(model)
-    with world.agree(together=() if sharded else None):
+    with agreeing(world, model):
         own, narrower = (
             fingerprints(model, modules)
-            if sharded or world.is_main
+            if is_sharded(model) or world.is_main
             else (fingerprint(model, modules), {})
         )
     world.require_same("model weights, by fingerprint,", own)
@@ -137,9 +165,8 @@ def tracked_fingerprints(
 
 def model_fingerprint(model: nn.Module, world: World) -> str:
     """SHA-256 of all of a model, as worker 0 holds it."""
-    sharded = is_sharded(model)
-    own = ""
-    with world.agree(together=() if sharded else None, takes_part=sharded or world.is_main):
-        if sharded or world.is_main:
+    own, takes_part = "", is_sharded(model) or world.is_main
+    with agreeing(world, model, takes_part=takes_part):
+        if takes_part:
             own = whole_fingerprint(model)
     return world.share(own)

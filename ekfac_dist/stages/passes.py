@@ -23,6 +23,7 @@ from ekfac_dist.runtime.ahead import ahead
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
 from ekfac_dist.stages.checkpoints import PassState
+from ekfac_dist.stages.model import agreeing
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def run_pass(
 
     try:
         with (
-            world.agree(together=(NonFiniteError, Preempted) if in_step else None),
+            agreeing(world, work.model, NonFiniteError, Preempted),
             Capture(work.model, modules, observer, dtype, work.task, world.device) as capture,
             progress,
         ):

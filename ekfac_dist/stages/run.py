@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from ekfac_dist.config import DataConfig, EstimateConfig, FactorsConfig, ModelConfig
@@ -20,7 +19,7 @@ from ekfac_dist.models.capture import prepared
 from ekfac_dist.models.discovery import Discovery
 from ekfac_dist.models.loading import load_tokenizer
 from ekfac_dist.models.modules import device_of
-from ekfac_dist.models.sharding import class_of, is_sharded, refuse_first_fsdp
+from ekfac_dist.models.sharding import class_of, is_sharded
 from ekfac_dist.models.tasks import (
     CAUSAL_LM,
     Task,
@@ -38,7 +37,14 @@ from ekfac_dist.stages.checkpoints import Checkpoints, SavedCheckpoints
 from ekfac_dist.stages.factors import Factors
 from ekfac_dist.stages.fit import fit
 from ekfac_dist.stages.loading import check_sequences, load_sequences, packed_where_exact
-from ekfac_dist.stages.model import find, load, model_fingerprint, tracked_fingerprints
+from ekfac_dist.stages.model import (
+    agreeing,
+    find,
+    load,
+    model_fingerprint,
+    tracked_fingerprints,
+    unwrapped,
+)
 from ekfac_dist.stages.record import Inputs, Summary, coverage_line, steps_line
 from ekfac_dist.stages.reload import load_factors
 
@@ -172,10 +178,7 @@ def estimate_factors(
     if isinstance(modules, str):
         modules = [modules]
     world = World.start()
-    with world.agree():
-        refuse_first_fsdp(model)
-    # Accelerate's containers compute the same, and speak to the other workers at every forward.
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    model = unwrapped(model, world)
     with world.agree():
         task = require_task(task)
         sequences = read_examples(task, model, data, max_tokens)
@@ -309,7 +312,7 @@ def check_inputs(
             advice = "cut the examples to {context} or less"
         check_sequences(model, sequences, advice)
     if isinstance(sequences, TaskExamples):
-        with world.agree(together=(UserError,) if is_sharded(model) else None):
+        with agreeing(world, model, UserError):
             require_unpadded_losses(task, model, sequences, world.device)
         with world.agree():
             probe = few_examples(task, model, sequences).to(world.device)

@@ -25,7 +25,8 @@ from workshop import (
 
 from ekfac_dist import load_factors
 from ekfac_dist.errors import ModelError
-from ekfac_dist.models.sharding import Held, layers
+from ekfac_dist.models.sharding import layers
+from ekfac_dist.models.shards import Held
 
 HERE = Path(__file__).parent
 LAUNCHER = HERE.parents[1] / "launch" / "accelerate" / "fsdp.yaml"

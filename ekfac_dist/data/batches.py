@@ -20,13 +20,17 @@ from torch import Tensor
 NO_LABEL = -100
 
 
-def plan_batches(lengths: SequenceOf[int] | np.ndarray, batch_tokens: int) -> list[list[int]]:
+def plan_batches(
+    lengths: SequenceOf[int] | np.ndarray, batch_tokens: int, equal_above: int | None = None
+) -> list[list[int]]:
     """Cuts sequences into batches, the longest first.
 
     Args:
         lengths: Positions of each sequence.
         batch_tokens: Largest number of sequences × longest sequence in a batch; a sequence that is
             longer alone is a batch alone.
+        equal_above: Sequences longer than this share a batch only with others of their length;
+            None: all may share one.
 
     Returns:
         Numbers of the sequences of each batch; together each number once.
@@ -36,12 +40,18 @@ def plan_batches(lengths: SequenceOf[int] | np.ndarray, batch_tokens: int) -> li
     batches: list[list[int]] = []
     longest = 0
     for number in order.tolist():
-        if batches and longest * (len(batches[-1]) + 1) <= batch_tokens:
+        fits = batches and longest * (len(batches[-1]) + 1) <= batch_tokens
+        if fits and may_share(longest, int(lengths[number]), equal_above):
             batches[-1].append(number)
         else:
             batches.append([number])
             longest = int(lengths[number])
     return batches
+
+
+def may_share(one: int, other: int, equal_above: int | None) -> bool:
+    """Whether sequences of two lengths may share a batch; see `plan_batches`."""
+    return equal_above is None or one == other or max(one, other) <= equal_above
 
 
 def assign_batches(costs: SequenceOf[int], num_workers: int) -> list[list[int]]:
@@ -68,7 +78,13 @@ def padded_sizes(lengths: np.ndarray, batches: Iterable[SequenceOf[int]]) -> lis
     return [len(numbers) * int(lengths[numbers].max()) for numbers in batches]
 
 
-def shard(lengths: np.ndarray, batch_tokens: int, num_workers: int, worker: int) -> list[list[int]]:
+def shard(
+    lengths: np.ndarray,
+    batch_tokens: int,
+    num_workers: int,
+    worker: int,
+    equal_above: int | None = None,
+) -> list[list[int]]:
     """One worker's batches of all sequences, padding being what a batch costs.
 
     Args:
@@ -76,11 +92,12 @@ def shard(lengths: np.ndarray, batch_tokens: int, num_workers: int, worker: int)
         batch_tokens: As for `plan_batches`.
         num_workers: W.
         worker: Which of them.
+        equal_above: As for `plan_batches`.
 
     Returns:
         Numbers of the sequences of each of its batches.
     """
-    batches = plan_batches(lengths, batch_tokens)
+    batches = plan_batches(lengths, batch_tokens, equal_above)
     costs = padded_sizes(lengths, batches)
     return [batches[k] for k in assign_batches(costs, num_workers)[worker]]
 

@@ -30,10 +30,12 @@ class Examples(Protocol):
         num_positions: Counted positions of each [N].
         counts: What became of the source's rows.
         max_id: The largest token id.
+        equal_above: Longer ones share a batch only with others of their length; None: with any.
     """
 
     indices: np.ndarray
     num_positions: np.ndarray
+    equal_above: int | None
     counts: Counts
     max_id: int
 
@@ -76,6 +78,8 @@ class TaskExamples:
         DataError: No example; one that is no mapping of arrays, or of other fields than the first;
             or one without a counted position.
     """
+
+    equal_above: int | None = None
 
     def __init__(
         self,

@@ -69,12 +69,14 @@ class Sequences:
         max_tokens: Length of the longest row.
         max_id: The largest token id, of labels too.
         packed: Whether sequences of unequal lengths are packed into one row, instead of padded.
+        equal_above: Sequences longer than this share a batch only with others of their length.
 
     Raises:
         DataError: No sequence is left.
     """
 
     packed = False
+    equal_above: int | None = None
 
     def __init__(self, rows: Dataset) -> None:
         positions = np.zeros(len(rows), dtype=np.int64)
@@ -145,6 +147,12 @@ class Sequences:
         packing = copy.copy(self)
         packing.packed = True
         return packing
+
+    def batched_equal_above(self, length: int | None) -> "Sequences":
+        """The same sequences, with another `equal_above`."""
+        batched = copy.copy(self)
+        batched.equal_above = length
+        return batched
 
     def batch(self, numbers: Iterable[int]) -> Batch:
         """Some of these sequences, packed or padded on the right to the longest of them."""

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from ekfac_dist.curvature import products
 from ekfac_dist.curvature.blocks import moved, rotate_columns_back, rotate_rows
 from ekfac_dist.curvature.kronecker import damped, rotate_back
-from ekfac_dist.data.batches import Batch, Rows, assign_batches
+from ekfac_dist.data.batches import Batch, Rows, assign_batches, may_share
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.models.labels import COVARIANCE_PASS, LabelRule
 from ekfac_dist.models.modules import TrackedModule
+from ekfac_dist.models.rotary import equal_lengths_above
 from ekfac_dist.models.tasks import CAUSAL_LM, Task
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.stages.factors import Factors, ModuleFactors
@@ -191,7 +192,9 @@ def prepare(
     costs = [int(lengths[list(queries.rows[row])].sum()) for row in rows]
     own = [rows[k] for k in assign_batches(costs, world.size)[world.rank]]
     members = sorted(number for row in rows for number in queries.rows[row])
-    batches = list(_in_order([n for row in own for n in queries.rows[row]], lengths, setting))
+    limit = equal_lengths_above(setting.model)
+    numbers = [n for row in own for n in queries.rows[row]]
+    batches = list(_in_order(numbers, lengths, setting.batch_tokens, limit))
     observer = _QueryGradients(setting, queries, list(rows), rank)
     # A view of this block alone, so that rates and losses are of it.
     position = {number: k for k, number in enumerate(members)}
@@ -213,12 +216,16 @@ def prepare(
     )
 
 
-def _in_order(numbers: Sequence[int], lengths: np.ndarray, setting: Setting) -> Iterator[list[int]]:
+def _in_order(
+    numbers: Sequence[int], lengths: np.ndarray, batch_tokens: int, equal_above: int | None
+) -> Iterator[list[int]]:
     """Cuts queries into batches in the order given, so that a row's queries follow each other."""
     batch: list[int] = []
     for number in numbers:
-        longest = max([int(lengths[n]) for n in batch] + [int(lengths[number])])
-        if batch and longest * (len(batch) + 1) > setting.batch_tokens:
+        length = int(lengths[number])
+        longest = max([int(lengths[n]) for n in batch] + [length])
+        fits = longest * (len(batch) + 1) <= batch_tokens
+        if batch and not (fits and may_share(int(lengths[batch[-1]]), length, equal_above)):
             yield batch
             batch = []
         batch.append(number)

@@ -34,7 +34,7 @@ from ekfac_dist.influence.scan import DetailSums, Pairs, Scan
 from ekfac_dist.influence.scores import Details, InfluenceScores, Listed, Rescored
 from ekfac_dist.models.modules import layer_name
 from ekfac_dist.runtime.memory import as_text
-from ekfac_dist.stages.loading import packed_where_exact
+from ekfac_dist.stages.loading import exactly_batched
 from ekfac_dist.stages.passes import SummingObserver, Work, run_pass
 
 
@@ -60,7 +60,7 @@ def compute_scores(
         UserError: Anything that the user can mend, on every worker.
     """
     top_k, bottom_k = list_lengths(config, len(scored))
-    scored = packed_where_exact(
+    scored = exactly_batched(
         setting.model, scored, setting.task, setting.world, setting.batch_tokens
     )
     needs_norms = config.self_influence or config.normalize != "none"
@@ -236,7 +236,13 @@ class _Scoring:
         work = Work(
             setting.model,
             some,
-            shard(some.num_positions, setting.batch_tokens, world.size, world.rank),
+            shard(
+                some.num_positions,
+                setting.batch_tokens,
+                world.size,
+                world.rank,
+                some.equal_above,
+            ),
             world,
             setting.dtype,
             setting.show_progress,

@@ -31,6 +31,7 @@ from ekfac_dist.models.modules import (
     same_tensor,
 )
 from ekfac_dist.models.packing import attending_within
+from ekfac_dist.models.rotary import changing_embeddings, frequencies_kept, reset_frequencies
 from ekfac_dist.models.sharding import is_sharded, reshard
 from ekfac_dist.models.tasks import CAUSAL_LM, Task
 
@@ -71,6 +72,13 @@ def prepared(model: nn.Module) -> Iterator[None]:
     """
     reshard(model)  # what is gathered shows neither how it is sharded nor its flags
     require_usable(model)
+    with frequencies_kept(model), _frozen(model):
+        yield
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Freezes parameters and turns noise off; restores both."""
     needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     chunked: list[Any] = [m for m in model.modules() if getattr(m, _CHUNKS, 0)]
@@ -162,6 +170,7 @@ class Capture:
         self._readers = Counter(module.input for module in modules)
         self._readers_left: Counter[str] = Counter()
         self._scale = 1.0
+        self._rotary = changing_embeddings(model)
         self._in_lists = {m.name for m in modules if in_expert_list(model, m.name)}
 
     @contextmanager
@@ -257,6 +266,7 @@ class Capture:
         self._with_gradient.clear()
         self._in_forward = True
         self._readers_left = self._readers.copy()
+        reset_frequencies(self._rotary)
         try:
             # As written: a compiled forward would compile what looks at it, too.
             with (

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from ekfac_dist.data.batches import shard
+from ekfac_dist.data.examples import Examples
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.store import STATE, FactorSink
@@ -109,7 +110,7 @@ class SavedCheckpoints(Checkpoints):
         output: The store's directory; each worker writes under it, on its own host.
         world: The workers.
         sink: Where the journal is.
-        lengths: Counted positions of each of the run's sequences.
+        sequences: The run's sequences.
         step_tokens: Of a batch.
         minutes: Between two savings; 0: after every step.
     """
@@ -121,14 +122,14 @@ class SavedCheckpoints(Checkpoints):
         output: str | Path,
         world: World,
         sink: FactorSink,
-        lengths: np.ndarray,
+        sequences: Examples,
         step_tokens: int,
         minutes: float,
     ) -> None:
         self._root = Path(output) / STATE
         self._world = world
         self._sink = sink
-        self._lengths = lengths
+        self._sequences = sequences
         self._step_tokens = step_tokens
         self._minutes = minutes
 
@@ -157,8 +158,14 @@ class SavedCheckpoints(Checkpoints):
         mine = [parts[part] for part in kept if holders[part] == world.rank]
         done = self._numbers(mine)
         if done:
-            left = np.setdiff1d(np.arange(len(self._lengths)), list(done))
-            shares = shard(self._lengths[left], self._step_tokens, world.size, world.rank)
+            left = np.setdiff1d(np.arange(len(self._sequences)), list(done))
+            shares = shard(
+                self._sequences.num_positions[left],
+                self._step_tokens,
+                world.size,
+                world.rank,
+                self._sequences.equal_above,
+            )
             batches = [left[numbers].tolist() for numbers in shares]
         identity = Identity(self._sink.found.run, latest, world.rank)
         state = _SavedState(directory, identity, batches, sums, mine, self._minutes)

@@ -64,7 +64,13 @@ def fit(
     """
     factors = inputs.config.factors
     sequences, discovery = inputs.sequences, inputs.discovery
-    own = shard(sequences.num_positions, inputs.step_tokens, world.size, world.rank)
+    own = shard(
+        sequences.num_positions,
+        inputs.step_tokens,
+        world.size,
+        world.rank,
+        sequences.equal_above,
+    )
     dtype = getattr(torch, factors.accumulate)
     work = Work(inputs.model, sequences, own, world, dtype, show_progress, task=inputs.task)
     number = _number_of_groups(inputs, work, sink)

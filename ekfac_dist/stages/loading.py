@@ -9,9 +9,10 @@ from ekfac_dist.data.examples import Examples
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.data.source import open_source
 from ekfac_dist.data.tokenizing import tokenize
-from ekfac_dist.errors import DataError
+from ekfac_dist.errors import DataError, ModelError
+from ekfac_dist.models.batch_checks import BatchChecks
 from ekfac_dist.models.loading import context_length
-from ekfac_dist.models.packing import can_pack
+from ekfac_dist.models.rotary import equal_lengths_above
 from ekfac_dist.models.tasks import CausalLM, Task
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
@@ -62,20 +63,36 @@ def check_sequences(model: nn.Module, sequences: Examples, advice: str) -> None:
         )
 
 
-def packed_where_exact(
+def exactly_batched(
     model: nn.Module, sequences: Examples, task: Task, world: World, batch_tokens: int
 ) -> Examples:
-    """The same sequences; packed, if on every worker the model computes them so as it should.
+    """The same sequences, batched so that the model gives each what it gives it alone.
+
+    Sequences that may share a batch are packed, if on every worker the model computes them so.
 
     Args:
         model: The prepared model.
-        sequences: What passes will read.
+        sequences: What passes will read, all or any of them.
         task: What is asked of the model.
         world: The workers.
         batch_tokens: Of the passes' batches; the same on every worker.
+
+    Raises:
+        ModelError: The model gives a sequence something else beside, or after, a longer one.
     """
+    limit = equal_lengths_above(model)
     if not isinstance(sequences, Sequences) or type(task) is not CausalLM:
+        with world.agree():
+            if limit is not None and batch_tokens > 1:
+                raise ModelError(
+                    f"The frequencies of {type(model).__name__}'s rotary embedding follow the "
+                    f"longest sequence of a batch, and batches of the task {task.name} cannot be "
+                    "cut by length; give batch_tokens 1, so that each has a batch of its own."
+                )
         return sequences
-    with agreeing(world, model):
-        found = can_pack(model, sequences, world.device, batch_tokens)
+    sequences = sequences.batched_equal_above(limit)
+    with agreeing(world, model, ModelError):
+        checks = BatchChecks(model, sequences, world.device, batch_tokens)
+        checks.require_exact()
+        found = checks.can_pack()
     return sequences.packing() if all(world.gather(found)) else sequences

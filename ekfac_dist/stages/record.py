@@ -74,7 +74,7 @@ class Inputs:
 def steps_line(inputs: Inputs) -> str:
     """How the data are cut into batches, in one line."""
     lengths = inputs.sequences.num_positions
-    batches = plan_batches(lengths, inputs.step_tokens)
+    batches = plan_batches(lengths, inputs.step_tokens, inputs.sequences.equal_above)
     line = f"{len(batches)} batches of at most {inputs.step_tokens} positions"
     if isinstance(inputs.sequences, Sequences) and inputs.sequences.packed:
         return f"{line}, sequences packed, no padding"

@@ -36,7 +36,7 @@ from ekfac_dist.runtime.store_writer import StoreWriter, check_output, remove_st
 from ekfac_dist.stages.checkpoints import Checkpoints, SavedCheckpoints
 from ekfac_dist.stages.factors import Factors
 from ekfac_dist.stages.fit import fit
-from ekfac_dist.stages.loading import check_sequences, load_sequences, packed_where_exact
+from ekfac_dist.stages.loading import check_sequences, exactly_batched, load_sequences
 from ekfac_dist.stages.model import (
     agreeing,
     find,
@@ -282,8 +282,9 @@ def opened_store(
         sink = NoStore(found) if writer is None else writer
         checkpoints, minutes = Checkpoints(), inputs.config.save_minutes
         if minutes is not None:
-            lengths, step = inputs.sequences.num_positions, inputs.step_tokens
-            checkpoints = SavedCheckpoints(output, world, sink, lengths, step, minutes)
+            checkpoints = SavedCheckpoints(
+                output, world, sink, inputs.sequences, inputs.step_tokens, minutes
+            )
         yield sink, checkpoints
     finally:
         if writer is not None:
@@ -324,6 +325,6 @@ def check_inputs(
             check_size(factor, largest, main_device)
     world.require_same("data, by fingerprint,", sequences.fingerprint)
     step = world.share(step_tokens(config.batch_tokens, world.device))  # all cut alike
-    sequences = packed_where_exact(model, sequences, task, world, step)
+    sequences = exactly_batched(model, sequences, task, world, step)
     weights, narrower = tracked_fingerprints(model, discovery.modules, world)
     return Inputs(config, model, sequences, discovery, weights, narrower, task, step)

@@ -10,10 +10,10 @@ from ekfac_dist import estimate_factors
 from ekfac_dist.data.batches import NO_LABEL
 from ekfac_dist.data.sequences import from_examples
 from ekfac_dist.models import packing
+from ekfac_dist.models.batch_checks import BatchChecks
 from ekfac_dist.models.capture import prepared
 from ekfac_dist.models.labels import LabelRule, logit_gradient
-from ekfac_dist.models.packing import attending_within, can_pack
-from ekfac_dist.stages import loading
+from ekfac_dist.models.packing import attending_within
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ def sequences(lengths=(4, 9, 14, 7, 14, 21)):
 
 def packs(model, data, batch_tokens=64):
     with prepared(model):
-        return can_pack(model, from_examples(data), CPU, batch_tokens)
+        return BatchChecks(model, from_examples(data), CPU, batch_tokens).can_pack()
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_factors_are_the_same_packed_and_padded(name, monkeypatch):
     # gradients, whose basis is arbitrary.
     fit = {"accumulate": "float64", "batch_tokens": 64, "labels": "data"}
     packed = estimate_factors(model, data, **fit)
-    monkeypatch.setattr(loading, "can_pack", lambda *_: False)
+    monkeypatch.setattr(BatchChecks, "can_pack", lambda self: False)
     padded = estimate_factors(model, data, **fit)
     for module in padded.modules:
         assert relative(dense_E(packed, module), dense_E(padded, module)) < 1e-9

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ekfac_dist.config import DEFAULT_TOP_K, ScoresConfig
 from ekfac_dist.data.batches import shard
-from ekfac_dist.data.examples import Examples
+from ekfac_dist.data.examples import Examples, TaskExamples
 from ekfac_dist.errors import ConfigError
 from ekfac_dist.influence.agreement import spearman
 from ekfac_dist.influence.gradients import (
@@ -34,7 +34,7 @@ from ekfac_dist.influence.scan import DetailSums, Pairs, Scan
 from ekfac_dist.influence.scores import Details, InfluenceScores, Listed, Rescored
 from ekfac_dist.models.modules import layer_name
 from ekfac_dist.runtime.memory import as_text
-from ekfac_dist.stages.loading import exactly_batched
+from ekfac_dist.stages.loading import exactly_batched, require_harmless_padding
 from ekfac_dist.stages.passes import SummingObserver, Work, run_pass
 
 
@@ -60,6 +60,10 @@ def compute_scores(
         UserError: Anything that the user can mend, on every worker.
     """
     top_k, bottom_k = list_lengths(config, len(scored))
+    if isinstance(scored, TaskExamples):
+        require_harmless_padding(
+            setting.model, scored, setting.task, setting.world, setting.batch_tokens
+        )
     scored = exactly_batched(
         setting.model, scored, setting.task, setting.world, setting.batch_tokens
     )

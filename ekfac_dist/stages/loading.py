@@ -5,15 +5,16 @@ from typing import Any
 from torch import nn
 
 from ekfac_dist.config import DataConfig
-from ekfac_dist.data.examples import Examples
+from ekfac_dist.data.examples import Examples, TaskExamples
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.data.source import open_source
 from ekfac_dist.data.tokenizing import tokenize
-from ekfac_dist.errors import DataError, ModelError
+from ekfac_dist.errors import DataError, ModelError, UserError
 from ekfac_dist.models.batch_checks import BatchChecks
 from ekfac_dist.models.loading import context_length
 from ekfac_dist.models.rotary import equal_lengths_above
-from ekfac_dist.models.tasks import CausalLM, Task
+from ekfac_dist.models.sharding import class_of
+from ekfac_dist.models.tasks import CausalLM, Task, require_unpadded_losses
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
 from ekfac_dist.stages.model import agreeing
@@ -80,19 +81,38 @@ def exactly_batched(
     Raises:
         ModelError: The model gives a sequence something else beside, or after, a longer one.
     """
-    limit = equal_lengths_above(model)
     if not isinstance(sequences, Sequences) or type(task) is not CausalLM:
-        with world.agree():
-            if limit is not None and batch_tokens > 1:
-                raise ModelError(
-                    f"The frequencies of {type(model).__name__}'s rotary embedding follow the "
-                    f"longest sequence of a batch, and batches of the task {task.name} cannot be "
-                    "cut by length; give batch_tokens 1, so that each has a batch of its own."
-                )
         return sequences
-    sequences = sequences.batched_equal_above(limit)
+    sequences = sequences.batched_equal_above(equal_lengths_above(model))
     with agreeing(world, model, ModelError):
         checks = BatchChecks(model, sequences, world.device, batch_tokens)
         checks.require_exact()
         found = checks.can_pack()
     return sequences.packing() if all(world.gather(found)) else sequences
+
+
+def require_harmless_padding(
+    model: nn.Module, examples: TaskExamples, task: Task, world: World, batch_tokens: int
+) -> None:
+    """Refuses a task whose losses depend on what an example is batched with.
+
+    Args:
+        model: The prepared model.
+        examples: What passes will read.
+        task: What is asked of the model.
+        world: The workers.
+        batch_tokens: Of the passes' batches; 1: each example has a batch of its own.
+
+    Raises:
+        ModelError: They do.
+    """
+    if batch_tokens == 1:
+        return
+    with agreeing(world, model, UserError):
+        if equal_lengths_above(model) is not None:
+            raise ModelError(
+                f"The frequencies of {class_of(model).__name__}'s rotary embedding follow the "
+                f"longest sequence of a batch, and batches of the task {task.name} are not cut by "
+                "length; give batch_tokens=1, so that each example has a batch of its own."
+            )
+        require_unpadded_losses(task, model, examples, world.device)

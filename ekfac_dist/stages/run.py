@@ -14,7 +14,6 @@ from ekfac_dist.curvature.costs import step_tokens
 from ekfac_dist.curvature.eigenbasis import check_size
 from ekfac_dist.data.examples import Examples, TaskExamples
 from ekfac_dist.data.sequences import Sequences
-from ekfac_dist.errors import UserError
 from ekfac_dist.models.capture import prepared
 from ekfac_dist.models.discovery import Discovery
 from ekfac_dist.models.loading import load_tokenizer
@@ -26,7 +25,6 @@ from ekfac_dist.models.tasks import (
     few_examples,
     read_examples,
     require_task,
-    require_unpadded_losses,
 )
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.processes import World
@@ -36,9 +34,13 @@ from ekfac_dist.runtime.store_writer import StoreWriter, check_output, remove_st
 from ekfac_dist.stages.checkpoints import Checkpoints, SavedCheckpoints
 from ekfac_dist.stages.factors import Factors
 from ekfac_dist.stages.fit import fit
-from ekfac_dist.stages.loading import check_sequences, exactly_batched, load_sequences
+from ekfac_dist.stages.loading import (
+    check_sequences,
+    exactly_batched,
+    load_sequences,
+    require_harmless_padding,
+)
 from ekfac_dist.stages.model import (
-    agreeing,
     find,
     load,
     model_fingerprint,
@@ -313,8 +315,7 @@ def check_inputs(
             advice = "cut the examples to {context} or less"
         check_sequences(model, sequences, advice)
     if isinstance(sequences, TaskExamples):
-        with agreeing(world, model, UserError):
-            require_unpadded_losses(task, model, sequences, world.device)
+        require_harmless_padding(model, sequences, task, world, config.batch_tokens)
         with world.agree():
             probe = few_examples(task, model, sequences).to(world.device)
     discovery = find(model, config.model.modules, world, task, probe)

@@ -1,43 +1,21 @@
 """Mixtures of experts: every expert's matrices against dense autograd, in float64."""
 
-from functools import partial
-
 import pytest
 import torch
-from dense import dense_E, dense_experts, dense_modules, relative, sequence_loss
+from dense import dense_E, relative
+from dense_families import dense_of
 from families import WITH_EXPERTS, config_classes, tiny_config, tiny_model
-from networks import examples, shifted
+from networks import examples
 from safetensors import safe_open
 from torch import nn
 from workshop import VOCABULARY, run_cli, save_tiny, texts, write_jsonl
 
 from ekfac_dist import estimate_factors, influence_scores, load_factors
 from ekfac_dist.errors import ModelError
-from ekfac_dist.models.experts import fused_experts
 from ekfac_dist.models.modules import EXPERT
 
 EXACT = 1e-10
 FIT = {"labels": "data", "accumulate": "float64", "batch_tokens": 24}
-
-
-def dense_of(model, factors, data):
-    """`DenseModule` of each tracked module, experts' by name too."""
-    losses = [partial(sequence_loss, model, *shifted(example)) for example in data]
-    fused = {}
-    for name, experts in fused_experts(model).items():
-        for matrix in ("gate_up_proj", "down_proj"):
-            bias = f"{name}.{matrix}_bias" if experts.has_bias else None
-            fused[f"{name}.{matrix}"] = (experts.is_transposed, bias)
-    before = model.config._experts_implementation
-    model.set_experts_implementation("eager")
-    found = dense_experts(model, losses, fused)
-    plain = [name for name, m in factors.modules.items() if m.kind != EXPERT]
-    dense = dense_modules(model, [shifted(example) for example in data], plain)
-    model.set_experts_implementation(before)
-    for (parameter, expert), module in found.items():
-        collection, _, matrix = parameter.rpartition(".")
-        dense[f"{collection}.{expert}.{matrix}"] = module
-    return dense
 
 
 @pytest.mark.parametrize("family", WITH_EXPERTS)

@@ -64,6 +64,11 @@ class Setting:
         """The tracked modules, in model order."""
         return tuple(self.factors.modules.values())
 
+    @property
+    def model_dtype(self) -> torch.dtype:
+        """Of the model's own parameters."""
+        return next(self.model.parameters()).dtype
+
     def zeros(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         """Zeros where gradients are computed, in their dtype by default."""
         return torch.zeros(size, dtype=dtype or self.dtype, device=self.world.device)

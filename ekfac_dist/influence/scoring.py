@@ -18,7 +18,7 @@ from torch import Tensor
 from ekfac_dist.config import DEFAULT_TOP_K, ScoresConfig
 from ekfac_dist.data.batches import shard
 from ekfac_dist.data.examples import Examples, TaskExamples
-from ekfac_dist.errors import ConfigError
+from ekfac_dist.errors import ConfigError, ModelError
 from ekfac_dist.influence.agreement import spearman
 from ekfac_dist.influence.gradients import (
     DATA_LABELS,
@@ -32,10 +32,16 @@ from ekfac_dist.influence.gradients import (
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.influence.scan import DetailSums, Pairs, Scan
 from ekfac_dist.influence.scores import Details, InfluenceScores, Listed, Rescored
-from ekfac_dist.models.modules import layer_name
+from ekfac_dist.models.modules import EXPERT, layer_name
 from ekfac_dist.runtime.memory import as_text
 from ekfac_dist.stages.loading import exactly_batched, require_harmless_padding
 from ekfac_dist.stages.passes import SummingObserver, Work, run_pass
+
+# How far the scan and the details may be apart, relative to the modules' scores, by the model's
+# dtype. Rounding that depends on a batch's shape stays below; rounding may choose another expert.
+_OTHER_SCORES = {torch.float64: 1e-4, torch.float32: 0.01}
+_OTHER_SCORES_OF_EXPERTS = 0.1
+_OTHER_SCORES_IN_16_BITS = 0.3
 
 
 def compute_scores(
@@ -178,6 +184,33 @@ class _Scoring:
         if self.config.per_token != "none":
             wanted = self._listed_pairs(rows)
             self.details.append(self._detail("details" + suffix, prepared, wanted))
+            self._require_scan_agrees(self.details[-1])
+
+    def _require_scan_agrees(self, details: Details) -> None:
+        """Refuses details whose sums are not the scores of the scan with the same query gradients.
+
+        The two were computed in other batches, on which nothing may depend but rounding.
+
+        Raises:
+            ModelError: They are not.
+        """
+        allowed = _OTHER_SCORES.get(self.setting.model_dtype, _OTHER_SCORES_IN_16_BITS)
+        if any(module.kind == EXPERT for module in self.setting.modules):
+            allowed = max(allowed, _OTHER_SCORES_OF_EXPERTS)
+        columns = torch.from_numpy(details.columns)
+        for row in np.unique(details.rows).tolist():
+            mine = torch.from_numpy(np.flatnonzero(details.rows == row))
+            parts = details.module_scores[mine].double()
+            scanned = self.result.scores[row][columns[mine]].double()
+            # Beside the parts, for a score may be a small difference of large ones.
+            difference = (parts.sum(1) - scanned).norm() / parts.norm()
+            if difference > allowed:
+                raise ModelError(
+                    f"The scores of query {row}'s listed sequences, summed over their positions, "
+                    f"are not those of the scan (relative difference {difference:.2g}), though "
+                    "only the batches differ: what this model gives for a sequence depends on its "
+                    "batch. Set batch_tokens: 1, which gives each sequence a batch of its own."
+                )
 
     def _prepare(self, name: str, rows: list[int], rank: int | None) -> PreparedQueries:
         prepared = prepare(name, self.setting, self.queries, rows, rank)

@@ -5,6 +5,7 @@ another length; of parts of the data, resumed or scored again, longer ones do to
 """
 
 import functools
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 from dense import dense_E, dense_influence, relative
 from dense_families import dense_of
 from families import tiny_model
+from workshop import run_workers
 
-from ekfac_dist import estimate_factors, influence_scores
+from ekfac_dist import estimate_factors, influence_scores, load_factors
 from ekfac_dist.errors import Preempted
 from ekfac_dist.stages import passes, run
 
@@ -121,6 +123,17 @@ def test_scores_details_and_scores_made_again_are_the_dense_ones(family):
         again = ask(rank=2, rescore=k, top_k=2, bottom_k=2, per_token="top")
         for row, rescored in enumerate(again.rescored):
             assert relative(rescored.exact_scores, it.scores[row, rescored.columns]) < IN_BATCHES
+
+
+def test_two_workers_find_the_same(tmp_path):
+    done = run_workers(Path(__file__).with_name("worker_windows.py"), 2, tmp_path)
+    assert done.returncode == 0, done.stderr
+    for family in WINDOWED:
+        it = case(family)
+        assert_dense(load_factors(tmp_path / family, model=it.model), it.dense)
+        scores, rows, columns, parts = torch.load(tmp_path / f"{family}.pt")
+        assert relative(scores, it.scores) < IN_BATCHES
+        assert relative(parts.sum(1), it.scores[rows, columns]) < IN_BATCHES
 
 
 def lengths(details):

@@ -29,6 +29,7 @@ from ekfac_dist.models.tasks import (
     require_unpadded_losses,
 )
 from ekfac_dist.runtime import preemption
+from ekfac_dist.runtime.heartbeat import heartbeat
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
 from ekfac_dist.runtime.store import FactorSink, MemoryStore, NoStore
@@ -137,9 +138,6 @@ def estimate_factors(
 
     Under `accelerate launch`, call it on every worker with the same model and the same whole data;
     it shards the data itself. The model must be on the worker's device and comes back as it was.
-    While worker 0 decomposes a factor the others wait in a collective, for as long as the process
-    group's time-out allows: give `Accelerator` an `InitProcessGroupKwargs(timeout=…)` of hours if
-    factors are large and decomposed on a CPU.
 
     Args:
         model: A Hugging Face causal language model; or the model of another task.
@@ -179,7 +177,7 @@ def estimate_factors(
         modules = [modules]
     world = World.start()
     model = unwrapped(model, world)
-    with world.agree():
+    with heartbeat(world, owns_process=False), world.agree():
         task = require_task(task)
         sequences = read_examples(task, model, data, max_tokens)
         config = EstimateConfig(
@@ -215,7 +213,8 @@ def estimate_factors(
     if output is not None:
         world.on_main(lambda: require_output(output, config, overwrite=overwrite))
     memory = MemoryStore()
-    with torch.inference_mode(False), prepared(model):
+    watching = heartbeat(world, owns_process=False)
+    with watching, torch.inference_mode(False), prepared(model):
         inputs = check_inputs(config, model, sequences, world, task)
         if output is None:
             fit(inputs, world, memory, Checkpoints(), show_progress=progress)

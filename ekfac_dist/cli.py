@@ -111,7 +111,8 @@ def estimate(arguments: list[str]) -> int:
     parser = _parser(
         "estimate --config FILE [--FIELD VALUE …] [--dry-run] [--overwrite]",
         "Fits EK-FAC factors of a causal language model's MLP blocks. An unfinished run in its "
-        "output goes on if all is the same; with --overwrite the store there is removed first. "
+        "output goes on if all is the same; with --overwrite any other store there is replaced, as "
+        "soon as something of the new one is on the disk. "
         "With --dry-run it only lists the modules that it would track, and what not and why.",
     )
     return _work(parser, EstimateConfig, arguments, work)

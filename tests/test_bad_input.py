@@ -7,7 +7,7 @@ few stand for each way of failing and the whole table is marked slow.
 import json
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from refusals import (
     BINARY,
     SAID,
     Case,
+    Run,
     in_this_process,
     on_real_workers,
     require_refusal,
@@ -36,6 +37,8 @@ from workshop import (
     write_jsonl,
     write_yaml,
 )
+
+from ekfac_dist import cli, load_factors
 
 
 @dataclass
@@ -719,6 +722,50 @@ def test_an_unfinished_run_is_not_gone_on_with_by_another_model_but_begun_anew_i
     assert in_this_process([*setting.arguments(), "--overwrite"], capfd)[0] == 0
     assert json.loads(setting.path("factors/manifest.json").read_text())["complete"] is True
     assert not setting.path("factors/covariance/left.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, good_model: Path) -> Path:
+    """A finished store, for a case to be told to overwrite."""
+    setting = Setting(tmp_path_factory.mktemp("finished"), good_model)
+    assert cli.main(setting.arguments()) == 0
+    return setting.path("factors")
+
+
+def leaves_the_store(case: Case, setting: Setting, finished: Path, run: Run) -> None:
+    shutil.copytree(finished, setting.path("factors"))
+    setting.options.append("--overwrite")
+    require_refusal(replace(case, begun=False), setting, run)
+    load_factors(setting.path("factors"))
+
+
+OVERWRITES = [
+    case
+    for case in CASES
+    if case.name
+    in (
+        "a model directory that is missing",
+        "weights that are cut short",
+        "a data file that is missing",
+        "sequences that all have no label",
+        "a weight that is not finite",
+    )
+]
+
+
+@pytest.mark.parametrize("case", OVERWRITES, ids=lambda case: case.name)
+def test_a_run_that_fails_leaves_the_store_that_it_was_to_overwrite_as_it_was(
+    case: Case, setting: Setting, finished: Path, capfd: pytest.CaptureFixture
+) -> None:
+    leaves_the_store(case, setting, finished, lambda given: in_this_process(given, capfd))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OVERWRITES, ids=lambda case: case.name)
+def test_two_workers_that_fail_leave_the_store_that_they_were_to_overwrite_as_it_was(
+    case: Case, setting: Setting, finished: Path
+) -> None:
+    leaves_the_store(case, setting, finished, lambda given: on_real_workers(given, 2))
 
 
 # -- the other commands ----------------------------------------------------------------------------

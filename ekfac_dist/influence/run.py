@@ -32,6 +32,7 @@ from ekfac_dist.models.capture import prepared
 from ekfac_dist.models.loading import context_length, load_tokenizer
 from ekfac_dist.models.modules import device_of
 from ekfac_dist.models.tasks import CAUSAL_LM, CausalLM, Task, require_task
+from ekfac_dist.runtime.heartbeat import heartbeat
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.stages.factors import Factors
 from ekfac_dist.stages.loading import check_sequences, load_sequences
@@ -179,7 +180,7 @@ def influence_scores(
     """
     world = World.start()
     model = unwrapped(model, world)
-    with world.agree(), torch.inference_mode(False):
+    with heartbeat(world, owns_process=False), world.agree(), torch.inference_mode(False):
         config = ScoresConfig(
             normalize=normalize,
             top_k=top_k,
@@ -216,7 +217,8 @@ def influence_scores(
         world = world.at(device_of(model))
         setting = _setting(model, factors, chosen, world, batch_tokens, progress, task)
     _require_same(setting, scored, asked, config)
-    with torch.inference_mode(False), prepared(model):
+    watching = heartbeat(world, owns_process=False)
+    with watching, torch.inference_mode(False), prepared(model):
         say = print if progress and world.is_main else (lambda line: None)
         size = training_size or len(sequences)
         return compute_scores(setting, asked, scored, size, config, say)

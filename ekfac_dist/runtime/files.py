@@ -32,11 +32,7 @@ def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        flush_directory(path.parent)
     except OSError as error:
         raise OutputError(
             f"{path} cannot be written: {error.strerror or error}. Give an output directory that "
@@ -45,6 +41,15 @@ def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     finally:
         with suppress(OSError):  # it is there only if the writing failed
             temporary.unlink()
+
+
+def flush_directory(path: Path) -> None:
+    """Flushes to the disk what a directory's files are called."""
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def write_listed(path: Path, parts: list[bytes | memoryview]) -> dict[str, Any]:

@@ -6,6 +6,9 @@ number in the key-value store, from a thread, and watches the next worker's. The
 in beats of the watcher's own, so a pause of all of them at once is none.
 
     worker 0 ── watches ──> 1 ──> 2 ──> 0
+
+Whatever a worker's main thread does, its beats tell that it lives. So within a heartbeat workers
+wait for each other's work without limit; see `World.wait_for_all`.
 """
 
 import json
@@ -25,29 +28,34 @@ BEATS = 18
 
 
 @contextmanager
-def heartbeat(world: World, beat_seconds: float = BEAT_SECONDS) -> Iterator[None]:
+def heartbeat(
+    world: World, beat_seconds: float = BEAT_SECONDS, *, owns_process: bool = True
+) -> Iterator[None]:
     """Within it a worker that does not answer for a while ends the program of all others.
 
-    For a program that owns its process: its main thread may be waiting where nothing reaches it, so
-    the process is ended, with status 1, after one of the workers has said why.
+    A program that owns its process may have a main thread that is waiting where nothing reaches it,
+    so the process is ended, with status 1, after one of the workers has said why. In somebody's own
+    script the others' next wait raises `PeerError` instead.
 
     Args:
         world: The workers.
         beat_seconds: How often each gives a sign; it may leave out a few.
+        owns_process: Whether the process may be ended.
     """
     if world.size == 1:
         yield
         return
     over = threading.Event()
-    thread = threading.Thread(target=_beat, args=(world, beat_seconds, over), daemon=True)
-    thread.start()
+    arguments = (world, beat_seconds, over, owns_process)
+    threading.Thread(target=_beat, args=arguments, daemon=True).start()
     try:
-        yield
+        with world.watched():
+            yield
     finally:
         over.set()
 
 
-def _beat(world: World, beat_seconds: float, over: threading.Event) -> None:
+def _beat(world: World, beat_seconds: float, over: threading.Event, owns_process: bool) -> None:
     store = world.key_value_store()
     store.set_timeout(timedelta(seconds=BEATS * beat_seconds))
     watched = (world.rank + 1) % world.size
@@ -62,15 +70,22 @@ def _beat(world: World, beat_seconds: float, over: threading.Event) -> None:
         except RuntimeError:
             # It has gone with its worker, whose end the others notice by themselves; or with its
             # host.
-            if over.wait(BEATS * beat_seconds):
-                return
+            if not owns_process or over.wait(BEATS * beat_seconds):
+                return  # a script's main thread meets the same where it waits
             _end(world, None, "The host of the workers' key-value store does not answer")
         missed = missed + 1 if found == seen else 0
         seen = found
         if missed >= BEATS:
             silence = f"{BEATS * beat_seconds:.0f} seconds"
             said = f"worker {watched} of {world.size} has not answered for {silence}"
-            _end(world, store, f"{said}: it was stopped, or its host or its network is lost")
+            said += ": it was stopped, or its host or its network is lost"
+            if owns_process:
+                _end(world, store, said)
+            with suppress(RuntimeError):
+                world.announce_failure(PeerError(said), store)
+            missed = 0
+        if not owns_process:
+            continue
         told = 0 if failure is None else told + 1
         if failure is not None and told >= BEATS:  # some main thread is kept from hearing of it
             rank, message, status = failure

@@ -9,6 +9,10 @@ failure are kept apart:
 
 Either way the failure is announced in the process group's key-value store, and the others raise
 `PeerError` at their next `check_peers` or collective.
+
+A collective has a time-out, and one worker's work may take longer. So while a heartbeat watches the
+workers (see `heartbeat`), they count themselves in the key-value store first, and whoever is early
+waits there for as long as the others live; the collective itself is then short.
 """
 
 import itertools
@@ -41,15 +45,18 @@ from ekfac_dist.errors import (
 
 T = TypeVar("T")
 
-# One collective may have to wait while rank 0 decomposes one large factor.
+# The workers of other hosts may be started as much later than this one's.
 COLLECTIVE_TIMEOUT = timedelta(hours=3)
 BUCKET_BYTES = 64 * 2**20
 PEER_CHECK_SECONDS = 1.0
 GLOO_SECONDS = 0.002
+# Who waits for others looks again after 1/20 of the time that it has waited, within these limits.
+_WAIT_SECONDS = (0.0002, 0.5)
 
 _runs = itertools.count()
 _AGREED = "_ekfac_dist_agreed"  # marks an error that every worker raised together
 _FIRST = "_ekfac_dist_first"  # marks one that was announced before any other
+_LEFT = "/left"  # ends the key of a failure after which a worker comes to no collective
 
 
 def _says_yes(variable: str) -> bool:
@@ -59,6 +66,21 @@ def _says_yes(variable: str) -> bool:
 def launched_processes() -> int:
     """How many workers the launcher says it started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclass
+class _Arrivals:
+    """How often all workers have met before a collective, to tell when all are there again.
+
+    Attributes:
+        key: What they count under in the key-value store.
+        number: How often this worker has come.
+        are_watched: Whether a heartbeat tells of a worker that ends; else nobody waits here.
+    """
+
+    key: str = ""
+    number: int = 0
+    are_watched: bool = False
 
 
 @dataclass
@@ -82,6 +104,7 @@ class World:
     fsdp: int = 0
     _failure_key: str = field(default="", repr=False)
     _last_peer_check: float = field(default=0.0, repr=False)
+    _arrivals: _Arrivals = field(default_factory=_Arrivals, repr=False)  # the same in `at`'s copies
 
     @classmethod
     def start(cls) -> "World":
@@ -118,6 +141,7 @@ class World:
         elif device.type == "cuda" and device.index is None:
             # In a thread of another GPU, "cuda" would be that one.
             device = torch.device("cuda", torch.cuda.current_device())
+        run = next(_runs)
         return cls(
             rank=state.process_index,
             size=size,
@@ -125,7 +149,8 @@ class World:
             device=device,
             backend=str(state.backend or "none") if size > 1 else "none",
             fsdp=int(os.environ.get("FSDP_VERSION", "1")) if sharding else 0,
-            _failure_key=f"ekfac_dist/failure/{next(_runs)}",
+            _failure_key=f"ekfac_dist/failure/{run}",
+            _arrivals=_Arrivals(f"ekfac_dist/arrivals/{run}"),
         )
 
     def at(self, device: torch.device) -> "World":
@@ -160,11 +185,49 @@ class World:
 
     # -- collectives: every worker calls them in the same order ------------------------------------
 
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within it a heartbeat tells of workers that end, so that others may wait without limit.
+
+        Entered and left by every worker between the same collectives.
+        """
+        before, self._arrivals.are_watched = self._arrivals.are_watched, True
+        try:
+            yield
+        finally:
+            self._arrivals.are_watched = before
+
+    def wait_for_all(self) -> None:
+        """Waits until every worker is here, however long that takes; only where they are watched.
+
+        Every collective of this class begins with it.
+
+        Raises:
+            PeerError: A worker will never come: it has failed, or was lost.
+        """
+        if self.size == 1 or not self._arrivals.are_watched:
+            return
+        arrivals, store = self._arrivals, _default_store()
+        arrivals.number += 1  # nobody comes again before all have come, so one counter will do
+        start = last_look = time.monotonic()
+        shortest, longest = _WAIT_SECONDS
+        with self._collective():
+            arrived = store.add(arrivals.key, 1)
+            while arrived < arrivals.number * self.size:
+                now = time.monotonic()
+                if now - last_look >= PEER_CHECK_SECONDS:
+                    last_look = now
+                    if store.check([self._failure_key + _LEFT]):
+                        self._raise_if_announced()
+                time.sleep(min(longest, max(shortest, (now - start) / 20)))
+                arrived = store.add(arrivals.key, 0)
+
     def gather(self, value: T) -> list[T]:
         """Every worker's `value`, in rank order, on every worker."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
+        self.wait_for_all()
         with self._collective():
             dist.all_gather_object(values, value)
         # gloo's thread frees what it sent only now, and needs the interpreter for it; a script that
@@ -177,6 +240,7 @@ class World:
         if self.size == 1:
             return value
         box: list[Any] = [value if self.is_main else None]
+        self.wait_for_all()
         with self._collective():
             dist.broadcast_object_list(box, src=0)
         return box[0]
@@ -184,6 +248,7 @@ class World:
     def broadcast_(self, tensor: Tensor, *, source: int = 0) -> Tensor:
         """Overwrites `tensor` in place with one worker's; shapes and dtypes must agree."""
         if self.size > 1:
+            self.wait_for_all()
             with self._collective():
                 dist.broadcast(tensor, src=source)
         return tensor
@@ -198,6 +263,7 @@ class World:
         """
         if self.size == 1:
             return
+        self.wait_for_all()
         for bucket in _buckets(tensors, BUCKET_BYTES):
             alone = len(bucket) == 1
             flat = bucket[0] if alone else torch.cat([t.reshape(-1) for t in bucket])
@@ -239,10 +305,11 @@ class World:
             error = caught if together is None else self._cause_of(caught)
             # Who is in a long block need not finish it; but all are at the place where all end.
             at_once = together is not None and isinstance(error, Preempted)
-            if not isinstance(error, PeerError) and not at_once:
-                self.announce_failure(error)
             alone = not isinstance(error, together or ()) or isinstance(error, PeerError)
-            if together is not None and alone:
+            leaves = together is not None and alone
+            if not isinstance(error, PeerError) and not at_once:
+                self.announce_failure(error, leaves=leaves)
+            if leaves:
                 raise error from (None if error is caught else caught)
         own = None
         if error is not None and not isinstance(error, PeerError):
@@ -323,12 +390,16 @@ class World:
         """What a failure is announced under in the key-value store."""
         return self._failure_key
 
-    def announce_failure(self, error: BaseException, store: Any = None) -> bool:
+    def announce_failure(
+        self, error: BaseException, store: Any = None, *, leaves: bool = True
+    ) -> bool:
         """Tells the others that this worker has failed; True if none had said so of another cause.
 
         Args:
             error: Why.
             store: A client of the key-value store; None: the main thread's.
+            leaves: Whether nobody need wait for a worker any longer; else this one still comes to
+                the collective in which all agree on the failure.
         """
         if self.size == 1 or getattr(error, _FIRST, False):
             return True
@@ -341,6 +412,8 @@ class World:
             if first:
                 setattr(error, _FIRST, True)
                 store.set(self._failure_key, json.dumps([self.rank, message, status_of(error)]))
+            if leaves:
+                store.set(self._failure_key + _LEFT, "")
         except RuntimeError:
             return True  # the key-value store has gone with its worker, and said nothing
         return first

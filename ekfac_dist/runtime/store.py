@@ -136,6 +136,9 @@ class FactorSink(Protocol):
     def record(self, stage: str, content: Mapping[str, Any]) -> None:
         """Takes what a stage came to."""
 
+    def state_saved(self) -> None:
+        """Learns that a worker's state of a pass is on the disk."""
+
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Takes the manifest; the store is complete."""
 
@@ -170,6 +173,9 @@ class NoStore:
         """Does nothing."""
 
     def record(self, stage: str, content: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def state_saved(self) -> None:
         """Does nothing."""
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
@@ -406,6 +412,9 @@ class MemoryStore:
 
     def record(self, stage: str, content: Mapping[str, Any]) -> None:
         """Does nothing: the run ends with the process."""
+
+    def state_saved(self) -> None:
+        """Does nothing: no state of it is saved."""
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Keeps the manifest."""

@@ -9,6 +9,16 @@ done, and the workers' saved states:
     state/            see stages/checkpoints.py
 
 The same run takes all that up again, after each file has been compared with its checksum.
+
+A run that replaces another's store leaves that as it is until something of its own is on the disk:
+its first file, which it puts into a folder beside, what a pass came to, or a worker's saved state.
+Then, in this order,
+
+    .next-RUN/        is given the run's folders, journal and manifest
+    manifest.json     is replaced by that manifest: from here on the store is RUN's, unfinished
+    .next-RUN/…       takes the place of the old folders and journal, one after the other
+
+If that is interrupted, the next start of the same run does what is left; of another, removes it.
 """
 
 import hashlib
@@ -19,6 +29,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +37,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ekfac_dist.errors import OutputError, StoreError
-from ekfac_dist.runtime.files import file_sha256, safetensors_parts, write_listed, write_whole
+from ekfac_dist.runtime.files import (
+    file_sha256,
+    flush_directory,
+    safetensors_parts,
+    write_listed,
+    write_whole,
+)
 from ekfac_dist.runtime.journal import JOURNAL, Journal
 from ekfac_dist.runtime.lock import LOCK, DirectoryLock, require_unlocked
 from ekfac_dist.runtime.memory import as_text, free_disk_bytes
@@ -48,6 +65,7 @@ UNFINISHED_FORMAT = 2
 
 _TEMPORARY = ".*.tmp"
 _PASS = re.compile(r"(covariance|refit)-\d+(-of-\d+)?")
+_NEXT = ".next-"
 _ADVICE = "give another directory, or begin anew with --overwrite"
 
 
@@ -59,6 +77,8 @@ class StoreWriter:
         config: The run's whole configuration.
         begins: What else must be the same for an unfinished store to be gone on with, such as
             fingerprints, by name.
+        replace: Whether a store that is there and cannot be gone on with is replaced, once the
+            first of this one is on the disk; until then it stays as it is.
 
     Attributes:
         files: What the manifest will list, by path inside the store.
@@ -66,9 +86,10 @@ class StoreWriter:
         found: What an earlier start of this run has left, once `keep_whole` has looked.
 
     Raises:
-        OutputError: The directory cannot be written, is being written by another run, or holds a
-            finished store, another run, or files that are no store.
-        StoreError: The journal of an unfinished store is damaged.
+        OutputError: The directory cannot be written, is being written by another run, or holds
+            files that are no store; or, unless it is to be replaced, a finished store or another
+            run.
+        StoreError: The journal of an unfinished store is damaged, and it is not to be replaced.
     """
 
     def __init__(
@@ -76,39 +97,65 @@ class StoreWriter:
         path: str | Path,
         config: Mapping[str, Any],
         begins: Mapping[str, Any] | None = None,
+        *,
+        replace: bool = False,
     ) -> None:
         self.path = Path(path)
         self.files: dict[str, dict[str, Any]] = {}
         self.records: dict[str, dict[str, Any]] = {}
         self.found = Found()
-        check_output(self.path, config)
-        try:
-            for folder in FOLDERS:
-                (self.path / folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"output {self.path} cannot be made: {error.strerror or error}. Give a directory "
-                "that can be written."
-            ) from error
+        self._waiting: _Waiting | None = None
+        self._begins = {"format": UNFINISHED_FORMAT, **(begins or {})}
+        self._config = dict(config)
+        check_output(self.path, config, replace=replace)
+        _make(self.path)
         self._lock = DirectoryLock(self.path)
         try:
-            self._begin(config, {"format": UNFINISHED_FORMAT, **(begins or {})})
+            # Again, for another run may have been quicker.
+            check_output(self.path, config, own=True, replace=replace)
+            self._begin(replace=replace)
         except BaseException:
             self._lock.release()
             raise
 
-    def _begin(self, config: Mapping[str, Any], begins: Mapping[str, Any]) -> None:
-        check_output(self.path, config, own=True)  # again: another run may have been quicker
-        if (self.path / MANIFEST).exists():
-            manifest = read_manifest(self.path)
-            _require_same_beginning(self.path, manifest.get("begins"), begins)
-            run = str(manifest.get("run"))
-        else:
-            run = uuid.uuid4().hex
+    @property
+    def replaces(self) -> bool:
+        """Whether another run's store is still in this one's place."""
+        return self._waiting is not None
+
+    def _begin(self, *, replace: bool) -> None:
+        if not (self.path / MANIFEST).exists():
             for left in (JOURNAL, STATE):
                 _remove(self.path / left)
-            told = {"format": FORMAT, "complete": False, "config": dict(config)}
-            self._write_manifest(told | {"begins": begins, "run": run})
+            run = uuid.uuid4().hex
+            _make(self.path, *FOLDERS)
+            self._write_manifest(self.path, self._unfinished(run))
+            self._go_on(run)
+            return
+        try:
+            _require_own_store(self.path, self._config)
+            manifest = read_manifest(self.path)
+            _require_same_beginning(self.path, manifest.get("begins"), self._begins)
+            self._go_on(str(manifest.get("run")))
+        except (OutputError, StoreError):
+            if not replace:
+                raise
+            self.found = Found(run=uuid.uuid4().hex)
+            self._waiting = _Waiting(_states(self.path), _bytes_in(self.path))
+
+    def _unfinished(self, run: str) -> dict[str, Any]:
+        """The manifest that a run begins with."""
+        told = {"format": FORMAT, "complete": False, "config": self._config}
+        return told | {"begins": self._begins, "run": run}
+
+    def _go_on(self, run: str) -> None:
+        """Takes up what is there of a run, whose store this is."""
+        for left in self.path.glob(f"{_NEXT}*"):
+            if left.name == _NEXT + run:
+                _move_in(left, self.path)
+            else:
+                _remove(left)
+        _make(self.path, *FOLDERS)
         self.found = Found(run=run)
         self._journal = Journal(self.path)
         for record in self._journal.records:
@@ -152,19 +199,78 @@ class StoreWriter:
             tensors: What it holds; moved to the CPU and made contiguous.
             header: Strings for the file's own header.
         """
-        listed = write_listed(self.path / file, safetensors_parts(tensors, header))
+        parts = safetensors_parts(tensors, header)
+        if self._waiting is not None:
+            self._replace(file, parts)
+            return
+        listed = write_listed(self.path / file, parts)
         self._journal.append({"file": file, **listed})
         self.files[file] = listed
+
+    def state_saved(self) -> None:
+        """Replaces the store that is there, if one is: a worker's state is on the disk."""
+        if self._waiting is not None:
+            self._replace()
+
+    def _replace(
+        self, file: str | None = None, parts: list[bytes | memoryview] | None = None
+    ) -> None:
+        """Puts this run's unfinished store in the place of the one that is there.
+
+        Args:
+            file: Its first file, if it has one.
+            parts: What is in that.
+
+        Raises:
+            OutputError: It cannot be written. The old store is as it was; or, if its manifest has
+                been replaced already, this run can be gone on with.
+        """
+        waiting, run = self._waiting, self.found.run
+        assert waiting is not None
+        beside = self.path / f"{_NEXT}{run}"
+        files = {}
+        try:
+            _make(beside, *FOLDERS)
+            (beside / JOURNAL).touch()  # even of no lines it has to replace the other's
+            journal = Journal(beside)
+            for stage, content in self.records.items():
+                journal.append({"stage": stage, **content})
+            if file is not None and parts is not None:
+                files[file] = write_listed(beside / file, parts)
+                journal.append({"file": file, **files[file]})
+            self._write_manifest(beside, self._unfinished(run))
+            (beside / MANIFEST).replace(self.path / MANIFEST)
+            flush_directory(self.path)
+            self._waiting = None
+            for state in waiting.states:
+                _remove(state)
+            _move_in(beside, self.path)
+            for left in self.path.glob(f"{_NEXT}*"):
+                _remove(left)
+        except OSError as error:
+            raise OutputError(
+                f"output {self.path} cannot be overwritten: {error.strerror or error}; give "
+                "another directory."
+            ) from error
+        self._journal, self.files = Journal(self.path), files
 
     def require_room(self, room: Room) -> None:
         """Refuses a stage that the disk has no room for; see `FactorSink.require_room`."""
         written = sum(self.files[file]["bytes"] for file in room.files if file in self.files)
-        states = max(0, room.states - _bytes_in(self.path / STATE / room.folder))
+        saved = 0 if self.replaces else _bytes_in(self.path / STATE / room.folder)
+        states = max(0, room.states - saved)
         needed, free = max(0, room.results - written) + states, free_disk_bytes(self.path)
         if needed > free:
             of_states = ""
             if room.states:
                 of_states = f", {as_text(states)} of it for saved states (save_minutes: null: none)"
+            if self._waiting is not None:
+                raise OutputError(
+                    f"The {room.stage} stage needs {as_text(needed)} on the disk of {self.path}"
+                    f"{of_states}, and {as_text(free)} are free beside the store there "
+                    f"({as_text(self._waiting.num_bytes)}), which stays until the first of the new "
+                    "run is on the disk. Free some, remove that store, or give another output."
+                )
             raise OutputError(
                 f"The {room.stage} stage needs {as_text(needed)} on the disk of {self.path}"
                 f"{of_states}, and {as_text(free)} are free. Free some and run the same command "
@@ -191,8 +297,11 @@ class StoreWriter:
 
     def record(self, stage: str, content: Mapping[str, Any]) -> None:
         """Keeps what a stage came to, for the same run to go on from."""
-        self._journal.append({"stage": stage, **content})
+        if self._waiting is None:
+            self._journal.append({"stage": stage, **content})
         self.records[stage] = {"stage": stage, **content}
+        if self._waiting is not None and _PASS.fullmatch(stage):
+            self._replace()
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Writes the manifest that makes the store complete.
@@ -200,6 +309,8 @@ class StoreWriter:
         Args:
             manifest: Every entry but format, complete and files.
         """
+        if self._waiting is not None:
+            self._replace()
         for file in stored_files(self.path):
             if file not in self.files:
                 (self.path / file).unlink()
@@ -211,64 +322,100 @@ class StoreWriter:
             "files": dict(sorted(self.files.items())),
         }
         whole = json.loads(json.dumps(whole, allow_nan=False))  # as it will be read
-        self._write_manifest(whole | {CHECKSUM: manifest_checksum(whole)})
+        self._write_manifest(self.path, whole | {CHECKSUM: manifest_checksum(whole)})
         for left in [self.path / JOURNAL, *self.path.glob(_TEMPORARY)]:
             _remove(left)
         self.close()
 
     def close(self) -> None:
-        """Lets others write to the directory."""
+        """Lets others write to the directory, and leaves nothing beside a store that stays."""
+        if self._waiting is not None:
+            for left in _states(self.path) - self._waiting.states:
+                shutil.rmtree(left, ignore_errors=True)
+            for folder in [*self.path.glob(f"{STATE}/*"), self.path / STATE]:
+                with suppress(OSError):  # it is not there, or not empty
+                    folder.rmdir()
+            shutil.rmtree(self.path / f"{_NEXT}{self.found.run}", ignore_errors=True)
+            self._waiting = None
         self._lock.release()
 
-    def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
+    def _write_manifest(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
-        write_whole(self.path / MANIFEST, [text.encode(), b"\n"])
+        write_whole(folder / MANIFEST, [text.encode(), b"\n"])
 
 
-def remove_store(path: str | Path) -> None:
-    """Removes a factor store, finished or not, so that a run begins anew.
+@dataclass(frozen=True)
+class _Waiting:
+    """A store that is to be replaced.
 
-    Args:
-        path: The store's directory.
-
-    Raises:
-        OutputError: Something else lies there too, a run is writing it, or it cannot be removed.
+    Attributes:
+        states: Its workers' saved states.
+        num_bytes: Its size.
     """
-    path = Path(path)
-    if not path.is_dir() or not _is_store(path):
-        return  # nothing, or nothing of ours: `check_output` says so
+
+    states: set[Path]
+    num_bytes: int
+
+
+def _states(path: Path) -> set[Path]:
+    """Every worker's saved state of every pass of a store."""
+    return set(path.glob(f"{STATE}/*/*"))
+
+
+def _make(path: Path, *folders: str) -> None:
+    """Makes a directory, and folders in it."""
+    try:
+        for folder in (".", *folders):
+            (path / folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"output {path} cannot be made: {error.strerror or error}. Give a directory that can "
+            "be written."
+        ) from error
+
+
+def _move_in(beside: Path, path: Path) -> None:
+    """Moves a store's folders and journal to its own place, in place of what is there.
+
+    Each step that has been done is not there to be done again.
+    """
+    for name in (*FOLDERS, JOURNAL):
+        if (beside / name).exists():
+            _remove(path / name)
+            (beside / name).rename(path / name)
+    shutil.rmtree(beside)
+
+
+def _require_replaceable(path: Path) -> None:
     own = {*FOLDERS, STATE, JOURNAL, MANIFEST, LOCK}
-    others = [e.name for e in path.iterdir() if e.name not in own and not e.match(_TEMPORARY)]
+    others = [
+        entry.name
+        for entry in path.iterdir()
+        if entry.name not in own
+        and not entry.match(_TEMPORARY)
+        and not entry.name.startswith(_NEXT)
+    ]
     if others:
         raise OutputError(
             f"output {path} cannot be overwritten, for it holds {others[0]} beside the store; move "
             "that away, or give another directory."
         )
-    lock = DirectoryLock(path)
-    try:
-        # The manifest last: what is left of a store is still known to be one.
-        for name in (STATE, JOURNAL, *FOLDERS, MANIFEST):
-            _remove(path / name)
-    except OSError as error:
-        raise OutputError(
-            f"output {path} cannot be overwritten: {error.strerror or error}; give another "
-            "directory."
-        ) from error
-    finally:
-        lock.release()
 
 
-def check_output(path: str | Path, config: Mapping[str, Any], *, own: bool = False) -> None:
+def check_output(
+    path: str | Path, config: Mapping[str, Any], *, own: bool = False, replace: bool = False
+) -> None:
     """Refuses an output that a store could not be written to, without touching anything.
 
     Args:
         path: The store's directory.
         config: The run's whole configuration.
         own: Whether this process holds the directory's lock.
+        replace: Whether any store that is there may be replaced.
 
     Raises:
         OutputError: It cannot be written, is being written by another run, or holds anything but an
-            unfinished store of this run.
+            unfinished store of this run; or, if it may be replaced, but a store alone.
     """
     path = Path(path)
     if path.is_symlink() and not path.exists():
@@ -299,7 +446,9 @@ def check_output(path: str | Path, config: Mapping[str, Any], *, own: bool = Fal
         )
     if not own:
         require_unlocked(path)
-    if entries:
+    if entries and replace and _is_store(path):
+        _require_replaceable(path)
+    elif entries:
         _require_own_store(path, config)
 
 

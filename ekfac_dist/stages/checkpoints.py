@@ -152,7 +152,8 @@ class SavedCheckpoints(Checkpoints):
         )
         if not goes_on:
             kept = _kept(holders, kept, latest)
-            latest += 1
+            # A run that replaces another's store leaves the states of that one as they are.
+            latest = 1 + max(latest, *world.gather(_last_generation(directory)))
             told = {**way, "generation": latest, "kept": kept}
             world.on_main(lambda: self._sink.record(f"shares {name}", told))
         mine = [parts[part] for part in kept if holders[part] == world.rank]
@@ -168,7 +169,7 @@ class SavedCheckpoints(Checkpoints):
             )
             batches = [left[numbers].tolist() for numbers in shares]
         identity = Identity(self._sink.found.run, latest, world.rank)
-        state = _SavedState(directory, identity, batches, sums, mine, self._minutes)
+        state = _SavedState(directory, identity, batches, sums, mine, self._minutes, self._sink)
         for part in parts.values() if goes_on else ():
             if part.share == (latest, world.rank):
                 state.take_up(part)
@@ -228,9 +229,10 @@ class _SavedState(PassState):
         sums: Sums,
         kept: Sequence[Part],
         minutes: float,
+        sink: FactorSink,
     ) -> None:
         super().__init__(batches)
-        self._directory, self._identity = directory, identity
+        self._directory, self._identity, self._sink = directory, identity, sink
         self._all, self._sums, self._kept = batches, sums, kept
         self._interval = 60 * minutes
         self._least_interval = 0.0
@@ -268,6 +270,7 @@ class _SavedState(PassState):
     def leave(self, loss: float, num_labels: int) -> None:
         if self.steps > self._saved_steps:
             self._write(loss, num_labels)
+        self._sink.state_saved()  # this worker's; or, where it has none and the run ends, another's
 
     def _write(self, loss: float, num_labels: int) -> None:
         own = self._identity
@@ -301,6 +304,12 @@ class _SavedState(PassState):
             num_labels += part.num_labels
             self.seconds = max(self.seconds, part.seconds)
         return loss, num_labels
+
+
+def _last_generation(directory: Path) -> int:
+    """The largest number of a generation of which there is a state, of any run; −1: of none."""
+    names = [entry.name.partition("-")[0] for entry in directory.glob("*-*-*")]
+    return max((int(name) for name in names if name.isdigit()), default=-1)
 
 
 def _kept(holders: Mapping[str, int], kept: Sequence[str], latest: int) -> list[str]:

@@ -180,6 +180,8 @@ def run_pass(
             progress,
         ):
             for numbers, batch in work.batches(state.batches):
+                if in_step:
+                    world.wait_for_all()  # another may be saving its state
                 result = capture.run(batch, rule)
                 loss += result.loss
                 num_labels += result.num_labels
@@ -198,6 +200,7 @@ def run_pass(
                 world.check_peers()
             require_finite(watch.last())
             for _ in range(idle):
+                world.wait_for_all()
                 with capture.unseen():
                     capture.run(work.batch(work.shortest), rule)
                 spoilt, ends = _told_by_all(world, None, preemption.requested())

@@ -27,10 +27,11 @@ from ekfac_dist.models.tasks import (
     require_task,
 )
 from ekfac_dist.runtime import preemption
+from ekfac_dist.runtime.heartbeat import heartbeat
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
 from ekfac_dist.runtime.store import FactorSink, MemoryStore, NoStore
-from ekfac_dist.runtime.store_writer import StoreWriter, check_output, remove_store
+from ekfac_dist.runtime.store_writer import StoreWriter, check_output
 from ekfac_dist.stages.checkpoints import Checkpoints, SavedCheckpoints
 from ekfac_dist.stages.factors import Factors
 from ekfac_dist.stages.fit import fit
@@ -71,7 +72,8 @@ def run_estimate(
         config: The run's configuration.
         world: The workers.
         say: Takes a line of text for people; called on worker 0 only.
-        overwrite: Whether a store in its output is removed first.
+        overwrite: Whether a store in its output that is not this run's own, unfinished, is
+            replaced, as soon as something of the new one is on the disk.
 
     Raises:
         UserError: Anything that the user can mend, on every worker.
@@ -80,7 +82,7 @@ def run_estimate(
     assert config.output is not None
     output = config.output
     # First of all, for it costs nothing: whether the result has somewhere to go.
-    world.on_main(lambda: require_output(output, config, overwrite=overwrite))
+    world.on_main(lambda: check_output(output, config.as_dict(), replace=overwrite))
     tokenizer, tokenizer_print = world.main_first(lambda: load_tokenizer(config.model))
     sequences = load_sequences(config.data, tokenizer, tokenizer_print, world)
     counts = sequences.counts
@@ -108,7 +110,10 @@ def run_estimate(
             tell(f"not tracked   {name}: {why}")
         tell(f"steps         {steps_line(inputs)}")
         with (
-            opened_store(output, inputs, world, tell, show_progress=True) as (sink, checkpoints),
+            opened_store(output, inputs, world, tell, overwrite=overwrite, show_progress=True) as (
+                sink,
+                checkpoints,
+            ),
             preemption.deferred(),
         ):
             return fit(inputs, world, sink, checkpoints, show_progress=True)
@@ -139,9 +144,6 @@ def estimate_factors(
 
     Under `accelerate launch`, call it on every worker with the same model and the same whole data;
     it shards the data itself. The model must be on the worker's device and comes back as it was.
-    While worker 0 decomposes a factor the others wait in a collective, for as long as the process
-    group's time-out allows: give `Accelerator` an `InitProcessGroupKwargs(timeout=…)` of hours if
-    factors are large and decomposed on a CPU.
 
     Args:
         model: A Hugging Face causal language model; or the model of another task.
@@ -165,7 +167,8 @@ def estimate_factors(
         keep_covariance: Store the raw covariance sums too.
         save_minutes: How often each worker saves the state of a pass under `output`; 0: after
             every step; None: never.
-        overwrite: Remove the factor store that is in `output`, finished or not, and begin anew.
+        overwrite: Replace a factor store in `output` that cannot be gone on with, finished or of
+            another run; it stays as it is until something of the new one is on the disk.
         progress: Show progress on worker 0.
         task: What the model is asked, and what its loss is: `MaskedLM()`,
             `SequenceClassification()`, `Seq2SeqLM()`, or a `Task` or `LossTask` of one's own; None
@@ -181,7 +184,7 @@ def estimate_factors(
         modules = [modules]
     world = World.start()
     model = unwrapped(model, world)
-    with world.agree():
+    with heartbeat(world, owns_process=False), world.agree():
         task = require_task(task)
         sequences = read_examples(task, model, data, max_tokens)
         config = EstimateConfig(
@@ -215,14 +218,17 @@ def estimate_factors(
     given |= {"blocks": blocks, "task": task.name, "eigen": eigen, "overwrite": overwrite}
     world.require_same("arguments", given)
     if output is not None:
-        world.on_main(lambda: require_output(output, config, overwrite=overwrite))
+        world.on_main(lambda: check_output(output, config.as_dict(), replace=overwrite))
     memory = MemoryStore()
-    with torch.inference_mode(False), prepared(model):
+    watching = heartbeat(world, owns_process=False)
+    with watching, torch.inference_mode(False), prepared(model):
         inputs = check_inputs(config, model, sequences, world, task)
         if output is None:
             fit(inputs, world, memory, Checkpoints(), show_progress=progress)
         else:
-            with opened_store(output, inputs, world, show_progress=progress) as opened:
+            with opened_store(
+                output, inputs, world, overwrite=overwrite, show_progress=progress
+            ) as opened:
                 fit(inputs, world, *opened, show_progress=progress)
     world.barrier()
     return Factors(memory) if output is None else load_factors(output)
@@ -232,17 +238,6 @@ def _max_tokens(sequences: Examples) -> int:
     return sequences.max_tokens if isinstance(sequences, Sequences) else max(2, sequences.longest)
 
 
-def require_output(output: str | Path, config: EstimateConfig, *, overwrite: bool) -> None:
-    """Refuses an output that the run could not be stored in; empties it if it is to be overwritten.
-
-    Raises:
-        OutputError: As `check_output` does.
-    """
-    if overwrite:
-        remove_store(output)
-    check_output(output, config.as_dict())
-
-
 @contextmanager
 def opened_store(
     output: str | Path,
@@ -250,6 +245,7 @@ def opened_store(
     world: World,
     tell: Callable[[str], None] = lambda line: None,
     *,
+    overwrite: bool,
     show_progress: bool,
 ) -> Iterator[tuple[FactorSink, Checkpoints]]:
     """A store that worker 0 writes, or what it has found there, and how passes are saved beside it.
@@ -259,16 +255,18 @@ def opened_store(
         inputs: What the run begins with.
         world: The workers.
         tell: Takes a line of text for people.
+        overwrite: Whether a store that is there and cannot be gone on with is replaced.
         show_progress: Whether worker 0 shows how far it is with comparing what is there.
 
     Raises:
-        OutputError: It cannot be written, or holds a run of another configuration, model or data.
+        OutputError: It cannot be written; or holds a finished store, or a run of another
+            configuration, model or data, that is not to be overwritten.
     """
     begins = {"data": inputs.sequences.fingerprint, "task": inputs.task.name}
     begins["model"] = model_fingerprint(inputs.model, world)
 
     def opened() -> StoreWriter:
-        writer = StoreWriter(output, inputs.config.as_dict(), begins)
+        writer = StoreWriter(output, inputs.config.as_dict(), begins, replace=overwrite)
         sizes = sum(listed["bytes"] for listed in writer.files.values())
         with Progress("verifying", total=sizes, unit="bytes", enabled=show_progress) as progress:
             lost = writer.keep_whole(progress.update)
@@ -276,6 +274,8 @@ def opened_store(
             tell(f"damaged       {file} has changed since it was written; it is made again")
         if writer.found.files or writer.found.records:
             tell(f"goes on       {len(writer.found.files)} files are in place")
+        if writer.replaces:
+            tell(f"replaces      the store in {output}, once something of this run is on the disk")
         return writer
 
     writer = world.on_main(opened)

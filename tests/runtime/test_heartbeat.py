@@ -1,4 +1,4 @@
-"""A worker that is stopped is named by the others, which do not wait for it."""
+"""A worker that is stopped or killed is named by the others, which do not wait for it."""
 
 from pathlib import Path
 
@@ -9,10 +9,12 @@ from workshop import free_port, start_without_launcher
 HERE = Path(__file__).parent
 
 
-def outcomes(workers: int, victim: int) -> dict[int, tuple[int, str, str]]:
+def outcomes(
+    workers: int, victim: int, sent: str = "SIGSTOP", owner: str = "program"
+) -> dict[int, tuple[int, str, str]]:
     """Exit status, output and errors of every worker but the victim, which is killed at the end."""
     store = dist.TCPStore("127.0.0.1", free_port(), is_master=True)
-    command = [str(HERE / "worker_heartbeat.py"), str(victim)]
+    command = [str(HERE / "worker_heartbeat.py"), str(victim), sent, owner]
     processes = start_without_launcher(command, workers, store)
     found = {}
     try:
@@ -28,13 +30,27 @@ def outcomes(workers: int, victim: int) -> dict[int, tuple[int, str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("workers", "victim"), [(3, 1), pytest.param(2, 0, marks=pytest.mark.slow)]
+    ("workers", "victim", "sent"),
+    [
+        (3, 1, "SIGSTOP"),
+        pytest.param(2, 0, "SIGSTOP", marks=pytest.mark.slow),
+        pytest.param(3, 1, "SIGKILL", marks=pytest.mark.slow),
+    ],
 )
-def test_a_stopped_worker_is_named_once_and_the_others_end(workers: int, victim: int):
-    found = outcomes(workers, victim)
+def test_a_stopped_worker_is_named_once_and_the_others_end(workers: int, victim: int, sent: str):
+    found = outcomes(workers, victim, sent)
     assert [status for status, _, _ in found.values()] == [1] * (workers - 1)
     said = "".join(err for _, _, err in found.values())
     assert said.count(f"worker {victim} of {workers} has not answered for 2 seconds") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", ["SIGSTOP", "SIGKILL"])
+def test_in_a_script_who_waits_for_a_worker_that_is_lost_raises_and_names_it(sent: str):
+    found = outcomes(3, 1, sent, "script")
+    assert [status for status, _, _ in found.values()] == [1] * 2
+    for _, sentence, _ in found.values():
+        assert "worker 1 of 3 has not answered for 2 seconds: it was stopped, or its " in sentence
 
 
 def test_workers_that_are_well_wait_for_each_other():

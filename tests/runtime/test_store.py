@@ -27,7 +27,7 @@ from ekfac_dist.runtime.store import (
     eigenbasis_file,
     spectrum_file,
 )
-from ekfac_dist.runtime.store_writer import StoreWriter, check_output, remove_store
+from ekfac_dist.runtime.store_writer import StoreWriter, check_output
 
 CONFIG = {"model": {"name": "tiny"}, "output": "here", "batch_tokens": 4096, "modules": None}
 BASIS, SUM, SPECTRUM = eigenbasis_file("a.input"), covariance_file("a.input"), spectrum_file("a")
@@ -242,8 +242,8 @@ def test_an_output_that_is_being_written_is_refused(tmp_path: Path):
     for refuse in (check_output, StoreWriter):
         with pytest.raises(OutputError, match=r"is being written by another run .process"):
             refuse(tmp_path, CONFIG)
-    with pytest.raises(OutputError, match="is being written by another run"):
-        remove_store(tmp_path)
+        with pytest.raises(OutputError, match="is being written by another run"):
+            refuse(tmp_path, CONFIG, replace=True)
     writer.close()
     check_output(tmp_path, CONFIG)
 

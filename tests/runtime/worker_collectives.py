@@ -10,12 +10,15 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from ekfac_dist.errors import DataError, ModelError, NonFiniteError, PeerError, Preempted
 from ekfac_dist.runtime import processes
+from ekfac_dist.runtime.heartbeat import heartbeat
 from ekfac_dist.runtime.processes import World, was_agreed
 
 DTYPES = (torch.float32, torch.float64, torch.int64, torch.float16, torch.bfloat16)
@@ -264,6 +267,54 @@ def an_end_of_all_is_agreed_on_and_hides_no_failure(world: World, directory: Pat
     world.barrier()
 
 
+def time_out_after(seconds: float) -> None:
+    """Gives the process group's collectives from now on so much time."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+def a_wait_for_anothers_work_may_be_longer_than_a_collective(world: World, directory: Path) -> None:
+    run = World.start()
+    with heartbeat(run, owns_process=False):
+        run.barrier()
+        time_out_after(1.2)
+        assert run.on_main(lambda: time.sleep(1.6)) is None
+        made = run.at(run.device).gather(run.rank)  # a copy of the same worker counts on
+        assert made == list(range(run.size))
+        time_out_after(600)
+    run.barrier()
+
+
+def who_waits_for_one_that_leaves_is_told(world: World, directory: Path) -> None:
+    run = World.start()
+    with heartbeat(run, owns_process=False):
+        if run.rank == 1:
+            time.sleep(0.3)
+            assert run.announce_failure(NonFiniteError("NaN in module a.")) is True
+        else:
+            error = raised(run.barrier)
+            assert type(error) is PeerError
+            assert str(error) == f"worker 1 of {run.size}: NaN in module a."
+    world.barrier()
+
+
+def who_waits_for_an_agreement_hears_of_a_failure_only_there(world: World, directory: Path) -> None:
+    """One has failed at once and another is at work for longer: all still agree."""
+    run = World.start()
+
+    def act() -> None:
+        if run.is_main:
+            raise DataError("No rows.")
+        if run.rank == run.size - 1:
+            time.sleep(1.5)
+
+    with heartbeat(run, owns_process=False):
+        error = raised_in_agreement(run, act)
+    assert type(error) is (DataError if run.is_main else PeerError)
+    assert str(error) == f"worker 0 of {run.size}: No rows."
+    assert was_agreed(error)
+    world.barrier()
+
+
 CHECKS = [
     a_worker_knows_its_place,
     gather_keeps_the_order_of_ranks,
@@ -285,6 +336,9 @@ CHECKS = [
     an_announced_failure_is_heard_by_the_others,
     one_that_fails_where_others_wait_for_it_speaks_for_itself,
     an_end_of_all_is_agreed_on_and_hides_no_failure,
+    a_wait_for_anothers_work_may_be_longer_than_a_collective,
+    who_waits_for_one_that_leaves_is_told,
+    who_waits_for_an_agreement_hears_of_a_failure_only_there,
 ]
 
 

@@ -1,6 +1,7 @@
 """Started by test_heartbeat.py, on each of several workers without a launcher.
 
-worker_heartbeat.py VICTIM: that worker stops itself; the others wait for it.
+worker_heartbeat.py VICTIM SIGNAL program|script: that worker sends itself the signal; the others
+wait for it, in a program that owns its process or in somebody's script.
 """
 
 import os
@@ -13,16 +14,19 @@ from ekfac_dist.runtime.heartbeat import heartbeat
 from ekfac_dist.runtime.processes import World
 
 if __name__ == "__main__":
+    victim, number, owner = int(sys.argv[1]), signal.Signals[sys.argv[2]], sys.argv[3]
     world = World.start()
-    with heartbeat(world, beat_seconds=0.1):
+    with heartbeat(world, beat_seconds=0.1, owns_process=owner == "program"):
         time.sleep(1)  # every one has been seen
         world.barrier()
-        if world.rank == int(sys.argv[1]):
-            os.kill(os.getpid(), signal.SIGSTOP)
+        if world.rank == victim:
+            os.kill(os.getpid(), number)
         time.sleep(3)  # longer than anybody's patience, and nobody has lost it
         try:
             world.barrier()
-        except PeerError as error:  # another has noticed first, and said so
+        except PeerError as error:  # another has noticed first, and said so; or in a script
+            if owner == "script":
+                print(error, flush=True)
             os._exit(error.status)
     print("went on", flush=True)
     os._exit(0)

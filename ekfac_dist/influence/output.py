@@ -94,7 +94,7 @@ def scale_in_words(scores: InfluenceScores) -> str:
 def share_in_words(scores: InfluenceScores) -> str:
     """What a share is, in one line."""
     return (
-        f"share = score / sum of |scores| of the query's sequences with the same sign"
+        "score / sum of |scores| of all sequences with the same sign for the query"
         f"{', as scanned' if scores.ranks else ''}"
     )
 

@@ -215,7 +215,7 @@ class Made:
                 "completion more likely.",
                 "scale": "A score is ∇log p(query)ᵀ (F + λ)⁻¹ ∇log p(sequence); summed over "
                 "modules.",
-                "share": "share = score / sum of |scores| of the query's sequences with its sign",
+                "share": "score / sum of |scores| of all sequences with the same sign",
                 "normalize": self.normalize,
                 "training_size": self.training_size,
             },

@@ -160,7 +160,7 @@ def test_the_manifests_meaning_stands_at_the_top(report):
         "cosine",
         "of rank 32; scored again exactly: 20 at either end and 20 spread over the data",
         "more of this sequence in the training data makes the query's completion more likely",
-        "share = score / sum of |scores|",
+        "score / sum of |scores|",
     ):
         assert words in top
     assert page.data["normalize"] == "cosine"

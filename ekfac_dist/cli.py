@@ -20,6 +20,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 
 from ekfac_dist.config import EstimateConfig, PlanConfig, QueryConfig, field_names
 from ekfac_dist.errors import DEFECT, ConfigError, Preempted, UserError, status_of
+from ekfac_dist.runtime.terminal import show, visible
 
 if TYPE_CHECKING:
     from ekfac_dist.runtime.processes import World
@@ -90,6 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ekfac-dist: interrupted", file=sys.stderr)
         return 130
+    except Exception:
+        show(traceback.format_exc(), error=True)
+        return DEFECT
 
 
 def estimate(arguments: list[str]) -> int:
@@ -130,7 +134,7 @@ def plan(arguments: list[str]) -> int:
     from ekfac_dist.report.summary import plan_table
     from ekfac_dist.stages.plan import make_plan
 
-    print(plan_table(make_plan(config)), flush=True)
+    show(plan_table(make_plan(config)))
     return 0
 
 
@@ -171,8 +175,8 @@ def _work(
             if world.size > 1:
                 config = _parse_config(parser, config_class, arguments)
         for line in opening_lines(world.gather(world.describe()), world.backend):
-            _say(world, line)
-        _say(world, work(config, world, lambda line: _say(world, line)))
+            _say(world, visible(line))
+        _say(world, work(config, world, lambda line: _say(world, visible(line))))
         world.barrier()
     world.close()
     if world.size > 1:
@@ -196,11 +200,11 @@ def inspect(arguments: list[str]) -> int:
     from ekfac_dist.report.inspection import inspect_store, plot_spectra, verify_store
 
     if given["verify"]:
-        verify_store(given["store"], print)
-    print(inspect_store(given["store"]), flush=True)
+        verify_store(given["store"], lambda line: show(visible(line)))
+    show(inspect_store(given["store"]))
     if given["plot"] is not None:
         plot_spectra(given["store"], given["plot"])
-        print(f"spectra are in {given['plot']}")
+        show(f"spectra are in {given['plot']}")
     return 0
 
 
@@ -216,7 +220,7 @@ def report(arguments: list[str]) -> int:
 
     output = given["output"] or given["scores"].rstrip("/") + ".html"
     write_report(given["scores"], output)
-    print(f"The report is in {output}", flush=True)
+    show(f"The report is in {output}")
     return 0
 
 
@@ -244,14 +248,14 @@ def demo(arguments: list[str]) -> int:
     return run_demo(Path(given["directory"]), workers=given["workers"])
 
 
-def _say(world: "World", line: str) -> None:
+def _say(world: "World", text: str) -> None:
     if world.is_main:
-        print(line, flush=True)
+        show(text)
 
 
 def _say_error(error: Exception, who: str = "") -> None:
     kind = "" if status_of(error) == Preempted.status else "error: "
-    print(f"ekfac-dist: {kind}{who}{error}", file=sys.stderr, flush=True)
+    show(visible(f"ekfac-dist: {kind}{who}{error}"), error=True)
 
 
 @contextmanager
@@ -268,8 +272,7 @@ def _reporting(world: "World") -> Iterator[None]:
         is_defect = not isinstance(error, UserError)
         agreed = was_agreed(error)
         if is_defect:
-            print(f"ekfac-dist: {world.who} failed:", file=sys.stderr)
-            traceback.print_exc()
+            show(f"ekfac-dist: {world.who} failed:\n{traceback.format_exc()}", error=True)
         elif agreed and status != DEFECT and world.is_main:
             _say_error(error)
         if agreed:

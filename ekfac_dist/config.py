@@ -368,7 +368,8 @@ class ScoresConfig:
             many spread over the data, to tell how good the scan was.
         candidates: Score only these rows of the data: a list, or a file of them (JSON, or a row
             number in each line).
-        training_size: What nats are divided by; null: the number of training sequences.
+        training_size: How many sequences the model was trained on, if it was trained on this
+            data: then scores are told in nats too, to first order; null: no nats.
         query_memory_gb: Each worker's budget for query gradients (powers of 1000); more queries
             are answered in several blocks, one scan each.
     """

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from dense import dense_modules, relative
+from refusals import in_this_process
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workshop import (
@@ -18,6 +19,9 @@ from workshop import (
     write_jsonl,
     write_yaml,
 )
+
+from ekfac_dist.runtime.store import CHECKSUM, MANIFEST, manifest_checksum
+from ekfac_dist.runtime.terminal import visible
 
 
 def fit(directory, workers, prompt=False):
@@ -137,6 +141,60 @@ def test_inspect_shows_every_module_and_verifies_every_file(fitted):
     assert done.stdout.count("shared") == 2
     assert "empirical Fisher" in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+ACTING = "\x1b]0;mine\x07\x1b[31m\u202eevil\x9b\r\nekfac-dist: error: below"
+
+
+@pytest.mark.parametrize(
+    ("rows", "name", "says"),
+    [
+        ([{ACTING: "a"}], "text.jsonl", "has no column 'text'; its columns are ␛]0;mine␇␛[31m"),
+        ([{"text": [ACTING]}], "text.jsonl", "must hold text"),
+        ([{"other": "a"}], f"{ACTING}.jsonl", "␛]0;mine␇␛[31mU+202EevilU+009B␍↵ekfac-dist: err"),
+    ],
+)
+def test_names_and_values_in_a_refusal_do_not_act(fitted, tmp_path, capfd, rows, name, says):
+    directory, _ = fitted
+    data = write_jsonl(tmp_path / name, rows)
+    arguments = ["estimate", "--model.name", directory / "model", "--data.source", data]
+    arguments += ["--output", tmp_path / "store"]
+    status, _, stderr = in_this_process(list(map(str, arguments)), capfd)
+    assert status == 2
+    (line,) = stderr.removesuffix("\n").split("\n")
+    assert line == visible(line)
+    assert says in line
+
+
+def test_names_in_a_stores_manifest_do_not_act(fitted, tmp_path, capfd):
+    directory, _ = fitted
+    shutil.copytree(directory / "store", tmp_path / "store")
+    manifest = json.loads((tmp_path / "store" / MANIFEST).read_text())
+    manifest["data"]["source"] = manifest["model"]["name"] = ACTING
+    manifest["coverage"]["skipped"] = {ACTING: ACTING}
+    manifest["files"][f"spectrum/{ACTING}"] = {"bytes": 1, "sha256": "0" * 64}
+    manifest[CHECKSUM] = manifest_checksum(manifest)
+    (tmp_path / "store" / MANIFEST).write_text(json.dumps(manifest))
+    for options, wanted in ((["--verify"], 2), ([], 0)):
+        store = str(tmp_path / "store")
+        status, stdout, stderr = in_this_process(["inspect", store, *options], capfd)
+        assert status == wanted
+        for line in [*stdout.split("\n"), *stderr.split("\n")]:
+            assert line == visible(line)
+            assert not line.startswith("ekfac-dist: error: below")
+        assert "␛]0;mine␇␛[31mU+202Eevil" in stdout
+
+
+def test_a_defects_traceback_does_not_act(fitted, capfd, monkeypatch):
+    def fail(path):
+        raise RuntimeError(ACTING)
+
+    monkeypatch.setattr("ekfac_dist.report.inspection.inspect_store", fail)
+    directory, _ = fitted
+    status, _, stderr = in_this_process(["inspect", str(directory / "store")], capfd)
+    assert status == 1
+    assert stderr.startswith("Traceback")
+    assert "RuntimeError: ␛]0;mine␇␛[31mU+202EevilU+009B␍\n" in stderr
 
 
 def test_a_flipped_bit_is_found(fitted, tmp_path):

@@ -3,6 +3,8 @@
 import hashlib
 import itertools
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from dense_scores import DenseScores
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workshop import run_cli, save_tiny_gpt2, save_tiny_llama, texts, write_jsonl, write_yaml
+
+from ekfac_dist.runtime.terminal import visible
 
 QUERIES = [
     {"prompt": "The worker reads", "completion": " a batch of tokens"},
@@ -114,8 +118,8 @@ def test_two_workers_files_hold_what_dense_autograd_says(fitted, tmp_path):
     manifest = json.loads((tmp_path / "scores" / "manifest.json").read_text())
     assert manifest["format"] == "ekfac_dist/scores/1"
     assert manifest["complete"] is True
-    size = manifest["scores"]["training_size"]
-    assert size == manifest["data"]["num_sequences"] == expected.shape[1]
+    assert manifest["scores"]["training_size"] is None
+    assert manifest["data"]["num_sequences"] == expected.shape[1]
     top = [json.loads(x) for x in (tmp_path / "scores" / "top.jsonl").read_text().splitlines()]
     assert [(line["query"], line["rank"]) for line in top] == [
         (query, rank) for query in range(3) for rank in range(1, 5)
@@ -128,10 +132,15 @@ def test_two_workers_files_hold_what_dense_autograd_says(fitted, tmp_path):
         row = rows[line["index"]]
         assert line["index"] == indices[column]
         assert line["score"] == pytest.approx(expected[line["query"], column].item(), rel=1e-6)
-        assert line["nats"] == pytest.approx(line["score"] / size, rel=1e-6)
+        assert line["nats"] is None
+        assert "note" not in line
+        score, scores = expected[line["query"], column], expected[line["query"]]
+        share = score / scores[scores.sign() == score.sign()].abs().sum()
+        assert line["share"] == pytest.approx(share.item(), rel=1e-6)
         assert line["text"] == (row["asked"] or "") + row["said"]
     for said in ("workers       2", "empirical Fisher", "0.1 · mean(Λ)", "positive: more of"):
         assert said in done.stdout
+    assert "nats" not in done.stdout
 
 
 @BOTH
@@ -208,6 +217,55 @@ def test_other_data_can_be_scored_and_that_is_said(fitted, tmp_path):
     assert manifest["data"]["same_as_fitted"] is False
     assert manifest["data"]["num_scored"] == 7
     assert manifest["data"]["max_tokens"] == 30
+
+
+SCRIPTS = "Ο ταχύς 敏捷的狐 👩🏿\u200d🚀👍🏽 "
+ACTING = "\x1b]0;mine\x07\x1b[31mred\x1b[2J\x9b1m\x7f\u202eevil\u2066\r\nbelow\tit"
+
+
+@ONE
+def test_text_of_any_kind_is_read_and_nats_that_cannot_be_are_marked(fitted, tmp_path):
+    rows = [{"text": f"{SCRIPTS}{ACTING} {text}"} for text in texts(4, seed=6, words=(1, 3))]
+    data = write_jsonl(tmp_path / "other.jsonl", rows)
+    groups = [None, ACTING, ACTING]
+    asked = [{"prompt": f"{ACTING}{k}", "completion": SCRIPTS} for k in range(3)]
+    asked = [row | {"group": name} for row, name in zip(asked, groups, strict=True)]
+    command = [sys.executable, "-m", "ekfac_dist", "query", "--factors", fitted / "store"]
+    command += ["--queries", write_jsonl(tmp_path / "asked.jsonl", asked)]
+    command += ["--data.source", data, "--data.text", "text", "--data.max_tokens", "120"]
+    command += ["--output", tmp_path / "scores", "--scores.training_size", "1"]
+    done = subprocess.run([str(part) for part in command], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    for said in (done.stdout, done.stderr):
+        lines = said.decode().split("\n")
+        assert lines == [visible(line) for line in lines]
+    said = done.stdout.decode()
+    assert "␛]0;mine␇␛[31mred␛[2JU+009B1m␡U+202EevilU+2066" in said
+    assert not any(line.startswith("below") for line in said.splitlines())
+
+    def lines_of(name):
+        return [json.loads(line) for line in (tmp_path / "scores" / name).open()]
+
+    members = [query["members"] for query in lines_of("queries.jsonl")]
+    losses = [sum(member["nats"] for member in row) for row in members]
+    assert [len(row) for row in members] == [1, 2]
+    top = lines_of("top.jsonl")
+    for line in top:
+        assert line["text"] == rows[line["index"]]["text"]
+        assert line["nats"] == pytest.approx(line["score"], rel=1e-6)
+        assert ("note" in line) == (line["nats"] > losses[line["query"]])
+    notes = {line["note"] for line in top if line["query"] == 0 and "note" in line}
+    assert notes == {
+        f"above the query's −log p, {losses[0]:.3g} nats, which is all that it can gain: too far "
+        "for first order"
+    }
+    assert "nats, first order" in said
+    assert all(f"! {note}" in said for note in notes)
+    for line in lines_of("sequences.jsonl"):
+        whole = f"<|bos|>{line['text']}"
+        assert whole.startswith("".join(line["tokens"]).rstrip("�"))
+        assert "".join(line["tokens"]).startswith(f"<|bos|>{SCRIPTS}{ACTING}")
+        assert len(line["tokens"]) == len(line["is_label"])
 
 
 @pytest.mark.slow

@@ -65,14 +65,14 @@ def answers_with_modules(paths: DemoPaths) -> str:
         listed = [line for line in top if line["query"] == query["query"]][:ROWS_SHOWN]
         found = [rows[line["index"]] for line in listed]  # a row's index is its line in the file
         cells = [
-            [row.module, row.kind, f"{line['score']:+.4g}", f"{line['nats']:+.3g}"]
+            [row.module, row.kind, f"{line['score']:+.4g}", f"{line['share']:+.2%}"]
             for row, line in zip(found, listed, strict=True)
         ]
         texts = [_short(row.text, _TEXT_WIDTH) for row in found]
         (member,) = query["members"]
         blocks.append(
             f"query {query['query']}   {_in_a_line(member)}\n"
-            + textwrap.indent(table(["module", "kind", "score", "nats"], cells, last=texts), "  ")
+            + textwrap.indent(table(["module", "kind", "score", "share"], cells, last=texts), "  ")
         )
     return "\n\n".join(blocks)
 

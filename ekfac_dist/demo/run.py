@@ -19,6 +19,7 @@ from ekfac_dist.demo.corpus import read_corpus, split_by_module, write_corpus
 from ekfac_dist.demo.directory import DemoPaths, DemoSettings, claim, remove
 from ekfac_dist.demo.model import train_model, train_tokenizer
 from ekfac_dist.errors import ConfigError
+from ekfac_dist.runtime.terminal import show
 
 NUM_STEPS = 8
 
@@ -146,7 +147,7 @@ def answer_queries(paths: DemoPaths, settings: DemoSettings, workers: int) -> in
 def show_answers(paths: DemoPaths) -> int:
     """Step 7: prints each query's top texts and the modules they come from; the exit status."""
     _say(7, "answers", "the texts that make each completion most likely, and their modules")
-    print(f"\n{answers_with_modules(paths)}\n", flush=True)
+    show(f"\n{answers_with_modules(paths)}\n")
     return 0
 
 

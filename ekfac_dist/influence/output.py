@@ -1,6 +1,7 @@
 """From an answer to the files that keep it: see `results` for what they are."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from ekfac_dist.influence import results
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.influence.results import ResultsWriter
 from ekfac_dist.influence.scores import InfluenceScores, Listed
+from ekfac_dist.influence.token_texts import TokenTexts
 from ekfac_dist.runtime.files import file_sha256
 from ekfac_dist.runtime.store import MANIFEST
 from ekfac_dist.stages.factors import Factors
@@ -81,9 +83,19 @@ def scale_in_words(scores: InfluenceScores) -> str:
     """What a score is, in one line."""
     rank = max(scores.ranks.values(), default=None)
     scanned = "" if rank is None else f" (the scan's: approximate, query gradients of rank {rank})"
+    size = scores.training_size
+    nats = "" if size is None else f"; nats, to first order = the sum / training size {size}"
     return (
         f"score = ∇log p(q)ᵀ (F+λ)⁻¹ ∇log p(z), summed over modules{scanned}"
-        f"{DIVISORS[scores.normalize]}; nats = the sum / {scores.training_size}"
+        f"{DIVISORS[scores.normalize]}{nats}"
+    )
+
+
+def share_in_words(scores: InfluenceScores) -> str:
+    """What a share is, in one line."""
+    return (
+        "score / sum of |scores| of all sequences with the same sign for the query"
+        f"{', as scanned' if scores.ranks else ''}"
     )
 
 
@@ -154,6 +166,7 @@ def manifest(answer: Answer) -> dict[str, Any]:
         "scores": {
             "sign": SIGN,
             "scale": scale_in_words(scores),
+            "share": share_in_words(scores),
             "normalize": scores.normalize,
             "training_size": scores.training_size,
         },
@@ -225,6 +238,7 @@ def _tensors(scores: InfluenceScores) -> dict[str, Tensor]:
 
 def _query_lines(answer: Answer) -> Iterator[dict[str, Any]]:
     texts, sequences = answer.queries.texts, answer.queries.sequences
+    tokens = TokenTexts(answer.tokenizer)
     assert texts is not None
     assert isinstance(sequences, Sequences)
     for row, (numbers, group) in enumerate(
@@ -239,7 +253,7 @@ def _query_lines(answer: Answer) -> Iterator[dict[str, Any]]:
                     "line": texts[number].line,
                     "prompt": texts[number].prompt,
                     "completion": texts[number].completion,
-                    "tokens": token_texts(answer.tokenizer, ids),
+                    "tokens": tokens.of(ids),
                     "is_label": is_label,
                     "nats": answer.scores.query_losses[number],
                 }
@@ -259,6 +273,7 @@ class _Texts:
     def __init__(self, answer: Answer, rows: Dataset) -> None:
         self._answer = answer
         self._rows = rows
+        self._tokens = TokenTexts(answer.tokenizer)
 
     def text(self, column: int) -> str:
         """Prompt and text, as they were tokenised together."""
@@ -274,41 +289,39 @@ class _Texts:
         return {
             "index": sequence.index,
             "text": self.text(column),
-            "tokens": token_texts(self._answer.tokenizer, ids),
+            "tokens": self._tokens.of(ids),
             "is_label": is_label,
         }
-
-
-def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    """Each token as people read it; bytes that are no whole character become �.
-
-    A token is decoded alone, and what SentencePiece writes for a space, ▁, is put back: alone or in
-    front it would be lost.
-    """
-    return [
-        "�"
-        if token is None
-        else token.replace("▁", " ")
-        if "▁" in token
-        else tokenizer.convert_tokens_to_string([token])
-        for token in tokenizer.convert_ids_to_tokens(ids)
-    ]
 
 
 def _listed_lines(
     scores: InfluenceScores, ends: list[Listed], texts: _Texts
 ) -> Iterator[dict[str, Any]]:
+    losses = scores.losses
     for row, end in enumerate(ends):
-        in_nats = scores.in_nats(end.scores, row, end.columns)
+        shares = scores.in_shares(end.scores, row).tolist()
+        nats = scores.in_nats(end.scores, row, end.columns)
         for rank, column in enumerate(end.columns.tolist(), start=1):
+            share = shares[rank - 1]
             line = {
                 "query": row,
                 "rank": rank,
                 "index": int(scores.indices[column]),
                 "score": float(end.scores[rank - 1]),
-                "nats": float(in_nats[rank - 1]),
+                "share": None if math.isnan(share) else share,
+                "nats": None if nats is None else float(nats[rank - 1]),
                 "text": texts.text(column),
             }
             if scores.rescored:
                 line["scan_score"] = float(scores.scores[row, column])
+            if nats is not None and nats[rank - 1] > losses[row]:
+                line["note"] = _beyond_in_words(losses[row])
             yield line
+
+
+def _beyond_in_words(loss: float) -> str:
+    """Why a value in nats cannot be, which is above a row's −log p."""
+    return (
+        f"above the query's −log p, {loss:.3g} nats, which is all that it can gain: too far for "
+        "first order"
+    )

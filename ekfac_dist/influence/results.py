@@ -9,12 +9,21 @@
                           (of a low-rank run these are the scan's, approximate);
                           with re-scoring exact_query, exact_index, exact_scores, scan_scores [E]
     top.jsonl             a line per (query, rank), the most positive first: query, rank, index,
-                          score, nats, text
+                          score, share, nats, text; scan_score where there was a low-rank scan
     bottom.jsonl          the same, the most negative first
     details.safetensors   for the sequences of both lists ("pairs", a query and a sequence each):
                           pair_query, pair_index [P], offsets [P + 1], token_scores [positions],
                           layer_token_scores [layers, positions], module_scores [P, modules]
     sequences.jsonl       a line per sequence in either list: index, text, tokens, is_label
+
+A share is the score over the sum of the absolute values of the row's scores of its sign (those of
+`scores`, so the scan's where there was one), null if there is none; it has the score's sign. Nats
+are null without the training set's size. They are to first order, and where one is above the row's
+−log p (of its queries together) a note says that it cannot be.
+
+Tokens that can be read only together, as those that share a character's bytes, are a run: `tokens`
+has its text at the first of them and "" at the others. All tokens joined are the text; scores and
+is_label stay one for each token.
 
 Position t of a sequence reads token t and predicts token t + 1, so a sequence with L positions has
 L + 1 tokens. Q counts rows, each a query or a group of them; N counts the scored sequences, in data

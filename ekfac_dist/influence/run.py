@@ -34,13 +34,14 @@ from ekfac_dist.models.modules import device_of
 from ekfac_dist.models.tasks import CAUSAL_LM, CausalLM, Task, require_task
 from ekfac_dist.runtime.heartbeat import heartbeat
 from ekfac_dist.runtime.processes import World
+from ekfac_dist.runtime.terminal import show
 from ekfac_dist.stages.factors import Factors
 from ekfac_dist.stages.loading import check_sequences, load_sequences
 from ekfac_dist.stages.model import load, refuse_sharded, unwrapped
 from ekfac_dist.stages.reload import check_model, load_factors, require_fitted_task
 
 
-def run_query(config: QueryConfig, world: World, say: Any = print) -> Answer:
+def run_query(config: QueryConfig, world: World, say: Any = show) -> Answer:
     """Answers the configured queries and writes the results.
 
     Args:
@@ -87,8 +88,7 @@ def run_query(config: QueryConfig, world: World, say: Any = print) -> Answer:
             check_sequences(model, queries.sequences, "shorten the query")
             setting = _setting(model, factors, damping, world, config.batch_tokens, True)
         _require_same(setting, scored, queries, config.scores)
-        training_size = config.scores.training_size or len(train)
-        scores = compute_scores(setting, queries, scored, training_size, config.scores, tell)
+        scores = compute_scores(setting, queries, scored, config.scores, tell)
     answer = Answer(
         scores=scores,
         queries=queries,
@@ -164,7 +164,8 @@ def influence_scores(
         per_layer: Give the scores of each layer too.
         self_influence: Give each training sequence's influence on itself.
         candidates: Score only these rows of `train`.
-        training_size: What nats are divided by; None: the number of training sequences.
+        training_size: How many sequences the model was trained on, if it was trained on `train`:
+            what scores are divided by to be in nats, to first order. None: no nats.
         batch_tokens: Token budget of a batch, padding included.
         max_tokens: Longer training sequences are cut to this many tokens; None leaves them whole.
         query_memory_gb: Budget for query gradients (powers of 1000); more queries take more scans.
@@ -219,9 +220,8 @@ def influence_scores(
     _require_same(setting, scored, asked, config)
     watching = heartbeat(world, owns_process=False)
     with watching, torch.inference_mode(False), prepared(model):
-        say = print if progress and world.is_main else (lambda line: None)
-        size = training_size or len(sequences)
-        return compute_scores(setting, asked, scored, size, config, say)
+        say = show if progress and world.is_main else (lambda line: None)
+        return compute_scores(setting, asked, scored, config, say)
 
 
 def _setting(
@@ -293,8 +293,8 @@ def _tell_data(tell: Any, train: Sequences, scored: Sequences, factors: Factors)
     )
     if train.fingerprint != factors.manifest["data"]["fingerprint"]:
         tell(
-            "              not the sequences that the factors were fitted on: scores and nats are "
-            "of these, in the curvature of those"
+            "              not the sequences that the factors were fitted on: scores are of "
+            "these, in the curvature of those"
         )
     absent = left_out(factors.manifest)
     if absent:

@@ -1,5 +1,6 @@
 """What an influence query is answered with: scores, lists of their ends, details. Only data."""
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -112,7 +113,8 @@ class InfluenceScores:
             With query gradients of low rank these, and all their parts, are the scan's and so
             approximate; what was scored again exactly is in `top`, `bottom` and `rescored`.
         indices: Row in the data of each scored sequence [N].
-        training_size: What raw scores are divided by to be in nats.
+        members: Numbers of each row's queries.
+        training_size: How many sequences the model was trained on; None: not known, no nats.
         normalize: How norms were chosen.
         norms: What a column is divided by [N]; ones without a normalisation.
         query_norms: What a row is divided by besides [Q]; ones but for "cosine".
@@ -136,7 +138,8 @@ class InfluenceScores:
 
     scores: Tensor
     indices: np.ndarray
-    training_size: int
+    members: tuple[tuple[int, ...], ...]
+    training_size: int | None
     normalize: Normalize
     norms: Tensor
     query_norms: Tensor
@@ -158,20 +161,53 @@ class InfluenceScores:
     num_scans: int = 1
 
     @property
-    def nats(self) -> Tensor:
-        """Scores without normalisation over the training set's size, float64 [Q, N].
+    def shares(self) -> Tensor:
+        """Each score over the sum of its row's scores of its sign, float64 [Q, N].
 
-        To first order, by how much log p(q) would rise if the sequence were there once more.
+        A share has its score's sign: in each row the positive ones sum to 1, the negative ones to
+        −1. Of a low-rank run these are shares of the scan's scores.
         """
-        every = slice(None)
-        return torch.stack(
-            [self.in_nats(scores, row, every) for row, scores in enumerate(self.scores)]
-        )
+        return torch.stack([self.in_shares(scores, row) for row, scores in enumerate(self.scores)])
 
-    def in_nats(self, scores: Tensor, row: int, columns: np.ndarray | slice) -> Tensor:
-        """The same of some of a row's scores."""
+    def in_shares(self, scores: Tensor, row: int) -> Tensor:
+        """Some scores of a row as shares of all of it, float64 [K].
+
+        Args:
+            scores: The scores [K]. Exact ones, of sequences that were scored again, are compared
+                with the scan's sums too, the only ones of all sequences that there are.
+            row: The row.
+
+        Returns:
+            0 for a score of 0; NaN where the row has no score of that sign, which can only be with
+            exact scores.
+        """
+        every, some = self.scores[row].double(), scores.double()
+        sums = torch.where(some > 0, every.clamp(min=0).sum(), -every.clamp(max=0).sum())
+        return torch.where(some == 0, 0.0, torch.where(sums > 0, some / sums, math.nan))
+
+    @property
+    def nats(self) -> Tensor | None:
+        """To first order, by how much log p(q) would rise with the sequence once more [Q, N].
+
+        Scores without normalisation over the training set's size, float64; None without
+        `training_size`. First order is far off where a value is above its row of `losses`.
+        """
+        if self.training_size is None:
+            return None
+        raw = self.scores.double() * self.norms.double() * self.query_norms[:, None].double()
+        return raw / self.training_size
+
+    def in_nats(self, scores: Tensor, row: int, columns: np.ndarray) -> Tensor | None:
+        """The same of some of a row's scores; None without `training_size`."""
+        if self.training_size is None:
+            return None
         raw = scores.double() * self.norms[columns].double() * self.query_norms[row].double()
         return raw / self.training_size
+
+    @property
+    def losses(self) -> list[float]:
+        """−log p of each row's queries together: by more than that log p(q) cannot rise [Q]."""
+        return [sum(self.query_losses[number] for number in row) for row in self.members]
 
     def scale(self, rows: np.ndarray | list[int], columns: np.ndarray | slice) -> Tensor:
         """What raw scores of rows × columns are multiplied by; 0 where a gradient is zero."""

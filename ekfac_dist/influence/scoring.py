@@ -48,7 +48,6 @@ def compute_scores(
     setting: Setting,
     queries: QuerySet,
     scored: Examples,
-    training_size: int,
     config: ScoresConfig,
     say: Callable[[str], None],
 ) -> InfluenceScores:
@@ -58,7 +57,6 @@ def compute_scores(
         setting: Model (prepared), factors, damping, workers.
         queries: The queries.
         scored: The training sequences that are scored.
-        training_size: What raw scores are divided by to be in nats.
         config: Which scores.
         say: Takes a line for people.
 
@@ -81,7 +79,8 @@ def compute_scores(
     result = InfluenceScores(
         scores=torch.zeros(num_rows, len(scored), dtype=setting.dtype),
         indices=scored.indices,
-        training_size=training_size,
+        members=queries.rows,
+        training_size=config.training_size,
         normalize=config.normalize,
         norms=torch.ones(len(scored), dtype=setting.dtype),
         query_norms=torch.ones(num_rows, dtype=setting.dtype),

@@ -6,6 +6,7 @@ from typing import Any
 from ekfac_dist.influence import results
 from ekfac_dist.influence.results import ResultsReader
 from ekfac_dist.report.tables import table
+from ekfac_dist.runtime.terminal import visible
 
 _ROWS_SHOWN = 5
 _QUERIES_SHOWN = 10
@@ -31,12 +32,11 @@ def answer_tables(path: str) -> str:
         for name, listed in zip(("most positive", "most negative"), ends, strict=True):
             mine = [line for line in listed if line["query"] == query["query"]][:_ROWS_SHOWN]
             if mine:
-                cells, shown = [_cells(line) for line in mine], [_short(x["text"]) for x in mine]
-                lines += [name, table(["index", "score", "nats"], cells, last=shown), ""]
+                lines += [name, _listed_table(mine), *_notes(mine), ""]
     if len(queries) > _QUERIES_SHOWN:
         lines += [f"… and {len(queries) - _QUERIES_SHOWN} more rows of scores", ""]
     took = f"took          {manifest['seconds']:.1f} s on {_count(manifest['workers'], 'worker')}"
-    return "\n".join([*lines, *meaning(manifest), took, f"results       {path}"])
+    return "\n".join([*lines, *meaning(manifest), took, f"results       {visible(path)}"])
 
 
 def meaning(manifest: dict[str, Any]) -> list[str]:
@@ -45,12 +45,17 @@ def meaning(manifest: dict[str, Any]) -> list[str]:
     Args:
         manifest: Of a directory of results.
     """
+    return list(map(visible, _meaning(manifest)))
+
+
+def _meaning(manifest: dict[str, Any]) -> list[str]:
     factors, damping, scan = manifest["factors"], manifest["damping"], manifest["scan"]
     unit = " · mean(Λ) of each module" if damping["kind"] == "relative" else ", absolute"
     others = ", ".join(f"{name}: {value}" for name, value in damping["modules"].items())
     lines = [
         f"sign          {manifest['scores']['sign']}",
         f"scale         {manifest['scores']['scale']}",
+        f"share         {manifest['scores']['share']}",
         f"normalised    {manifest['scores']['normalize']}",
         f"fisher        {factors['fisher']} (labels: {factors['labels']}), refit: "
         f"{factors['refit']}, fitted on {factors['num_sequences']} sequences",
@@ -94,24 +99,34 @@ def _mean(values: list[float | None]) -> str:
 def _query_lines(query: dict[str, Any]) -> list[str]:
     name = ""
     if query["group"] is not None:
-        name = f" ({query['group']}: {len(query['members'])} queries summed)"
+        name = f" ({visible(query['group'])}: {len(query['members'])} queries summed)"
     lines = [f"query {query['query']}{name}"]
     for member in query["members"][:3]:
         prompt = f"{_short(member['prompt'])} → " if member["prompt"] else ""
         lines.append(f"  {prompt}{_short(member['completion'])}")
-        lines.append(f"  −log p {member['nats']:.2f} nats")
+        lines.append(f"  −log p {member['nats']:.2f}")
     return lines
 
 
-def _cells(line: dict[str, Any]) -> list[str]:
-    return [
-        str(line["index"]),
-        f"{line['score']:+.4g}",
-        f"{line['nats']:+.3g}",
-    ]
+def _listed_table(lines: list[dict[str, Any]]) -> str:
+    """A list's sequences; with nats where the training set's size was given."""
+    with_nats = lines[0]["nats"] is not None
+    header = ["index", "score", "share", *(["nats, first order"] if with_nats else [])]
+    cells = []
+    for line in lines:
+        share = "–" if line["share"] is None else f"{line['share']:+.2%}"
+        cells.append([str(line["index"]), f"{line['score']:+.4g}", share])
+        if with_nats:
+            cells[-1].append(f"{line['nats']:+.3g}{' !' if 'note' in line else '  '}")
+    return table(header, cells, last=[_short(line["text"]) for line in lines])
+
+
+def _notes(lines: list[dict[str, Any]]) -> list[str]:
+    """What is marked in a list: the note of its first line that has one, for they are the same."""
+    return [f"! {line['note']}" for line in lines if "note" in line][:1]
 
 
 def _short(text: str) -> str:
     """One line's worth of a text."""
-    flat = " ".join(text.split())
+    flat = visible(" ".join(text.split()))
     return flat if len(flat) <= _TEXT_WIDTH else flat[: _TEXT_WIDTH - 1] + "…"

@@ -13,6 +13,7 @@ from ekfac_dist.errors import ConfigError, OutputError, StoreError
 from ekfac_dist.report.tables import table
 from ekfac_dist.runtime.memory import as_text
 from ekfac_dist.runtime.store import StoreReader, eigenbasis_file, spectrum_file
+from ekfac_dist.runtime.terminal import visible
 from ekfac_dist.stages.factors import Factors
 from ekfac_dist.stages.record import FISHER_NAMES
 
@@ -98,7 +99,7 @@ def _summary(path: str | Path) -> str:
             ]
         )
     tracked, of_mlp = coverage["tracked_parameters"], coverage["tracked_mlp_parameters"]
-    lines = [
+    about = [
         f"model         {model['name']} ({model['class']}, {model['dtype']})",
         f"data          {data['source']}: {data['num_sequences']} sequences, "
         f"{data['num_positions']} counted positions, {data['num_labels']} labels",
@@ -109,6 +110,9 @@ def _summary(path: str | Path) -> str:
         f"{tracked / max(1, coverage['model_parameters']):.1%} of all",
         *(f"not tracked   {name}: {why}" for name, why in coverage["skipped"].items()),
         f"store         {as_text(reader.total_bytes())}, {len(manifest['files'])} files",
+    ]
+    lines = [
+        *map(visible, about),
         "",
         table(
             [

@@ -1,8 +1,9 @@
 """The report: one HTML file that shows a `query` run's results, without a network.
 
-Text from data never becomes markup. Jinja escapes what it places; everything else lies in two
-islands that no browser executes, one of JSON and one of base64, and the page's script makes text
-nodes of it. The file's content security policy allows its own style and script and no other thing.
+Text from data never becomes markup, nor reorders what stands beside it. Jinja escapes what it
+places, with unsafe characters made visible; everything else lies in two islands that no browser
+executes, one of JSON and one of base64, and the page's script makes text nodes of it. The file's
+content security policy allows its own style and script and no other thing.
 """
 
 import base64
@@ -20,6 +21,7 @@ from ekfac_dist.influence.results import ResultsReader
 from ekfac_dist.report.answers import rescored
 from ekfac_dist.report.page_data import FEW_OF_POSITIONS, FEW_TOKENS, PageData, page_data
 from ekfac_dist.runtime.files import write_whole
+from ekfac_dist.runtime.terminal import visible
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -85,9 +87,20 @@ def _template() -> "Template":
             "The report needs jinja2; install it with: pip install 'ekfac_dist[report]'."
         ) from error
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_visible,
     )
     return environment.from_string(_part("page.html.j2"))
+
+
+def _visible(value: Any) -> Any:
+    """What the template places: text without characters that act on what stands beside it."""
+    from markupsafe import Markup
+
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _part(name: str) -> str:
@@ -125,7 +138,7 @@ def _facts(manifest: Mapping[str, Any]) -> Facts:
     factors, damping, scan = manifest["factors"], manifest["damping"], manifest["scan"]
     labels = {"sampled": f"labels sampled, seed {factors['seed']}", "data": "the data's labels"}
     value = f"{damping['value']:g}"
-    normalize = manifest["scores"]["normalize"]
+    normalize, size = manifest["scores"]["normalize"], manifest["scores"]["training_size"]
     strength = f"λ = {value} × mean Λ" if damping["kind"] == "relative" else f"λ = {value}"
     if damping["modules"]:
         strength += f"; other for {', '.join(damping['modules'])}"
@@ -134,7 +147,7 @@ def _facts(manifest: Mapping[str, Any]) -> Facts:
         ("Damping", strength),
         ("Normalisation", NORMALIZE_NAMES.get(normalize, normalize)),
         ("Gradients", _scan(scan)),
-        ("Training size", f"{manifest['scores']['training_size']:,}"),
+        *([] if size is None else [("Training size", f"{size:,}")]),
     ]
 
 

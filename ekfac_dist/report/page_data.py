@@ -36,14 +36,18 @@ class Ranked:
     Attributes:
         index: Row in the data.
         score: As ranked, normalised if the run normalises.
-        nats: The raw score divided by the training set's size.
+        share: Of the sum of all of the query's scores of its sign; None where there are none.
+        nats: To first order; None without the training set's size.
+        note: Why a value in nats cannot be; None: it can.
         scan_score: Of the first stage, where there were two.
         pair: Place among the pairs with token scores; None has none.
     """
 
     index: list[int]
     score: list[float]
-    nats: list[float]
+    share: list[float | None]
+    nats: list[float] | None
+    note: list[str | None]
     scan_score: list[float] | None
     pair: list[int | None]
 
@@ -82,7 +86,7 @@ class Pair:
         positions: L.
         carriers: The fewest tokens that hold `CARRIED` of Σ|token score|.
         few: Whether they are few.
-        strongest: The position of the largest |token score|.
+        strongest: First position of the tokens, read together, with the largest |score|.
     """
 
     start: int
@@ -99,7 +103,8 @@ class PageData:
 
     Attributes:
         queries: The rows of the scores.
-        sequences: Tokens of the listed sequences, by their row in the data.
+        sequences: Tokens of the listed sequences, by their row in the data; "" is one that is read
+            together with those before it.
         pairs: Where their token scores are.
         arrays: Base64 of each pair's arrays, one after the other, padded each by itself. Little
             endian: token scores float32 [L], module scores float32 [modules], then float32 m and
@@ -107,7 +112,7 @@ class PageData:
         layers: Names, in model order.
         modules: Names.
         module_layers: Number of each module's layer.
-        training_size: What divides a raw score to give nats.
+        training_size: What divides a raw score to give nats; None: no nats are given.
         normalize: How scores are normalised; "none".
         scan_rank: Of the gradients that all scores come from; None is exact. The lists' own scores
             are exact where they have a `scan_score` too.
@@ -121,7 +126,7 @@ class PageData:
     layers: list[str]
     modules: list[str]
     module_layers: list[int]
-    training_size: int
+    training_size: int | None
     normalize: str
     scan_rank: int | None
     carried: float = CARRIED
@@ -160,13 +165,13 @@ def page_data(reader: ResultsReader) -> PageData:
     places, pairs, arrays = _details(reader, sequences, len(layers), len(modules))
     top = _by_query(reader.lines(TOP), len(rows))
     bottom = _by_query(reader.lines(BOTTOM), len(rows))
-    scan = manifest["scan"]
+    scan, training_size = manifest["scan"], manifest["scores"]["training_size"]
     queries = [
         Query(
             group=row["group"],
             members=row["members"],
-            top=_ranked(q, top[q], places, sequences),
-            bottom=_ranked(q, bottom[q], places, sequences),
+            top=_ranked(q, top[q], places, sequences, training_size is not None),
+            bottom=_ranked(q, bottom[q], places, sequences, training_size is not None),
             distribution=distribution(scores_QN[q]),
             spearman=scan["spearman"][q] if scan["rescored"] else None,
             overlap=scan["overlap"][q] if scan["rescored"] else None,
@@ -181,7 +186,7 @@ def page_data(reader: ResultsReader) -> PageData:
         layers=layers,
         modules=list(modules),
         module_layers=[layers.index(layer) for layer in modules.values()],
-        training_size=manifest["scores"]["training_size"],
+        training_size=training_size,
         normalize=manifest["scores"]["normalize"],
         scan_rank=scan["rank"],
     )
@@ -200,6 +205,7 @@ def _ranked(
     lines: Sequence[dict[str, Any]],
     places: Mapping[tuple[int, int], int],
     sequences: Mapping[int, list[str]],
+    in_nats: bool,
 ) -> Ranked:
     missing = [line["index"] for line in lines if line["index"] not in sequences]
     if missing:
@@ -208,7 +214,9 @@ def _ranked(
     return Ranked(
         index=[line["index"] for line in lines],
         score=[line["score"] for line in lines],
-        nats=[line["nats"] for line in lines],
+        share=[line["share"] for line in lines],
+        nats=[line["nats"] for line in lines] if in_nats else None,
+        note=[line.get("note") for line in lines],
         scan_score=[line["scan_score"] for line in lines] if two_stage else None,
         pair=[places.get((query, line["index"])) for line in lines],
     )
@@ -238,10 +246,10 @@ def _details(
             )
     pairs, parts, start = [], [], 0
     for p, (begin, end) in enumerate(pairwise(offsets)):
-        scores_T = details["token_scores"][begin:end]
-        if len(sequences[keys[p][1]]) != len(scores_T) + 1:
+        scores_T, tokens = details["token_scores"][begin:end], sequences[keys[p][1]]
+        if len(tokens) != len(scores_T) + 1:
             raise StoreError(
-                f"{reader.path}: sequence {keys[p][1]} has {len(sequences[keys[p][1]])} tokens and "
+                f"{reader.path}: sequence {keys[p][1]} has {len(tokens)} tokens and "
                 f"{len(scores_T)} token scores; there must be one score fewer than tokens."
             )
         part = _packed(
@@ -255,12 +263,20 @@ def _details(
                 positions=len(scores_T),
                 carriers=count,
                 few=0 < count <= min(FEW_TOKENS, FEW_OF_POSITIONS * len(scores_T)),
-                strongest=int(np.abs(scores_T).argmax()) if len(scores_T) else 0,
+                strongest=_strongest(tokens[:-1], scores_T),
             )
         )
         parts.append(part)
         start += len(part)
     return {key: p for p, key in enumerate(keys)}, pairs, "".join(parts)
+
+
+def _strongest(tokens: Sequence[str], scores_T: np.ndarray) -> int:
+    """Where the run of tokens with the largest |sum of scores| begins; 0 if there are no tokens."""
+    if not len(tokens):
+        return 0
+    starts = [t for t, text in enumerate(tokens) if text or t == 0]
+    return starts[int(np.abs(np.add.reduceat(scores_T, starts)).argmax())]
 
 
 def _packed(

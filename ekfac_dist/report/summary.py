@@ -8,6 +8,7 @@ from ekfac_dist.report.tables import table
 from ekfac_dist.runtime.memory import as_text
 from ekfac_dist.runtime.progress import clock
 from ekfac_dist.runtime.store import StoreReader
+from ekfac_dist.runtime.terminal import visible
 from ekfac_dist.stages.plan import Plan
 from ekfac_dist.stages.record import Summary, coverage_line
 
@@ -44,7 +45,8 @@ def modules_table(discovery: Discovery) -> str:
         "",
         f"coverage      {coverage_line(discovery)}",
     ]
-    lines += [f"not tracked   {name}: {why}" for name, why in discovery.coverage.skipped.items()]
+    skipped = discovery.coverage.skipped.items()
+    lines += [visible(f"not tracked   {name}: {why}") for name, why in skipped]
     return "\n".join(lines)
 
 
@@ -57,9 +59,9 @@ def plan_table(plan: Plan) -> str:
     many = f"{plan.workers} workers, " if plan.workers > 1 else ""
     coverage = plan.discovery.coverage
     lines = [
-        f"model         {plan.model}, {coverage.model_parameters:,} parameters",
+        f"model         {visible(plan.model)}, {coverage.model_parameters:,} parameters",
         f"tracked       {coverage_line(plan.discovery)}",
-        *(f"not tracked   {name}: {why}" for name, why in coverage.skipped.items()),
+        *(visible(f"not tracked   {name}: {why}") for name, why in coverage.skipped.items()),
         f"workers       {many}{as_text(plan.free_bytes)} of memory each ({plan.device})",
         f"partitions    {len(plan.groups)}, a pair of passes each"
         + (", the fewest that fit" if plan.is_chosen and plan.fits else ""),

@@ -13,7 +13,6 @@ wait for each other's work without limit; see `World.wait_for_all`.
 
 import json
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +21,7 @@ from typing import Any, NoReturn
 
 from ekfac_dist.errors import DEFECT, PeerError, Preempted
 from ekfac_dist.runtime.processes import World
+from ekfac_dist.runtime.terminal import show, visible
 
 BEAT_SECONDS = 3.0
 BEATS = 18
@@ -90,7 +90,7 @@ def _beat(world: World, beat_seconds: float, over: threading.Event, owns_process
         if failure is not None and told >= BEATS:  # some main thread is kept from hearing of it
             rank, message, status = failure
             if rank == world.rank:
-                print(f"ekfac-dist: error: {world.who}: {message}", file=sys.stderr, flush=True)
+                show(visible(f"ekfac-dist: error: {world.who}: {message}"), error=True)
             if rank == world.rank or told > BEATS:  # who has failed speaks first
                 os._exit(status)
 
@@ -106,5 +106,5 @@ def _failure(world: World, store: Any) -> tuple[int, str, int] | None:
 def _end(world: World, store: Any, said: str) -> NoReturn:
     with suppress(Exception):
         if store is None or world.announce_failure(PeerError(said), store):
-            print(f"ekfac-dist: error: {said}", file=sys.stderr, flush=True)
+            show(visible(f"ekfac-dist: error: {said}"), error=True)
     os._exit(DEFECT)

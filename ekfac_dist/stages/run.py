@@ -32,6 +32,7 @@ from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
 from ekfac_dist.runtime.store import FactorSink, MemoryStore, NoStore
 from ekfac_dist.runtime.store_writer import StoreWriter, check_output
+from ekfac_dist.runtime.terminal import show
 from ekfac_dist.stages.checkpoints import Checkpoints, SavedCheckpoints
 from ekfac_dist.stages.factors import Factors
 from ekfac_dist.stages.fit import fit
@@ -64,7 +65,7 @@ def find_modules(config: EstimateConfig, world: World) -> Discovery:
 
 
 def run_estimate(
-    config: EstimateConfig, world: World, say: Any = print, *, overwrite: bool = False
+    config: EstimateConfig, world: World, say: Any = show, *, overwrite: bool = False
 ) -> Summary:
     """Fits and stores factors as configured; an unfinished run of the same is gone on with.
 

@@ -91,7 +91,7 @@ def write_scores(config, **changes):
     writer.lines(
         results.TOP,
         [
-            {"query": q, "rank": rank, "index": 10 * q + rank, "score": -rank, "nats": -rank / 20}
+            {"query": q, "rank": rank, "index": 10 * q + rank, "score": -rank, "share": -rank / 50}
             for q in range(len(queries))
             for rank in range(1, 8)
         ],
@@ -121,7 +121,7 @@ def test_each_querys_top_texts_are_shown_with_the_modules_of_their_rows(calls, t
     for number, block in enumerate(blocks):
         rows = [line.split() for line in block.splitlines()[4:]]
         assert [row[0] for row in rows] == [f"m{10 * number + rank}" for rank in range(1, 6)]
-        assert [row[1:4] for row in rows][1] == ["source", "-2", "-0.1"]
+        assert [row[1:4] for row in rows][1] == ["source", "-2", "-4.00%"]
         assert rows[0][4:6] == ["def", f"function_{10 * number + 1}(value):"]
 
 

@@ -43,7 +43,7 @@ def test_any_number_of_workers_gives_the_same_answer(root, answer):
             assert found["top"] == alone["top"]
             assert found["num_scans"] == alone["num_scans"]
             assert found["losses"] == pytest.approx(alone["losses"], rel=1e-12)
-            for key in ("scores", "nats", "self_influence", "token_scores", "parts", "details"):
+            for key in ("scores", "shares", "self_influence", "token_scores", "parts", "details"):
                 assert (found[key] is None) == (alone[key] is None)
                 if alone[key] is not None:
                     assert relative(found[key], alone[key]) < 1e-10, key

@@ -217,9 +217,9 @@ def test_normalisations_divide_by_the_dense_norms():
         "relatif_theta": it.expected / it.dense.theta_norms(it.train),
     }
     for normalize, scores in expected.items():
-        found = it.scores(normalize=normalize, query_memory_gb=1e-5)
+        found = it.scores(normalize=normalize, query_memory_gb=1e-5, training_size=50)
         assert relative(found.scores, scores) < 1e-10, normalize
-        assert relative(found.nats * NUM_TRAIN, it.expected) < 1e-10, normalize
+        assert relative(found.nats * 50, it.expected) < 1e-10, normalize
     assert expected["cosine"].abs().max() <= 1
 
 
@@ -331,7 +331,7 @@ def test_candidates_are_scored_alone_in_data_order():
     for end in found.top:
         assert end.indices.tolist() == found.indices[end.columns].tolist()
     assert relative(found.scores, it.expected[:, [2, 5, 9]]) < 1e-10
-    assert relative(found.nats, it.expected[:, [2, 5, 9]] / NUM_TRAIN) < 1e-10
+    assert relative(found.shares, plain_shares(it.expected[:, [2, 5, 9]])) < 1e-10
 
 
 def test_sequences_without_a_label_are_no_columns():
@@ -353,10 +353,76 @@ def test_lists_hold_the_ends_in_order():
         assert torch.equal(found.top[row].scores, found.scores[row][found.top[row].columns])
 
 
-def test_nats_are_scores_over_the_training_sets_size():
+def test_nats_are_scores_over_the_training_size_and_none_without_it():
     it = case("llama")
-    assert relative(it.scores().nats, it.expected / NUM_TRAIN) < 1e-10
-    assert relative(it.scores(training_size=1000).nats, it.expected / 1000) < 1e-10
+    assert it.scores().nats is None
+    found = it.scores(training_size=1000)
+    assert relative(found.nats, it.expected / 1000) < 1e-10
+    end = found.top[0]
+    assert relative(found.in_nats(end.scores, 0, end.columns), end.scores / 1000) < 1e-10
+
+
+def plain_shares(scores):
+    """Each score over the sum of those of its row with its sign, in a loop."""
+    shares = torch.zeros_like(scores)
+    for row, some in enumerate(scores.tolist()):
+        for column, score in enumerate(some):
+            sums = sum(abs(other) for other in some if (other > 0) == (score > 0))
+            shares[row, column] = score / sums
+    return shares
+
+
+@pytest.mark.parametrize("normalize", ["none", "cosine"])
+def test_shares_are_plain_sums_of_the_rows_scores_of_one_sign(normalize):
+    it = case("gpt_neox")
+    found = it.scores(normalize=normalize, query_memory_gb=1e-5)
+    expected = it.expected
+    if normalize == "cosine":
+        own = [it.dense.self_influence(some) for some in (it.queries, it.train)]
+        expected = expected / (own[0][:, None] * own[1]).sqrt()
+    assert found.shares.dtype == torch.float64
+    assert relative(found.shares, plain_shares(expected)) < 1e-10
+    for row, (top, bottom) in enumerate(zip(found.top, found.bottom, strict=True)):
+        for end in (top, bottom):
+            listed = plain_shares(expected)[row, torch.from_numpy(end.columns)]
+            assert relative(found.in_shares(end.scores, row), listed) < 1e-10
+
+
+def test_shares_and_losses_of_a_group_are_of_its_sum():
+    it = case("llama")
+    groups = ["a", None, None, "a", None]
+    grouped = [
+        {**query, "group": group} if group else query
+        for query, group in zip(it.queries, groups, strict=True)
+    ]
+    found = influence_scores(it.model, it.factors, grouped, it.train, batch_tokens=25)
+    summed = it.expected[0] + it.expected[3]
+    assert relative(found.shares[0], plain_shares(summed[None])[0]) < 1e-10
+    alone = it.scores().query_losses
+    assert found.losses == pytest.approx([alone[0] + alone[3], alone[1], alone[2], alone[4]])
+
+
+def test_shares_of_exact_scores_are_of_the_scans_sums():
+    it = case("llama")
+    found = it.scores(rank=1, rescore=4, top_k=3, bottom_k=2)
+    for row in range(NUM_QUERIES):
+        scan = found.scores[row].tolist()
+        for end in (found.top[row], found.bottom[row]):
+            for share, column in zip(
+                found.in_shares(end.scores, row).tolist(), end.columns.tolist(), strict=True
+            ):
+                exact = it.expected[row, column].item()
+                sums = sum(abs(score) for score in scan if (score > 0) == (exact > 0))
+                assert share == pytest.approx(exact / sums, rel=1e-9)
+
+
+def test_a_share_of_nothing_is_none_and_that_of_a_zero_is_zero():
+    found = case("gpt2").scores()
+    found.scores = torch.tensor([[0.0, 2.0, 6.0], [-1.0, -3.0, 0.0], [0.0, 0.0, 0.0]])
+    assert found.shares.tolist() == [[0, 0.25, 0.75], [-0.25, -0.75, 0], [0, 0, 0]]
+    exact = found.in_shares(torch.tensor([-1.0, 4.0, 0.0]), 0)  # the scan saw no negative score
+    assert exact[1:].tolist() == [0.5, 0]
+    assert exact[0].isnan()
 
 
 def test_query_losses_are_those_of_the_model():

@@ -43,7 +43,7 @@ def answer(root: Path, family: str, workers: int, rank: int) -> None:
         found = influence_scores(model, factors, queries, train, **options)
         answers[name] = {
             "scores": found.scores,
-            "nats": found.nats,
+            "shares": found.shares,
             "losses": found.query_losses,
             "top": [end.columns.tolist() for end in found.top],
             "num_scans": found.num_scans,

@@ -63,6 +63,8 @@ class Made:
         prompt: Of every query.
         completion: Of every query.
         model: Name of the model.
+        training_size: As in the manifest; None: no nats.
+        loss: −log p of the first query; of each further one 1 more.
     """
 
     num_queries: int = 2
@@ -78,6 +80,8 @@ class Made:
     prompt: str = "The tower was built in"
     completion: str = " Paris"
     model: str = "tiny"
+    training_size: int | None = None
+    loss: float = 1.25
 
     def write(self, path: Path) -> Path:
         torch.manual_seed(0)
@@ -107,7 +111,11 @@ class Made:
 
     def nats(self, query: int, index: int) -> float:
         scale = 0.5 if self.normalize != "none" else 1.0
-        return float(self.scores_QN[query, index]) * scale / self.num_sequences
+        return float(self.scores_QN[query, index]) * scale / self.training_size
+
+    def share(self, query: int, index: int) -> float:
+        score, row = self.scores_QN[query, index].double(), self.scores_QN[query].double()
+        return float(score / row[row.sign() == score.sign()].abs().sum())
 
     def _query(self, query: int) -> dict:
         member = {
@@ -115,7 +123,7 @@ class Made:
             "completion": self.completion,
             "tokens": [*self.prompt.split(), self.completion],
             "is_label": [False] * len(self.prompt.split()) + [True],
-            "nats": 1.25 + query,
+            "nats": self.loss + query,
         }
         number = 3 if self.group else 1
         members = [{"line": query * number + k + 1, **member} for k in range(number)]
@@ -127,7 +135,13 @@ class Made:
             for rank, index in enumerate(indices, start=1):
                 score = float(self.scores_QN[query, index])
                 line = {"query": query, "rank": rank, "index": index, "score": score}
-                line |= {"nats": self.nats(query, index), "text": "".join(self.sequences[index])}
+                line |= {"share": self.share(query, index), "nats": None}
+                line |= {"text": "".join(self.sequences[index])}
+                if self.training_size is not None:
+                    line["nats"] = self.nats(query, index)
+                    members = 3 if self.group else 1
+                    if line["nats"] > members * (self.loss + query):
+                        line["note"] = "too far for first order"
                 lines.append(line | ({"scan_score": 0.9 * score} if self.rescored else {}))
         return lines
 
@@ -199,10 +213,11 @@ class Made:
             "scores": {
                 "sign": "Positive: more of this sequence in the training data makes the query's "
                 "completion more likely.",
-                "scale": "A score is ∇log p(query)ᵀ (F + λ)⁻¹ ∇log p(sequence); divided by the "
-                "training set's size it is in nats.",
+                "scale": "A score is ∇log p(query)ᵀ (F + λ)⁻¹ ∇log p(sequence); summed over "
+                "modules.",
+                "share": "score / sum of |scores| of all sequences with the same sign",
                 "normalize": self.normalize,
-                "training_size": self.num_sequences,
+                "training_size": self.training_size,
             },
             "damping": {
                 "kind": "relative",

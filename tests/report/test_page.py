@@ -134,7 +134,7 @@ def test_the_islands_hold_the_results_numbers(report):
         for name, wanted in (("top", made.top[q]), ("bottom", made.bottom[q])):
             assert query[name]["index"] == wanted
             assert query[name]["score"] == made.scores_QN[q, wanted].tolist()
-            assert query[name]["nats"] == [made.nats(q, i) for i in wanted]
+            assert query[name]["share"] == [made.share(q, i) for i in wanted]
             assert [made.pairs[p] for p in query[name]["pair"]] == [(q, i) for i in wanted]
         assert query["members"][0]["completion"] == " Paris"
     assert data["sequences"] == {str(i): tokens for i, tokens in made.sequences.items()}
@@ -160,13 +160,55 @@ def test_the_manifests_meaning_stands_at_the_top(report):
         "cosine",
         "of rank 32; scored again exactly: 20 at either end and 20 spread over the data",
         "more of this sequence in the training data makes the query's completion more likely",
-        "in nats",
+        "score / sum of |scores|",
     ):
         assert words in top
     assert page.data["normalize"] == "cosine"
     assert page.data["queries"][0]["top"]["scan_score"] is not None
     assert page.data["queries"][0]["spearman"] == 0.987
     assert page.data["scan_rank"] == 32
+
+
+def test_without_a_training_size_no_nats_are_shown(report):
+    _, page = report(num_queries=1)
+    assert page.data["training_size"] is None
+    assert [page.data["queries"][0][name]["nats"] for name in ("top", "bottom")] == [None, None]
+    assert "nats" not in page.text.lower()
+    assert "Training size" not in page.text
+
+
+def test_with_one_they_are_of_first_order_and_what_cannot_be_has_a_note(report):
+    made, page = report(num_queries=1, training_size=1000)
+    (query,) = page.data["queries"]
+    for name, wanted in (("top", made.top[0]), ("bottom", made.bottom[0])):
+        nats = [made.nats(0, i) for i in wanted]
+        assert query[name]["nats"] == nats
+        assert [note is not None for note in query[name]["note"]] == [one > 1.25 for one in nats]
+    assert "Nats, first order" in page.text
+    assert re.search(r"Training size\s*1,000", page.text)
+
+
+def test_the_strongest_of_a_sequence_are_the_tokens_with_the_largest_sum(report):
+    pieces = ["a", "狐", "", "", "b", "c"] * 4
+    made, page = report(num_queries=1, tokens=dict.fromkeys(range(60), pieces))
+    starts = [t for t, text in enumerate(pieces[:-1]) if text]
+    for p, pair in enumerate(page.data["pairs"]):
+        scores = page.pair(p)[0].astype(np.float64)
+        sums = {
+            start: abs(scores[start : start + (3 if pieces[start] == "狐" else 1)].sum())
+            for start in starts
+        }
+        assert sums[pair["strongest"]] == pytest.approx(max(sums.values()))
+    assert page.data["sequences"][str(made.top[0][0])] == pieces
+
+
+def test_no_character_of_the_data_reorders_the_page_or_acts_in_it(report):
+    text = "\u202eevil\u2066\x1b[31m\x00"
+    _, page = report(num_queries=1, model=text, group=text, prompt=text)
+    own = page.html
+    for character in text:
+        assert character.isprintable() or character not in own, repr(character)
+    assert "Influence on U+202EevilU+2066␛[31m␀" in page.text
 
 
 def test_without_details_the_lists_are_there_without_token_scores(report):

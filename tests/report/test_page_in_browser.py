@@ -96,7 +96,7 @@ def fits(page):
 
 
 def test_a_pointer_chooses_a_query_a_sequence_and_a_token(opened):
-    made = Made(num_queries=3)
+    made = Made(num_queries=3, training_size=60)
     page = opened(made)
     page.select_option("#query-select", "2")
     page.locator("#list-bottom").click()
@@ -105,7 +105,9 @@ def test_a_pointer_chooses_a_query_a_sequence_and_a_token(opened):
     assert page.locator("#sequence-title").inner_text() == f"Sequence #{index}"
     seen = facts(page, "#sequence-facts")
     assert number(seen["Score"]) == pytest.approx(float(made.scores_QN[2, index]), rel=1e-3)
-    assert number(seen["Nats"]) == pytest.approx(made.nats(2, index), rel=1e-3)
+    assert number(seen["Nats, first order"]) == pytest.approx(made.nats(2, index), rel=1e-3)
+    share = number(seen["Share of all negative scores"].rstrip(" %")) / 100
+    assert share == pytest.approx(made.share(2, index), rel=1e-2)
     page.locator("#token-3").hover()
     seen = facts(page, "#tooltip")
     assert number(seen["Score"]) == pytest.approx(token_score(made, 2, index, 3), rel=1e-3)
@@ -303,6 +305,99 @@ def test_an_address_of_nothing_opens_the_first_query(opened, address):
     assert page.locator("#query-select").input_value() == "0"
 
 
+# -- shares and nats -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalize", ["none", "cosine"])
+def test_without_a_training_size_there_is_no_word_of_nats(opened, normalize):
+    made = Made(num_queries=1, normalize=normalize)
+    page = opened(made)
+    page.locator("#token-3").hover()
+    seen = [facts(page, "#tooltip")]
+    page.locator("#bar-2").hover()
+    seen.append(facts(page, "#tooltip"))
+    page.locator("#map canvas").hover()
+    seen.append(facts(page, "#tooltip"))
+    assert all(not any("nats" in name.lower() for name in some) for some in seen)
+    page.locator("summary").click()
+    assert "nats" not in page.locator("body").inner_text().lower()
+    shares = page.locator("#canvas-rows .share").all_inner_texts()
+    found = [number(share.rstrip(" %")) / 100 for share in shares]
+    assert found == pytest.approx([made.share(0, i) for i in made.top[0]], rel=1e-2)
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_nats_that_cannot_be_are_marked_and_say_why(opened, viewport):
+    made = Made(num_queries=1, training_size=60, loss=4.0)
+    page = opened(made, viewport)
+    assert fits(page)
+    beyond = [made.nats(0, i) > 4 for i in made.top[0]]
+    assert {True, False} == set(beyond)
+    rows = page.locator("#canvas-rows .row")
+    for place, wanted in enumerate(beyond):
+        mark = rows.nth(place).locator(".beyond")
+        assert mark.count() == wanted
+        if wanted:
+            assert mark.get_attribute("title") == "too far for first order"
+        page.evaluate(f"document.querySelector('#row-{place}').click()")
+        note = page.locator("#sequence-note")
+        assert note.is_visible() == wanted
+        assert not wanted or note.inner_text() == "Nats: too far for first order."
+        if viewport is PHONE:
+            page.go_back()
+
+
+# -- text of any script ----------------------------------------------------------------------------
+
+
+def test_tokens_that_are_read_together_are_one_piece(opened):
+    pieces = [
+        "Ο",
+        " λ",
+        "",
+        "敏",
+        "",
+        "",
+        "捷",
+        "",
+        "",
+        "👩🏿\u200d🚀",
+        *[""] * 10,
+        "ab",
+        " c",
+        "�",
+    ]
+    made = Made(num_queries=1, tokens=dict.fromkeys(range(60), pieces))
+    page = opened(made)
+    index = made.top[0][0]
+    shown = page.locator("#tokens .token")
+    assert shown.all_inner_texts() == [piece for piece in pieces if piece]
+    page.locator("#token-3").hover()
+    seen = facts(page, "#tooltip")
+    total = sum(token_score(made, 0, index, t) for t in (3, 4, 5))
+    assert number(seen["Score"]) == pytest.approx(total, rel=1e-3)
+    assert seen["Read together"] == "3 tokens, scores summed"
+    assert (seen["Predicts"], seen["Position"]) == ("捷", "3 to 5 of 22")
+    page.locator("#token-9").hover()
+    assert facts(page, "#tooltip")["Read together"] == "11 tokens, scores summed"
+    page.locator("#tokens").focus()
+    for key in ("Home", "ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft"):
+        page.keyboard.press(key)
+    assert page.locator(".token.active").get_attribute("id") == "token-3"
+    page.keyboard.press("End")
+    assert facts(page, "#tooltip")["Score"] == "none: the last token predicts nothing"
+    box = page.locator("#map canvas").bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 4.5 / 22, box["y"] + 3)
+    seen = facts(page, "#tooltip")
+    assert (seen["Token"], seen["Predicts"]) == ("2 of 3 read together", "敏")
+    assert page.locator("#tooltip .quoted").inner_text() == "敏"
+    assert page.locator(".token.active").get_attribute("id") == "token-3"
+    page.fill("#filter", "敏捷👩🏿\u200d🚀")
+    assert page.locator("#canvas-rows .row").count() == 8
+    excerpt = page.locator("#row-0 .excerpt").inner_text()
+    assert "Ο λ敏捷👩🏿\u200d🚀ab c" in excerpt.replace("\n", "")
+
+
 # -- what results can be ---------------------------------------------------------------------------
 
 
@@ -316,6 +411,8 @@ def test_hostile_text_is_shown_as_text(opened):
     assert seen == "</script><img src=x onerror=alert(1)>U+202E␀"
     assert page.locator("#token-1 .mark").inner_text() == "↵"
     assert page.locator("#token-2 .mark").inner_text() == "→"
+    assert page.locator("#query .group").inner_text().startswith(f"Group “{seen}”")
+    assert f"group {seen}" in page.locator("#query-select option").first.inner_text()
     assert "blank" in page.locator("#token-3").get_attribute("class")
 
 

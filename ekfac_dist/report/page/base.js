@@ -42,6 +42,13 @@ function unsigned(size, digits = 4) {
 const percent = (share) =>
   share > 0 && share < 1e-4 ? "< 0.01 %" : `${Number((100 * share).toPrecision(3))} %`;
 
+// A share with its score's sign; a dash where there is none.
+function signedShare(share) {
+  if (share === null) return "–";
+  const size = percent(Math.abs(share));
+  return share === 0 || size.startsWith("<") ? size : `${share > 0 ? "+" : "−"}${size}`;
+}
+
 const plural = (number, word) => `${grouped.format(number)} ${word}${number === 1 ? "" : "s"}`;
 
 // Characters that would not be seen, or that would reorder what is: line ends, tabs, controls,

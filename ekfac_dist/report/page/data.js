@@ -2,6 +2,8 @@
 
 const data = JSON.parse(byId("data").textContent);
 const arrays = byId("arrays").textContent;
+for (const names of ["layers", "modules"]) data[names] = data[names].map(spelled);
+const inNats = data.training_size !== null;
 const decoded = new Map();
 const KEPT_DECODED = 16;
 
@@ -34,6 +36,17 @@ function detailsOf(pair) {
   decoded.set(pair, details);
   if (decoded.size > KEPT_DECODED) decoded.delete(decoded.keys().next().value);
   return details;
+}
+
+// Tokens that can be read only together are a run: its text stands at the first, "" at the others.
+// The first token of each run, and the run of each token.
+function runsOf(tokens) {
+  const starts = [];
+  const of = tokens.map((text, t) => {
+    if (text !== "" || t === 0) starts.push(t);
+    return starts.length - 1;
+  });
+  return { starts, of };
 }
 
 // A layer's name without what all of them begin with: model.layers.11 is 11.

@@ -100,15 +100,15 @@ const layers = {
     this.axis.replaceChildren(...ticks);
   },
 
-  // Frames a cell, or a whole column where no layer is given.
-  mark(layer, token) {
+  // Frames a cell, or so many whole columns where no layer is given.
+  mark(layer, token, number = 1) {
     this.cross.hidden = token === null || token >= sequence.tokens.length - 1;
     if (this.cross.hidden) return;
     const positions = sequence.tokens.length - 1;
     const style = this.cross.style;
     const width = this.map.clientWidth / positions;
     style.left = `${token * width}px`;
-    style.width = `${Math.max(2, width)}px`;
+    style.width = `${Math.max(2, width * Math.min(number, positions - token))}px`;
     style.top = layer === null ? "0" : `${layer * this.rowHeight}px`;
     style.height = `${(layer === null ? data.layers.length : 1) * this.rowHeight}px`;
   },
@@ -117,22 +117,24 @@ const layers = {
     this.cell = [layer, token];
     sequence.box.querySelector(".active")?.classList.remove("active");
     sequence.active = token;
-    sequence.box.children[token].classList.add("active");
+    sequence.node(token).classList.add("active");
     this.mark(layer, token);
     const value = sequence.details.at(layer, token);
+    const [start, end] = [sequence.start(token), sequence.end(token)];
     const lines = [
       ["Layer", shortNames[layer]],
       ["Score", signed(value, 2)],
-      ["Nats", signed(value * sequence.toNats, 2)],
-      ["Predicts", spelled(brief(sequence.tokens[token + 1]))],
+      sequence.inNats(value, 2),
+      ["Predicts", spelled(brief(sequence.text(token + 1)))],
+      end - start > 1 ? ["Token", `${token - start + 1} of ${end - start} read together`] : null,
       ["Position", String(token)],
-    ];
+    ].filter((line) => line);
     tooltip.show(
       () => this.cross.getBoundingClientRect(),
-      make("p", { class: "quoted" }, ...visible(brief(sequence.tokens[token]), true)),
+      make("p", { class: "quoted" }, ...visible(brief(sequence.text(token)), true)),
       make("dl", {}, ...facts(...lines))
     );
-    const named = ["Token", spelled(brief(sequence.tokens[token]))];
+    const named = ["Token", spelled(brief(sequence.text(token)))];
     return [named, ...lines].map((line) => line.join(" ")).join(", ");
   },
 
@@ -152,7 +154,7 @@ const layers = {
       () => row.getBoundingClientRect(),
       make("p", {}, data.layers[layer]),
       make("dl", {}, ...facts(["Score", signed(score)],
-        ["Nats", signed(score * sequence.toNats, 3)], ...modules))
+        sequence.inNats(score), ...modules))
     );
   },
 

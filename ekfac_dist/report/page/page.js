@@ -13,7 +13,7 @@ const listNow = () => queryNow()[state.list];
 
 function titleOf(query, number) {
   const [first] = query.members;
-  if (query.group !== null) return `${number + 1} · group ${query.group}`;
+  if (query.group !== null) return `${number + 1} · group ${spelled(query.group)}`;
   const { prompt, completion } = first;
   const before = prompt.length > 48 ? `…${prompt.slice(-48)}` : prompt;
   const after = completion.length > 60 ? `${completion.slice(0, 60)}…` : completion;
@@ -30,8 +30,8 @@ function memberNode({ prompt, completion, tokens, is_label: isLabel, nats, line 
       prompt === "" ? null : make("span", { class: "prompt" }, ...visible(prompt)),
       make("span", { class: "completion" }, ...visible(completion))),
     make("p", { class: "note" },
-      `Line ${line}: ${plural(tokens.length, "token")}, ${grouped.format(labels)} of them predicted ` +
-      `at a loss of ${unsigned(nats)} nats${each}.`)
+      `Line ${line}: ${plural(tokens.length, "token")}, ${grouped.format(labels)} of them predicted; ` +
+      `−log p = ${unsigned(nats)}${each}.`)
   );
 }
 
@@ -40,7 +40,7 @@ function drawQuery() {
   const members = query.members.map(memberNode);
   const group = query.members.length > 1 || query.group !== null;
   const head = group
-    ? `${query.group === null ? "A group" : `Group “${query.group}”`}: the gradients of ` +
+    ? `${query.group === null ? "A group" : `Group “${spelled(query.group)}”`}: the gradients of ` +
       `${grouped.format(query.members.length)} queries, summed`
     : null;
   const rest = members.slice(SHOWN_MEMBERS);

@@ -72,7 +72,7 @@ const ranking = {
   },
 
   row(place, line) {
-    const { index, score, nats, pair } = this.list;
+    const { index, score, share, nats, note, pair } = this.list;
     const detail = pair[place] === null ? null : data.pairs[pair[place]];
     const cell = (name, ...content) => make("span", { class: name, role: "gridcell" }, ...content);
     const measure = make("span", { class: `measure ${score[place] < 0 ? "minus" : "plus"}` });
@@ -89,7 +89,8 @@ const ranking = {
       },
       cell("rank", String(place + 1)),
       cell("score", measure, make("span", {}, signed(score[place]))),
-      cell("nats", signed(nats[place], 3)),
+      cell("share", signedShare(share[place])),
+      inNats ? cell("nats", signed(nats[place], 3), beyond(note[place])) : null,
       cell("which", detail && detail.few ? badge(detail) : null, `#${index[place]}`),
       cell("excerpt", ...excerpt(data.sequences[index[place]], detail))
     );
@@ -130,6 +131,9 @@ const ranking = {
 const badge = ({ carriers }) =>
   make("span", { class: "badge", title: `${plural(carriers, "token")} hold ${percent(data.carried)} of it` },
     plural(carriers, "token"));
+
+// The mark of a value in nats that cannot be.
+const beyond = (note) => (note === null ? null : make("span", { class: "beyond", title: note }, " !"));
 
 // A piece of the text around its strongest token, or its beginning.
 function excerpt(tokens, detail) {

@@ -3,18 +3,24 @@
 const sequence = {
   box: byId("tokens"),
   tokens: [],
+  runs: { starts: [], of: [] },
   details: null,
   layer: null, // colours the tokens; null is all layers together
   active: -1, // the token that the keyboard or the pointer is at
-  toNats: 0, // nats per unit of score
+  toNats: null, // nats per unit of score, where the training set's size is known
 
   show(list, place, positive) {
     const index = list.index[place];
     const pair = list.pair[place];
-    const [score, nats] = [list.score[place], list.nats[place]];
+    const score = list.score[place];
+    const nats = inNats ? list.nats[place] : null;
     this.tokens = data.sequences[index];
+    this.runs = runsOf(this.tokens);
     this.details = detailsOf(pair);
-    this.toNats = data.normalize !== "none" && score ? nats / score : 1 / data.training_size;
+    this.toNats = null;
+    if (inNats) {
+      this.toNats = data.normalize !== "none" && score ? nats / score : 1 / data.training_size;
+    }
     this.active = -1;
     tooltip.hide();
     byId("sequence-title").textContent = `Sequence #${index}`;
@@ -22,12 +28,15 @@ const sequence = {
       ...facts(
         ["Rank", `${place + 1} of the ${list.index.length} most ${positive ? "positive" : "negative"}`],
         [scoreName, signed(score)],
-        ["Nats", signed(nats)],
+        [`Share of all ${score < 0 ? "negative" : "positive"} scores`, signedShare(list.share[place])],
+        inNats ? ["Nats, first order", signed(nats)] : null,
         list.scan_score ? ["Score in the scan", signed(list.scan_score[place])] : null,
         ["Tokens", grouped.format(this.tokens.length)],
         this.details ? [`${percent(data.carried)} held by`, carriers(data.pairs[pair])] : null
       )
     );
+    byId("sequence-note").hidden = list.note[place] === null;
+    byId("sequence-note").textContent = list.note[place] === null ? "" : `Nats: ${list.note[place]}.`;
     this.flag(pair);
     byId("layers").hidden = !this.details;
     for (const node of document.querySelectorAll(".tools label, #legend")) {
@@ -36,6 +45,28 @@ const sequence = {
     this.write();
     this.paint();
     layers.show();
+  },
+
+  // A score in nats, as a fact; null where the run has none.
+  inNats(score, digits = 3) {
+    return inNats ? ["Nats, first order", signed(score * this.toNats, digits)] : null;
+  },
+
+  // The run of a token: its first one, the first one after it, its text and its node.
+  start(t) {
+    return this.runs.starts[this.runs.of[t]];
+  },
+
+  end(t) {
+    return this.runs.starts[this.runs.of[t] + 1] ?? this.tokens.length;
+  },
+
+  text(t) {
+    return this.tokens[this.start(t)];
+  },
+
+  node(t) {
+    return this.box.children[this.runs.of[t]];
   },
 
   flag(pair) {
@@ -57,7 +88,8 @@ const sequence = {
   write() {
     const last = this.tokens.length - 1;
     this.box.replaceChildren(
-      ...this.tokens.map((text, t) => {
+      ...this.runs.starts.map((t) => {
+        const text = this.tokens[t];
         const blank = /^ +$/.test(text);
         const kind = t === last && this.details ? "token last" : blank ? "token blank" : "token";
         const attributes = { class: kind, "data-t": t };
@@ -72,23 +104,24 @@ const sequence = {
         "which tokens and layers its score comes from.";
   },
 
-  value(t) {
-    return this.layer === null ? this.details.tokens[t] : this.details.at(this.layer, t);
+  // The score of the run that begins there.
+  value(start) {
+    let sum = 0;
+    for (let t = start; t < Math.min(this.end(start), this.tokens.length - 1); t += 1) {
+      sum += this.layer === null ? this.details.tokens[t] : this.details.at(this.layer, t);
+    }
+    return sum;
   },
 
   limit() {
-    let most = 0;
-    for (let t = 0; t < this.tokens.length - 1; t += 1) {
-      most = Math.max(most, Math.abs(this.value(t)));
-    }
-    return most;
+    return largest(this.runs.starts.map((t) => this.value(t)));
   },
 
   paint() {
     if (!this.details) return;
     const limit = this.limit();
-    for (let t = 0; t < this.tokens.length - 1; t += 1) {
-      this.box.children[t].style.backgroundColor = colour.css(this.value(t), limit);
+    for (const t of this.runs.starts) {
+      this.node(t).style.backgroundColor = colour.css(this.value(t), limit);
     }
     const ticks = [-1, -0.5, 0, 0.5, 1].map((depth) => {
       const tick = make("span", {}, signed(colour.valueAt(depth, limit), 2));
@@ -103,11 +136,12 @@ const sequence = {
     );
   },
 
-  // Points at a token: the tooltip beside it, its column in the layers' map.
-  point(t) {
+  // Points at a token's run: the tooltip beside it, its columns in the layers' map.
+  point(token) {
     this.unpoint();
-    if (!this.details || t < 0 || t >= this.tokens.length) return;
-    const node = this.box.children[t];
+    if (!this.details || token < 0 || token >= this.tokens.length) return;
+    const t = this.start(token);
+    const node = this.node(t);
     this.active = t;
     node.classList.add("active");
     this.box.setAttribute("aria-activedescendant", node.id);
@@ -118,13 +152,15 @@ const sequence = {
       make("p", { class: "quoted" }, ...visible(brief(this.tokens[t]), true)),
       make("dl", {}, ...facts(...lines.slice(1)))
     );
-    layers.mark(null, t);
+    layers.mark(null, t, this.end(t) - t);
   },
 
   lines(t) {
     const last = this.tokens.length - 1;
-    const name = ["Token", spelled(brief(this.tokens[t]))];
-    const where = ["Position", `${t} of ${last}`];
+    const end = this.end(t);
+    const many = end - t > 1;
+    const name = [many ? "Tokens" : "Token", spelled(brief(this.tokens[t]))];
+    const where = ["Position", `${many ? `${t} to ${end - 1}` : t} of ${last}`];
     if (t === last) return [name, where, ["Score", "none: the last token predicts nothing"]];
     const value = this.value(t);
     const all = this.details.tokens.reduce((sum, one) => sum + Math.abs(one), 0);
@@ -132,15 +168,16 @@ const sequence = {
       name,
       [this.layer === null ? "Score" : `Layer ${shortNames[this.layer]}`,
         signed(value, this.layer === null ? 4 : 2)],
-      ["Nats", signed(value * this.toNats, 3)],
+      this.inNats(value),
       this.layer === null ? ["Of all |scores|", percent(all ? Math.abs(value) / all : 0)] : null,
-      ["Predicts", spelled(brief(this.tokens[t + 1]))],
+      end > last ? null : ["Predicts", spelled(brief(this.tokens[end]))],
+      many ? ["Read together", `${plural(end - t, "token")}, scores summed`] : null,
       where,
     ].filter((line) => line);
   },
 
   unpoint() {
-    if (this.active >= 0) this.box.children[this.active]?.classList.remove("active");
+    if (this.active >= 0) this.node(this.active)?.classList.remove("active");
     this.active = -1;
     this.box.removeAttribute("aria-activedescendant");
     tooltip.hide();
@@ -152,21 +189,22 @@ const sequence = {
     if (!this.details) return;
     if (document.activeElement !== this.box) this.box.focus({ preventScroll: true });
     this.point(Math.max(0, Math.min(this.tokens.length - 1, t)));
-    this.box.children[this.active].scrollIntoView({ block: "nearest" });
+    this.node(this.active).scrollIntoView({ block: "nearest" });
     tooltip.move();
   },
 
-  // The token nearest above (-1) or below (1) the active one.
+  // The run nearest above (-1) or below (1) the active one, by its first token.
   nextLine(step) {
-    const from = this.box.children[this.active].getClientRects()[0];
+    const from = this.node(this.active).getClientRects()[0];
+    const { starts, of } = this.runs;
     let [best, line, distance] = [this.active, null, Infinity];
-    for (let t = this.active + step; t >= 0 && t < this.tokens.length; t += step) {
-      const at = this.box.children[t].getClientRects()[0];
+    for (let run = of[this.active] + step; run >= 0 && run < starts.length; run += step) {
+      const at = this.box.children[run].getClientRects()[0];
       if (!at || Math.abs(at.top - from.top) < from.height / 2) continue;
       if (line !== null && Math.abs(at.top - line) > from.height / 2) break;
       line = at.top;
       if (Math.abs(at.left - from.left) < distance) {
-        [best, distance] = [t, Math.abs(at.left - from.left)];
+        [best, distance] = [starts[run], Math.abs(at.left - from.left)];
       }
     }
     return best;
@@ -197,7 +235,7 @@ sequence.box.addEventListener("keydown", (event) => {
   if (!sequence.details || event.ctrlKey || event.metaKey || event.altKey) return;
   const t = sequence.active;
   const moves = {
-    ArrowRight: () => t + 1,
+    ArrowRight: () => (t < 0 ? 0 : sequence.end(t)),
     ArrowLeft: () => t - 1,
     ArrowDown: () => (t < 0 ? 0 : sequence.nextLine(1)),
     ArrowUp: () => (t < 0 ? 0 : sequence.nextLine(-1)),

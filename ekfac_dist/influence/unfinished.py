@@ -71,7 +71,7 @@ class UnfinishedResults:
     ) -> None:
         self.path = Path(path)
         self.pieces: dict[str, dict[str, Any]] = {}
-        self._is_own = False
+        self._is_own = False  # whether it may be emptied
         self._made = [one for one in (self.path, *self.path.parents) if not one.exists()]
         check_output(self.path, config)
         make_directory(self.path)
@@ -87,7 +87,7 @@ class UnfinishedResults:
         manifest = _unfinished_manifest(self.path)
         if manifest is not None:
             require_same_beginning(self.path, manifest.get("begins"), begins, advice=_ADVICE)
-        self._is_own = True
+        self._is_own = manifest is None
         if manifest is None:
             write_manifest(self.path, {"complete": False, "config": config, "begins": begins})
         for file in _RESULTS:  # of a run that failed while it wrote them
@@ -96,6 +96,7 @@ class UnfinishedResults:
         for record in self._journal.records:
             listed = {key: record[key] for key in ("bytes", "sha256")}
             self.pieces[record["piece"]] = listed
+        self._is_own = True
 
     def keep_whole(self, on_bytes: Callable[[int], None]) -> list[str]:
         """Compares every piece with its checksum, and gives up those that have changed.

@@ -144,13 +144,16 @@ def query(arguments: list[str]) -> int:
     def work(config: QueryConfig, world: "World", say: Callable[[str], None]) -> str:
         from ekfac_dist.influence.run import run_query
         from ekfac_dist.report.answers import answer_tables
+        from ekfac_dist.runtime import preemption
 
+        preemption.install()
         run_query(config, world, say)
         return answer_tables(str(config.output)) if world.is_main else ""
 
     parser = _parser(
         "query --factors STORE --queries FILE --output DIRECTORY [--FIELD VALUE …]",
-        "Scores training sequences for queries: which of them make a completion more likely.",
+        "Scores training sequences for queries: which of them make a completion more likely. An "
+        "unfinished run in its output goes on if all is the same.",
     )
     return _work(parser, QueryConfig, arguments, work)
 

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -43,13 +43,20 @@ def content(store: Path) -> dict[str, bytes]:
 
 @contextmanager
 def running(
-    root: Path, output: Path, workers: int = 2, env: Mapping[str, str] | None = None
+    root: Path,
+    output: Path,
+    workers: int = 2,
+    env: Mapping[str, str] | None = None,
+    given: Sequence[str | Path] | None = None,
 ) -> Iterator[subprocess.Popen[str]]:
-    """A run that has just been started; whatever is left of it at the end is killed."""
+    """A run that has just been started; whatever is left of it at the end is killed.
+
+    It is of `given`, or the fit of `arguments`.
+    """
     launcher = cpu_launcher_config(root / f"{workers}.yaml", workers)
     command = [sys.executable, "-m", "ekfac_dist", "launch", "--config_file", str(launcher)]
     with subprocess.Popen(
-        [*command, *map(str, arguments(root, output))],
+        [*command, *map(str, given or arguments(root, output))],
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

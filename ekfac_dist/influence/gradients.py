@@ -25,12 +25,15 @@ from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.models.rotary import equal_lengths_above
 from ekfac_dist.models.tasks import CAUSAL_LM, Task
 from ekfac_dist.runtime.processes import World
+from ekfac_dist.stages.checkpoints import PassState
 from ekfac_dist.stages.factors import Factors, ModuleFactors
 from ekfac_dist.stages.passes import Work, run_pass
 
 # Influence is of the labels that the data has, whichever the Fisher was fitted with.
 DATA_LABELS = LabelRule("data", 0, COVARIANCE_PASS)
 OVERFLOW_ADVICE = "Use model.dtype: float64"
+# What is stored, in words, when SIGTERM ends a pass.
+STORED = "blocks of queries that are finished are stored"
 
 
 @dataclass(frozen=True)
@@ -203,10 +206,11 @@ def prepare(
     observer = _QueryGradients(setting, queries, list(rows), rank)
     # A view of this block alone, so that rates and losses are of it.
     position = {number: k for k, number in enumerate(members)}
+    positions = [[position[number] for number in batch] for batch in batches]
     work = Work(
         setting.model,
         queries.sequences.take(members),
-        [[position[number] for number in batch] for batch in batches],
+        positions,
         world,
         setting.dtype,
         setting.show_progress,
@@ -214,7 +218,8 @@ def prepare(
         wider=OVERFLOW_ADVICE,
         task=setting.task,
     )
-    run_pass(name, work, setting.modules, observer, DATA_LABELS, observer.on_loss)
+    state = PassState(positions, STORED)
+    run_pass(name, work, setting.modules, observer, DATA_LABELS, observer.on_loss, state=state)
     losses = observer.losses.tolist()
     return PreparedQueries(
         list(rows), observer.gradients, observer.self_influence, {n: losses[n] for n in members}

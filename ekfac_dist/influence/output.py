@@ -99,11 +99,11 @@ def share_in_words(scores: InfluenceScores) -> str:
     )
 
 
-def write_answer(output: str, answer: Answer, rows: Dataset) -> None:
+def write_answer(writer: ResultsWriter, answer: Answer, rows: Dataset) -> None:
     """Writes a whole directory of results.
 
     Args:
-        output: The directory, new or empty.
+        writer: Takes them.
         answer: The answer.
         rows: The training data's rows, for their texts.
 
@@ -111,7 +111,6 @@ def write_answer(output: str, answer: Answer, rows: Dataset) -> None:
         OutputError: It cannot be written.
     """
     scores = answer.scores
-    writer = ResultsWriter(output)
     writer.lines(results.QUERIES, _query_lines(answer))
     writer.tensors(results.SCORES, _tensors(scores))
     texts = _Texts(answer, rows)

@@ -32,6 +32,7 @@ order.
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -43,6 +44,7 @@ from torch import Tensor
 
 from ekfac_dist.errors import OutputError, StoreError, first_line
 from ekfac_dist.runtime.files import file_sha256, safetensors_parts, write_listed, write_whole
+from ekfac_dist.runtime.lock import LOCK, require_unlocked
 
 FORMAT = "ekfac_dist/scores/1"
 MANIFEST = "manifest.json"
@@ -61,19 +63,18 @@ class ResultsWriter:
 
     Args:
         path: The directory, new or empty.
+        is_begun: Whether the directory is this run's already; see `unfinished`.
 
     Raises:
         OutputError: It cannot be made, or holds anything.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, is_begun: bool = False) -> None:
         self.path = Path(path)
         self._files: dict[str, dict[str, Any]] = {}
-        check_new(self.path)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _cannot_be_made(self.path, error) from error
+        if not is_begun:
+            check_new(self.path)
+            make_directory(self.path)
 
     def tensors(self, file: str, tensors: Mapping[str, Tensor]) -> None:
         """Writes one safetensors file."""
@@ -89,8 +90,7 @@ class ResultsWriter:
         Args:
             manifest: Every entry but format, complete and files.
         """
-        whole = {"format": FORMAT, "complete": True, **manifest, "files": self._files}
-        write_whole(self.path / MANIFEST, [_json(whole, indent=1).encode(), b"\n"])
+        write_manifest(self.path, {"complete": True, **manifest, "files": self._files})
 
     def _write(self, file: str, parts: list[bytes | memoryview]) -> None:
         self._files[file] = write_listed(self.path / file, parts)
@@ -129,7 +129,10 @@ class ResultsReader:
                 "`query` run."
             )
         if manifest.get("complete") is not True:
-            raise StoreError(f"{path} is incomplete: its run did not finish. {_MEND}")
+            raise StoreError(
+                f"{path} is incomplete: its run did not finish. Run the same `query` again, which "
+                "goes on from what is done."
+            )
         self.manifest: dict[str, Any] = manifest
         files = manifest.get("files")
         if not isinstance(files, dict):
@@ -172,11 +175,38 @@ class ResultsReader:
         return self.path / file
 
 
-def check_new(path: str | Path) -> None:
-    """Refuses an output directory that holds anything or cannot be made; leaves nothing.
+def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes the manifest of results, finished or not.
+
+    Args:
+        path: Their directory.
+        manifest: Every entry but format.
+    """
+    whole = {"format": FORMAT, **manifest}
+    write_whole(path / MANIFEST, [_json(whole, indent=1).encode(), b"\n"])
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory, and those above it.
 
     Raises:
-        OutputError: It exists and is not empty, or cannot be written.
+        OutputError: It cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_be_made(path, error) from error
+
+
+def check_new(path: str | Path, *, own: bool = False) -> None:
+    """Refuses an output directory that holds anything or cannot be made; leaves nothing.
+
+    Args:
+        path: The directory.
+        own: Whether this process holds its lock.
+
+    Raises:
+        OutputError: It exists and is not empty, or cannot be written, or a run is writing it.
     """
     path = Path(path)
     if os.path.lexists(path):
@@ -184,7 +214,12 @@ def check_new(path: str | Path) -> None:
             raise OutputError(f"output {path} exists and is no directory; give another.")
         if not os.access(path, os.W_OK | os.X_OK):
             raise OutputError(f"output {path} cannot be written; give another directory.")
-        entries = [entry.name for entry in path.iterdir()]
+        # A run that was killed before its manifest was in place leaves nothing else.
+        false_start = re.compile(rf"{re.escape(LOCK)}|\.{re.escape(MANIFEST)}\..*\.tmp")
+        names = [entry.name for entry in path.iterdir()]
+        entries = [name for name in names if not false_start.fullmatch(name)]
+        if not own and len(entries) < len(names):
+            require_unlocked(path)
         if entries:
             raise OutputError(
                 f"output {path} exists already (it holds {sorted(entries)[0]}); give a directory "

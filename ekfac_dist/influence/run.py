@@ -25,13 +25,15 @@ from ekfac_dist.influence.queries import (
     read_queries,
     tokenize_queries,
 )
-from ekfac_dist.influence.results import check_new
+from ekfac_dist.influence.saved_blocks import beginning, opened_results
 from ekfac_dist.influence.scores import InfluenceScores
 from ekfac_dist.influence.scoring import compute_scores, list_lengths
+from ekfac_dist.influence.unfinished import check_output
 from ekfac_dist.models.capture import prepared
 from ekfac_dist.models.loading import context_length, load_tokenizer
 from ekfac_dist.models.modules import device_of
 from ekfac_dist.models.tasks import CAUSAL_LM, CausalLM, Task, require_task
+from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.heartbeat import heartbeat
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.terminal import show
@@ -42,7 +44,7 @@ from ekfac_dist.stages.reload import check_model, load_factors, require_fitted_t
 
 
 def run_query(config: QueryConfig, world: World, say: Any = show) -> Answer:
-    """Answers the configured queries and writes the results.
+    """Answers the configured queries and writes the results; an unfinished run is gone on with.
 
     Args:
         config: The run's configuration.
@@ -55,7 +57,8 @@ def run_query(config: QueryConfig, world: World, say: Any = show) -> Answer:
     tell = say if world.is_main else (lambda line: None)
     output, queries_file, store = map(str, (config.output, config.queries, config.factors))
     start = time.perf_counter()
-    world.on_main(lambda: check_new(output))
+    whole_config = config.as_dict()
+    world.on_main(lambda: check_output(output, whole_config))
     with world.agree():
         refuse_sharded(world)
         damping = _damping(config)
@@ -88,24 +91,29 @@ def run_query(config: QueryConfig, world: World, say: Any = show) -> Answer:
             check_sequences(model, queries.sequences, "shorten the query")
             setting = _setting(model, factors, damping, world, config.batch_tokens, True)
         _require_same(setting, scored, queries, config.scores)
-        scores = compute_scores(setting, queries, scored, config.scores, tell)
-    answer = Answer(
-        scores=scores,
-        queries=queries,
-        train=train,
-        scored=scored,
-        factors=factors,
-        store=store,
-        damping=damping,
-        data=data_config,
-        model=model_config,
-        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        config=config,
-        tokenizer=tokenizer,
-        workers=world.size,
-        seconds=time.perf_counter() - start,
-    )
-    world.on_main(lambda: write_answer(output, answer, open_source(data_config)))
+        begins = beginning(store, model, train, scored, queries, setting)
+        with (
+            opened_results(output, whole_config, begins, world, tell) as saved,
+            preemption.deferred(),
+        ):
+            scores = compute_scores(setting, queries, scored, config.scores, tell, saved)
+            answer = Answer(
+                scores=scores,
+                queries=queries,
+                train=train,
+                scored=scored,
+                factors=factors,
+                store=store,
+                damping=damping,
+                data=data_config,
+                model=model_config,
+                dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+                config=config,
+                tokenizer=tokenizer,
+                workers=world.size,
+                seconds=time.perf_counter() - start,
+            )
+            saved.finish(lambda to: write_answer(to, answer, open_source(data_config)))
     return answer
 
 

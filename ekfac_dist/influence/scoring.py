@@ -5,6 +5,9 @@ for each block of rows that fits the memory budget
     scan                 every training sequence, once
     re-score             if asked for: whole gradients, for the ends of the scan's scores alone
     details              scores of positions, layers and modules of what is listed
+
+The scan of a block, and what follows it, are pieces of the work: `SavedBlocks` keeps what each came
+to, and a piece that is there already is loaded instead.
 """
 
 import math
@@ -23,6 +26,7 @@ from ekfac_dist.influence.agreement import spearman
 from ekfac_dist.influence.gradients import (
     DATA_LABELS,
     OVERFLOW_ADVICE,
+    STORED,
     LowRankGradients,
     PreparedQueries,
     Setting,
@@ -30,10 +34,21 @@ from ekfac_dist.influence.gradients import (
     prepare,
 )
 from ekfac_dist.influence.queries import QuerySet
+from ekfac_dist.influence.saved_blocks import (
+    SavedBlocks,
+    details_of,
+    details_tensors,
+    losses_tensor,
+    put_losses,
+    put_rows,
+    put_scan,
+    scan_tensors,
+)
 from ekfac_dist.influence.scan import DetailSums, Pairs, Scan
 from ekfac_dist.influence.scores import Details, InfluenceScores, Listed, Rescored
 from ekfac_dist.models.modules import EXPERT, layer_name
 from ekfac_dist.runtime.memory import as_text
+from ekfac_dist.stages.checkpoints import PassState
 from ekfac_dist.stages.loading import exactly_batched, require_harmless_padding
 from ekfac_dist.stages.passes import SummingObserver, Work, run_pass
 
@@ -50,6 +65,7 @@ def compute_scores(
     scored: Examples,
     config: ScoresConfig,
     say: Callable[[str], None],
+    saved: SavedBlocks | None = None,
 ) -> InfluenceScores:
     """Scores training sequences for queries.
 
@@ -59,6 +75,7 @@ def compute_scores(
         scored: The training sequences that are scored.
         config: Which scores.
         say: Takes a line for people.
+        saved: Where finished pieces are kept; None: nowhere.
 
     Raises:
         UserError: Anything that the user can mend, on every worker.
@@ -90,7 +107,9 @@ def compute_scores(
         damping=dict(setting.damping),
         query_losses=[math.nan] * len(queries.sequences),
     )
-    run = _Scoring(setting, queries, scored, config, (top_k, bottom_k), result, say)
+    run = _Scoring(
+        setting, queries, scored, config, (top_k, bottom_k), result, say, saved or SavedBlocks()
+    )
     run.all_blocks()
     return result
 
@@ -128,6 +147,7 @@ class _Scoring:
     list_lengths: tuple[int, int]
     result: InfluenceScores
     say: Callable[[str], None]
+    saved: SavedBlocks
     listed: dict[int, tuple[Listed, Listed]] = field(default_factory=dict)
     rescored: dict[int, Rescored] = field(default_factory=dict)
     details: list[Details] = field(default_factory=list)
@@ -151,8 +171,13 @@ class _Scoring:
             f"queries       {len(self.queries.sequences)} in {len(rows)} rows of scores; gradients "
             f"{kind}, {one} a row, {len(blocks[0])} at a time: {scans}"
         )
+        self.saved.require_room(*self._bytes_on_disk())
+        self._tell_what_is_done(blocks)
+        if self.config.per_token == "all":
+            offsets = np.concatenate([[0], np.cumsum(self.scored.num_positions)])
+            result.token_offsets = offsets.astype(np.int64)
         for number, block in enumerate(blocks, start=1):
-            self._answer(block, f" {number}/{len(blocks)}" if len(blocks) > 1 else "")
+            self._answer(number, block, f" {number}/{len(blocks)}" if len(blocks) > 1 else "")
         result.top = [self.listed[row][0] for row in rows]
         result.bottom = [self.listed[row][1] for row in rows]
         result.rescored = [self.rescored[row] for row in rows if row in self.rescored]
@@ -165,25 +190,76 @@ class _Scoring:
         size = max(1, int(self.config.query_memory_gb * 1e9 // one))
         return [list(rows[k : k + size]) for k in range(0, len(rows), size)]
 
-    def _answer(self, rows: list[int], suffix: str) -> None:
+    def _pieces(self, number: int, rows: list[int]) -> tuple[str, dict[str, list[int]]]:
+        """Names of a block's pieces: of its scan, and of what follows it, each with its rows."""
+        if self.config.rescore:
+            parts = enumerate(self._blocks(rows, None), start=1)
+            return f"scan-{number}", {f"rescore-{number}-{k}": some for k, some in parts}
+        follows = {} if self.config.per_token == "none" else {f"details-{number}": rows}
+        return f"scan-{number}", follows
+
+    def _tell_what_is_done(self, blocks: Sequence[list[int]]) -> None:
+        """Says how many blocks an earlier start of the run has finished."""
+        pieces = [self._pieces(number, rows) for number, rows in enumerate(blocks, start=1)]
+        scanned = sum(self.saved.has(scan) for scan, _ in pieces)
+        follow = [name for _, following in pieces for name in following]
+        followed = sum(map(self.saved.has, follow))
+        if not scanned + followed:
+            return
+        line = f"goes on       {scanned} of {len(blocks)} blocks are scored"
+        if follow:
+            what = "parts re-scored" if self.config.rescore else "in detail"
+            line += f", {followed} of {len(follow)} {what}"
+        self.say(line)
+
+    def _bytes_on_disk(self) -> tuple[int, int]:
+        """About what results and saved pieces will take: (results, pieces)."""
+        result, rows, columns = self.result, len(self.result.scores), len(self.scored)
+        config, positions = self.config, int(self.scored.num_positions.sum())
+        parts = config.per_module * len(result.modules) + config.per_layer * len(result.layers)
+        numbers = rows * columns * (1 + parts) + 2 * columns
+        if config.per_token == "all":
+            numbers += rows * positions
+        if config.per_token != "none":
+            pairs = rows * min(sum(self.list_lengths), columns)
+            each = len(result.modules) + len(result.layers) * positions // columns
+            numbers += pairs * each
+        return numbers * torch.float32.itemsize, numbers * self.setting.dtype.itemsize
+
+    def _answer(self, number: int, rows: list[int], suffix: str) -> None:
         """Scans the data for one block, and looks closer at the ends of its scores."""
-        prepared = self._prepare("queries" + suffix, rows, self.config.effective_rank)
-        if self.config.effective_rank is not None:
-            self._note_ranks(prepared)
-        self._scan(prepared, "scan" + suffix)
+        scan, following = self._pieces(number, rows)
+        queries, prepared = self._queries_of(rows), None
+        if self.saved.has(scan):
+            put_scan(self.result, self.saved.load(scan), rows, queries)
+        else:
+            prepared = self._prepare("queries" + suffix, rows, self.config.effective_rank)
+            if self.config.effective_rank is not None:
+                self._note_ranks(prepared)
+            self._scan(prepared, "scan" + suffix)
+            self.saved.keep(scan, scan_tensors(self.result, rows, queries))
         if self.config.rescore:
             del prepared  # whole gradients need the room
-            for number, some in enumerate(self._blocks(rows, None), start=1):
-                part = f" (part {number})" if len(some) < len(rows) else ""
-                self._score_again(some, suffix + part)
+            for k, (piece, some) in enumerate(following.items(), start=1):
+                part = f" (part {k})" if len(some) < len(rows) else ""
+                self._score_again(piece, some, suffix + part)
             return
         columns = np.arange(len(self.scored))
         for row in rows:
             self.listed[row] = self._ends(self.result.scores[row], columns, self.list_lengths)
-        if self.config.per_token != "none":
-            wanted = self._listed_pairs(rows)
-            self.details.append(self._detail("details" + suffix, prepared, wanted))
-            self._require_scan_agrees(self.details[-1])
+        for piece in following:
+            if self.saved.has(piece):
+                self.details.append(details_of(self.saved.load(piece)))
+                continue
+            if prepared is None:
+                prepared = self._prepare("queries" + suffix, rows, self.config.effective_rank)
+            details = self._detail("details" + suffix, prepared, self._listed_pairs(rows))
+            self._require_scan_agrees(details)
+            self.saved.keep(piece, details_tensors(details))
+            self.details.append(details)
+
+    def _queries_of(self, rows: list[int]) -> list[int]:
+        return [number for row in rows for number in self.queries.rows[row]]
 
     def _require_scan_agrees(self, details: Details) -> None:
         """Refuses details whose sums are not the scores of the scan with the same query gradients.
@@ -259,33 +335,28 @@ class _Scoring:
         if scan.position_scores is not None:
             lengths = self.scored.num_positions
             owner = np.repeat(np.arange(len(self.scored)), lengths)
-            if result.token_scores is None:
-                size = (len(result.scores), len(owner))
-                result.token_scores = torch.zeros(size, dtype=self.setting.dtype)
-                result.token_offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-            result.token_scores[rows] = scan.position_scores.cpu() * scale[:, owner]
+            positions = scan.position_scores.cpu() * scale[:, owner]
+            put_rows(result, "token_scores", positions, rows)
 
     def _pass(self, name: str, observer: SummingObserver, columns: np.ndarray) -> None:
         """Runs some of the scored sequences through the model, shared out over the workers."""
         setting, world = self.setting, self.setting.world
         some = self.scored.take(columns)
+        own = shard(
+            some.num_positions, setting.batch_tokens, world.size, world.rank, some.equal_above
+        )
         work = Work(
             setting.model,
             some,
-            shard(
-                some.num_positions,
-                setting.batch_tokens,
-                world.size,
-                world.rank,
-                some.equal_above,
-            ),
+            own,
             world,
             setting.dtype,
             setting.show_progress,
             wider=OVERFLOW_ADVICE,
             task=setting.task,
         )
-        run_pass(name, work, setting.modules, observer, DATA_LABELS)
+        state = PassState(own, STORED)
+        run_pass(name, work, setting.modules, observer, DATA_LABELS, state=state)
 
     def _take_norms(self, sums: Tensor) -> None:
         """Makes the normalisation's norms of ⟨G, (F + λ)⁻¹ G⟩ and ‖(F + λ)⁻¹ G‖²."""
@@ -299,18 +370,14 @@ class _Scoring:
 
     def _take_parts(self, parts: Tensor, rows: list[int]) -> None:
         """Keeps the scores of modules, of layers, or of both."""
-        result, num_rows = self.result, len(self.result.scores)
+        result = self.result
         if self.config.per_module:
-            if result.module_scores is None:
-                result.module_scores = parts.new_zeros(num_rows, *parts.shape[1:])
-            result.module_scores[rows] = parts
+            put_rows(result, "module_scores", parts, rows)
         if self.config.per_layer:
             if self.config.per_module:
                 sums = parts.new_zeros(len(rows), len(result.layers), parts.shape[2])
                 parts = sums.index_add_(1, torch.from_numpy(result.layer_of), parts)
-            if result.layer_scores is None:
-                result.layer_scores = parts.new_zeros(num_rows, *parts.shape[1:])
-            result.layer_scores[rows] = parts
+            put_rows(result, "layer_scores", parts, rows)
 
     def _ends(
         self, scores: Tensor, columns: np.ndarray, lengths: tuple[int, int]
@@ -354,9 +421,8 @@ class _Scoring:
             sums.module_scores.cpu() * scale[:, None],
         )
 
-    def _score_again(self, rows: list[int], suffix: str) -> None:
+    def _score_again(self, piece: str, rows: list[int], suffix: str) -> None:
         """Exact scores, by whole gradients, of both ends of the scan's and of an even sample."""
-        prepared = self._prepare("whole queries" + suffix, rows, None)
         number, columns = self.config.rescore, np.arange(len(self.scored))
         spread = np.linspace(0, len(columns) - 1, num=number).round().astype(np.int64)
         chosen = {
@@ -365,23 +431,39 @@ class _Scoring:
             )
             for row in rows
         }
-        wanted = [
-            (place, int(column))
-            for place, row in enumerate(rows)
-            for some in (*(end.columns for end in chosen[row]), spread)
-            for column in some
-        ]
-        found = self._detail("re-score" + suffix, prepared, wanted)
-        scores = found.module_scores.sum(1)
+        found, queries = None, self._queries_of(rows)
+        if self.saved.has(piece):
+            kept = self.saved.load(piece)
+            put_losses(self.result, kept, queries)
+        else:
+            prepared = self._prepare("whole queries" + suffix, rows, None)
+            wanted = [
+                (place, int(column))
+                for place, row in enumerate(rows)
+                for some in (*(end.columns for end in chosen[row]), spread)
+                for column in some
+            ]
+            found = self._detail("re-score" + suffix, prepared, wanted)
+            kept = {
+                "exact_rows": torch.from_numpy(found.rows),
+                "exact_columns": torch.from_numpy(found.columns),
+                "exact_scores": found.module_scores.sum(1),
+                "query_losses": losses_tensor(self.result, queries),
+            }
+        exact_rows, exact_columns = kept["exact_rows"].numpy(), kept["exact_columns"].numpy()
         for row in rows:
-            mine = np.flatnonzero(found.rows == row)
-            exact = scores[torch.from_numpy(mine)]
-            self._take_exact(row, found.columns[mine], exact, chosen[row], spread)
-        if self.config.per_token != "none":
+            mine = np.flatnonzero(exact_rows == row)
+            exact = kept["exact_scores"][torch.from_numpy(mine)]
+            self._take_exact(row, exact_columns[mine], exact, chosen[row], spread)
+        if found is not None and self.config.per_token != "none":
             listed = {(rows[place], column) for place, column in self._listed_pairs(rows)}
             pairs = zip(found.rows.tolist(), found.columns.tolist(), strict=True)
             kept_pairs = [k for k, pair in enumerate(pairs) if pair in listed]
-            self.details.append(found.take(np.array(kept_pairs, dtype=np.int64)))
+            kept |= details_tensors(found.take(np.array(kept_pairs, dtype=np.int64)))
+        if found is not None:
+            self.saved.keep(piece, kept)
+        if self.config.per_token != "none":
+            self.details.append(details_of(kept))
 
     def _take_exact(
         self,

@@ -65,6 +65,15 @@ def write_listed(path: Path, parts: list[bytes | memoryview]) -> dict[str, Any]:
     return {"bytes": sum(map(len, parts)), "sha256": digest.hexdigest()}
 
 
+def is_as_listed(path: Path, listed: Mapping[str, Any]) -> bool:
+    """Whether a file is there with the size and the checksum that `write_listed` gave."""
+    return (
+        path.is_file()
+        and path.stat().st_size == listed["bytes"]
+        and file_sha256(path) == listed["sha256"]
+    )
+
+
 def safetensors_parts(
     tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
 ) -> list[bytes | memoryview]:

@@ -20,10 +20,11 @@ _DIGITS = 16
 
 
 class Journal:
-    """The journal of the run in a directory; made if it is not there.
+    """The journal of the run in a directory; made with its first record.
 
     Args:
         directory: Where it lies.
+        advice: What an error advises against a damaged one.
 
     Attributes:
         records: What it holds, in order.
@@ -33,8 +34,9 @@ class Journal:
         OutputError: It cannot be read or written.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, advice: str = "Begin the run anew: --overwrite.") -> None:
         self.path = directory / JOURNAL
+        self._advice = advice
         self.records: list[dict[str, Any]] = []
         try:
             content = self.path.read_bytes() if self.path.exists() else b""
@@ -74,7 +76,7 @@ class Journal:
                 if number < len(lines) - 1 or lines[-1]:
                     raise StoreError(
                         f"{self.path} is damaged in line {number}; what its run has done cannot be "
-                        "told. Begin the run anew: --overwrite."
+                        f"told. {self._advice}"
                     )
                 break  # the last line: it was being written
             self.records.append(json.loads(text))

@@ -23,6 +23,7 @@ If that is interrupted, the next start of the same run does what is left; of ano
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -38,8 +39,8 @@ from torch import Tensor
 
 from ekfac_dist.errors import OutputError, StoreError
 from ekfac_dist.runtime.files import (
-    file_sha256,
     flush_directory,
+    is_as_listed,
     safetensors_parts,
     write_listed,
     write_whole,
@@ -135,7 +136,7 @@ class StoreWriter:
         try:
             _require_own_store(self.path, self._config)
             manifest = read_manifest(self.path)
-            _require_same_beginning(self.path, manifest.get("begins"), self._begins)
+            require_same_beginning(self.path, manifest.get("begins"), self._begins)
             self._go_on(str(manifest.get("run")))
         except (OutputError, StoreError):
             if not replace:
@@ -177,12 +178,7 @@ class StoreWriter:
         """
         lost = []
         for file, listed in list(self.files.items()):
-            path = self.path / file
-            if not (
-                path.is_file()
-                and path.stat().st_size == listed["bytes"]
-                and file_sha256(path) == listed["sha256"]
-            ):
+            if not is_as_listed(self.path / file, listed):
                 del self.files[file]
                 lost.append(file)
             on_bytes(listed["bytes"])
@@ -466,8 +462,32 @@ def _require_own_store(path: Path, config: Mapping[str, Any]) -> None:
         )
     if manifest.get("complete"):
         raise OutputError(f"output {path} holds a finished factor store already; {_ADVICE}.")
-    before, now = _leaves(manifest.get("config")), _leaves(json.loads(json.dumps(config)))
-    for field in (*_MAY_CHANGE,):
+    require_same_config(
+        path, manifest.get("config"), config, may_change=_MAY_CHANGE, advice=_ADVICE
+    )
+
+
+# Fields that a run may have another value of when it goes on: no number depends on them.
+_MAY_CHANGE = ("save_minutes", "output", "model.device_map")
+
+
+def require_same_config(
+    path: Path, found: Any, config: Mapping[str, Any], *, may_change: Iterable[str], advice: str
+) -> None:
+    """Refuses to go on with an unfinished run of another configuration.
+
+    Args:
+        path: The run's output.
+        found: The configuration that its manifest has.
+        config: The configuration now.
+        may_change: Dotted names of the fields that may differ.
+        advice: What would do.
+
+    Raises:
+        OutputError: They differ; the fields are named with both values.
+    """
+    before, now = _leaves(found), _leaves(json.loads(json.dumps(config)))
+    for field in may_change:
         before.pop(field, None)
         now.pop(field, None)
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
@@ -475,22 +495,36 @@ def _require_own_store(path: Path, config: Mapping[str, Any]) -> None:
         told = ", ".join(f"{n} {before.get(n)!r} (now {now.get(n)!r})" for n in changed[:4])
         raise OutputError(
             f"output {path} holds another run, unfinished and of another configuration: {told}"
-            f"{', …' if len(changed) > 4 else ''}; {_ADVICE}."
+            f"{', …' if len(changed) > 4 else ''}; {advice}."
         )
 
 
-# Fields that a run may have another value of when it goes on: no number depends on them.
-_MAY_CHANGE = ("save_minutes", "output", "model.device_map")
+def require_same_beginning(
+    path: Path, found: Any, begins: Mapping[str, Any], *, advice: str = _ADVICE
+) -> None:
+    """Refuses to go on with an unfinished run that began with something else.
 
+    Args:
+        path: The run's output.
+        found: What its manifest says that it began with.
+        begins: What this run begins with, by name: texts, numbers, or groups of them. Fractions
+            are compared to rounding, for they may come from another machine.
+        advice: What would do.
 
-def _require_same_beginning(path: Path, found: Any, begins: Mapping[str, Any]) -> None:
-    before = found if isinstance(found, dict) else {}
-    for name in {**before, **begins}:
-        old, new = before.get(name), json.loads(json.dumps(begins.get(name)))
-        if old != new:
+    Raises:
+        OutputError: Something differs, and is named with both values.
+    """
+    before, now = _leaves(found if isinstance(found, dict) else {}), _leaves(begins)
+    for name in {**before, **now}:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, float) and isinstance(new, float):
+            is_same = math.isclose(old, new, rel_tol=1e-9)
+        else:
+            is_same = old == new
+        if not is_same:
             raise OutputError(
                 f"output {path} holds a run that is unfinished and began with another {name} "
-                f"({_short(old)}, now {_short(new)}); {_ADVICE}."
+                f"({_short(old)}, now {_short(new)}); {advice}."
             )
 
 

@@ -37,6 +37,10 @@ _LEAST_RATIO = 50
 class PassState:
     """How far this worker is with a pass.
 
+    Args:
+        batches: Its share.
+        stored: What is stored, in words, when SIGTERM ends the pass.
+
     Attributes:
         batches: What it still has to do, as numbers of sequences.
         loss: Σ −log p(label) so far.
@@ -47,8 +51,11 @@ class PassState:
 
     is_resumed = False
 
-    def __init__(self, batches: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, batches: Sequence[Sequence[int]], stored: str = "what is done is stored"
+    ) -> None:
         self.batches = batches
+        self._stored = stored
         self.loss, self.num_labels, self.seconds = 0.0, 0, 0.0
 
     def after_step(self) -> None:
@@ -71,7 +78,7 @@ class PassState:
             OutputError: They cannot be saved; what was saved before is still there.
         """
         if ends:
-            raise preemption.ended("what is done is stored")
+            raise preemption.ended(self._stored)
 
     def leave(self, loss: float, num_labels: int) -> None:
         """Saves the sums if they are not, for the run ends."""

@@ -13,7 +13,6 @@ from ekfac_dist.config import Normalize, PerToken, QueryConfig, ScoresConfig, re
 from ekfac_dist.curvature.damping import DEFAULT, Damping
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.data.sequences import Sequences
-from ekfac_dist.data.source import open_source
 from ekfac_dist.errors import DataError, ModelError
 from ekfac_dist.influence.examples import queries_of, sequences_of
 from ekfac_dist.influence.gradients import Setting
@@ -34,7 +33,7 @@ from ekfac_dist.models.modules import device_of
 from ekfac_dist.models.tasks import CAUSAL_LM, CausalLM, Task, require_task
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.stages.factors import Factors
-from ekfac_dist.stages.loading import check_sequences, load_sequences
+from ekfac_dist.stages.loading import check_sequences, load_with_rows
 from ekfac_dist.stages.model import load, refuse_sharded, unwrapped
 from ekfac_dist.stages.reload import check_model, load_factors, require_fitted_task
 
@@ -70,7 +69,7 @@ def run_query(config: QueryConfig, world: World, say: Any = print) -> Answer:
         # With the context unknown yet: what has nothing to predict is told before a model is read.
         tokenize_queries(texts, tokenizer, None)
     with _named_by(store, "data.source", data_config.source, config.data.source):
-        train = load_sequences(data_config, tokenizer, tokenizer_print, world)
+        train, rows = load_with_rows(data_config, tokenizer, tokenizer_print, world)
     with world.agree():
         columns = pick_candidates(train, candidates)
         list_lengths(config.scores, len(columns))
@@ -104,7 +103,7 @@ def run_query(config: QueryConfig, world: World, say: Any = print) -> Answer:
         workers=world.size,
         seconds=time.perf_counter() - start,
     )
-    world.on_main(lambda: write_answer(output, answer, open_source(data_config)))
+    world.on_main(lambda: write_answer(output, answer, rows))
     return answer
 
 

@@ -181,7 +181,11 @@ def query_examples(data: Iterable[Any], read: Callable[[list[Any]], Examples]) -
     """
     given = list(data)
     groups = [example.get("group") if isinstance(example, Mapping) else None for example in given]
-    sequences = read([_without_group(example) for example in given])
+    try:
+        sequences = read([_without_group(example) for example in given])
+    except DataError as error:
+        error.args = (f"Of the queries: {error}",)
+        raise
     if sequences.counts.unlabelled:
         missing = min(set(range(sequences.counts.rows)) - set(sequences.indices.tolist()))
         raise DataError(

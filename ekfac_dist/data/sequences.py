@@ -46,12 +46,27 @@ class Counts:
         unlabelled: Rows left out because no token of theirs carries a label.
         truncated: Sequences cut to the token limit.
         tokens_cut: Tokens that the cut took away.
+        split: Rows with a token that begins in the prompt and ends behind it: it has no label.
+        first_split: The first of those rows; None: there is none.
     """
 
     rows: int
     unlabelled: int
     truncated: int
     tokens_cut: int
+    split: int = 0
+    first_split: int | None = None
+
+    @property
+    def split_note(self) -> str | None:
+        """What there is to tell of tokens that prompts' ends split; None: nothing."""
+        if not self.split:
+            return None
+        return (
+            f"in {self.split} of {self.rows} rows, first in row {self.first_split} (from 0), a "
+            "token begins in the prompt and ends behind it, so it carries no label; where a prompt "
+            "ends in a space, end it without the space and begin the text with it"
+        )
 
 
 class Sequences:
@@ -59,7 +74,7 @@ class Sequences:
 
     Args:
         rows: Columns `input_ids` and `labels` (one entry per token, −100 for none) and
-            `tokens_cut` (int).
+            `tokens_cut` (int); and perhaps `split_token`, as `encode` gives it.
 
     Attributes:
         indices: Row in the source of each kept sequence [N].
@@ -99,11 +114,17 @@ class Sequences:
                     digest.update(b"|")
         kept = np.flatnonzero(positions)
         cut = np.asarray(rows["tokens_cut"], dtype=np.int64)
+        split = np.zeros(0, dtype=np.int64)
+        if "split_token" in rows.column_names:
+            texts = rows.with_format("arrow", columns=["split_token"])[:]["split_token"]
+            split = np.flatnonzero(texts.is_valid().to_numpy())
         self.counts = Counts(
             rows=len(rows),
             unlabelled=int(len(rows) - kept.size),
             truncated=int((cut > 0).sum()),
             tokens_cut=int(cut.sum()),
+            split=int(split.size),
+            first_split=int(split[0]) if split.size else None,
         )
         if not kept.size:
             raise DataError(

@@ -250,7 +250,13 @@ def _copied(
     key = hashlib.sha256(f"{content.sha256}|{how}|{datasets.__version__}".encode()).hexdigest()[:32]
     name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
     home = cache_directory() / "sources" / name
-    home.mkdir(parents=True, exist_ok=True)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be cached under {home}: {error.strerror or error}; set HF_HOME to a "
+            "directory that can be written."
+        ) from error
     folder, part = home / key, home / f"{key}.part"
     with FileLock(home / "lock"):
         if not folder.exists():

@@ -241,6 +241,7 @@ def _query_lines(answer: Answer) -> Iterator[dict[str, Any]]:
                     "completion": texts[number].completion,
                     "tokens": token_texts(answer.tokenizer, ids),
                     "is_label": is_label,
+                    "split_token": answer.queries.split_tokens[number],
                     "nats": answer.scores.query_losses[number],
                 }
             )

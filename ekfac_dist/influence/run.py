@@ -83,6 +83,7 @@ def run_query(config: QueryConfig, world: World, say: Any = print) -> Answer:
             check_sequences(model, scored, advice)
             queries = tokenize_queries(texts, tokenizer, context_length(model))
             check_sequences(model, queries.sequences, "shorten the query")
+            _tell_split(tell, queries.split_notes)
             setting = _setting(model, factors, damping, world, config.batch_tokens, True)
         _require_same(setting, scored, queries, config.scores)
         training_size = config.scores.training_size or len(train)
@@ -281,6 +282,13 @@ def _damping(config: QueryConfig) -> Damping:
     return Damping(config.damping.value, config.damping.relative, config.damping.modules)
 
 
+def _tell_split(tell: Any, notes: list[str], at_most: int = 5) -> None:
+    for note in notes[:at_most]:
+        tell(f"split token   {note}")
+    if len(notes) > at_most:
+        tell(f"              and of {len(notes) - at_most} more queries: see the results' queries")
+
+
 def _tell_data(tell: Any, train: Sequences, scored: Sequences, factors: Factors) -> None:
     counts = train.counts
     some = "" if len(scored) == len(train) else f", {len(scored)} of them scored"
@@ -288,6 +296,8 @@ def _tell_data(tell: Any, train: Sequences, scored: Sequences, factors: Factors)
         f"data          {len(train)} of {counts.rows} sequences ({counts.unlabelled} left out: no "
         f"label){some}, {int(scored.num_positions.sum())} positions"
     )
+    if counts.split_note:
+        tell(f"split tokens  {counts.split_note}")
     if train.fingerprint != factors.manifest["data"]["fingerprint"]:
         tell(
             "              not the sequences that the factors were fitted on: scores and nats are "

@@ -76,7 +76,8 @@ class TaskExamples:
 
     Raises:
         DataError: No example; one that is no mapping of arrays, or of other fields than the first;
-            or one without a counted position.
+            one without a counted position; or one whose `attention_mask` is not 0 or 1, or leaves
+            out a labelled token.
     """
 
     equal_above: int | None = None
@@ -91,7 +92,8 @@ class TaskExamples:
         id_fields: SequenceOf[str],
     ) -> None:
         self._collate, self._masks = collate, masks
-        rows = [_without_padding(row, aligned) for given in data for row in _rows(given)]
+        whole = (row for given in data for row in _rows(given))
+        rows = [_without_padding(number, row, aligned) for number, row in enumerate(whole)]
         if not rows:
             raise DataError("The data has no sequences.")
         for number, row in enumerate(rows):
@@ -123,6 +125,15 @@ class TaskExamples:
     def longest(self) -> int:
         """Length of the longest input."""
         return max(int(lengths.max()) for lengths in self._lengths.values())
+
+    @property
+    def first_with_a_gap(self) -> int | None:
+        """Number of the first example whose `attention_mask` leaves out a position inside."""
+        for number, index in enumerate(self.indices.tolist()):
+            mask = self._rows[index].get("attention_mask")
+            if mask is not None and mask.ndim == 1 and not mask.all():
+                return number
+        return None
 
     def take(self, numbers: ArrayLike) -> "TaskExamples":
         """Some of these examples, in the order given; the counts stay those of the source."""
@@ -218,10 +229,24 @@ def _array(name: str, value: Any) -> np.ndarray:
     )
 
 
-def _without_padding(row: dict[str, np.ndarray], aligned: Collection[str]) -> dict[str, np.ndarray]:
-    """An example without what its `attention_mask` leaves out at either end."""
+def _without_padding(
+    number: int, row: dict[str, np.ndarray], aligned: Collection[str]
+) -> dict[str, np.ndarray]:
+    """An example without what its `attention_mask` leaves out at either end.
+
+    What it leaves out inside stays in place: the model sees the mask, and its positions as they
+    are. Such a position is not counted, so it may have no label.
+    """
     mask = row.get("attention_mask")
-    if mask is None or mask.ndim != 1 or not mask.any():
+    if mask is None or mask.ndim != 1:
+        return row
+    wrong = mask[(mask != 0) & (mask != 1)]
+    if wrong.size:
+        raise DataError(
+            f"Example {number} has {wrong[0]} in its attention_mask; it must be 1 at real tokens "
+            "and 0 at others."
+        )
+    if not mask.any():
         return row
     real = np.flatnonzero(mask)
     others = [name for name in row if name not in aligned and not _is_of_decoder(name)]
@@ -231,6 +256,14 @@ def _without_padding(row: dict[str, np.ndarray], aligned: Collection[str]) -> di
             "the right, or give the examples without padding."
         )
     kept = slice(real[0], real[-1] + 1)
+    labels = row.get("labels")
+    if "labels" in aligned and labels is not None and labels.shape == mask.shape:
+        unread = (mask == 0) & (labels != NO_LABEL)
+        if unread[kept].any():
+            raise DataError(
+                f"Example {number} has a label at position {kept.start + unread[kept].argmax()}, "
+                f"where its attention_mask is 0; give {NO_LABEL} there, or a mask of 1."
+            )
     return {
         name: array[kept] if array.ndim and len(array) == len(mask) and name in aligned else array
         for name, array in row.items()

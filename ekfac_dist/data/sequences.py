@@ -8,7 +8,7 @@ out and counted. `index` is always the row in the source, whatever was left out 
 
 import copy
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
@@ -46,12 +46,27 @@ class Counts:
         unlabelled: Rows left out because no token of theirs carries a label.
         truncated: Sequences cut to the token limit.
         tokens_cut: Tokens that the cut took away.
+        split: Rows with a token that begins in the prompt and ends behind it: it has no label.
+        first_split: The first of those rows; None: there is none.
     """
 
     rows: int
     unlabelled: int
     truncated: int
     tokens_cut: int
+    split: int = 0
+    first_split: int | None = None
+
+    @property
+    def split_note(self) -> str | None:
+        """What there is to tell of tokens that prompts' ends split; None: nothing."""
+        if not self.split:
+            return None
+        return (
+            f"in {self.split} of {self.rows} rows, first in row {self.first_split} (from 0), a "
+            "token begins in the prompt and ends behind it, so it carries no label; where a prompt "
+            "ends in a space, end it without the space and begin the text with it"
+        )
 
 
 class Sequences:
@@ -59,7 +74,7 @@ class Sequences:
 
     Args:
         rows: Columns `input_ids` and `labels` (one entry per token, −100 for none) and
-            `tokens_cut` (int).
+            `tokens_cut` (int); and perhaps `split_token`, as `encode` gives it.
 
     Attributes:
         indices: Row in the source of each kept sequence [N].
@@ -101,11 +116,17 @@ class Sequences:
                     digest.update(b"|")
         kept = np.flatnonzero(positions)
         cut = np.asarray(rows["tokens_cut"], dtype=np.int64)
+        split = np.zeros(0, dtype=np.int64)
+        if "split_token" in rows.column_names:
+            texts = rows.with_format("arrow", columns=["split_token"])[:]["split_token"]
+            split = np.flatnonzero(texts.is_valid().to_numpy())
         self.counts = Counts(
             rows=len(rows),
             unlabelled=int(len(rows) - kept.size),
             truncated=int((cut > 0).sum()),
             tokens_cut=int(cut.sum()),
+            split=int(split.size),
+            first_split=int(split[0]) if split.size else None,
         )
         if not kept.size:
             raise DataError(
@@ -220,8 +241,14 @@ def pack(sequences: SequenceOf[Sequence]) -> Batch:
     return Batch.of(indices, inputs, {"": grid}, packed=lengths)
 
 
-def from_examples(data: Any, max_tokens: int | None = None) -> Sequences:
+def from_examples(
+    data: Any, max_tokens: int | None = None, inputs: Collection[str] = ()
+) -> Sequences:
     """Sequences from data that is tokenised already.
+
+    A sequence is tokens and labels alone, and the model counts its positions from 0. What would
+    make it another one is refused; `position_ids` 0, 1, 2, … and `token_type_ids` 0 at the real
+    positions say nothing, and may be there.
 
     Args:
         data: A `datasets.Dataset`, or any iterable of examples or batches (a `DataLoader`, a list):
@@ -229,10 +256,13 @@ def from_examples(data: Any, max_tokens: int | None = None) -> Sequences:
             every token) and `attention_mask` (0 for padding, on either side). Padding is taken off
             here, whatever ids it has. Every worker must give the whole data, the same.
         max_tokens: Longer sequences are cut to this many tokens.
+        inputs: Names of what the model takes; an example that has more of it than a sequence
+            keeps is refused, and other fields are passed over.
 
     Raises:
-        DataError: No example; one without `input_ids`, or of inconsistent lengths; or something
-            that is no token id.
+        DataError: No example; one without `input_ids`, or of inconsistent lengths; something that
+            is no token id; an `attention_mask` with zeros inside, or other numbers than 0 and 1; or
+            inputs that a sequence does not keep.
     """
     columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "tokens_cut": []}
     for example in data:
@@ -241,6 +271,8 @@ def from_examples(data: Any, max_tokens: int | None = None) -> Sequences:
                 f"The data holds a {type(example).__name__} without 'input_ids'; give mappings "
                 "with 'input_ids' and, if wanted, 'attention_mask' and 'labels'."
             )
+        first = len(columns["input_ids"])
+        _refuse_other_inputs(example, {"inputs_embeds", *inputs}, first)
         ids = _rows(example, "input_ids")
         labels = _rows(example, "labels") if example.get("labels") is not None else ids
         masked = example.get("attention_mask") is not None
@@ -251,8 +283,9 @@ def from_examples(data: Any, max_tokens: int | None = None) -> Sequences:
                 f"{[len(row) for row in ids]}, {[len(row) for row in labels]} and "
                 f"{[len(row) for row in masks]}."
             )
-        for row, label, mask in zip(ids, labels, masks, strict=True):
-            real = mask.astype(bool)
+        kept = [_real_part(mask, first + number) for number, mask in enumerate(masks)]
+        _refuse_positions_and_types(example, masks, kept, first)
+        for row, label, real in zip(ids, labels, kept, strict=True):
             row, label = row[real], label[real]
             if np.min(row, initial=0) < 0 or np.min(label[label != NO_LABEL], initial=0) < 0:
                 raise DataError(
@@ -266,6 +299,67 @@ def from_examples(data: Any, max_tokens: int | None = None) -> Sequences:
     if not columns["input_ids"]:
         raise DataError("The data has no sequences.")
     return Sequences(Dataset.from_dict(columns))
+
+
+_TASK = "give a Task of your own, whose batches keep it"
+
+
+def _real_part(mask: np.ndarray, number: int) -> slice:
+    """Where a mask of zeros and ones is 1, which is in one piece."""
+    wrong = mask[(mask != 0) & (mask != 1)]
+    if wrong.size:
+        raise DataError(
+            f"Example {number} has {wrong[0]} in its attention_mask; it must be 1 at real tokens "
+            "and 0 at padding."
+        )
+    real = np.flatnonzero(mask)
+    if not real.size:
+        return slice(0, 0)
+    part = slice(int(real[0]), int(real[-1]) + 1)
+    if part.stop - part.start != real.size:
+        hole = part.start + int(np.argmin(mask[part]))
+        raise DataError(
+            f"Example {number} has an attention_mask with zeros inside (at position {hole}): the "
+            "tokens on both sides would be read as if they were adjacent. Only padding at its ends "
+            "may be 0; leave tokens that are not to be read out of the example."
+        )
+    return part
+
+
+def _refuse_other_inputs(example: Mapping[str, Any], inputs: Collection[str], number: int) -> None:
+    """Refuses inputs of a model that a sequence does not keep; plain switches are none."""
+    known = {"input_ids", "labels", "attention_mask", "position_ids", "token_type_ids"}
+    for name in sorted(set(map(str, example)) & (set(inputs) - known)):
+        if not (example[name] is None or isinstance(example[name], (bool, int, str))):
+            raise DataError(
+                f"Example {number} has {name}, which the model takes, but a causal language "
+                f"model's sequence is input_ids and labels alone; leave it out, or {_TASK}."
+            )
+
+
+def _refuse_positions_and_types(
+    example: Mapping[str, Any], masks: list[np.ndarray], kept: list[slice], first: int
+) -> None:
+    """Refuses `position_ids` and `token_type_ids` that are not what they are by default."""
+    for name, default, rule in (
+        ("position_ids", np.arange, "positions are counted 0, 1, 2, … from its first real token"),
+        ("token_type_ids", np.zeros, "a causal language model's sequence has no token types but 0"),
+    ):
+        if example.get(name) is None:
+            continue
+        rows = _rows(example, name)
+        if [len(row) for row in rows] != [len(mask) for mask in masks]:
+            raise DataError(
+                f"Example {first} has {name} of lengths {[len(row) for row in rows]}, but "
+                f"input_ids of lengths {[len(mask) for mask in masks]}; leave {name} out."
+            )
+        for number, (row, real) in enumerate(zip(rows, kept, strict=True), start=first):
+            if (row[real] != default(len(row[real]))).any():
+                shown = ", ".join(map(str, row[real][:4].tolist()))
+                raise DataError(
+                    f"Example {number} has {name} of its own ({shown}, …), but {rule}; "
+                    f"leave {name} out, or {_TASK}."
+                )
 
 
 def _rows(example: Mapping[str, Any], column: str) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ from ekfac_dist.data.batches import NO_LABEL
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.errors import DataError
 
-_CACHE_VERSION = "3"
+_CACHE_VERSION = "4"
 _MAP_ROWS = 256
 
 
@@ -46,7 +46,9 @@ def encode(
         max_tokens: Longer sequences are cut to this many tokens; None leaves them whole.
 
     Returns:
-        Columns `input_ids`, `labels` (−100 for none) and `tokens_cut`.
+        Columns `input_ids`, `labels` (−100 for none), `tokens_cut`, and `split_token`: the text of
+        the token that begins in the prompt and ends behind it, so that it carries no label though
+        a part of it is the text's; None where there is none, or it was cut off.
     """
     with_prompt = any(prompts)
     encoded = tokenizer(
@@ -58,24 +60,33 @@ def encode(
         verbose=False,
     )
     trimmed = with_prompt and _trims_offsets(tokenizer)
-    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "tokens_cut": []}
+    columns: dict[str, list[Any]] = {
+        "input_ids": [],
+        "labels": [],
+        "tokens_cut": [],
+        "split_token": [],
+    }
     for row, ids in enumerate(encoded["input_ids"]):
-        labels = list(ids)
+        labels, split_token = list(ids), None
+        limit = len(ids) if max_tokens is None else max_tokens
         if with_prompt:
             special = encoded["special_tokens_mask"][row]
             spaces = [0] * len(ids)
             if trimmed:
                 spaces = [_num_spaces(token) for token in tokenizer.convert_ids_to_tokens(ids)]
-            starts = _starts(encoded["offset_mapping"][row], special, spaces)
+            spans = _spans(encoded["offset_mapping"][row], special, spaces)
             end = len(prompts[row])
             labels = [
                 token if start >= end else NO_LABEL
-                for token, start in zip(ids, starts, strict=True)
+                for token, (start, _) in zip(ids, spans, strict=True)
             ]
-        limit = len(ids) if max_tokens is None else max_tokens
+            split = next((span for span in spans[:limit] if span[0] < end < span[1]), None)
+            if split is not None:
+                split_token = (prompts[row] + texts[row])[slice(*split)]
         columns["input_ids"].append(ids[:limit])
         columns["labels"].append(labels[:limit])
         columns["tokens_cut"].append(max(0, len(ids) - limit))
+        columns["split_token"].append(split_token)
     return columns
 
 
@@ -129,6 +140,7 @@ def tokenize(
             "input_ids": ListOf(Value("int32")),
             "labels": ListOf(Value("int32")),
             "tokens_cut": Value("int64"),
+            "split_token": Value("string"),
         }
     )
     try:
@@ -180,22 +192,22 @@ def _num_spaces(token: str) -> int:
     return len(token) - len(token.lstrip("Ġ"))
 
 
-def _starts(
+def _spans(
     offsets: Iterable[tuple[int, int]], special: Iterable[int], spaces: Iterable[int]
-) -> list[int]:
-    """Where in the text each token begins; a special token begins where the one before it ended.
+) -> list[tuple[int, int]]:
+    """Where in the text each token begins and ends; a special token, where the one before it ended.
 
     Args:
         offsets: Where the tokenizer says that each token begins and ends.
         special: Whether each is a special token.
         spaces: How many spaces of each token its offsets leave out at its front.
     """
-    starts, last_end = [], 0
+    spans, last_end = [], 0
     for (start, end), is_special, num_spaces in zip(offsets, special, spaces, strict=True):
         if is_special:
-            starts.append(last_end)
+            spans.append((last_end, last_end))
             continue
         begin = max(0, start - num_spaces)  # at the text's start nothing was left out
-        starts.append(begin)
         last_end = max(end, begin + num_spaces)
-    return starts
+        spans.append((begin, last_end))
+    return spans

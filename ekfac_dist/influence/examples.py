@@ -1,5 +1,6 @@
 """What Python callers give as queries and training sequences: text, or tokens already."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from ekfac_dist.models.tasks import CausalLM, Task, read_examples
 
 def queries_of(queries: Iterable[Any], tokenizer: Any, model: nn.Module, task: Task) -> QuerySet:
     """Queries from text, if there is a tokenizer, or from examples.
+
+    Warns of each text whose prompt's end splits a token.
 
     Args:
         queries: Mappings with "prompt" and "completion", or "text"; or examples of the task.
@@ -41,13 +44,18 @@ def queries_of(queries: Iterable[Any], tokenizer: Any, model: nn.Module, task: T
         if not isinstance(row, Mapping):
             raise DataError(f"Query {number} is {type(row).__name__}; give mappings.")
         parsed.append(parse_query(row, f"query {number}", number))
-    return tokenize_queries(parsed, tokenizer, context)
+    asked = tokenize_queries(parsed, tokenizer, context)
+    for note in asked.split_notes:
+        warnings.warn(note, stacklevel=3)
+    return asked
 
 
 def sequences_of(
     train: Iterable[Any], tokenizer: Any, max_tokens: int | None, model: nn.Module, task: Task
 ) -> Examples:
     """Training sequences from text, if there is a tokenizer, or from examples.
+
+    Warns of texts whose prompts' ends split a token.
 
     Args:
         train: Mappings with "text" and perhaps "prompt"; or examples of the task.
@@ -69,7 +77,10 @@ def sequences_of(
     prompts = [_text_of(number, row, "prompt") for number, row in enumerate(rows)]
     texts = [_text_of(number, row, "text") for number, row in enumerate(rows)]
     columns = encode(tokenizer, prompts, texts, max_tokens)
-    return Sequences(Dataset.from_dict(columns))
+    sequences = Sequences(Dataset.from_dict(columns))
+    if sequences.counts.split_note:
+        warnings.warn(f"Training sequences: {sequences.counts.split_note}", stacklevel=3)
+    return sequences
 
 
 def _text_of(number: int, row: Any, name: str) -> str:

@@ -254,6 +254,7 @@ def _query_lines(answer: Answer) -> Iterator[dict[str, Any]]:
                     "completion": texts[number].completion,
                     "tokens": tokens.of(ids),
                     "is_label": is_label,
+                    "split_token": answer.queries.split_tokens[number],
                     "nats": answer.scores.query_losses[number],
                 }
             )

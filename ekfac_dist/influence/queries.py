@@ -50,12 +50,31 @@ class QuerySet:
         rows: Numbers of the queries of each row, in order of the rows' first queries.
         groups: Each row's group; None for a query that stands alone.
         texts: The queries' texts, where they were given as such.
+        split_tokens: Of each text the token that begins in its prompt and ends in its completion,
+            so that it carries no label; None where there is none.
     """
 
     sequences: Examples
     rows: tuple[tuple[int, ...], ...]
     groups: tuple[str | None, ...]
     texts: tuple[Query, ...] | None = None
+    split_tokens: tuple[str | None, ...] = ()
+
+    @property
+    def split_notes(self) -> list[str]:
+        """What there is to tell of tokens that prompts' ends split, a sentence for each query."""
+        pairs = zip(self.texts or (), self.split_tokens, strict=True)
+        return [f"{query.where}: {_split(query, token)}" for query, token in pairs if token]
+
+
+def _split(query: Query, token: str) -> str:
+    advice = "end the prompt where a token ends"
+    if query.prompt.endswith(" "):
+        advice = "end the prompt without the space and begin the completion with it"
+    return (
+        f"the token {token!r} begins in the prompt and ends in the completion, so it carries no "
+        f"label; {advice}"
+    )
 
 
 def read_queries(path: str | Path) -> list[Query]:
@@ -152,12 +171,15 @@ def tokenize_queries(queries: Sequence[Query], tokenizer: Any, context: int | No
     columns = encode(
         tokenizer, [query.prompt for query in queries], [q.completion for q in queries], None
     )
-    for query, ids, labels in zip(queries, columns["input_ids"], columns["labels"], strict=True):
+    split_tokens = tuple(columns["split_token"])
+    encoded = zip(queries, columns["input_ids"], columns["labels"], split_tokens, strict=True)
+    for query, ids, labels, split in encoded:
         labelled = [t for t, label in enumerate(labels) if t and label != NO_LABEL]
         if not labelled:
             raise DataError(
                 f"{query.where}: no token begins in the completion {query.completion!r} with "
-                "another before it, so there is nothing to predict; give a longer one."
+                "another before it, so there is nothing to predict; "
+                f"{_split(query, split) if split else 'give a longer one'}."
             )
         if context is not None and labelled[-1] > context:
             raise DataError(
@@ -165,7 +187,10 @@ def tokenize_queries(queries: Sequence[Query], tokenizer: Any, context: int | No
                 "shorten it."
             )
     return _grouped(
-        Sequences(Dataset.from_dict(columns)), [query.group for query in queries], tuple(queries)
+        Sequences(Dataset.from_dict(columns)),
+        [query.group for query in queries],
+        tuple(queries),
+        split_tokens,
     )
 
 
@@ -181,7 +206,11 @@ def query_examples(data: Iterable[Any], read: Callable[[list[Any]], Examples]) -
     """
     given = list(data)
     groups = [example.get("group") if isinstance(example, Mapping) else None for example in given]
-    sequences = read([_without_group(example) for example in given])
+    try:
+        sequences = read([_without_group(example) for example in given])
+    except DataError as error:
+        error.args = (f"Of the queries: {error}",)
+        raise
     if sequences.counts.unlabelled:
         missing = min(set(range(sequences.counts.rows)) - set(sequences.indices.tolist()))
         raise DataError(
@@ -204,14 +233,17 @@ def _without_group(example: Any) -> Any:
 
 
 def _grouped(
-    sequences: Examples, groups: Iterable[str | None], texts: tuple[Query, ...] | None = None
+    sequences: Examples,
+    groups: Iterable[str | None],
+    texts: tuple[Query, ...] | None = None,
+    split_tokens: tuple[str | None, ...] = (),
 ) -> QuerySet:
     # A query that stands alone has a key of its own.
     rows: dict[str | int, list[int]] = {}
     for number, group in enumerate(groups):
         rows.setdefault(number if group is None else group, []).append(number)
     names = tuple(key if isinstance(key, str) else None for key in rows)
-    return QuerySet(sequences, tuple(map(tuple, rows.values())), names, texts)
+    return QuerySet(sequences, tuple(map(tuple, rows.values())), names, texts, split_tokens)
 
 
 def read_candidates(candidates: list[int] | str | None) -> list[int] | None:

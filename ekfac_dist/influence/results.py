@@ -1,7 +1,9 @@
 """The directory that `query` writes, and how it is read again. Knows files; no model, no factors.
 
     manifest.json         what was scored, with which factors, damping, sign and scale
-    queries.jsonl         a line per row of the scores: its queries, with their tokens
+    queries.jsonl         a line per row of the scores: its queries, with their tokens, and the
+                          "split_token" that begins in the prompt and ends in the completion, so
+                          that it has no label, or null
     scores.safetensors    scores [Q, N] float32, indices [N] (rows in the data), and if asked for
                           self_influence [N], module_scores [Q, modules, N], layer_scores
                           [Q, layers, N], token_scores [Q, positions] with token_offsets [N + 1];

@@ -13,7 +13,6 @@ from ekfac_dist.config import Normalize, PerToken, QueryConfig, ScoresConfig, re
 from ekfac_dist.curvature.damping import DEFAULT, Damping
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.data.sequences import Sequences
-from ekfac_dist.data.source import open_source
 from ekfac_dist.errors import DataError, ModelError
 from ekfac_dist.influence.examples import queries_of, sequences_of
 from ekfac_dist.influence.gradients import Setting
@@ -38,7 +37,7 @@ from ekfac_dist.runtime.heartbeat import heartbeat
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.terminal import show
 from ekfac_dist.stages.factors import Factors
-from ekfac_dist.stages.loading import check_sequences, load_sequences
+from ekfac_dist.stages.loading import check_sequences, load_with_rows
 from ekfac_dist.stages.model import load, refuse_sharded, unwrapped
 from ekfac_dist.stages.reload import check_model, load_factors, require_fitted_task
 
@@ -75,7 +74,7 @@ def run_query(config: QueryConfig, world: World, say: Any = show) -> Answer:
         # With the context unknown yet: what has nothing to predict is told before a model is read.
         tokenize_queries(texts, tokenizer, None)
     with _named_by(store, "data.source", data_config.source, config.data.source):
-        train = load_sequences(data_config, tokenizer, tokenizer_print, world)
+        train, rows = load_with_rows(data_config, tokenizer, tokenizer_print, world)
     with world.agree():
         columns = pick_candidates(train, candidates)
         list_lengths(config.scores, len(columns))
@@ -89,6 +88,7 @@ def run_query(config: QueryConfig, world: World, say: Any = show) -> Answer:
             check_sequences(model, scored, advice)
             queries = tokenize_queries(texts, tokenizer, context_length(model))
             check_sequences(model, queries.sequences, "shorten the query")
+            _tell_split(tell, queries.split_notes)
             setting = _setting(model, factors, damping, world, config.batch_tokens, True)
         _require_same(setting, scored, queries, config.scores)
         begins = beginning(store, model, train, scored, queries, setting)
@@ -113,7 +113,7 @@ def run_query(config: QueryConfig, world: World, say: Any = show) -> Answer:
                 workers=world.size,
                 seconds=time.perf_counter() - start,
             )
-            saved.finish(lambda to: write_answer(to, answer, open_source(data_config)))
+            saved.finish(lambda to: write_answer(to, answer, rows))
     return answer
 
 
@@ -292,6 +292,13 @@ def _damping(config: QueryConfig) -> Damping:
     return Damping(config.damping.value, config.damping.relative, config.damping.modules)
 
 
+def _tell_split(tell: Any, notes: list[str], at_most: int = 5) -> None:
+    for note in notes[:at_most]:
+        tell(f"split token   {note}")
+    if len(notes) > at_most:
+        tell(f"              and of {len(notes) - at_most} more queries: see the results' queries")
+
+
 def _tell_data(tell: Any, train: Sequences, scored: Sequences, factors: Factors) -> None:
     counts = train.counts
     some = "" if len(scored) == len(train) else f", {len(scored)} of them scored"
@@ -299,6 +306,8 @@ def _tell_data(tell: Any, train: Sequences, scored: Sequences, factors: Factors)
         f"data          {len(train)} of {counts.rows} sequences ({counts.unlabelled} left out: no "
         f"label){some}, {int(scored.num_positions.sum())} positions"
     )
+    if counts.split_note:
+        tell(f"split tokens  {counts.split_note}")
     if train.fingerprint != factors.manifest["data"]["fingerprint"]:
         tell(
             "              not the sequences that the factors were fitted on: scores are of "

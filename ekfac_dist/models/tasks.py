@@ -5,8 +5,10 @@ modules: its logits and labels, or its losses; which positions are counted; how 
 batch. Causal language modelling is the default, and the command line's only one.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -253,6 +255,14 @@ class Seq2SeqLM(Task):
             raise ModelError(f"{type(model).__name__} has no encoder; give another task.")
         labelled = labels_of(batch) != NO_LABEL
         up_to_last = labelled.flip(1).cumsum(1).flip(1) > 0
+        read = batch.get("decoder_attention_mask")
+        if read is not None:
+            if read.shape != labelled.shape or (labelled & (read == 0)).any():
+                raise DataError(
+                    "An example has a label where its decoder_attention_mask is 0, or the two have "
+                    f"different lengths; give {NO_LABEL} there, or a mask of 1."
+                )
+            up_to_last &= read != 0
         return {name: super().masks(model, batch)[""], "": up_to_last}
 
 
@@ -284,7 +294,7 @@ def read_examples(
         ConfigError: Examples were to be cut to `max_tokens`, and are not text alone.
     """
     if isinstance(task, CausalLM):
-        return from_examples(data, max_tokens)
+        return from_examples(data, max_tokens, inspect.signature(model.forward).parameters)
     if max_tokens is not None:
         raise ConfigError(
             f"max_tokens cuts text; cut the examples of the task {task.name} before, labels too."
@@ -318,9 +328,12 @@ def require_unpadded_losses(
 ) -> None:
     """Refuses a loss that depends on padding: that of a short example, alone and with a long one.
 
+    And one that depends on what an example's own `attention_mask` leaves out.
+
     Raises:
         ModelError: They differ.
     """
+    _require_gaps_unread(task, model, examples, device)
     order = np.argsort(examples.num_positions, kind="stable")
     short = order[: min(3, len(order) - 1)].tolist()
     if not short or examples.num_positions[short[0]] == examples.num_positions[order[-1]]:
@@ -340,6 +353,32 @@ def require_unpadded_losses(
                     f"{other:.6g} in a batch with a longer one, so padding reaches it; give a task "
                     "whose collate or forward keeps it out, or batch_tokens=1."
                 )
+
+
+def _require_gaps_unread(
+    task: Task, model: nn.Module, examples: TaskExamples, device: torch.device
+) -> None:
+    """Refuses a loss that depends on tokens inside an example whose `attention_mask` is 0."""
+    number = examples.first_with_a_gap
+    if number is None:
+        return
+    batch = examples.batch([number]).to(device)
+    ids, mask = batch.inputs.get("input_ids"), batch.inputs.get("attention_mask")
+    if ids is None or mask is None or ids.shape != mask.shape:
+        return
+    others = torch.where(mask == 0, ids.max(), ids)
+    with torch.no_grad():
+        one, other = (
+            float(task.loss_gradient(model, given, LabelRule("data", 0, 0))[1].losses[0])
+            for given in (batch, replace(batch, inputs={**batch.inputs, "input_ids": others}))
+        )
+    tolerance = _LOSS_TOLERANCES.get(next(model.parameters()).dtype, 0.1)
+    if abs(one - other) > tolerance * (1 + abs(one)):
+        raise ModelError(
+            f"The attention_mask of example {int(examples.indices[number])} is 0 inside it, but "
+            f"its loss depends on the tokens there ({one:.6g}, and {other:.6g} with others); give "
+            "a task whose forward keeps them out, or leave them out of the example."
+        )
 
 
 def _collated(

@@ -372,6 +372,18 @@ class World:
                     result.append(action())
         return result[0]
 
+    def once_per_host(self, action: Callable[[], T]) -> T:
+        """Runs `action` on each host's first worker alone and gives its result to all of the host.
+
+        If it fails anywhere it fails everywhere.
+        """
+        result: Any = None
+        is_first = self.local_rank == 0
+        with self.agree(takes_part=is_first):
+            if is_first:
+                result = action()
+        return self.gather(result)[self.rank - self.local_rank]
+
     def on_main(self, action: Callable[[], T]) -> T | None:
         """Runs `action` on worker 0 alone and gives its result there; None elsewhere.
 

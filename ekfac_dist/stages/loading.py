@@ -2,12 +2,13 @@
 
 from typing import Any
 
+from datasets import Dataset
 from torch import nn
 
 from ekfac_dist.config import DataConfig
 from ekfac_dist.data.examples import Examples, TaskExamples
 from ekfac_dist.data.sequences import Sequences
-from ekfac_dist.data.source import open_source
+from ekfac_dist.data.source import content_of, open_source
 from ekfac_dist.data.tokenizing import tokenize
 from ekfac_dist.errors import DataError, ModelError, UserError
 from ekfac_dist.models.batch_checks import BatchChecks
@@ -28,12 +29,25 @@ def load_sequences(
     Raises:
         DataError: As `open_source` and `tokenize` do, on every worker.
     """
+    return load_with_rows(config, tokenizer, tokenizer_fingerprint, world)[0]
 
-    def load() -> Sequences:
-        rows = open_source(config)
+
+def load_with_rows(
+    config: DataConfig, tokenizer: Any, tokenizer_fingerprint: str, world: World
+) -> tuple[Sequences, Dataset]:
+    """As `load_sequences`, with the source's rows that the sequences were made of.
+
+    Raises:
+        DataError: As `load_sequences` does.
+    """
+    content = world.once_per_host(lambda: content_of(config))
+
+    def load() -> tuple[Sequences, Dataset]:
+        rows = open_source(config, content)
         shown = world.is_main
         with Progress("tokenising", total=len(rows), unit="sequences", enabled=shown) as progress:
-            return tokenize(rows, config, tokenizer, tokenizer_fingerprint, progress.update)
+            sequences = tokenize(rows, config, tokenizer, tokenizer_fingerprint, progress.update)
+        return sequences, rows
 
     return world.main_first(load)
 

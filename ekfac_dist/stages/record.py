@@ -123,6 +123,7 @@ def manifest(inputs: Inputs, summary: Summary) -> dict[str, Any]:
             "num_unlabelled": counts.unlabelled,
             "num_truncated": counts.truncated,
             "num_tokens_cut": counts.tokens_cut,
+            "num_split_tokens": counts.split,
         },
         "fisher": {
             "labels": config.factors.labels,

@@ -97,6 +97,8 @@ def run_estimate(
             f"truncation    {counts.truncated} sequences cut to {config.data.max_tokens} tokens, "
             f"{counts.tokens_cut} tokens lost"
         )
+    if counts.split_note:
+        tell(f"split tokens  {counts.split_note}")
     model = load(config.model, world)
     with prepared(model):
         inputs = check_inputs(config, model, sequences, world)

@@ -5,11 +5,13 @@ blocks that is (k + 1) / 2k of the full product's operations. The upper triangle
 meaningless until `mirror_` fills it, once, at the end.
 """
 
+from collections.abc import Iterable
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from ekfac_dist.curvature import long_sums
 from ekfac_dist.curvature.costs import block_rows
 
 
@@ -38,6 +40,20 @@ def add_outer_products_(sum_nn: Tensor, rows_Mi: Tensor, *, bias: bool) -> None:
     if bias:
         sum_nn[size, :size] += rows_Mi.sum(0, dtype=sum_nn.dtype)
         sum_nn[size, size] += num_rows
+
+
+def rows_of_term(sizes: Iterable[int], device: torch.device) -> int:
+    """How many rows `add_outer_products_` adds to an element of any of some sums as one term.
+
+    Args:
+        sizes: Columns of the rows of each sum.
+        device: Where the sums are.
+    """
+    narrowest = min(
+        ((size - 1) % block_rows(size) + 1 for size in sizes if size),  # rows of the last block row
+        default=1,
+    )
+    return long_sums.rows_of_term(narrowest, device)
 
 
 @cache

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ekfac_dist.curvature.covariance import mirror_
 from ekfac_dist.curvature.eigenbasis import decompose
 from ekfac_dist.functional.batching import Batches
 from ekfac_dist.functional.caches import MLPCache
@@ -62,15 +61,18 @@ def fit(
                 covariance = CovarianceSums(calls.modules, calls.dtype, calls.device)
             _add(covariance, rows)
         assert covariance is not None
+        covariance.fold()
+        covariance.finish()
         bases = {}
         for name, (total,) in covariance.sums.items():
-            basis = decompose(name, mirror_(total), covariance.counts[name], calls.device)
+            basis = decompose(name, total, covariance.counts[name], calls.device)
             bases[name] = Basis([total.copy_(basis.eigenvectors)], basis.eigenvalues)
         lambdas = LambdaSums(
             calls.modules, bases, per_token=False, dtype=calls.dtype, device=calls.device
         )
         for rows in calls.each("refit", progress):
             _add(lambdas, rows)
+        lambdas.fold()
     factors = {
         m.name: ModuleFactors(
             bases[m.output].eigenvectors,

@@ -80,6 +80,9 @@ def plan_table(plan: Plan) -> str:
         "workspace of a decomposition": memory.workspace,
         "kept by the allocator": memory.retained,
     }
+    if any(memory.second_levels.values()):
+        where = "" if memory.on_cpu else ", in the host's memory"
+        parts[f"second level of sums{where}"] = max(memory.second_levels.values())
     rows = [[name, as_text(size)] for name, size in parts.items()]
     rows += [[f"at once, {stage}", as_text(size)] for stage, size in memory.passes.items()]
     lines += [table(["memory of a worker", "bytes"], rows), ""]

@@ -62,7 +62,7 @@ from ekfac_dist.runtime.store import (
 )
 
 # What an unfinished store looks like inside; one of another look cannot be gone on with.
-UNFINISHED_FORMAT = 2
+UNFINISHED_FORMAT = 3
 
 _TEMPORARY = ".*.tmp"
 _PASS = re.compile(r"(covariance|refit)-\d+(-of-\d+)?")

@@ -248,13 +248,13 @@ class _SavedState(PassState):
 
     def take_up(self, part: Part) -> None:
         """Goes on where a part of this very share ends."""
-        pieces = self._sums.pieces()
         for name, tensor in part.tensors():
             if name == LOSS:
                 self.loss = tensor.item()
             else:
-                pieces[name].copy_(tensor)
+                self._sums.take_up(name, tensor)
         self._sums.counts.update(part.counts)
+        self._sums.num_added.update(part.num_added)
         self.steps = self._saved_steps = part.steps
         self.num_labels, self.seconds = part.num_labels, part.seconds
         self.batches = self._all[part.steps :]
@@ -300,12 +300,11 @@ class _SavedState(PassState):
     def complete(self) -> tuple[float, int]:
         loss, num_labels = 0.0, 0
         for part in self._kept:
-            pieces = self._sums.pieces()
             for name, tensor in part.tensors():
                 if name == LOSS:
                     loss += tensor.item()
                 else:
-                    pieces[name].add_(tensor.to(pieces[name].device))
+                    self._sums.add(name, tensor)
             for name, count in part.counts.items():
                 self._sums.counts[name] += count
             num_labels += part.num_labels

@@ -5,16 +5,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ekfac_dist.curvature import long_sums
 from ekfac_dist.curvature.blocks import block_sizes, bounds
 from ekfac_dist.curvature.costs import block_rows
-from ekfac_dist.curvature.covariance import add_outer_products_, mirror_
+from ekfac_dist.curvature.covariance import add_outer_products_, mirror_, rows_of_term
 from ekfac_dist.data.batches import Positions
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
 from ekfac_dist.runtime.processes import World
 
 
-class CovarianceSums:
-    """The running sums of a group of modules.
+class CovarianceSums(long_sums.LongSums):
+    """The running sums of a group of modules; a term is a product of some rows.
 
     Args:
         modules: The group, in model order.
@@ -24,7 +25,7 @@ class CovarianceSums:
 
     Attributes:
         sums: Raw sum [n, n] of each block of each factor; the upper triangles are filled by
-            `reduce`.
+            `reduce` or `finish`.
         counts: Number of summed positions of each factor.
     """
 
@@ -40,6 +41,8 @@ class CovarianceSums:
             for name, size in factor_sizes(modules).items()
         }
         self.counts = dict.fromkeys(self.sums, 0)
+        self._with_bias = {module.input for module in modules if module.bias}
+        super().__init__(self.sums, dtype)
 
     def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Positions) -> None:
         """Adds a batch's inputs to the module's input factor."""
@@ -53,31 +56,37 @@ class CovarianceSums:
 
     def _add(self, factor: str, rows_Mi: Tensor) -> None:
         blocks, num_columns = self.sums[factor], rows_Mi.shape[1]
-        for block, (start, end) in zip(blocks, bounds([len(b) for b in blocks]), strict=True):
-            # The last coordinate is the bias's, if the rows lack one.
-            bias = end > num_columns
-            add_outer_products_(block, rows_Mi[:, start : min(end, num_columns)], bias=bias)
+        places = list(bounds([len(block) for block in blocks]))
+        of_term = rows_of_term(
+            [min(end, num_columns) - start for start, end in places], blocks[0].device
+        )
+        for share in self.shares(factor, len(rows_Mi), of_term):
+            for block, (start, end) in zip(blocks, places, strict=True):
+                # The last coordinate is the bias's, if the rows lack one.
+                bias = end > num_columns
+                columns = slice(start, min(end, num_columns))
+                add_outer_products_(block, rows_Mi[share, columns], bias=bias)
 
     def has_any(self, factor: str) -> bool:
         """Whether anything but zeros was summed."""
         return any(bool(block.diagonal().any()) for block in self.sums[factor])
 
-    def pieces(self) -> dict[str, Tensor]:
+    def _parts(self, name: str) -> list[Tensor]:
         """Views of the block rows that are summed, which hold little more than lower triangles."""
-        found = {}
-        for name, blocks in self.sums.items():
-            for number, total in enumerate(blocks):
-                size = total.shape[0]
-                for start in range(0, size, block_rows(size)):
-                    end = min(start + block_rows(size), size)
-                    found[f"{name}/{number}/{start}"] = total[start:end, :end]
-        return found
+        parts = []
+        for total in self.sums[name]:
+            size = total.shape[0]
+            for start in range(0, size, block_rows(size)):
+                end = min(start + block_rows(size), size)
+                parts.append(total[start:end, :end])
+        return parts
 
     def keep(self, modules: Sequence[TrackedModule]) -> None:
         """Gives up the sums of all other modules."""
         kept = factor_sizes(modules)
         self.sums = {name: blocks for name, blocks in self.sums.items() if name in kept}
         self.counts = {name: count for name, count in self.counts.items() if name in kept}
+        self.num_added = {name: self.num_added[name] for name in self.sums}
 
     def health(self) -> Tensor:
         """Σ of all diagonals: every row's square is in it."""
@@ -85,10 +94,20 @@ class CovarianceSums:
         return torch.stack(traces).sum()
 
     def reduce(self, world: World) -> None:
-        """Adds up sums and counts of all workers, and fills the upper triangles."""
+        """Adds up sums and counts of all workers, and finishes the sums."""
+        self.fold()
         counts = torch.tensor(list(self.counts.values()), dtype=torch.int64, device=world.device)
         world.all_reduce_([*self._blocks(), counts])
         self.counts = dict(zip(self.counts, counts.tolist(), strict=True))
+        self.finish()
+
+    def finish(self) -> None:
+        """Fills what is known without summing: upper triangles, and the bias coordinate's square.
+
+        That one is the number of positions, which a float32 sum holds exactly only up to 2²⁴.
+        """
+        for factor in self._with_bias & self.sums.keys():
+            self.sums[factor][-1][-1, -1] = self.counts[factor]
         for total in self._blocks():
             mirror_(total)
 

@@ -39,7 +39,7 @@ from ekfac_dist.stages.checkpoints import Checkpoints, PassState
 from ekfac_dist.stages.covariance import CovarianceSums
 from ekfac_dist.stages.eigenbasis import Basis, run_eigenbasis
 from ekfac_dist.stages.model import agreeing, tracked_fingerprints
-from ekfac_dist.stages.needs import LARGE_SUMS, Memory, fewest_groups, memory, stage_bytes
+from ekfac_dist.stages.needs import LARGE_SUMS, Memory, Share, fewest_groups, memory, stage_bytes
 from ekfac_dist.stages.passes import Work, measured_step, run_pass
 from ekfac_dist.stages.record import Inputs, Summary, manifest
 from ekfac_dist.stages.refit import LambdaSums
@@ -73,12 +73,15 @@ def fit(
     )
     dtype = getattr(torch, factors.accumulate)
     work = Work(inputs.model, sequences, own, world, dtype, show_progress, task=inputs.task)
-    number = _number_of_groups(inputs, work, sink)
+    positions = int(sequences.num_positions[[n for numbers in own for n in numbers]].sum())
+    shares = world.gather((len(own), sum(map(len, own)), positions))
+    share = Share(*map(max, zip(*shares, strict=True)))
+    number = _number_of_groups(inputs, work, share, sink)
     groups = partition(discovery.modules, number)
     summary = Summary(sequences, discovery, world.size, len(groups))
     for number, group in enumerate(groups, start=1):
         name = f"{number}" if len(groups) == 1 else f"{number}/{len(groups)}"
-        _Group(name, group, work, factors, sink, checkpoints, summary).fit()
+        _Group(name, group, work, share, factors, sink, checkpoints, summary).fit()
     peaks = world.gather(peak_bytes(world.device))
     summary.peak_bytes = {place: max(p.get(place, 0) for p in peaks) for place in peaks[0]}
     if summary.discovery is not discovery:
@@ -90,7 +93,7 @@ def fit(
     return summary
 
 
-def _number_of_groups(inputs: Inputs, work: Work, sink: FactorSink) -> int:
+def _number_of_groups(inputs: Inputs, work: Work, share: Share, sink: FactorSink) -> int:
     """How many pairs of passes: as configured, as the run began, or the fewest that fit.
 
     Raises:
@@ -105,11 +108,14 @@ def _number_of_groups(inputs: Inputs, work: Work, sink: FactorSink) -> int:
         return int(record["number"])
     places = world.gather((socket.gethostname(), str(world.device)))
     free = available_bytes(world.device) // places.count(places[world.rank])
+    hosts = [host for host, _ in places]
+    free_host = available_bytes(torch.device("cpu")) // hosts.count(hosts[world.rank])
     factors, on_cpu = inputs.config.factors, world.device.type == "cpu"
-    needed = memory(modules, Step.nothing(), 0, factors=factors, on_cpu=on_cpu)
+    needed = memory(modules, Step.nothing(), 0, share, factors=factors, on_cpu=on_cpu)
     wanted: int | None = 1
     # Groups make sums smaller, and nothing else.
-    if any(world.gather(needed.bases + needed.spectra > LARGE_SUMS * free)):
+    are_large = needed.sums > LARGE_SUMS * free or needed.host > LARGE_SUMS * free_host
+    if any(world.gather(are_large)):
         with agreeing(world, work.model):
             held = measured_step(work, modules)
         gathered = gathered_bytes(work.model) if is_sharded(work.model) else 0
@@ -120,16 +126,20 @@ def _number_of_groups(inputs: Inputs, work: Work, sink: FactorSink) -> int:
                     group,
                     held,
                     inputs.step_tokens,
+                    share,
                     factors=factors,
                     on_cpu=on_cpu,
                     weight_bytes=gathered,
                 )
 
-            wanted = fewest_groups(modules, free, needs)
+            wanted = fewest_groups(modules, needs, free, free_host)
             if wanted is None:
-                most = max(needs(one).peak for one in partition(modules, len(modules)))
+                alone = [
+                    needs(one).lack(free, free_host) for one in partition(modules, len(modules))
+                ]
+                most, left = max(lack for lack in alone if lack is not None)
                 raise ConfigError(
-                    f"A worker has {as_text(free)} of memory left, and no number of partitions "
+                    f"A worker has {as_text(left)} of memory left, and no number of partitions "
                     f"fits: one module alone needs {as_text(most)}. Use smaller batch_tokens or "
                     "data.max_tokens, fewer workers on a host, or set factors.partitions to try "
                     "all the same."
@@ -152,6 +162,7 @@ class _Group:
     name: str
     modules: list[TrackedModule]
     work: Work
+    share: Share
     factors: FactorsConfig
     sink: FactorSink
     checkpoints: Checkpoints
@@ -326,7 +337,9 @@ class _Group:
             OutputError: It has not; the run can go on when it has.
         """
         world = self.work.world
-        results, states = stage_bytes(self.modules, self.factors, world.size)[stage]
+        on_cpu = world.device.type == "cpu"
+        needed = stage_bytes(self.modules, self.factors, world.size, self.share, on_cpu=on_cpu)
+        results, states = needed[stage]
         states *= self.checkpoints.saves
         files = {
             "covariance": map(covariance_file, factor_sizes(self.modules)),

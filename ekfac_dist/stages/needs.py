@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ekfac_dist.config import FactorsConfig
+from ekfac_dist.curvature import covariance, long_sums
 from ekfac_dist.curvature.blocks import block_sizes, num_numbers
 from ekfac_dist.curvature.costs import block_rows, rotates_input_rows, rotates_output_rows
 from ekfac_dist.curvature.eigenbasis import workspace_bytes
@@ -41,6 +42,28 @@ _MANIFEST_FILE, _MANIFEST_MODULE = 190, 260
 
 
 @dataclass(frozen=True)
+class Share:
+    """What one worker has of the data, at most: by it running sums get a second level, or none.
+
+    Attributes:
+        steps: Its batches.
+        sequences: The sequences in them.
+        positions: Counted positions of those.
+    """
+
+    steps: int
+    sequences: int
+    positions: int
+
+    def is_long(self, of_term: int) -> bool:
+        """Whether products of so many rows a term make enough terms for a flush.
+
+        A step's last term may have fewer rows.
+        """
+        return self.positions / of_term + self.steps >= long_sums.FLUSH_AFTER
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes that a worker holds, by part; what is held at once is summed in `peak`.
 
@@ -53,6 +76,8 @@ class Memory:
         spectra: Running sums of the refit, and matrices of a sequence's gradient beside them.
         workspace: Of the largest decomposition.
         retained: Of steps that are over, what the allocator does not give back.
+        second_levels: Of the running sums' second levels, by stage; in the host's memory.
+        on_cpu: Whether the host's memory is the one that the rest is in.
     """
 
     process: int
@@ -63,21 +88,48 @@ class Memory:
     spectra: int
     workspace: int
     retained: int
+    second_levels: Mapping[str, int]
+    on_cpu: bool
+
+    @property
+    def sums(self) -> int:
+        """What the refit holds of eigenvectors and running sums."""
+        return self.bases + self.spectra + self.on_cpu * self.second_levels["refit"]
+
+    @property
+    def host(self) -> int:
+        """What a worker on a GPU holds in its host's memory, beside the program."""
+        return 0 if self.on_cpu else max(self.second_levels.values())
 
     @property
     def passes(self) -> dict[str, int]:
         """What each stage holds at once."""
         always = self.process + self.weights
+        second = self.on_cpu * self.second_levels["covariance"]
         return {
-            "covariance": always + self.step + self.covariance,
+            "covariance": always + self.step + self.covariance + second,
             "eigenbasis": always + self.retained + self.covariance + self.workspace,
-            "refit": always + self.retained + self.step + self.bases + self.spectra,
+            "refit": always + self.retained + self.step + self.sums,
         }
 
     @property
     def peak(self) -> int:
         """The most of any stage."""
         return max(self.passes.values())
+
+    def lack(
+        self, free_bytes: float, free_host_bytes: float = math.inf
+    ) -> tuple[int, float] | None:
+        """What is needed and what there is, of the memory that is too small; None if none is.
+
+        Args:
+            free_bytes: Of the worker's device, for everything.
+            free_host_bytes: Of its host, for a worker on a GPU.
+        """
+        for needed, free in ((self.peak, free_bytes), (self.host, free_host_bytes)):
+            if needed > USABLE * free:
+                return needed, free
+        return None
 
 
 @dataclass(frozen=True)
@@ -127,6 +179,7 @@ def memory(
     group: Sequence[TrackedModule],
     step: Step,
     step_tokens: int,
+    share: Share,
     *,
     factors: FactorsConfig,
     on_cpu: bool,
@@ -139,6 +192,7 @@ def memory(
         group: The modules.
         step: What a step holds.
         step_tokens: Positions of a step.
+        share: What it has of the data.
         factors: What is fitted.
         on_cpu: Whether it computes on the CPU, in the host's memory.
         process_bytes: Of the program itself, where that is not held already.
@@ -163,14 +217,42 @@ def memory(
         spectra=itemsize * (sum(matrices) + 3 * max(matrices, default=0)),
         workspace=workspace_bytes(max(block_sizes(widest, factors.blocks), default=0)),
         retained=int(RETAINED * held) if on_cpu else 0,
+        second_levels=_second_levels(group, factors, share, on_cpu=on_cpu),
+        on_cpu=on_cpu,
     )
+
+
+def _second_levels(
+    group: Sequence[TrackedModule], factors: FactorsConfig, share: Share, *, on_cpu: bool
+) -> dict[str, int]:
+    """Bytes of the second levels of a worker's running sums, by stage; see `LongSums`."""
+    levels = {"covariance": 0, "refit": 0}
+    if factors.accumulate != "float32":
+        return levels
+    device, itemsize = torch.device("cpu" if on_cpu else "cuda"), torch.float32.itemsize
+    with_bias = {module.input for module in group if module.bias}
+    for factor, size in factor_sizes(group).items():
+        columns = block_sizes(size, factors.blocks)
+        columns[-1] -= factor in with_bias
+        of_term = covariance.rows_of_term(columns, device)
+        levels["covariance"] += itemsize * _summed(size, factors.blocks) * share.is_long(of_term)
+    for module in group:
+        if factors.refit == "per_token":
+            sides = (module.num_outputs, module.input_size)
+            is_long = share.is_long(long_sums.rows_of_term(min(sides), device))
+        else:
+            is_long = factors.refit != "none" and share.sequences >= long_sums.FLUSH_AFTER
+        levels["refit"] += itemsize * module.num_outputs * module.input_size * is_long
+    return levels
 
 
 def disk(
     groups: Sequence[Sequence[TrackedModule]],
     factors: FactorsConfig,
     workers: int,
+    share: Share,
     *,
+    on_cpu: bool,
     saves: bool = True,
 ) -> Disk:
     """What a run has on the disk.
@@ -179,11 +261,13 @@ def disk(
         groups: Groups of modules that have passes of their own.
         factors: What is fitted.
         workers: W.
+        share: What each has of the data.
+        on_cpu: Whether they compute on the CPU.
         saves: Whether states are saved.
     """
     itemsize = getattr(torch, factors.accumulate).itemsize
     modules = [module for group in groups for module in group]
-    stages = [stage_bytes(group, factors, workers) for group in groups]
+    stages = [stage_bytes(group, factors, workers, share, on_cpu=on_cpu) for group in groups]
     sizes = factor_sizes(modules)
     numbers = [num_numbers(n, factors.blocks) for n in sizes.values()]
     squares = sum(itemsize * number + _HEADER for number in numbers)
@@ -199,7 +283,12 @@ def disk(
 
 
 def stage_bytes(
-    group: Sequence[TrackedModule], factors: FactorsConfig, workers: int
+    group: Sequence[TrackedModule],
+    factors: FactorsConfig,
+    workers: int,
+    share: Share,
+    *,
+    on_cpu: bool,
 ) -> dict[str, tuple[int, int]]:
     """What each stage of a group writes: its results, and its workers' saved states at their most.
 
@@ -207,6 +296,8 @@ def stage_bytes(
         group: The modules.
         factors: What is fitted.
         workers: W.
+        share: What each has of the data.
+        on_cpu: Whether they compute on the CPU.
     """
     itemsize = getattr(torch, factors.accumulate).itemsize
     sizes = factor_sizes(group).values()
@@ -214,10 +305,12 @@ def stage_bytes(
     squares = sum(itemsize * number + _HEADER for number in numbers)
     spectra = sum(itemsize * m.num_outputs * m.input_size + _HEADER for m in group)
     twice = 2 * workers  # a new state is whole before the one before it goes
+    summed = itemsize * sum(_summed(n, factors.blocks) for n in sizes)
+    second = _second_levels(group, factors, share, on_cpu=on_cpu)
     return {
-        "covariance": (squares, twice * itemsize * sum(_summed(n, factors.blocks) for n in sizes)),
+        "covariance": (squares, twice * (summed + second["covariance"])),
         "eigenbasis": (squares + sum(8 * n for n in sizes), 0),
-        "refit": (spectra, twice * spectra if factors.refit != "none" else 0),
+        "refit": (spectra, twice * (spectra + second["refit"]) if factors.refit != "none" else 0),
     }
 
 
@@ -300,14 +393,18 @@ def _staircase(size: int) -> int:
 
 
 def fewest_groups(
-    modules: Sequence[TrackedModule], free_bytes: float, needs: Callable[..., Memory]
+    modules: Sequence[TrackedModule],
+    needs: Callable[[Sequence[TrackedModule]], Memory],
+    free_bytes: float,
+    free_host_bytes: float = math.inf,
 ) -> int | None:
     """The fewest groups that each fit into a worker's memory; None if no number of them does.
 
     Args:
         modules: All modules.
-        free_bytes: What there is, for everything.
         needs: What a worker needs for a group.
+        free_bytes: As for `Memory.lack`.
+        free_host_bytes: Likewise.
     """
     families = len({module.input for module in modules})
     # Every number up to 64, then steps of a sixteenth, and at last each family for itself.
@@ -316,6 +413,6 @@ def fewest_groups(
         numbers.append(numbers[-1] * 17 // 16)
     for number in (*numbers, families):
         groups = partition(modules, number)
-        if all(needs(group).peak <= USABLE * free_bytes for group in groups):
+        if all(needs(group).lack(free_bytes, free_host_bytes) is None for group in groups):
             return len(groups)
     return None

@@ -17,7 +17,7 @@ from ekfac_dist.models.partition import partition
 from ekfac_dist.models.sharding import bytes_of_worker, parameter_bytes
 from ekfac_dist.models.sketch import discover_by_shape, sketch, step
 from ekfac_dist.runtime.memory import available_bytes, free_disk_bytes, own_bytes
-from ekfac_dist.stages.needs import USABLE, Disk, Memory, Work, disk, fewest_groups, memory, work
+from ekfac_dist.stages.needs import Disk, Memory, Share, Work, disk, fewest_groups, memory, work
 
 # What CUDA and its libraries hold on a GPU for each process.
 CUDA_CONTEXT_BYTES = 700 * 10**6
@@ -73,7 +73,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether a worker's memory is enough."""
-        return self.memory.peak <= USABLE * self.free_bytes
+        return self.memory.lack(self.free_bytes) is None
 
     @property
     def fits_on_disk(self) -> bool | None:
@@ -107,12 +107,17 @@ def make_plan(config: PlanConfig) -> Plan:
     length = min(config.data.max_tokens, context_length(model) or config.data.max_tokens)
     shape = (max(1, tokens // length), length)
     whole = step(model, modules.modules, *shape)
+    num_sequences = config.sequences or config.data.max_sequences or 1000
+    num_steps = math.ceil(num_sequences / shape[0] / workers)
+    most = min(num_sequences, num_steps * shape[0])
+    share = Share(num_steps, most, most * length)
 
     def held(group: Sequence[TrackedModule]) -> Memory:
         return memory(
             group,
             whole,  # of the lowest group; those above it hold less
             shape[0] * shape[1],
+            share,
             process_bytes=CUDA_CONTEXT_BYTES if planned_gpu else held_here,
             weight_bytes=weight_bytes,
             factors=factors,
@@ -120,7 +125,7 @@ def make_plan(config: PlanConfig) -> Plan:
         )
 
     if factors.partitions == "auto":
-        number = fewest_groups(modules.modules, free, held) or len(modules.modules)
+        number = fewest_groups(modules.modules, held, free) or len(modules.modules)
     else:
         number = factors.partitions
     groups = partition(modules.modules, number)
@@ -129,7 +134,6 @@ def make_plan(config: PlanConfig) -> Plan:
         for module in modules.modules
         if module.kind == EXPERT
     }
-    num_sequences = config.sequences or config.data.max_sequences or 1000
     rate = 1e9 * config.gflops if config.gflops else None
     if rate is None and planned_gpu == on_gpu:
         rate = _measured_rate(device)
@@ -144,7 +148,14 @@ def make_plan(config: PlanConfig) -> Plan:
         groups=groups,
         is_chosen=factors.partitions == "auto",
         memory=max(map(held, groups), key=lambda needed: needed.peak),
-        disk=disk(groups, factors, workers, saves=config.save_minutes is not None),
+        disk=disk(
+            groups,
+            factors,
+            workers,
+            share,
+            on_cpu=not planned_gpu,
+            saves=config.save_minutes is not None,
+        ),
         free_disk_bytes=None if folder is None else free_disk_bytes(folder),
         work=work(
             groups,

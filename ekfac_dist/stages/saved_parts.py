@@ -26,12 +26,19 @@ _BUNDLE_BYTES = 2**28
 
 
 class Sums(Protocol):
-    """Running sums that can be saved and taken up again."""
+    """Running sums that can be saved and taken up again; see `LongSums`."""
 
     counts: dict[str, int]
+    num_added: dict[str, int]
 
     def pieces(self) -> Mapping[str, Tensor]:
-        """Every running sum, or views of the parts of it that are summed, by name."""
+        """All that is summed so far, by name."""
+
+    def take_up(self, piece: str, saved: Tensor) -> None:
+        """Sets a piece to what was saved of it."""
+
+    def add(self, piece: str, saved: Tensor) -> None:
+        """Adds a saved piece of other sums of the same."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class Part:
         num_labels: Labels in it.
         seconds: Time that it took.
         counts: Numbers of rows in its sums, by factor.
+        num_added: Terms of each sum since its last flush.
         files: {file: {bytes, sha256}}.
     """
 
@@ -65,6 +73,7 @@ class Part:
     num_labels: int
     seconds: float
     counts: Mapping[str, int]
+    num_added: Mapping[str, int]
     files: Mapping[str, Mapping[str, Any]]
 
     @property
@@ -158,6 +167,7 @@ def write_part(
             "num_labels": num_labels,
             "seconds": seconds,
             "counts": dict(sums.counts),
+            "num_added": dict(sums.num_added),
             "files": files,
         }
         text = json.dumps(told)

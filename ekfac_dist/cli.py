@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 
-from ekfac_dist.config import EstimateConfig, PlanConfig, QueryConfig, field_names
+from ekfac_dist.config import EstimateConfig, PlanConfig, QueryConfig, field_names, leaves
 from ekfac_dist.errors import DEFECT, ConfigError, Preempted, UserError, status_of
 
 if TYPE_CHECKING:
@@ -114,7 +114,8 @@ def estimate(arguments: list[str]) -> int:
         "output goes on if all is the same; with --overwrite the store there is removed first. "
         "With --dry-run it only lists the modules that it would track, and what not and why.",
     )
-    return _work(parser, EstimateConfig, arguments, work)
+    flags = {"--dry-run": is_dry, "--overwrite": overwrite}
+    return _work(parser, EstimateConfig, arguments, work, flags)
 
 
 def plan(arguments: list[str]) -> int:
@@ -155,8 +156,17 @@ def _work(
     config_class: type[T],
     arguments: list[str],
     work: Callable[[T, "World", Callable[[str], None]], str],
+    flags: Mapping[str, bool] | None = None,
 ) -> int:
-    """Runs a command that workers share; `work` returns what worker 0 says at the end."""
+    """Runs a command that workers share.
+
+    Args:
+        parser: The command's parser.
+        config_class: What it is configured by.
+        arguments: What follows the command.
+        work: Does it, and returns what worker 0 says at the end.
+        flags: What was given beside the configuration.
+    """
     parser.add_class_arguments(config_class)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         config = _parse_config(parser, config_class, arguments)  # before the heavy imports
@@ -169,6 +179,11 @@ def _work(
         with world.agree():
             if world.size > 1:
                 config = _parse_config(parser, config_class, arguments)
+        if world.size > 1:
+            from ekfac_dist.stages.agreement import require_same_settings
+
+            settings = {"the command": parser.prog, **leaves(dataclasses.asdict(config))}
+            require_same_settings(world, settings | dict(flags or {}))
         for line in opening_lines(world.gather(world.describe()), world.backend):
             _say(world, line)
         _say(world, work(config, world, lambda line: _say(world, line)))

@@ -25,6 +25,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from ekfac_dist.config import leaves
 from ekfac_dist.errors import OutputError, StoreError
 from ekfac_dist.runtime.files import file_sha256, safetensors_parts, write_listed, write_whole
 from ekfac_dist.runtime.journal import JOURNAL, Journal
@@ -44,7 +45,7 @@ from ekfac_dist.runtime.store import (
 )
 
 # What an unfinished store looks like inside; one of another look cannot be gone on with.
-UNFINISHED_FORMAT = 2
+UNFINISHED_FORMAT = 3
 
 _TEMPORARY = ".*.tmp"
 _PASS = re.compile(r"(covariance|refit)-\d+(-of-\d+)?")
@@ -317,7 +318,7 @@ def _require_own_store(path: Path, config: Mapping[str, Any]) -> None:
         )
     if manifest.get("complete"):
         raise OutputError(f"output {path} holds a finished factor store already; {_ADVICE}.")
-    before, now = _leaves(manifest.get("config")), _leaves(json.loads(json.dumps(config)))
+    before, now = leaves(manifest.get("config")), leaves(json.loads(json.dumps(config)))
     for field in (*_MAY_CHANGE,):
         before.pop(field, None)
         now.pop(field, None)
@@ -348,16 +349,6 @@ def _require_same_beginning(path: Path, found: Any, begins: Mapping[str, Any]) -
 def _short(value: object) -> str:
     text = str(value)
     return f"{text[:12]}…" if len(text) > 40 else text
-
-
-def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested configuration as one level of dotted names."""
-    if not isinstance(value, dict):
-        return {prefix.removesuffix("."): value}
-    leaves: dict[str, Any] = {}
-    for key, part in value.items():
-        leaves |= _leaves(part, f"{prefix}{key}.")
-    return leaves
 
 
 def _is_store(path: Path) -> bool:

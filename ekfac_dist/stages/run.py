@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ekfac_dist.config import DataConfig, EstimateConfig, FactorsConfig, ModelConfig
+from ekfac_dist.config import DataConfig, EstimateConfig, FactorsConfig, ModelConfig, leaves
 from ekfac_dist.curvature.blocks import block_sizes
 from ekfac_dist.curvature.costs import step_tokens
 from ekfac_dist.curvature.eigenbasis import check_size
@@ -16,10 +16,12 @@ from ekfac_dist.data.examples import Examples, TaskExamples
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.errors import UserError
 from ekfac_dist.models.capture import prepared
+from ekfac_dist.models.configuration import attention_implementation, configuration
 from ekfac_dist.models.discovery import Discovery
 from ekfac_dist.models.loading import load_tokenizer
 from ekfac_dist.models.modules import device_of
 from ekfac_dist.models.sharding import class_of, is_sharded
+from ekfac_dist.models.task_fingerprint import task_fingerprint
 from ekfac_dist.models.tasks import (
     CAUSAL_LM,
     Task,
@@ -33,6 +35,7 @@ from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
 from ekfac_dist.runtime.store import FactorSink, MemoryStore, NoStore
 from ekfac_dist.runtime.store_writer import StoreWriter, check_output, remove_store
+from ekfac_dist.stages.agreement import require_same_settings
 from ekfac_dist.stages.checkpoints import Checkpoints, SavedCheckpoints
 from ekfac_dist.stages.factors import Factors
 from ekfac_dist.stages.fit import fit
@@ -41,11 +44,17 @@ from ekfac_dist.stages.model import (
     agreeing,
     find,
     load,
-    model_fingerprint,
-    tracked_fingerprints,
+    model_fingerprints,
     unwrapped,
 )
-from ekfac_dist.stages.record import Inputs, Summary, coverage_line, steps_line
+from ekfac_dist.stages.record import (
+    NUMERIC_SOFTWARE,
+    Inputs,
+    Summary,
+    coverage_line,
+    software,
+    steps_line,
+)
 from ekfac_dist.stages.reload import load_factors
 
 
@@ -175,12 +184,19 @@ def estimate_factors(
     Raises:
         UserError: Anything that the caller can mend, on every worker alike.
     """
+    arguments = {**locals()}  # those that will be added one day too
+    for name in ("model", "data", "task", "progress"):  # compared by content, or of no consequence
+        del arguments[name]
     if isinstance(modules, str):
         modules = [modules]
     world = World.start()
     model = unwrapped(model, world)
     with world.agree():
         task = require_task(task)
+        arguments |= {"task": task.name, "the task's fingerprint": task_fingerprint(task)}
+        arguments["output"] = None if output is None else str(output)
+    require_same_settings(world, arguments, "arguments")
+    with world.agree():
         sequences = read_examples(task, model, data, max_tokens)
         config = EstimateConfig(
             model=ModelConfig(
@@ -207,11 +223,6 @@ def estimate_factors(
         )
         if not is_sharded(model):
             world = world.at(device_of(model))
-    given = {"labels": labels, "seed": seed, "refit": refit, "accumulate": accumulate}
-    given |= {"partitions": partitions, "batch_tokens": batch_tokens, "modules": modules}
-    given |= {"keep_covariance": keep_covariance, "an output": output is not None}
-    given |= {"blocks": blocks, "task": task.name, "eigen": eigen, "overwrite": overwrite}
-    world.require_same("arguments", given)
     if output is not None:
         world.on_main(lambda: require_output(output, config, overwrite=overwrite))
     memory = MemoryStore()
@@ -260,10 +271,22 @@ def opened_store(
         show_progress: Whether worker 0 shows how far it is with comparing what is there.
 
     Raises:
-        OutputError: It cannot be written, or holds a run of another configuration, model or data.
+        OutputError: It cannot be written, or holds a run of another configuration, model, data or
+            software.
     """
-    begins = {"data": inputs.sequences.fingerprint, "task": inputs.task.name}
-    begins["model"] = model_fingerprint(inputs.model, world)
+    versions = software()
+    begins = {
+        "data": inputs.sequences.fingerprint,
+        "task": inputs.task.name,
+        "fingerprint of the task": inputs.task_fingerprint,
+        "model": inputs.fingerprints.whole,
+        **{
+            f"{name} in the model's configuration": value
+            for name, value in leaves(configuration(inputs.model)).items()
+        },
+        "attention implementation": attention_implementation(inputs.model),
+        **{f"version of {name}": versions[name] for name in NUMERIC_SOFTWARE},
+    }
 
     def opened() -> StoreWriter:
         writer = StoreWriter(output, inputs.config.as_dict(), begins)
@@ -325,5 +348,6 @@ def check_inputs(
     world.require_same("data, by fingerprint,", sequences.fingerprint)
     step = world.share(step_tokens(config.batch_tokens, world.device))  # all cut alike
     sequences = packed_where_exact(model, sequences, task, world, step)
-    weights, narrower = tracked_fingerprints(model, discovery.modules, world)
-    return Inputs(config, model, sequences, discovery, weights, narrower, task, step)
+    weights = model_fingerprints(model, discovery.modules, world)
+    code = task_fingerprint(task)
+    return Inputs(config, model, sequences, discovery, weights, task, code, step)

@@ -24,7 +24,7 @@ from ekfac_dist.errors import DEFECT, ConfigError, Preempted, UserError, status_
 if TYPE_CHECKING:
     from ekfac_dist.runtime.processes import World
 
-T = TypeVar("T")
+T = TypeVar("T", EstimateConfig, PlanConfig, QueryConfig)
 
 USAGE = """usage: ekfac-dist COMMAND [options]
 
@@ -182,8 +182,8 @@ def _work(
         if world.size > 1:
             from ekfac_dist.stages.agreement import require_same_settings
 
-            settings = {"the command": parser.prog, **leaves(dataclasses.asdict(config))}
-            require_same_settings(world, settings | dict(flags or {}))
+            settings = {"the command": parser.prog, **leaves(config.as_dict()), **(flags or {})}
+            require_same_settings(world, settings)
         for line in opening_lines(world.gather(world.describe()), world.backend):
             _say(world, line)
         _say(world, work(config, world, lambda line: _say(world, line)))

@@ -77,7 +77,8 @@ def fingerprints(
     """
     modules = tuple(modules)
     of_modules = {name for module in modules for name in module.parameters}
-    quantised = quantised_weights(model)
+    owners = {module.name for module in modules}  # which may hold more, such as scales of codes
+    quantised = {name for name in quantised_weights(model) if name.rpartition(".")[0] not in owners}
     own: dict[str, str] = {}
     untracked: dict[str, dict[str, str]] = {}
 
@@ -85,7 +86,11 @@ def fingerprints(
         dtype, digest = _name(tensor.dtype), _digest(tensor)
         own.update((name, f"{dtype}|{digest}") for name in names)
         digests = {dtype: digest}
-        outside = [name for name in names if name not in of_modules | quantised]
+        outside = [
+            name
+            for name in names
+            if name not in of_modules | quantised and name.rpartition(".")[0] not in owners
+        ]
         for name in outside[:1]:
             digests |= {_name(d): _digest(tensor.to(dtype=d)) for d in beside(name, tensor)}
         untracked.update((name, {d: s[:_KEPT] for d, s in digests.items()}) for name in outside)
@@ -107,7 +112,7 @@ def fingerprints(
         narrower={_name(dtype): digest.hexdigest() for dtype, digest in narrower.items()},
         whole=hashlib.sha256(lines.encode()).hexdigest(),
         untracked=dict(sorted(untracked.items())),
-        quantised=tuple(sorted(quantised - of_modules)),
+        quantised=tuple(sorted(quantised)),
     )
 
 

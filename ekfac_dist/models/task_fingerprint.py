@@ -48,12 +48,12 @@ def _attributes(task: Task) -> dict[str, Any]:
 
 def _code(thing: Any) -> str:
     """The source of a class or function, normalised; or its bytecode."""
-    try:
-        return _normalised(inspect.getsource(thing))
-    except (OSError, TypeError, SyntaxError, IndexError):
-        if isinstance(thing, type):
-            return "\n".join([thing.__name__, *_content(dict(vars(thing)))])
-        return "\n".join(_of_bytecode(thing.__code__, thing.__doc__))
+    if thing.__name__ != "<lambda>":  # whose lines may hold others
+        with suppress(OSError, TypeError, SyntaxError, IndexError):
+            return _normalised(inspect.getsource(thing))
+    if isinstance(thing, type):
+        return "\n".join([thing.__name__, *_content(dict(vars(thing)))])
+    return "\n".join(_of_bytecode(thing.__code__, thing.__doc__))
 
 
 def _normalised(source: str) -> str:
@@ -61,8 +61,9 @@ def _normalised(source: str) -> str:
     indented = source[:1].isspace()
     tree = ast.parse(f"if True:\n{source}" if indented else source)
     for node in ast.walk(tree):
-        is_documented = isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-        if is_documented and ast.get_docstring(node, clean=False) is not None:
+        if not isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree.body[0].body if indented else tree)  # type: ignore[attr-defined]
 
@@ -73,8 +74,8 @@ def _of_bytecode(code: CodeType, docstring: str | None) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _of_bytecode(constant, None)
-        elif constant is None or constant != docstring:
-            yield from _content(constant)
+        else:  # without a docstring there is None in its place
+            yield from _content(None if constant == docstring else constant)
 
 
 # What Python itself puts into a class.

@@ -105,8 +105,11 @@ class Factors:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all that the manifest says, and so of each file; of factors in memory of what
-        they were fitted with, for every worker has its own times there."""
+        """SHA-256 of all that the manifest says, each file's SHA-256 included.
+
+        Of factors in memory it is of what they were fitted with: there are no files, and each
+        worker has its own times.
+        """
         if CHECKSUM in self.manifest:
             return str(self.manifest[CHECKSUM])
         return manifest_checksum({k: v for k, v in self.manifest.items() if k != "passes"})

@@ -149,7 +149,7 @@ def find(
 def model_fingerprints(
     model: nn.Module, modules: Sequence[TrackedModule], world: World
 ) -> Fingerprints:
-    """The fingerprints of a model that all workers hold, those of narrower dtypes on worker 0.
+    """The fingerprints of a model that all workers hold.
 
     Raises:
         LaunchError: Workers hold different models.
@@ -158,7 +158,7 @@ def model_fingerprints(
     with agreeing(world, model):
         found = fingerprints(model, modules, beside)
     require_same_model(model, found, world)
-    return found
+    return world.share(found)
 
 
 def require_same_model(model: nn.Module, found: Fingerprints, world: World) -> None:

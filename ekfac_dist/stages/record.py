@@ -59,7 +59,7 @@ class Inputs:
         model: The model, on the worker's device.
         sequences: All sequences.
         discovery: What is tracked.
-        fingerprints: Of the model's weights; those of narrower dtypes are worker 0's to know.
+        fingerprints: Of the model's weights.
         task: What is asked of the model.
         task_fingerprint: Of its code and settings; None of a built-in task.
         step_tokens: Largest number of positions of a batch, padding included.

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 
-from ekfac_dist.config import EstimateConfig, PlanConfig, QueryConfig, field_names
+from ekfac_dist.config import EstimateConfig, PlanConfig, QueryConfig, field_names, leaves
 from ekfac_dist.errors import DEFECT, ConfigError, Preempted, UserError, status_of
 from ekfac_dist.runtime.terminal import show, visible
 
 if TYPE_CHECKING:
     from ekfac_dist.runtime.processes import World
 
-T = TypeVar("T")
+T = TypeVar("T", EstimateConfig, PlanConfig, QueryConfig)
 
 USAGE = """usage: ekfac-dist COMMAND [options]
 
@@ -119,7 +119,8 @@ def estimate(arguments: list[str]) -> int:
         "soon as something of the new one is on the disk. "
         "With --dry-run it only lists the modules that it would track, and what not and why.",
     )
-    return _work(parser, EstimateConfig, arguments, work)
+    flags = {"--dry-run": is_dry, "--overwrite": overwrite}
+    return _work(parser, EstimateConfig, arguments, work, flags)
 
 
 def plan(arguments: list[str]) -> int:
@@ -163,8 +164,17 @@ def _work(
     config_class: type[T],
     arguments: list[str],
     work: Callable[[T, "World", Callable[[str], None]], str],
+    flags: Mapping[str, bool] | None = None,
 ) -> int:
-    """Runs a command that workers share; `work` returns what worker 0 says at the end."""
+    """Runs a command that workers share.
+
+    Args:
+        parser: The command's parser.
+        config_class: What it is configured by.
+        arguments: What follows the command.
+        work: Does it, and returns what worker 0 says at the end.
+        flags: What was given beside the configuration.
+    """
     parser.add_class_arguments(config_class)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         config = _parse_config(parser, config_class, arguments)  # before the heavy imports
@@ -177,6 +187,11 @@ def _work(
         with world.agree():
             if world.size > 1:
                 config = _parse_config(parser, config_class, arguments)
+        if world.size > 1:
+            from ekfac_dist.stages.agreement import require_same_settings
+
+            settings = {"the command": parser.prog, **leaves(config.as_dict()), **(flags or {})}
+            require_same_settings(world, settings)
         for line in opening_lines(world.gather(world.describe()), world.backend):
             _say(world, visible(line))
         _say(world, work(config, world, lambda line: _say(world, visible(line))))

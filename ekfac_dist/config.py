@@ -270,6 +270,8 @@ class QueryModelConfig:
         quantization: Hold linear weights in 8bit or 4bit.
         device_map: Spread the model of a single worker over all devices; never taken from a store.
         trust_remote_code: Run Python code that comes with the model; never taken from a store.
+        allow_changes: Answer with a model that differs from the fitted one outside the tracked
+            modules; the results say in what.
     """
 
     name: str | None = None
@@ -279,11 +281,14 @@ class QueryModelConfig:
     quantization: Quantization | None = None
     device_map: DeviceMap | None = None
     trust_remote_code: bool = False
+    allow_changes: bool = False
 
     def over(self, fitted: Mapping[str, Any]) -> ModelConfig:
         """What is given, over what the factors were fitted with."""
         fitted = {**fitted, "device_map": None}  # it is of the machine, not of the model
-        model = _over(ModelConfig, fitted, _given(self))
+        given = _given(self)
+        del given["allow_changes"]  # it is of the comparison, not of the model
+        model = _over(ModelConfig, fitted, given)
         _require_given({"model.name": model.name})
         return model
 
@@ -453,6 +458,16 @@ class QueryConfig:
     def as_dict(self) -> dict[str, Any]:
         """The whole configuration as plain nested dictionaries."""
         return dataclasses.asdict(self)
+
+
+def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested configuration as one level of dotted names."""
+    if not isinstance(value, dict):
+        return {prefix.removesuffix("."): value}
+    found: dict[str, Any] = {}
+    for key, part in value.items():
+        found |= leaves(part, f"{prefix}{key}.")
+    return found
 
 
 def field_names(config_class: type, prefix: str = "") -> list[str]:

@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from workshop import (
     CONTEXT,
     VOCABULARY,
+    rewrite_manifest,
     run_workers,
     save_tiny_gpt2,
     save_tiny_llama,
@@ -46,6 +47,7 @@ from workshop import (
 
 from ekfac_dist import Factors, InfluenceScores, cli, influence_scores, load_factors
 from ekfac_dist.errors import ConfigError, DataError, StoreError, UserError
+from ekfac_dist.report.page import write_report
 from ekfac_dist.runtime.files import file_sha256
 from ekfac_dist.runtime.store import MANIFEST, eigenbasis_file, spectrum_file
 
@@ -119,7 +121,7 @@ class Setting:
 
     def manifest(self, change: Callable[[dict[str, Any]], object]) -> None:
         """Rewrites the manifest of a copy of the good store."""
-        rewrite(self.store(), change)
+        rewrite_manifest(self.store(), change)
 
     def model(self) -> Path:
         """A copy of the good model."""
@@ -150,19 +152,11 @@ class Setting:
         return ["query", "--config", str(self.path("config.yaml")), *self.options]
 
 
-def rewrite(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Changes a manifest in place."""
-    manifest = json.loads((directory / MANIFEST).read_text())
-    manifest.pop("checksum", None)  # of a store; its last change would be found by it
-    change(manifest)
-    (directory / MANIFEST).write_text(json.dumps(manifest))
-
-
 def relist(directory: Path, file: str) -> None:
     """Makes a manifest list a file as it now is."""
     path = directory / file
     listing = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    rewrite(directory, lambda m: m["files"].update({file: listing}))
+    rewrite_manifest(directory, lambda m: m["files"].update({file: listing}))
 
 
 def flip(path: Path, position: int) -> None:
@@ -170,6 +164,42 @@ def flip(path: Path, position: int) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= 1
     path.write_bytes(content)
+
+
+def test_a_change_that_is_meant_is_told_in_every_result(
+    good: Good, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    setting = Setting(tmp_path / "changed", good)
+    change_head(setting.model())
+    setting.config["model"]["allow_changes"] = True
+    status, stdout, stderr = in_this_process(setting.arguments(), capfd)
+    assert status == 0, stderr
+    told = "1 of 15 weights outside the tracked modules have other numbers"
+    assert stdout.count(f"model differs {told}") == 2  # before the work, and beside the scores
+    model = json.loads((setting.path("scores") / MANIFEST).read_text())["model"]
+    assert len(model["differs"]) == 1
+    assert model["differs"][0].startswith(told)
+    assert model["not_compared"] == []
+    fitted = json.loads((good.store / MANIFEST).read_text())["model"]
+    assert model["whole"] != fitted["whole"]
+    write_report(setting.path("scores"), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert f"not the one that the factors were fitted for: {told}" in page
+
+
+def test_what_could_not_be_compared_is_told_in_every_result(
+    good: Good, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    setting = Setting(tmp_path / "older", good)
+    setting.manifest(lambda m: [m["model"].pop(k) for k in ("whole", "untracked", "configuration")])
+    status, stdout, stderr = in_this_process(setting.arguments(), capfd)
+    assert status == 0, stderr
+    assert len(re.findall(r"not compared  .* is of an earlier version", stdout)) == 2
+    model = json.loads((setting.path("scores") / MANIFEST).read_text())["model"]
+    assert "earlier version" in model["not_compared"][0]
+    assert model["differs"] == []
+    write_report(setting.path("scores"), tmp_path / "page.html")
+    assert "is of an earlier version, which kept" in (tmp_path / "page.html").read_text()
 
 
 CASES: list[Case] = []
@@ -368,6 +398,29 @@ def _(setting: Setting) -> None:
     setting.config["model"]["name"] = save_tiny_llama(setting.path("other"), seed=1)
 
 
+@case(
+    "a model of another head",
+    "differs from it outside the tracked modules",
+    r"1 of 15 weights .*: lm_head\.weight\.",
+    r"model\.allow_changes",
+)
+def _(setting: Setting) -> None:
+    change_head(setting.model())
+
+
+def change_head(model: Path) -> None:
+    """Changes one row of a model's head."""
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"][5] += 0.5
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+@case("a model of another activation", "hidden_act in its configuration is 'relu'; .* with 'silu'")
+def _(setting: Setting) -> None:
+    path = setting.model() / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": "relu"}))
+
+
 @case("a model of another shape", r"gate_proj is linear 16→24", "here|this", "16→32")
 def _(setting: Setting) -> None:
     setting.config["model"]["name"] = save_tiny_llama(setting.path("other"), intermediate_size=32)
@@ -416,12 +469,14 @@ def _(setting: Setting) -> None:
 def _(setting: Setting) -> None:
     """The rows have bytes alone, whose ids are small; the query has merged tokens."""
     cut_vocabulary(setting.model(), 300)
+    setting.config["model"]["allow_changes"] = True
     setting.rows([{"text": "Z Q Z"}, {"text": "Q Q Z"}, {"text": "X Z"}])
 
 
 @case("data of tokens that the model does not know", "token id", "300 tokens", "tokenizer")
 def _(setting: Setting) -> None:
     cut_vocabulary(setting.model(), 300)
+    setting.config["model"]["allow_changes"] = True
     setting.lines('{"text": "Z Q"}')
 
 
@@ -442,14 +497,15 @@ def cut_vocabulary(model: Path, number: int) -> None:
     "input of module model.layers.0.mlp.gate_proj",
 )
 def _(setting: Setting) -> None:
-    """Only the tracked modules tell a model from another."""
     make_infinite(setting.model(), "#")
+    setting.config["model"]["allow_changes"] = True
     setting.queries({"text": "One # is here."})
 
 
 @case("one sequence that makes activations infinite", "NaN or infinity", "sequence 1 ", "module")
 def _(setting: Setting) -> None:
     make_infinite(setting.model(), "#")
+    setting.config["model"]["allow_changes"] = True
     setting.rows([{"text": "All is good."}, {"text": "One # is here."}, {"text": "All is good."}])
 
 
@@ -1200,17 +1256,17 @@ def _(report: Report) -> None:
 
 @report_case("a factor store", "format 'ekfac_dist/1'", "reads 'ekfac_dist/scores/1'", "`query`")
 def _(report: Report) -> None:
-    rewrite(report.results, lambda m: m.update(format="ekfac_dist/1"))
+    rewrite_manifest(report.results, lambda m: m.update(format="ekfac_dist/1"))
 
 
 @report_case("results of another format", "format 'ekfac_dist/scores/2'", "`query`")
 def _(report: Report) -> None:
-    rewrite(report.results, lambda m: m.update(format="ekfac_dist/scores/2"))
+    rewrite_manifest(report.results, lambda m: m.update(format="ekfac_dist/scores/2"))
 
 
 @report_case("results that are incomplete", "incomplete: its run did not finish", "`query` again")
 def _(report: Report) -> None:
-    rewrite(report.results, lambda m: m.update(complete=False))
+    rewrite_manifest(report.results, lambda m: m.update(complete=False))
 
 
 for what, content in (("cut short", b'{"format'), ("binary", BINARY), ("deep", b"[" * 200_000)):
@@ -1229,7 +1285,7 @@ for what, files in (("no files", None), ("a list", []), ("text", "all")):
 
     @report_case(f"a manifest of results with {what} for files", r"manifest\.json", "files")
     def _(report: Report, files: object = files) -> None:
-        rewrite(report.results, lambda m: m.update(files=files))
+        rewrite_manifest(report.results, lambda m: m.update(files=files))
 
 
 for what, name, listing in (
@@ -1240,14 +1296,14 @@ for what, name, listing in (
 
     @report_case(f"a manifest that lists results {what}", r"manifest\.json lists", re.escape(name))
     def _(report: Report, name: str = name, listing: object = listing) -> None:
-        rewrite(report.results, lambda m: m["files"].update({name: listing}))
+        rewrite_manifest(report.results, lambda m: m["files"].update({name: listing}))
 
 
 for key in ("factors", "scores", "damping", "scan", "modules", "software", "config"):
 
     @report_case(f"a manifest of results without {key}", key, "`query` again")
     def _(report: Report, key: str = key) -> None:
-        rewrite(report.results, lambda m: m.pop(key))
+        rewrite_manifest(report.results, lambda m: m.pop(key))
 
 
 for file in ("queries.jsonl", "scores.safetensors", "top.jsonl", "details.safetensors"):
@@ -1270,7 +1326,7 @@ for file in ("queries.jsonl", "scores.safetensors", "top.jsonl"):
 
     @report_case(f"results whose {file} is not listed", re.escape(file), "`query` again")
     def _(report: Report, file: str = file) -> None:
-        rewrite(report.results, lambda m: m["files"].pop(file))
+        rewrite_manifest(report.results, lambda m: m["files"].pop(file))
 
 
 @report_case("a line of results that lacks a field", r"lacks something", "`query` again")

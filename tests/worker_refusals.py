@@ -2,8 +2,9 @@
 
     worker_refusals.py RUNS OUTPUT
 
-RUNS is a JSON file: a list of command lines. OUTPUT is a directory; worker r writes to `r.json`
-there a list with the exit status and the standard error of each run.
+RUNS is a JSON file: a list of command lines, or of lists of one for each worker. OUTPUT is a
+directory; worker r writes to `r.json` there a list with the exit status and the standard error of
+each run.
 """
 
 import contextlib
@@ -27,6 +28,8 @@ def main(runs: Path, output: Path) -> None:
     cli._leave = end
     ends = []
     for arguments in json.loads(runs.read_text()):
+        if isinstance(arguments[0], list):
+            arguments = arguments[int(os.environ["RANK"])]
         said, status = io.StringIO(), None
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
             try:

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +32,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
+
+from ekfac_dist.runtime.store import CHECKSUM, MANIFEST, manifest_checksum
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 VOCABULARY = 321  # no multiple of anything
@@ -69,6 +71,16 @@ def write_yaml(path: str | Path, content: Mapping[str, Any]) -> Path:
     path = Path(path)
     path.write_text(yaml.safe_dump(json.loads(json.dumps(content, default=str))), encoding="utf-8")
     return path
+
+
+def rewrite_manifest(directory: str | Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes the manifest of a factor store, or of results, and seals it again if it was."""
+    path = Path(directory, MANIFEST)
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    change(manifest)
+    if CHECKSUM in manifest:
+        manifest[CHECKSUM] = manifest_checksum(manifest)
+    path.write_text(json.dumps(manifest), encoding="utf-8")
 
 
 # -- models and tokenizers on disk -----------------------------------------------------------------

@@ -57,6 +57,7 @@ class Answer:
         data: Where the training set is from.
         model: Where the model is from.
         dtype: What it was held in.
+        whole: SHA-256 of all of its weights.
         config: The run's configuration.
         tokenizer: The model's tokenizer.
         workers: W.
@@ -73,6 +74,7 @@ class Answer:
     data: DataConfig
     model: ModelConfig
     dtype: str
+    whole: str
     config: QueryConfig
     tokenizer: Any
     workers: int
@@ -145,11 +147,14 @@ def manifest(answer: Answer) -> dict[str, Any]:
             "class": fitted["model"]["class"],
             "dtype": answer.dtype,
             "fingerprint": fitted["model"]["fingerprint"],
+            "whole": answer.whole,
+            "differs": list(scores.model_differs),
+            "not_compared": list(scores.not_compared),
         },
         "factors": {
             "path": answer.store,
             "manifest_sha256": file_sha256(Path(answer.store) / MANIFEST),
-            "model": fitted["model"],
+            "model": {k: v for k, v in fitted["model"].items() if not isinstance(v, dict)},
             "fisher": FISHER_NAMES[fitted["fisher"]["labels"]],
             **fitted["fisher"],
             "num_sequences": fitted["data"]["num_sequences"],

@@ -31,15 +31,17 @@ from ekfac_dist.influence.unfinished import check_output
 from ekfac_dist.models.capture import prepared
 from ekfac_dist.models.loading import context_length, load_tokenizer
 from ekfac_dist.models.modules import device_of
+from ekfac_dist.models.task_fingerprint import task_fingerprint
 from ekfac_dist.models.tasks import CAUSAL_LM, CausalLM, Task, require_task
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.heartbeat import heartbeat
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.terminal import show
+from ekfac_dist.stages.agreement import require_same_settings
 from ekfac_dist.stages.factors import Factors
 from ekfac_dist.stages.loading import check_sequences, load_with_rows
-from ekfac_dist.stages.model import load, refuse_sharded, unwrapped
-from ekfac_dist.stages.reload import check_model, load_factors, require_fitted_task
+from ekfac_dist.stages.model import load, refuse_sharded, require_same_model, unwrapped
+from ekfac_dist.stages.reload import Comparison, check_model, load_factors, require_fitted_task
 
 
 def run_query(config: QueryConfig, world: World, say: Any = show) -> Answer:
@@ -83,20 +85,27 @@ def run_query(config: QueryConfig, world: World, say: Any = show) -> Answer:
     model = load(model_config, world)
     with prepared(model):
         with world.agree():
-            check_model(store, factors, model)
+            allowed = config.model.allow_changes
+            comparison = check_model(store, factors, model, allow_changes=allowed)
             advice = "set data.max_tokens to {context} or less"
             check_sequences(model, scored, advice)
             queries = tokenize_queries(texts, tokenizer, context_length(model))
             check_sequences(model, queries.sequences, "shorten the query")
             _tell_split(tell, queries.split_notes)
             setting = _setting(model, factors, damping, world, config.batch_tokens, True)
-        _require_same(setting, scored, queries, config.scores)
-        begins = beginning(store, model, train, scored, queries, setting)
+        _require_same(setting, scored, queries, comparison)
+        for sentence in comparison.differs:
+            tell(f"model differs {sentence}")
+        for sentence in comparison.not_compared:
+            tell(f"not compared  {sentence}")
+        begins = beginning(store, comparison.fingerprints.whole, train, scored, queries, setting)
         with (
             opened_results(output, whole_config, begins, world, tell) as saved,
             preemption.deferred(),
         ):
             scores = compute_scores(setting, queries, scored, config.scores, tell, saved)
+            scores.model_differs = comparison.differs
+            scores.not_compared = comparison.not_compared
             answer = Answer(
                 scores=scores,
                 queries=queries,
@@ -108,6 +117,7 @@ def run_query(config: QueryConfig, world: World, say: Any = show) -> Answer:
                 data=data_config,
                 model=model_config,
                 dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+                whole=comparison.fingerprints.whole,
                 config=config,
                 tokenizer=tokenizer,
                 workers=world.size,
@@ -142,6 +152,7 @@ def influence_scores(
     query_memory_gb: float = 4.0,
     progress: bool = False,
     task: Task | None = None,
+    allow_changes: bool = False,
 ) -> InfluenceScores:
     """Scores training sequences for queries: ∇log p(q)ᵀ (F + λ)⁻¹ ∇log p(z) (Grosse et al. 2023).
 
@@ -180,16 +191,22 @@ def influence_scores(
         progress: Show progress on worker 0.
         task: The task that the factors were fitted with; None for causal language modelling. Other
             tasks' queries and training sequences are their examples.
+        allow_changes: Take a model that differs from the fitted one outside the tracked modules,
+            and warn of it.
 
     Returns:
-        The scores, on the CPU.
+        The scores, on the CPU; `model_differs` and `not_compared` tell how the model compares with
+        the fitted one.
 
     Raises:
         UserError: Anything that the caller can mend, on every worker alike.
     """
+    arguments = {**locals()}  # those that will be added one day too
+    for name in ("model", "factors", "queries", "train", "tokenizer", "candidates", "progress"):
+        del arguments[name]  # compared by content, or of no consequence
     world = World.start()
     model = unwrapped(model, world)
-    with heartbeat(world, owns_process=False), world.agree(), torch.inference_mode(False):
+    with world.agree():
         config = ScoresConfig(
             normalize=normalize,
             top_k=top_k,
@@ -204,6 +221,10 @@ def influence_scores(
             training_size=training_size,
             query_memory_gb=query_memory_gb,
         )
+        task = require_task(task)
+        arguments |= {"task": task.name, "the task's fingerprint": task_fingerprint(task)}
+    require_same_settings(world, arguments, "arguments")
+    with heartbeat(world, owns_process=False), world.agree(), torch.inference_mode(False):
         name = "factors" if isinstance(factors, Factors) else str(factors)
         if not isinstance(factors, Factors):
             factors = load_factors(factors)
@@ -212,7 +233,6 @@ def influence_scores(
             require_positive("max_tokens", max_tokens)
         chosen = Damping.of(damping, relative)
         refuse_sharded(world, model)
-        task = require_task(task)
         require_fitted_task(name, factors, task)
         asked = queries_of(queries, tokenizer, model, task)
         sequences = sequences_of(train, tokenizer, max_tokens, model, task)
@@ -222,14 +242,18 @@ def influence_scores(
             advice = "cut the examples to {context} or less"
         check_sequences(model, scored, advice)
         check_sequences(model, asked.sequences, "shorten the query")
-        check_model(name, factors, model)
+        comparison = check_model(name, factors, model, allow_changes=allow_changes)
         world = world.at(device_of(model))
         setting = _setting(model, factors, chosen, world, batch_tokens, progress, task)
-    _require_same(setting, scored, asked, config)
+    _require_same(setting, scored, asked, comparison)
+    if world.is_main:
+        comparison.warn()
     watching = heartbeat(world, owns_process=False)
     with watching, torch.inference_mode(False), prepared(model):
         say = show if progress and world.is_main else (lambda line: None)
-        return compute_scores(setting, asked, scored, config, say)
+        scores = compute_scores(setting, asked, scored, config, say)
+    scores.model_differs, scores.not_compared = comparison.differs, comparison.not_compared
+    return scores
 
 
 def _setting(
@@ -255,23 +279,19 @@ def _setting(
 
 
 def _require_same(
-    setting: Setting, scored: Examples, queries: QuerySet, config: ScoresConfig
+    setting: Setting, scored: Examples, queries: QuerySet, comparison: Comparison
 ) -> None:
-    """Refuses workers that would share out different work, or wait for each other for ever."""
+    """Refuses workers whose data, queries, factors or models hold something else.
+
+    They would share out different work, or wait for each other for ever.
+    """
     world = setting.world
     world.require_same("data, by fingerprint,", scored.fingerprint)
+    world.require_same("candidates", scored.indices.tolist())
     world.require_same("queries, by fingerprint,", queries.sequences.fingerprint)
-    world.require_same("factors, by their model,", setting.factors.manifest["model"])
-    given = {
-        **vars(config),
-        "candidates": scored.indices.tolist(),
-        "groups": queries.rows,
-        "damping": dict(setting.damping),
-        "batch_tokens": setting.batch_tokens,
-        "dtype": str(setting.dtype),
-        "task": setting.task.name,
-    }
-    world.require_same("arguments", given)
+    world.require_same("groups of queries", (queries.rows, queries.groups))
+    world.require_same("factors, by fingerprint,", setting.factors.fingerprint)
+    require_same_model(setting.model, comparison.fingerprints, world)
 
 
 @contextmanager

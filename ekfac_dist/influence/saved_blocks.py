@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.influence.gradients import Setting
@@ -21,11 +21,11 @@ from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.influence.results import ResultsWriter
 from ekfac_dist.influence.scores import Details, InfluenceScores
 from ekfac_dist.influence.unfinished import UnfinishedResults
+from ekfac_dist.models.configuration import configuration
 from ekfac_dist.runtime.files import file_sha256
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
 from ekfac_dist.runtime.store import MANIFEST
-from ekfac_dist.stages.model import model_fingerprint
 from ekfac_dist.stages.record import software
 
 # Fields of scores with a row for each row of queries, and those that are of the sequences alone.
@@ -156,7 +156,7 @@ def opened_results(
 
 def beginning(
     store: str,
-    model: nn.Module,
+    model: str,
     train: Examples,
     scored: Examples,
     queries: QuerySet,
@@ -166,7 +166,7 @@ def beginning(
 
     Args:
         store: The factor store.
-        model: The model.
+        model: The whole model's fingerprint.
         train: The whole training set.
         scored: What is scored of it.
         queries: The queries.
@@ -177,7 +177,8 @@ def beginning(
     factors = setting.world.on_main(lambda: file_sha256(Path(store) / MANIFEST))
     return {
         "factors": setting.world.share(factors),
-        "model": model_fingerprint(model, setting.world),
+        "model": model,
+        "configuration of the model": configuration(setting.model),
         "data": train.fingerprint,
         "candidates": hashlib.sha256(scored.indices.tobytes()).hexdigest(),
         "queries": hashlib.sha256(asked.encode()).hexdigest(),

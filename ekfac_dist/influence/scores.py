@@ -134,6 +134,9 @@ class InfluenceScores:
         details: Of the listed sequences, unless not asked for.
         rescored: Of each row, if asked for.
         num_scans: How often the data was scanned.
+        model_differs: A sentence for each way in which the model differs from the one that the
+            factors were fitted for.
+        not_compared: A sentence for each part of it that could not be compared with that one.
     """
 
     scores: Tensor
@@ -159,6 +162,8 @@ class InfluenceScores:
     details: Details | None = None
     rescored: list[Rescored] = field(default_factory=list)
     num_scans: int = 1
+    model_differs: tuple[str, ...] = ()
+    not_compared: tuple[str, ...] = ()
 
     @property
     def shares(self) -> Tensor:

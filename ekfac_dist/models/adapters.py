@@ -51,6 +51,19 @@ def adapted_weights(model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]
         yield f"base_layer_{kind} × {scale!r}", parameter.detach()
 
 
+def adapter_scales(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """What beside its matrices decides what an adapter adds to each linear map, as text, by name.
+
+    That are the adapters' scales, which of them are active, and whether they are switched off.
+    """
+    for name, module in model.named_modules():
+        scaling = getattr(module, "scaling", None)
+        if hasattr(module, "base_layer") and isinstance(scaling, dict):
+            active: Any = getattr(module, "active_adapters", None)
+            off = getattr(module, "disable_adapters", False)
+            yield f"{name}.scaling", f"{sorted(scaling.items())} {active} {off}"
+
+
 def with_adapter(model: nn.Module, adapter: str, *, merge: bool) -> nn.Module:
     """A model with an adapter, whose weights must all be there.
 

@@ -106,14 +106,19 @@ def tensors_of(
 
 
 def loaded(model: nn.Module, name: str) -> Tensor:
-    """A parameter's numbers, which may be sharded, or kept elsewhere until they are needed.
+    """A weight's numbers, which may be sharded, or kept elsewhere until they are needed.
+
+    Args:
+        model: The model.
+        name: Of a parameter or a buffer.
 
     Raises:
         ModelError: They are nowhere.
     """
-    tensor = whole(model.get_parameter(name).detach())
     owner, _, kind = name.rpartition(".")
-    hook: Any = getattr(model.get_submodule(owner), "_hf_hook", None)
+    module = model.get_submodule(owner)
+    tensor = whole(getattr(module, kind).detach())
+    hook: Any = getattr(module, "_hf_hook", None)
     for each in getattr(hook, "hooks", (hook,)):
         kept = getattr(each, "weights_map", None)
         if tensor.is_meta and kept is not None:
@@ -124,6 +129,23 @@ def loaded(model: nn.Module, name: str) -> Tensor:
             "the whole model."
         )
     return tensor
+
+
+def persistent_buffers(model: nn.Module) -> list[str]:
+    """Names of the buffers that are saved with a model, in model order."""
+    return [
+        f"{name}.{kind}" if name else kind
+        for name, module in model.named_modules()
+        for kind, buffer in module._buffers.items()
+        if buffer is not None and kind not in module._non_persistent_buffers_set
+    ]
+
+
+def quantised_weights(model: nn.Module) -> set[str]:
+    """Names of the parameters and persistent buffers of linear maps that hold codes."""
+    owners = {name for name, module in linear_modules(model).items() if is_quantised(module)}
+    names = [*persistent_buffers(model), *(name for name, _ in model.named_parameters())]
+    return {name for name in names if name.rpartition(".")[0] in owners}
 
 
 def device_of(model: nn.Module) -> torch.device:

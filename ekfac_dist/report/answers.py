@@ -60,6 +60,8 @@ def _meaning(manifest: dict[str, Any]) -> list[str]:
         f"fisher        {factors['fisher']} (labels: {factors['labels']}), refit: "
         f"{factors['refit']}, fitted on {factors['num_sequences']} sequences",
         f"damping       {damping['value']}{unit}{f'; {others}' if others else ''}",
+        *(f"model differs {sentence}" for sentence in manifest["model"].get("differs", ())),
+        *(f"not compared  {sentence}" for sentence in manifest["model"].get("not_compared", ())),
     ]
     if scan["rank"] is None:
         return [*lines, "gradients     whole: scores are exact"]

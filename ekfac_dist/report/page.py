@@ -117,6 +117,8 @@ def _page(template: "Template", manifest: Mapping[str, Any], data: PageData) -> 
         data=data,
         facts=_facts(manifest),
         settings=_settings(manifest),
+        differs=manifest["model"].get("differs", []),
+        not_compared=manifest["model"].get("not_compared", []),
         few_tokens=FEW_TOKENS,
         few_of_positions=FEW_OF_POSITIONS,
         style=Markup(style),

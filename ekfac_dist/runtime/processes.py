@@ -346,13 +346,14 @@ class World:
 
         Args:
             what: What it is, in the plural.
-            value: Something that can be sent and compared.
+            value: Something that can be sent and compared. Of a dictionary the first field that
+                differs is named.
 
         Raises:
             LaunchError: The values differ.
         """
         values = self.gather(value)
-        other = next((rank for rank, found in enumerate(values) if found != values[0]), None)
+        other = next((rank for rank, each in enumerate(values) if _differ(each, values[0])), None)
         with self.agree():
             if other is not None:
                 raise LaunchError(
@@ -493,11 +494,16 @@ def was_agreed(error: BaseException) -> bool:
     return getattr(error, _AGREED, False)
 
 
+def _differ(one: Any, other: Any) -> bool:
+    """Whether values differ; a NaN does not differ from a NaN."""
+    return bool(one != other) and repr(one) != repr(other)
+
+
 def _difference(values: Sequence[Any], other: int) -> str:
     """What differs between worker 0's value and another's: the first key, or the values."""
     one, two = values[0], values[other]
     if isinstance(one, dict) and isinstance(two, dict):
-        key = next(key for key in {**one, **two} if one.get(key) != two.get(key))
+        key = next(key for key in {**one, **two} if _differ(one.get(key), two.get(key)))
         return f"{key}: {two.get(key)!r} and {one.get(key)!r}"
     return f"{two!r} and {one!r}"
 

@@ -254,8 +254,12 @@ class StoreReader:
                     f"{self.path / MANIFEST} lists {file!r} as {listed!r}; it must list files in "
                     f"{', '.join(FOLDERS)}, each with its bytes and sha256. {MEND}"
                 )
-        # A store of an earlier version has none.
-        if self.manifest.get(CHECKSUM, "") not in ("", manifest_checksum(self.manifest)):
+        if CHECKSUM not in self.manifest:
+            raise StoreError(
+                f"{self.path / MANIFEST} is damaged or was edited: it has no {CHECKSUM} of what it "
+                f"says. {MEND}"
+            )
+        if self.manifest[CHECKSUM] != manifest_checksum(self.manifest):
             raise StoreError(
                 f"{self.path / MANIFEST} is damaged: what it says has changed since it was "
                 f"written. {MEND}"

@@ -37,6 +37,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from ekfac_dist.config import leaves
 from ekfac_dist.errors import OutputError, StoreError
 from ekfac_dist.runtime.files import (
     flush_directory,
@@ -486,7 +487,7 @@ def require_same_config(
     Raises:
         OutputError: They differ; the fields are named with both values.
     """
-    before, now = _leaves(found), _leaves(json.loads(json.dumps(config)))
+    before, now = leaves(found), leaves(json.loads(json.dumps(config)))
     for field in may_change:
         before.pop(field, None)
         now.pop(field, None)
@@ -514,7 +515,7 @@ def require_same_beginning(
     Raises:
         OutputError: Something differs, and is named with both values.
     """
-    before, now = _leaves(found if isinstance(found, dict) else {}), _leaves(begins)
+    before, now = leaves(found if isinstance(found, dict) else {}), leaves(begins)
     for name in {**before, **now}:
         old, new = before.get(name), now.get(name)
         if isinstance(old, float) and isinstance(new, float):
@@ -531,16 +532,6 @@ def require_same_beginning(
 def _short(value: object) -> str:
     text = str(value)
     return f"{text[:12]}…" if len(text) > 40 else text
-
-
-def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested configuration as one level of dotted names."""
-    if not isinstance(value, dict):
-        return {prefix.removesuffix("."): value}
-    leaves: dict[str, Any] = {}
-    for key, part in value.items():
-        leaves |= _leaves(part, f"{prefix}{key}.")
-    return leaves
 
 
 def _is_store(path: Path) -> bool:

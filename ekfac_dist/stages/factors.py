@@ -14,10 +14,12 @@ from ekfac_dist.curvature.damping import DEFAULT, Damping
 from ekfac_dist.errors import ConfigError, StoreError
 from ekfac_dist.models.modules import CONV1D, EXPERT, LINEAR, TrackedModule
 from ekfac_dist.runtime.store import (
+    CHECKSUM,
     MEND,
     MemoryStore,
     block_keys,
     eigenbasis_file,
+    manifest_checksum,
     spectrum_file,
 )
 from ekfac_dist.runtime.store_writer import StoreWriter
@@ -100,6 +102,17 @@ class Factors:
             raise StoreError(
                 f"The manifest says that factors have {self._num_blocks!r} blocks. {MEND}"
             )
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that the manifest says, each file's SHA-256 included.
+
+        Of factors in memory it is of what they were fitted with: there are no files, and each
+        worker has its own times.
+        """
+        if CHECKSUM in self.manifest:
+            return str(self.manifest[CHECKSUM])
+        return manifest_checksum({k: v for k, v in self.manifest.items() if k != "passes"})
 
     def module(self, name: str) -> ModuleFactors:
         """One module's factors, read from the store on first use, on the CPU.

@@ -38,7 +38,7 @@ from ekfac_dist.runtime.store import (
 from ekfac_dist.stages.checkpoints import Checkpoints, PassState
 from ekfac_dist.stages.covariance import CovarianceSums
 from ekfac_dist.stages.eigenbasis import Basis, run_eigenbasis
-from ekfac_dist.stages.model import agreeing, tracked_fingerprints
+from ekfac_dist.stages.model import agreeing, model_fingerprints
 from ekfac_dist.stages.needs import LARGE_SUMS, Memory, Share, fewest_groups, memory, stage_bytes
 from ekfac_dist.stages.passes import Work, measured_step, run_pass
 from ekfac_dist.stages.record import Inputs, Summary, manifest
@@ -85,9 +85,7 @@ def fit(
     peaks = world.gather(peak_bytes(world.device))
     summary.peak_bytes = {place: max(p.get(place, 0) for p in peaks) for place in peaks[0]}
     if summary.discovery is not discovery:
-        inputs.fingerprint, inputs.narrower = tracked_fingerprints(
-            inputs.model, summary.discovery.modules, world
-        )
+        inputs.fingerprints = model_fingerprints(inputs.model, summary.discovery.modules, world)
     with world.agree(takes_part=world.is_main):
         sink.finish(manifest(inputs, summary))
     return summary

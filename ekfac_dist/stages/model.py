@@ -11,15 +11,16 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from ekfac_dist.config import ModelConfig
+from ekfac_dist.config import ModelConfig, leaves
 from ekfac_dist.data.batches import Batch
 from ekfac_dist.errors import LaunchError, ModelError
 from ekfac_dist.models.capture import prepared
+from ekfac_dist.models.configuration import attention_implementation, configuration
 from ekfac_dist.models.discovery import Discovery, discover
-from ekfac_dist.models.fingerprint import fingerprint, fingerprints, whole_fingerprint
+from ekfac_dist.models.fingerprint import Fingerprints, fingerprints, narrower_dtypes
 from ekfac_dist.models.loading import load_model, loads_quantised, without_weights
 from ekfac_dist.models.modules import TrackedModule
-from ekfac_dist.models.sharding import is_sharded, refuse_first_fsdp
+from ekfac_dist.models.sharding import class_of, is_sharded, refuse_first_fsdp
 from ekfac_dist.models.shards import Held, reshards_after_forward, shard, whole_copy
 from ekfac_dist.models.tasks import CAUSAL_LM, Task
 from ekfac_dist.runtime.processes import World
@@ -145,28 +146,37 @@ def find(
     return found
 
 
-def tracked_fingerprints(
+def model_fingerprints(
     model: nn.Module, modules: Sequence[TrackedModule], world: World
-) -> tuple[str, dict[str, str]]:
-    """SHA-256 of the tracked parameters, and of what they are in narrower dtypes, by dtype.
+) -> Fingerprints:
+    """The fingerprints of a model that all workers hold.
 
     Raises:
         LaunchError: Workers hold different models.
     """
+    beside = narrower_dtypes if world.is_main else (lambda name, tensor: ())
     with agreeing(world, model):
-        own, narrower = (
-            fingerprints(model, modules)
-            if is_sharded(model) or world.is_main
-            else (fingerprint(model, modules), {})
-        )
-    world.require_same("model weights, by fingerprint,", own)
-    return own, world.share(narrower)
+        found = fingerprints(model, modules, beside)
+    require_same_model(model, found, world)
+    return world.share(found)
 
 
-def model_fingerprint(model: nn.Module, world: World) -> str:
-    """SHA-256 of all of a model, as worker 0 holds it."""
-    own, takes_part = "", is_sharded(model) or world.is_main
-    with agreeing(world, model, takes_part=takes_part):
-        if takes_part:
-            own = whole_fingerprint(model)
-    return world.share(own)
+def require_same_model(model: nn.Module, found: Fingerprints, world: World) -> None:
+    """Refuses workers whose models differ, in a tracked module or anywhere else.
+
+    Args:
+        model: This worker's.
+        found: Its fingerprints.
+        world: The workers.
+
+    Raises:
+        LaunchError: They differ.
+    """
+    world.require_same("model weights, by fingerprint,", found.tracked)
+    world.require_same("model weights outside the tracked modules, by fingerprint,", found.whole)
+    settings = {
+        **leaves(configuration(model)),
+        "class": class_of(model).__name__,
+        "attention implementation": attention_implementation(model),
+    }
+    world.require_same("settings of the model", settings)

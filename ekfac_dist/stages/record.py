@@ -10,11 +10,15 @@ from ekfac_dist.config import EstimateConfig
 from ekfac_dist.data.batches import padded_sizes, plan_batches
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.data.sequences import Sequences
+from ekfac_dist.models.configuration import attention_implementation, configuration
 from ekfac_dist.models.discovery import Discovery
+from ekfac_dist.models.fingerprint import Fingerprints
 from ekfac_dist.models.sharding import class_of
 from ekfac_dist.models.tasks import Task
 
 _SOFTWARE = ("ekfac_dist", "torch", "transformers", "accelerate", "safetensors")
+# Those that numbers depend on.
+NUMERIC_SOFTWARE = ("ekfac_dist", "torch", "transformers")
 # What each kind of labels makes of the Fisher.
 FISHER_NAMES = {"sampled": "true Fisher", "data": "empirical Fisher"}
 
@@ -55,9 +59,9 @@ class Inputs:
         model: The model, on the worker's device.
         sequences: All sequences.
         discovery: What is tracked.
-        fingerprint: SHA-256 of the tracked parameters.
-        narrower: The same of the parameters rounded to narrower dtypes, by dtype.
+        fingerprints: Of the model's weights.
         task: What is asked of the model.
+        task_fingerprint: Of its code and settings; None of a built-in task.
         step_tokens: Largest number of positions of a batch, padding included.
     """
 
@@ -65,9 +69,9 @@ class Inputs:
     model: nn.Module
     sequences: Examples
     discovery: Discovery
-    fingerprint: str
-    narrower: dict[str, str]
+    fingerprints: Fingerprints
     task: Task
+    task_fingerprint: str | None
     step_tokens: int
 
 
@@ -108,8 +112,12 @@ def manifest(inputs: Inputs, summary: Summary) -> dict[str, Any]:
             "revision": config.model.revision,
             "class": class_of(inputs.model).__name__,
             "dtype": str(next(inputs.model.parameters()).dtype).removeprefix("torch."),
-            "fingerprint": inputs.fingerprint,
-            "narrower_fingerprints": inputs.narrower,
+            "fingerprint": inputs.fingerprints.tracked,
+            "narrower_fingerprints": inputs.fingerprints.narrower,
+            "whole": inputs.fingerprints.whole,
+            "untracked": inputs.fingerprints.untracked,
+            "configuration": configuration(inputs.model),
+            "attention": attention_implementation(inputs.model),
         },
         "data": {
             "source": config.data.source,
@@ -130,6 +138,7 @@ def manifest(inputs: Inputs, summary: Summary) -> dict[str, Any]:
             "seed": config.factors.seed,
             "refit": config.factors.refit,
             "task": inputs.task.name,
+            "task_fingerprint": inputs.task_fingerprint,
         },
         "modules": {module.name: module.as_dict() for module in discovery.modules},
         "coverage": {

@@ -8,17 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from ekfac_dist.config import DataConfig, EstimateConfig, FactorsConfig, ModelConfig
+from ekfac_dist.config import DataConfig, EstimateConfig, FactorsConfig, ModelConfig, leaves
 from ekfac_dist.curvature.blocks import block_sizes
 from ekfac_dist.curvature.costs import step_tokens
 from ekfac_dist.curvature.eigenbasis import check_size
 from ekfac_dist.data.examples import Examples, TaskExamples
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.models.capture import prepared
+from ekfac_dist.models.configuration import attention_implementation, configuration
 from ekfac_dist.models.discovery import Discovery
 from ekfac_dist.models.loading import load_tokenizer
 from ekfac_dist.models.modules import device_of
 from ekfac_dist.models.sharding import class_of, is_sharded
+from ekfac_dist.models.task_fingerprint import task_fingerprint
 from ekfac_dist.models.tasks import (
     CAUSAL_LM,
     Task,
@@ -33,6 +35,7 @@ from ekfac_dist.runtime.progress import Progress
 from ekfac_dist.runtime.store import FactorSink, MemoryStore, NoStore
 from ekfac_dist.runtime.store_writer import StoreWriter, check_output
 from ekfac_dist.runtime.terminal import show
+from ekfac_dist.stages.agreement import require_same_settings
 from ekfac_dist.stages.checkpoints import Checkpoints, SavedCheckpoints
 from ekfac_dist.stages.factors import Factors
 from ekfac_dist.stages.fit import fit
@@ -45,11 +48,17 @@ from ekfac_dist.stages.loading import (
 from ekfac_dist.stages.model import (
     find,
     load,
-    model_fingerprint,
-    tracked_fingerprints,
+    model_fingerprints,
     unwrapped,
 )
-from ekfac_dist.stages.record import Inputs, Summary, coverage_line, steps_line
+from ekfac_dist.stages.record import (
+    NUMERIC_SOFTWARE,
+    Inputs,
+    Summary,
+    coverage_line,
+    software,
+    steps_line,
+)
 from ekfac_dist.stages.reload import load_factors
 
 
@@ -183,12 +192,19 @@ def estimate_factors(
     Raises:
         UserError: Anything that the caller can mend, on every worker alike.
     """
+    arguments = {**locals()}  # those that will be added one day too
+    for name in ("model", "data", "task", "progress"):  # compared by content, or of no consequence
+        del arguments[name]
     if isinstance(modules, str):
         modules = [modules]
     world = World.start()
     model = unwrapped(model, world)
-    with heartbeat(world, owns_process=False), world.agree():
+    with world.agree():
         task = require_task(task)
+        arguments |= {"task": task.name, "the task's fingerprint": task_fingerprint(task)}
+        arguments["output"] = None if output is None else str(output)
+    require_same_settings(world, arguments, "arguments")
+    with heartbeat(world, owns_process=False), world.agree():
         sequences = read_examples(task, model, data, max_tokens)
         config = EstimateConfig(
             model=ModelConfig(
@@ -215,11 +231,6 @@ def estimate_factors(
         )
         if not is_sharded(model):
             world = world.at(device_of(model))
-    given = {"labels": labels, "seed": seed, "refit": refit, "accumulate": accumulate}
-    given |= {"partitions": partitions, "batch_tokens": batch_tokens, "modules": modules}
-    given |= {"keep_covariance": keep_covariance, "an output": output is not None}
-    given |= {"blocks": blocks, "task": task.name, "eigen": eigen, "overwrite": overwrite}
-    world.require_same("arguments", given)
     if output is not None:
         world.on_main(lambda: check_output(output, config.as_dict(), replace=overwrite))
     memory = MemoryStore()
@@ -263,10 +274,21 @@ def opened_store(
 
     Raises:
         OutputError: It cannot be written; or holds a finished store, or a run of another
-            configuration, model or data, that is not to be overwritten.
+            configuration, model, data or software, that is not to be overwritten.
     """
-    begins = {"data": inputs.sequences.fingerprint, "task": inputs.task.name}
-    begins["model"] = model_fingerprint(inputs.model, world)
+    versions = software()
+    begins = {
+        "data": inputs.sequences.fingerprint,
+        "task": inputs.task.name,
+        "fingerprint of the task": inputs.task_fingerprint,
+        "model": inputs.fingerprints.whole,
+        **{
+            f"{name} in the model's configuration": value
+            for name, value in leaves(configuration(inputs.model)).items()
+        },
+        "attention implementation": attention_implementation(inputs.model),
+        **{f"version of {name}": versions[name] for name in NUMERIC_SOFTWARE},
+    }
 
     def opened() -> StoreWriter:
         writer = StoreWriter(output, inputs.config.as_dict(), begins, replace=overwrite)
@@ -330,5 +352,6 @@ def check_inputs(
     world.require_same("data, by fingerprint,", sequences.fingerprint)
     step = world.share(step_tokens(config.batch_tokens, world.device))  # all cut alike
     sequences = exactly_batched(model, sequences, task, world, step)
-    weights, narrower = tracked_fingerprints(model, discovery.modules, world)
-    return Inputs(config, model, sequences, discovery, weights, narrower, task, step)
+    weights = model_fingerprints(model, discovery.modules, world)
+    code = task_fingerprint(task)
+    return Inputs(config, model, sequences, discovery, weights, task, code, step)

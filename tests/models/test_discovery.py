@@ -7,7 +7,7 @@ from torch import nn
 
 from ekfac_dist.errors import ModelError
 from ekfac_dist.models.discovery import discover
-from ekfac_dist.models.fingerprint import fingerprint
+from ekfac_dist.models.fingerprint import fingerprints
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.models.partition import partition
 
@@ -103,14 +103,14 @@ def test_a_tied_head_is_refused():
 def test_the_fingerprint_sees_every_tracked_byte_and_nothing_else():
     model = build("llama")
     modules = discover(model, None, CPU).modules
-    before = fingerprint(model, modules)
+    before = fingerprints(model, modules).tracked
     with torch.no_grad():
         model.model.embed_tokens.weight[0, 0] += 1
-    assert fingerprint(model, modules) == before
+    assert fingerprints(model, modules).tracked == before
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[-1, -1] += 1e-9
-    assert fingerprint(model, modules) != before
-    assert fingerprint(model.float(), modules) != before
+    assert fingerprints(model, modules).tracked != before
+    assert fingerprints(model.float(), modules).tracked != before
 
 
 @given(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from workshop import rewrite_manifest
 
 from ekfac_dist.errors import OutputError, StoreError
 from ekfac_dist.runtime import store as store_module
@@ -63,11 +64,8 @@ def write(path: Path) -> Path:
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
-    """Changes a store's manifest."""
-    manifest = json.loads((path / MANIFEST).read_text())
-    manifest.pop(CHECKSUM)
-    change(manifest)
-    (path / MANIFEST).write_text(json.dumps(manifest))
+    """Changes a store's manifest, and seals it again."""
+    rewrite_manifest(path, change)
     return path
 
 
@@ -454,6 +452,10 @@ def test_a_pickle_in_a_files_place_is_not_read(store: Path):
         (lambda m: m.update(complete=False), "incomplete"),
         (lambda m: m.update(complete="yes"), "incomplete"),
         (lambda m: m.pop("modules"), r"manifest\.json lacks modules"),
+        (
+            lambda m: m.pop(CHECKSUM),
+            r"manifest\.json is damaged or was edited: .*no checksum",
+        ),
         (lambda m: m.update(files=[]), "lacks files"),
         (lambda m: m.update(model=None, data=3), "lacks model, data"),
         (lambda m: m["files"].update({SUM: 3}), "as 3; it must list"),

@@ -1,7 +1,5 @@
 """Factors of several diagonal blocks are those of dense block-diagonal covariances."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -9,6 +7,7 @@ from dense import dense_E, dense_lambda, dense_modules, relative
 from dense_scores import DenseScores
 from networks import KINDS, build, examples, shifted
 from safetensors import safe_open
+from workshop import rewrite_manifest
 
 from ekfac_dist import estimate_factors, influence_scores, load_factors
 from ekfac_dist.curvature.blocks import block_sizes, num_numbers
@@ -121,12 +120,10 @@ def test_a_number_of_blocks_that_cannot_be_meant_is_refused(tmp_path):
         with pytest.raises(ConfigError, match=r"factors\.blocks is .*whole number of 1 or more"):
             estimate_factors(build("llama"), examples(2), blocks=wrong)
     estimate_factors(build("llama"), examples(2), output=tmp_path / "store", **FIT)
-    path = tmp_path / "store" / "manifest.json"
     for wrong in (0, "2", 2):
-        manifest = json.loads(path.read_text())
-        manifest.pop("checksum", None)
-        manifest["config"]["factors"]["blocks"] = wrong
-        path.write_text(json.dumps(manifest))
+        rewrite_manifest(
+            tmp_path / "store", lambda m, wrong=wrong: m["config"]["factors"].update(blocks=wrong)
+        )
         says = "holds no tensor 'eigenvectors.0'" if wrong == 2 else f"have {wrong!r} blocks"
         with pytest.raises(StoreError, match=says):
             load_factors(tmp_path / "store").module("model.layers.0.mlp.up_proj")

@@ -1,5 +1,6 @@
 """A run that was interrupted anywhere goes on, and ends with the same bytes as one that was not."""
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -157,6 +158,45 @@ def test_another_run_is_refused_by_what_changed(
     fit(tmp_path / "a", **changed, overwrite=True)
     fit(tmp_path / "b", **changed)
     assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("torch", r"another version of torch \(2\.\d+\.\d+\S*, now 9\.0\)"),
+        ("transformers", r"another version of transformers \(5\.\d+\.\d+, now 9\.0\)"),
+        ("attention", r"another attention implementation \(sdpa, now eager\)"),
+        ("eps", r"another rms_norm_eps in the model's configuration \(1e-06, now 0\.001\)"),
+    ],
+)
+def test_a_run_begun_with_other_software_or_settings_of_the_model_is_refused_by_name(
+    begun: Path, name: str, says: str, monkeypatch: pytest.MonkeyPatch
+):
+    model = build("llama")
+    if name == "attention":
+        model.set_attn_implementation("eager")
+    elif name == "eps":
+        model.config.rms_norm_eps = 1e-3
+    else:
+        version = importlib.metadata.version
+        monkeypatch.setattr(
+            importlib.metadata, "version", lambda asked: "9.0" if asked == name else version(asked)
+        )
+    before = content_of_unfinished(begun)
+    with pytest.raises(OutputError, match=says):
+        estimate_factors(
+            model, examples(9, prompts=True), output=begun, batch_tokens=16, save_minutes=0
+        )
+    assert content_of_unfinished(begun) == before
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fit that was killed."""
+    store = tmp_path_factory.mktemp("begun") / "store"
+    with pytest.MonkeyPatch.context() as patch:
+        assert killed_at(30, store, patch)
+    return store
 
 
 def content_of_unfinished(store: Path) -> dict[str, bytes]:

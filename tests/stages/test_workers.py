@@ -109,10 +109,17 @@ def misuse(tmp_path_factory):
         ("afterwards", "None"),
         ("another seed", r"Worker 1 has other arguments than worker 0 \(seed: 1 and 0\)"),
         ("another model", "Worker 1 has other model weights"),
+        ("another head", "Worker 1 has other model weights outside the tracked modules"),
+        (
+            "another configuration",
+            r"Worker 1 has other settings of the model .*\(rms_norm_eps: 1.0",
+        ),
+        ("other minutes", r"Worker 1 has other arguments .*\(save_minutes: 11 and 10\)"),
+        ("another task", r"Worker 1 has other arguments .*\(the task's fingerprint: '"),
         ("other data", "Worker 1 has other data"),
         (
             "output on one",
-            r"Worker 1 has other arguments than worker 0 \(an output: False and True",
+            r"Worker 1 has other arguments than worker 0 \(output: None and 'given'\)",
         ),
         ("afterwards again", "None"),
         ("a prepared model", "None"),

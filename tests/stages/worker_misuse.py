@@ -10,8 +10,15 @@ import torch
 from accelerate import Accelerator
 from networks import build, examples
 
-from ekfac_dist import estimate_factors
+from ekfac_dist import CausalLM, estimate_factors
 from ekfac_dist.errors import UserError
+
+
+class Scaled(CausalLM):
+    """A task with a setting."""
+
+    def __init__(self, scale: int) -> None:
+        self.scale = scale
 
 
 def say(what: str, error: UserError | None) -> None:
@@ -51,6 +58,15 @@ if __name__ == "__main__":
 
     attempt("another seed", seed=rank)
     attempt("another model", model=build("llama", seed=rank))
+    headed = build("llama")
+    with torch.no_grad():
+        headed.lm_head.weight[0] += rank
+    attempt("another head", model=headed)
+    softened = build("llama")
+    softened.config.rms_norm_eps = 1e-6 + rank
+    attempt("another configuration", model=softened)
+    attempt("other minutes", save_minutes=10 + rank)
+    attempt("another task", task=Scaled(rank))
     attempt("other data", data=examples(8, seed=rank))
     attempt("output on one", output=output / "one" if rank == 0 else None)
     attempt("afterwards again", output=output / "both")

@@ -24,7 +24,15 @@ import psutil
 import torch
 import torch.distributed as dist
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -121,6 +129,29 @@ def tiny_tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD
     )
+
+
+def sentencepiece_like(kind: str) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer that writes a space as ▁ and falls back on bytes, as SentencePiece's do.
+
+    Args:
+        kind: How it comes by the ▁: "Metaspace", "Metaspace, first" (at the text's start alone one
+            is put before), or "normalizer", as Llama 2's, whose tokens may hold several words.
+    """
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    if kind == "normalizer":
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    else:
+        scheme = "first" if kind.endswith("first") else "always"
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2 * VOCABULARY,
+        special_tokens=["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(40, seed=1, words=(1, 3)), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 
 
 def save_tiny(

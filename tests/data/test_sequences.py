@@ -11,7 +11,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
-from workshop import BOS, EOS, texts, tiny_tokenizer
+from workshop import BOS, EOS, sentencepiece_like, texts, tiny_tokenizer
 
 from ekfac_dist.config import DataConfig
 from ekfac_dist.data.batches import NO_LABEL
@@ -84,6 +84,91 @@ def test_a_token_across_the_prompts_end_carries_no_label():
     sequences = with_prompts([("an em", "pty batch")])
     assert tokens(sequences) == TOKENIZER("an empty batch")["input_ids"]
     assert TOKENIZER.decode(labelled(sequences)) == " batch"
+
+
+# -- tokens that a prompt's end splits -------------------------------------------------------------
+
+
+TOKENIZERS = {
+    "byte-level": TOKENIZER,
+    "byte-level, trimmed": TRIMMING,
+    "Metaspace": sentencepiece_like("Metaspace"),
+    "Metaspace, first": sentencepiece_like("Metaspace, first"),
+    "normalizer": sentencepiece_like("normalizer"),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_token_that_begins_in_a_prompts_last_space_is_told(kind: str):
+    tokenizer = TOKENIZERS[kind]
+    split, whole = ("a worker\n ", "module sums"), ("a worker\n", " module sums")
+    columns = encode(tokenizer, *map(list, zip(split, whole, strict=True)), None)
+    found = columns["split_token"][0]
+    assert found.startswith(" m")
+    assert columns["split_token"][1] is None
+    first, second = columns["labels"]
+    position = next(t for t, label in enumerate(second) if label != NO_LABEL)
+    assert (first[position], first[position + 1 :]) == (NO_LABEL, second[position + 1 :])
+    (token,) = tokenizer.convert_ids_to_tokens([second[position]])
+    assert token.replace("Ġ", " ").replace("▁", " ") == found
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(prompt=st.text("abworkes \né日", max_size=9), text=st.text("abworkes \né日", max_size=9))
+def test_a_split_token_is_told_where_the_prompts_own_tokens_are_not_the_first_of_all(
+    kind: str, prompt: str, text: str
+):
+    """Where the prompt ends between two tokens, both of its sides hold whole characters."""
+    tokenizer = TOKENIZERS[kind]
+    columns = encode(tokenizer, [prompt, "x"], [text, "y"], None)
+    ids, labels = columns["input_ids"][0], columns["labels"][0]
+    found = columns["split_token"][0]
+    behind = [token for token, label in zip(ids, labels, strict=True) if label != NO_LABEL]
+    written = read(tokenizer, behind)
+    if not prompt:
+        assert found is None
+    elif found is None:
+        assert written == text
+    else:
+        assert written != text
+        assert text.endswith(written)
+        assert found.endswith(text.removesuffix(written))
+        assert prompt.endswith(found.removesuffix(text.removesuffix(written)))
+
+
+def read(tokenizer: Any, ids: list[int]) -> str:
+    """The text of tokens in the midst of one."""
+    joined = [token for token in tokenizer.convert_ids_to_tokens(ids) if token not in (BOS, EOS)]
+    if any(token.startswith("Ġ") for token in joined) or "Ġ" in tokenizer.get_vocab():
+        return tokenizer.convert_tokens_to_string(joined)
+    pieces = [
+        bytes([int(token[3:-1], 16)]) if token.startswith("<0x") else token.encode()
+        for token in joined
+    ]
+    return b"".join(pieces).decode().replace("▁", " ")
+
+
+def test_rows_with_a_split_token_are_counted_also_from_the_cache_and_when_left_out():
+    rows = [("a label:", " sum"), ("a label: ", "a"), ("a label: ", "sends"), ("", "no prompt")]
+    named = [{"prompt": prompt, "text": text} for prompt, text in rows]
+    tokenizer, name = Counting(), f"cached {next(fresh)}"
+    first, second = (sequences_of(named, tokenizer, name, prompt="prompt") for _ in range(2))
+    assert tokenizer.calls == 1
+    assert first.counts == second.counts
+    assert (first.counts.split, first.counts.first_split) == (2, 1)
+    assert first.indices.tolist() == [0, 2, 3], "of row 1 nothing is left"
+    assert "in 2 of 4 rows, first in row 1 (from 0)" in first.counts.split_note
+    assert with_prompts(rows[:1]).counts.split_note is None
+
+
+def test_a_split_token_that_is_cut_off_is_none():
+    length = len(TOKENIZER("a label: sends")["input_ids"])
+    prompt = "a label: "
+    position = len(TOKENIZER("a label:")["input_ids"])
+    assert TOKENIZER.tokenize("a label: sends")[position - 1].startswith("Ġ")
+    for limit, split in ((length, 1), (position + 1, 1), (position, 0)):
+        rows = [(prompt, "sends"), ("", "kept as it is")]
+        assert with_prompts(rows, max_tokens=limit).counts.split == split
 
 
 words = st.text(st.sampled_from("aeorstwk .:\n"), max_size=12)
@@ -370,11 +455,70 @@ def test_thousands_of_rows_keep_their_order():
         ([{"input_ids": [1]}, {"input_ids": []}], "None of the 2 sequences"),
         ([{"input_ids": [1, 2], "attention_mask": [0, 0]}], "None of the 1 sequences"),
         ([{"input_ids": [1, 2], "labels": [-100, -100]}], "None of the 1 sequences"),
+        (
+            [{"input_ids": [1]}, {"input_ids": [1, 2, 3, 4], "attention_mask": [1, 0, 0, 1]}],
+            r"Example 1 has an attention_mask with zeros inside \(at position 1\).*leave tokens",
+        ),
+        (
+            [
+                {
+                    "input_ids": torch.ones(3, 5, dtype=torch.long),
+                    "attention_mask": torch.tensor(
+                        [[0, 0, 1, 1, 1], [1, 1, 1, 1, 0], [0, 1, 0, 1, 0]]
+                    ),
+                }
+            ],
+            r"Example 2 has an attention_mask with zeros inside \(at position 2\)",
+        ),
+        (
+            [{"input_ids": [1, 2, 3, 4], "attention_mask": [1, 1, 2, 2]}],
+            "Example 0 has 2 in its attention_mask; it must be 1 at real tokens and 0 at padding",
+        ),
+        ([{"input_ids": [1, 2], "attention_mask": [-1, 1]}], "Example 0 has -1 in its attention"),
+        (
+            [{"input_ids": [1, 2]}, {"input_ids": [1, 2, 3], "position_ids": [0, 1, 0]}],
+            r"Example 1 has position_ids of its own \(0, 1, 0, …\).*leave position_ids out",
+        ),
+        ([{"input_ids": [1, 2, 3], "position_ids": [4, 5, 6]}], "position_ids of its own"),
+        (
+            [{"input_ids": [1, 2], "attention_mask": [0, 1], "position_ids": [0, 1]}],
+            "position_ids of its own",
+        ),
+        ([{"input_ids": [1, 2, 3], "position_ids": [0, 1]}], r"position_ids of lengths \[2\]"),
+        (
+            [{"input_ids": [1, 2, 3], "token_type_ids": [0, 0, 1]}],
+            "Example 0 has token_type_ids of its own.*no token types but 0",
+        ),
+        (
+            [{"input_ids": [1, 2], "inputs_embeds": torch.zeros(2, 4)}],
+            "Example 0 has inputs_embeds, which the model takes, but .* leave it out",
+        ),
     ],
 )
 def test_what_is_no_example_is_refused(data: Any, says: str):
     with pytest.raises(DataError, match=says):
         from_examples(data)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_fields_that_say_nothing_may_be_there(side: str):
+    batch = padded(side, 0)
+    count = (batch["attention_mask"].cumsum(1) - 1).masked_fill(batch["attention_mask"] == 0, 1)
+    more = {
+        "position_ids": count,
+        "token_type_ids": 1 - batch["attention_mask"],  # only padding has others
+        "special_tokens_mask": torch.ones_like(count),
+        "inputs_embeds": None,
+        "name": ["a", "b", "c"],
+    }
+    assert all_tokens(from_examples([batch | more])) == IDS
+
+
+def test_what_the_model_takes_and_a_sequence_does_not_keep_is_refused():
+    example = {"input_ids": [1, 2], "pixel_values": [0.5], "use_cache": False, "weights": [3]}
+    assert len(from_examples([example], inputs=["input_ids", "use_cache"])) == 1
+    with pytest.raises(DataError, match="Example 0 has pixel_values, which the model takes"):
+        from_examples([example], inputs=["pixel_values", "use_cache"])
 
 
 def test_a_tokenizer_that_pads_on_the_left_or_has_no_padding_token_makes_the_same_sequences():

@@ -1,12 +1,16 @@
 """Queries as they are read, tokenised and grouped; candidates as they are picked."""
 
+import warnings
+
 import pytest
 import torch
+from networks import build
 from workshop import texts, tiny_tokenizer, write_jsonl
 
 from ekfac_dist.data.batches import NO_LABEL
 from ekfac_dist.data.sequences import from_examples
 from ekfac_dist.errors import DataError
+from ekfac_dist.influence.examples import queries_of, sequences_of
 from ekfac_dist.influence.queries import (
     pick_candidates,
     query_examples,
@@ -14,6 +18,7 @@ from ekfac_dist.influence.queries import (
     read_queries,
     tokenize_queries,
 )
+from ekfac_dist.models.tasks import CAUSAL_LM
 
 TOKENIZER = tiny_tokenizer()
 
@@ -64,6 +69,45 @@ def test_a_completion_in_which_no_token_begins_is_refused(tmp_path):
     assert TOKENIZER.tokenize("a token")[-1] == "Ġtoken"  # it begins in the prompt
     with pytest.raises(DataError, match=r"line 1: no token begins in the completion 'ken'"):
         asked(tmp_path, [{"prompt": "a to", "completion": "ken"}])
+
+
+SPLIT = {"prompt": "The worker ", "completion": "sends a batch"}
+WHOLE = {"prompt": "The worker", "completion": " sends a batch"}
+INSIDE = {"prompt": "an em", "completion": "pty batch"}
+
+
+def test_a_prompt_that_ends_in_a_space_is_told_with_what_would_do(tmp_path):
+    queries = asked(tmp_path, [WHOLE, SPLIT, INSIDE])
+    assert queries.split_tokens[:2] == (None, " s")
+    first, second = queries.split_notes
+    assert "line 2: the token ' s' begins in the prompt" in first
+    assert first.endswith("end the prompt without the space and begin the completion with it")
+    assert "line 3: the token 'mpty' begins in the prompt" in second
+    assert second.endswith("end the prompt where a token ends")
+
+
+def test_a_completion_that_a_prompts_last_space_swallows_is_refused_with_what_would_do(tmp_path):
+    with pytest.raises(DataError, match=r"nothing to predict; the token ' token' begins in the pr"):
+        asked(tmp_path, [{"prompt": "a ", "completion": "token"}])
+
+
+def test_python_callers_are_warned_of_split_tokens():
+    model = build("llama")
+    with pytest.warns(UserWarning, match=r"query 1: the token ' s' begins in the prompt"):
+        queries_of([WHOLE, SPLIT], TOKENIZER, model, CAUSAL_LM)
+    rows = [{"prompt": row["prompt"], "text": row["completion"]} for row in (WHOLE, SPLIT, SPLIT)]
+    with pytest.warns(UserWarning, match=r"in 2 of 3 rows, first in row 1 \(from 0\)"):
+        sequences_of(rows, TOKENIZER, None, model, CAUSAL_LM)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        queries_of([WHOLE], TOKENIZER, model, CAUSAL_LM)
+        sequences_of(rows[:1], TOKENIZER, None, model, CAUSAL_LM)
+
+
+def test_an_example_that_is_no_query_is_told_from_the_training_data():
+    wrong = [{"input_ids": [1, 2]}, {"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}]
+    with pytest.raises(DataError, match=r"Of the queries: Example 1 has an attention_mask with ze"):
+        query_examples(wrong, from_examples)
 
 
 def test_examples_are_queries_and_one_without_a_label_is_named():

@@ -330,6 +330,81 @@ def test_a_task_of_ones_own_needs_a_forward_alone():
     compare(factors, oracle)
 
 
+def with_gaps(examples, seed=3):
+    """The same, a token inside that is no label left out by an `attention_mask`."""
+    draw, found = np.random.default_rng(seed), []
+    for example in examples:
+        mask = np.ones(len(example["input_ids"]), dtype=np.int64)
+        inside = [t for t in range(1, len(mask) - 1) if example["labels"][t] == -100]
+        if inside:
+            mask[draw.choice(inside)] = 0
+        found.append(example | {"attention_mask": mask})
+    assert any(not example["attention_mask"].all() for example in found)
+    return found
+
+
+def test_masks_with_zeros_inside_are_the_models_own_to_read_and_such_positions_do_not_count():
+    model, data, task = bert(), with_gaps(masked_examples(7)), MaskedLM()
+    factors = estimate_factors(model, data, labels="data", task=task, **FIT)
+    real = sum(int(example["attention_mask"].sum()) for example in data)
+    assert factors.manifest["data"]["num_positions"] == real
+    oracle = dense_of_losses(
+        model, [lambda e=e: loss_of(model, e, task) for e in data], list(factors.modules)
+    )
+    for name, dense in oracle.items():
+        for kept, acts, grads in zip(data, dense.acts, dense.grads, strict=True):
+            unread = kept["attention_mask"] == 0
+            acts[unread] = 0
+            assert not grads[unread].any()
+        fitted = factors.module(name)
+        Q = torch.kron(fitted.basis_OO, fitted.basis_II)
+        assert relative(fitted.lambda_OI.flatten(), torch.diag(Q.T @ dense.F @ Q)) < EXACT
+        A, S = sums_of(factors, name)
+        total = sum(map(len, dense.acts))
+        assert relative(A, dense.A * total / real) < EXACT
+        assert relative(S, dense.S * total / real) < EXACT
+
+
+def test_position_ids_of_an_example_are_the_models_to_read():
+    model, data, task = bert(), masked_examples(6), MaskedLM()
+    for example in data:
+        example["position_ids"] = np.arange(len(example["input_ids"]))[::-1].copy() + 5
+    factors = estimate_factors(model, data, labels="data", task=task, **FIT)
+    losses = [lambda e=e: loss_of(model, e, task) for e in data]
+    compare(factors, dense_of_losses(model, losses, list(factors.modules)))
+
+
+def test_decoder_positions_that_a_mask_leaves_out_do_not_count():
+    model, data, task = t5(), translated_examples(6), Seq2SeqLM()
+    for example in data:
+        example["decoder_attention_mask"] = np.ones(len(example["labels"]), dtype=np.int64)
+        if len(example["labels"]) > 2:
+            example["labels"][1] = -100
+            example["decoder_attention_mask"][1] = 0
+    left_out = sum(int((e["decoder_attention_mask"] == 0).sum()) for e in data)
+    assert left_out
+    factors = estimate_factors(model, data, task=task, **FIT)
+    expected = sum(len(e["input_ids"]) + len(e["labels"]) for e in data) - left_out
+    assert factors.manifest["data"]["num_positions"] == expected
+    data[2]["labels"][1] = 3
+    with pytest.raises(DataError, match="has a label where its decoder_attention_mask is 0"):
+        estimate_factors(model, data, task=task, **FIT)
+
+
+def test_a_forward_that_reads_what_a_mask_leaves_out_is_refused():
+    class Unmasked(MaskedLM):
+        def forward(self, model, batch):
+            return super().forward(model, {n: t for n, t in batch.items() if n != "attention_mask"})
+
+    data = masked_examples(6)
+    for example in data:
+        for name, value in example.items():
+            example[name] = np.resize(value, 6)  # of one length, so that there is no other padding
+    data = with_gaps(data)
+    with pytest.raises(ModelError, match="is 0 inside it, but its loss depends on the tokens ther"):
+        estimate_factors(bert(), data, task=Unmasked(), labels="data", **FIT)
+
+
 def test_albert_is_refused_with_the_reason():
     config = AlbertConfig(
         vocab_size=VOCAB,
@@ -405,6 +480,32 @@ def test_factors_are_of_their_task_alone():
             MaskedLM(),
             DataError,
             "has 30 positions, but the model reads 24",
+        ),
+        (
+            [
+                *with_gaps(masked_examples(1)),
+                {
+                    "input_ids": np.arange(3),
+                    "labels": np.arange(3),
+                    "token_type_ids": np.zeros(3, dtype=np.int64),
+                    "attention_mask": np.array([1, 0, 1]),
+                },
+            ],
+            MaskedLM(),
+            DataError,
+            "Example 1 has a label at position 1, where its attention_mask is 0",
+        ),
+        (
+            [{"input_ids": np.arange(3), "labels": 1, "attention_mask": np.array([1, 1, 2])}],
+            SequenceClassification(),
+            DataError,
+            "Example 0 has 2 in its attention_mask; it must be 1 at real tokens",
+        ),
+        (
+            [{"input_ids": np.arange(2), "labels": 1, "attention_mask": np.array([0, -np.inf])}],
+            SequenceClassification(),
+            DataError,
+            "Example 0 has -inf in its attention_mask",
         ),
         (translated_examples(3), Seq2SeqLM(), ModelError, "has no encoder; give another task"),
         (classified_examples(3), MaskedLM(), ModelError, "labels of shape"),

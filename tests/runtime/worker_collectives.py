@@ -199,6 +199,25 @@ def main_first_fails_everywhere_if_it_fails_on_another(world: World, directory: 
     assert "No cache." in str(error)
 
 
+def once_per_host_gives_what_the_hosts_first_worker_made(world: World, directory: Path) -> None:
+    ran: list[int] = []
+
+    def make() -> int:
+        ran.append(world.rank)
+        return world.rank
+
+    first = world.rank - world.local_rank
+    assert world.once_per_host(make) == first
+    assert ran == ([world.rank] if world.rank == first else [])
+
+
+def once_per_host_fails_everywhere_if_it_fails(world: World, directory: Path) -> None:
+    def act() -> None:
+        raise DataError("No file.")
+
+    assert "No file." in str(raised(lambda: world.once_per_host(act)))
+
+
 def on_main_gives_its_result_there_alone(world: World, directory: Path) -> None:
     assert world.on_main(lambda: "made") == ("made" if world.is_main else None)
     error = raised(lambda: world.on_main(lambda: fail(DataError("No."))))
@@ -331,6 +350,8 @@ CHECKS = [
     main_first_lets_the_others_find_what_it_made,
     main_first_runs_nowhere_else_if_it_fails_there,
     main_first_fails_everywhere_if_it_fails_on_another,
+    once_per_host_gives_what_the_hosts_first_worker_made,
+    once_per_host_fails_everywhere_if_it_fails,
     on_main_gives_its_result_there_alone,
     peers_that_announce_nothing_are_not_heard,
     an_announced_failure_is_heard_by_the_others,

@@ -724,6 +724,26 @@ def test_an_unfinished_run_is_not_gone_on_with_by_another_model_but_begun_anew_i
     assert not setting.path("factors/covariance/left.safetensors").exists()
 
 
+def test_overwriting_goes_on_with_an_unfinished_run_of_the_same_and_says_what_it_does(
+    setting: Setting, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "eigh", interrupt)
+        assert in_this_process(setting.arguments(), capfd)[0] == 130
+    setting.options = ["--overwrite"]
+    status, stdout, _ = in_this_process(setting.arguments(), capfd)
+    assert status == 0
+    assert re.search(r"goes on +\d+ files are in place", stdout)
+    assert "replaces" not in stdout
+    status, stdout, _ = in_this_process(setting.arguments(), capfd)
+    assert status == 0
+    assert "goes on" not in stdout
+    assert re.search("replaces +the store in .*factors, once something of this run is", stdout)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, good_model: Path) -> Path:
     """A finished store, for a case to be told to overwrite."""

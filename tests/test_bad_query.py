@@ -166,42 +166,6 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(content)
 
 
-def test_a_change_that_is_meant_is_told_in_every_result(
-    good: Good, tmp_path: Path, capfd: pytest.CaptureFixture
-) -> None:
-    setting = Setting(tmp_path / "changed", good)
-    change_head(setting.model())
-    setting.config["model"]["allow_changes"] = True
-    status, stdout, stderr = in_this_process(setting.arguments(), capfd)
-    assert status == 0, stderr
-    told = "1 of 15 weights outside the tracked modules have other numbers"
-    assert stdout.count(f"model differs {told}") == 2  # before the work, and beside the scores
-    model = json.loads((setting.path("scores") / MANIFEST).read_text())["model"]
-    assert len(model["differs"]) == 1
-    assert model["differs"][0].startswith(told)
-    assert model["not_compared"] == []
-    fitted = json.loads((good.store / MANIFEST).read_text())["model"]
-    assert model["whole"] != fitted["whole"]
-    write_report(setting.path("scores"), tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
-    assert f"not the one that the factors were fitted for: {told}" in page
-
-
-def test_what_could_not_be_compared_is_told_in_every_result(
-    good: Good, tmp_path: Path, capfd: pytest.CaptureFixture
-) -> None:
-    setting = Setting(tmp_path / "older", good)
-    setting.manifest(lambda m: [m["model"].pop(k) for k in ("whole", "untracked", "configuration")])
-    status, stdout, stderr = in_this_process(setting.arguments(), capfd)
-    assert status == 0, stderr
-    assert len(re.findall(r"not compared  .* is of an earlier version", stdout)) == 2
-    model = json.loads((setting.path("scores") / MANIFEST).read_text())["model"]
-    assert "earlier version" in model["not_compared"][0]
-    assert model["differs"] == []
-    write_report(setting.path("scores"), tmp_path / "page.html")
-    assert "is of an earlier version, which kept" in (tmp_path / "page.html").read_text()
-
-
 CASES: list[Case] = []
 case = table(CASES)
 
@@ -1541,3 +1505,42 @@ def test_a_refused_model_comes_back_as_it_was(call: Call) -> None:
     assert call.model.training
     assert all(parameter.requires_grad for parameter in call.model.parameters())
     assert not any(module._forward_hooks for module in call.model.modules())
+
+
+# -- what is accepted, and told -------------------------------------------------------------------
+
+
+def test_a_change_that_is_meant_is_told_in_every_result(
+    good: Good, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    setting = Setting(tmp_path / "changed", good)
+    change_head(setting.model())
+    setting.config["model"]["allow_changes"] = True
+    status, stdout, stderr = in_this_process(setting.arguments(), capfd)
+    assert status == 0, stderr
+    told = "1 of 15 weights outside the tracked modules have other numbers"
+    assert stdout.count(f"model differs {told}") == 2  # before the work, and beside the scores
+    model = json.loads((setting.path("scores") / MANIFEST).read_text())["model"]
+    assert len(model["differs"]) == 1
+    assert model["differs"][0].startswith(told)
+    assert model["not_compared"] == []
+    fitted = json.loads((good.store / MANIFEST).read_text())["model"]
+    assert model["whole"] != fitted["whole"]
+    write_report(setting.path("scores"), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert f"not the one that the factors were fitted for: {told}" in page
+
+
+def test_what_could_not_be_compared_is_told_in_every_result(
+    good: Good, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    setting = Setting(tmp_path / "older", good)
+    setting.manifest(lambda m: [m["model"].pop(k) for k in ("whole", "untracked", "configuration")])
+    status, stdout, stderr = in_this_process(setting.arguments(), capfd)
+    assert status == 0, stderr
+    assert len(re.findall(r"not compared  .* is of an earlier version", stdout)) == 2
+    model = json.loads((setting.path("scores") / MANIFEST).read_text())["model"]
+    assert "earlier version" in model["not_compared"][0]
+    assert model["differs"] == []
+    write_report(setting.path("scores"), tmp_path / "page.html")
+    assert "is of an earlier version, which kept" in (tmp_path / "page.html").read_text()

@@ -504,8 +504,14 @@ def _difference(values: Sequence[Any], other: int) -> str:
     one, two = values[0], values[other]
     if isinstance(one, dict) and isinstance(two, dict):
         key = next(key for key in {**one, **two} if _differ(one.get(key), two.get(key)))
-        return f"{key}: {two.get(key)!r} and {one.get(key)!r}"
-    return f"{two!r} and {one!r}"
+        return f"{key}: {_shown(two.get(key))} and {_shown(one.get(key))}"
+    return f"{_shown(two)} and {_shown(one)}"
+
+
+def _shown(value: Any) -> str:
+    """A value, as much of it as an error has room for."""
+    text = repr(value)
+    return f"{text[:100]}…" if len(text) > 100 else text
 
 
 def _default_store() -> Any:

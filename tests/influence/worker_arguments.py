@@ -8,6 +8,7 @@ from accelerate import Accelerator
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
+import torch
 from networks import build, examples
 from workshop import leave
 
@@ -32,6 +33,11 @@ def main() -> None:
     for options, asked, given in cases:
         with pytest.raises(LaunchError, match="must be given the same"):
             influence_scores(model, factors, asked, given, top_k=1, **options)
+    changed = build("gpt2")
+    with torch.no_grad():
+        changed.transformer.ln_f.weight[0] += rank
+    with pytest.raises(LaunchError, match="other model weights outside the tracked modules"):
+        influence_scores(changed, factors, queries, train, top_k=1, allow_changes=True)
     assert influence_scores(model, factors, queries, train).scores.shape == (2, 5)
 
 

@@ -124,7 +124,7 @@ def asked(root: Path, output: Path, name: str, **changes) -> QueryConfig:
             "factors": str(root / "store"),
             "queries": str(root / "queries.jsonl"),
             "scores": ScoresConfig(**ASKED[name]),
-            "batch_tokens": 40,
+            "batch_tokens": 100,
             "output": str(output),
             **changes,
         }
@@ -213,7 +213,11 @@ def contents_in_bytes(results: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    "name", [*list(ASKED)[:3], *(pytest.param(n, marks=pytest.mark.slow) for n in list(ASKED)[3:])]
+    "name",
+    [
+        name if name == "two stages" else pytest.param(name, marks=pytest.mark.slow)
+        for name in ASKED
+    ],
 )
 def test_what_is_done_is_not_done_again_and_the_bytes_are_the_same(
     name: str, root: Path, tmp_path: Path, whole, monkeypatch: pytest.MonkeyPatch
@@ -438,7 +442,7 @@ def test_sigterm_ends_a_run_that_goes_on(
             os.kill(os.getpid(), signal.SIGTERM)
 
     given = ["query", "--factors", root / "store", "--queries", root / "queries.jsonl"]
-    given += ["--output", output, "--batch_tokens", "40"]
+    given += ["--output", output, "--batch_tokens", "100"]
     given += ["--scores.query_memory_gb", TWO_ROWS]
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(preemption, "_is_requested", False)

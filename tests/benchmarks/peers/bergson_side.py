@@ -12,7 +12,9 @@ What is chosen, so that the two are comparable and bergson is at its best here:
 - Every linear map of its base model is taken but those of `filter_modules`: the attention's. The
   output layer is not in the base model.
 - Data are a `datasets` directory of tokens that tells their lengths, so that nothing is tokenised
-  or mapped. bergson sorts documents by length and cuts batches by a token budget, padding included.
+  or mapped. bergson sorts documents by length and cuts batches by a token budget, padding included:
+  `fit.py` finds its best. Its other options cost more passes (`module_partitions`), serve GPUs
+  (`use_tf32_matmuls`, `fsdp`) or do not reach this command (`max_batch_size`, `auto_batch_size`).
 - Several workers are its own processes, on gloo, and each decomposes the factors that it owns.
 
 Its covariances are means over positions and Λ is a mean over documents, as ours are. It counts as a

@@ -21,7 +21,9 @@ What makes the two comparable:
 - Factors, gradients of sequences and scores are float32, or float64 for a float64 model.
 
 It pads a batch to its longest and keeps the order that it is given. At its best it is given
-sequences sorted by length.
+sequences sorted by length, and a batch of the size that `fit.py` finds to be its best. What else it
+offers would not be the same work (`amp_dtype`, a narrower `eigendecomposition_dtype` than its own
+float64, which is ours too), or costs more passes to save memory (partitions of modules and data).
 """
 
 import argparse
@@ -52,6 +54,9 @@ def arguments():
     parser.add_argument("work", type=Path)
     parser.add_argument("--phase", default="fit", choices=["fit", "scores"])
     parser.add_argument("--batch", type=int, default=32, help="sequences to fit on, or to score")
+    parser.add_argument(
+        "--iterative", action="store_true", help="one sequence of a batch at a time in Λ"
+    )
     parser.add_argument("--query_batch", type=int, default=32, help="sequences")
     parser.add_argument(
         "--query_steps", type=int, default=1, help="query batches to a pass over the training data"
@@ -131,6 +136,7 @@ def fit(args, analyzer, dtype):
         gradient_covariance_dtype=dtype,
         per_sample_gradient_dtype=dtype,
         lambda_dtype=dtype,
+        use_iterative_lambda_aggregation=args.iterative,
     )
     rows, _ = ordered(shifted(load_rows(args.work / "data.safetensors", "fit")), args.order)
     common = {"factors_name": "fit", "factor_args": factor_args, "overwrite_output_dir": True}

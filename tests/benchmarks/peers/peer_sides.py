@@ -1,8 +1,10 @@
 """The three sides: what each is given, how it is run and measured, and the factors that it left.
 
 Each run of a side is a process of its own, from its start to stored factors. Measured are its
-seconds, with a clock outside it, and its peak memory: VmHWM, summed over the processes of the
-command, which for one worker is one process. Shared pages count in each of them.
+seconds, with a clock outside it, and its peak memory, for every side in the same way: VmHWM, summed
+over all processes of the command, a launcher's included; one worker is one process. Shared pages
+count in each of them. Processes need not be at their peaks at one time, so the largest sum of
+resident memory at one time is kept beside it, sampled.
 """
 
 import json
@@ -19,6 +21,7 @@ import psutil
 import torch
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
+from peer_batches import Batch
 from peer_environments import peer_python
 from peer_files import load_modules, save_rows, status_bytes
 from safetensors import safe_open
@@ -41,8 +44,7 @@ class Settings:
     Attributes:
         environments: Directory of the peers' environments.
         threads: Of all workers of a side together.
-        batch_tokens: Of a batch, padding included.
-        batch: kronfluence's batch, in sequences.
+        batch: Of the side that it is given to.
         order: "length" or "given", of kronfluence's sequences.
     """
 
@@ -50,8 +52,7 @@ class Settings:
     device: str
     threads: int
     workers: int
-    batch_tokens: int
-    batch: int
+    batch: Batch
     order: str = "length"
 
 
@@ -101,9 +102,10 @@ def fit_command(side, work, settings):
     python = sys.executable if side == "ours" else peer_python(settings.environments, side)
     command, device = [python], ["--device", settings.device]
     if side == "kronfluence":
-        batches = ["--batch", settings.batch, "--order", settings.order]
+        batches = ["--batch", settings.batch.size, "--order", settings.order]
+        batches += ["--iterative"] if settings.batch.iterative else []
         return [*command, HERE / "kronfluence_side.py", work, *batches, *device]
-    tokens = ["--batch_tokens", settings.batch_tokens]
+    tokens = ["--batch_tokens", settings.batch.size]
     if side == "bergson":
         workers = ["--workers", settings.workers]
         return [*command, HERE / "bergson_side.py", work, *workers, *tokens, *device]
@@ -132,8 +134,8 @@ def run(command, settings, log):
         log: File for all that it prints.
 
     Returns:
-        The side's own report, and `whole_seconds`, `all_peak_bytes` (of all its processes) and
-        `num_processes`.
+        The side's own report, and `whole_seconds`, `all_peak_bytes` (its processes' peaks, summed),
+        `at_once_bytes` (the largest sum of their resident memory, sampled) and `num_processes`.
 
     Raises:
         SystemExit: It failed.
@@ -144,8 +146,8 @@ def run(command, settings, log):
         process = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment(settings)
         )
-        ended, peaks = threading.Event(), {}
-        watch = threading.Thread(target=watch_memory, args=(process.pid, ended, peaks))
+        ended, peaks, sums = threading.Event(), {}, []
+        watch = threading.Thread(target=watch_memory, args=(process.pid, ended, peaks, sums))
         watch.start()
         process.wait()
         whole_seconds = time.perf_counter() - start
@@ -159,22 +161,33 @@ def run(command, settings, log):
     report = json.loads(found[-1])
     # A process says its own peak at its end, which a sample can miss.
     report["all_peak_bytes"] = max(sum(peaks.values()), report["peak_bytes"])
+    report["at_once_bytes"] = max(sums, default=0)
     return report | {"whole_seconds": whole_seconds, "num_processes": len(peaks)}
 
 
-def watch_memory(pid, ended, peaks):
-    """Keeps `peaks`, {number: VmHWM} of a process and its descendants, until it has ended."""
+def watch_memory(pid, ended, peaks, sums):
+    """Watches a process and its descendants until it has ended.
+
+    Args:
+        pid: Its number.
+        ended: An event: it has.
+        peaks: Gets each process's VmHWM, {number: bytes}.
+        sums: Gets the sum of all processes' VmRSS at each sample, a list.
+    """
     process = psutil.Process(pid)
     while not ended.wait(SAMPLE_SECONDS):
         try:
             family = [process, *process.children(recursive=True)]
         except psutil.NoSuchProcess:
             return
+        resident = 0
         for member in family:
             try:
                 peaks[member.pid] = max(status_bytes("VmHWM", member.pid), peaks.get(member.pid, 0))
+                resident += status_bytes("VmRSS", member.pid)
             except OSError:  # it has ended since
                 continue
+        sums.append(resident)
 
 
 # --- the factors that it left ---------------------------------------------------------------------

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from peer_agreement import errors_of, errors_table
+from peer_batches import Batch
 from peer_environments import peer_python
 from peer_files import NO_LABEL, load_modules, load_rows
 from peer_sides import HERE, Settings, fit_command, make_rows, prepare, read_factors, run
@@ -83,15 +84,14 @@ def arguments():
 # --- running both --------------------------------------------------------------------------------
 
 
-def settings_of(args):
-    """How both sides are run."""
+def settings_of(args, side):
+    """How a side is run; its batch is that of its fit."""
     return Settings(
         environments=args.environments,
         device=args.device,
         threads=args.threads,
         workers=1,
-        batch_tokens=args.batch_tokens,
-        batch=args.peer_batch,
+        batch=Batch(args.batch_tokens if side == "ours" else args.peer_batch),
     )
 
 
@@ -100,7 +100,7 @@ def our_scores(args, work, rank=None):
     command = [sys.executable, HERE / "ours.py", work, "--phase", "scores"]
     command += ["--batch_tokens", args.batch_tokens, "--device", args.device]
     command += [] if rank is None else ["--rank", rank]
-    return run(command, settings_of(args), work / "ours.log")
+    return run(command, settings_of(args, "ours"), work / "ours.log")
 
 
 def peer_scores(args, work, order, rank=None):
@@ -110,7 +110,7 @@ def peer_scores(args, work, order, rank=None):
     command += ["--query_batch", args.peer_query_batch, "--query_steps", args.peer_query_steps]
     command += ["--batch", args.peer_batch if rank is None else args.peer_rank_batch]
     command += ["--device", args.device] + ([] if rank is None else ["--rank", rank])
-    return run(command, settings_of(args), work / "kronfluence.log")
+    return run(command, settings_of(args, "kronfluence"), work / "kronfluence.log")
 
 
 def best(repeats, call):
@@ -121,9 +121,8 @@ def fit_both(args, work):
     """Fits with both; prints times and peaks."""
     reports = {}
     for side in ("ours", "kronfluence"):
-        reports[side] = run(
-            fit_command(side, work, settings_of(args)), settings_of(args), work / f"{side}.log"
-        )
+        settings = settings_of(args, side)
+        reports[side] = run(fit_command(side, work, settings), settings, work / f"{side}.log")
     mine, theirs = reports.values()
     seconds = {name: (mine["passes"][name], theirs["passes"][name]) for name in mine["passes"]}
     seconds["whole command"] = (mine["whole_seconds"], theirs["whole_seconds"])

@@ -138,7 +138,7 @@ def test_errors_are_those_of_the_whole_approximation():
 
 def test_memory_is_that_of_all_processes_of_a_command(tmp_path):
     mib = 2**20
-    child = f"import time; kept = bytearray({120 * mib}); time.sleep(0.6)"
+    child = f"import time; kept = bytearray({120 * mib}); time.sleep(1.2)"
     parent = "\n".join(
         [
             "import json, subprocess, sys",

@@ -40,7 +40,10 @@ def load_with_rows(
     Raises:
         DataError: As `load_sequences` does.
     """
-    content = world.once_per_host(lambda: content_of(config))
+    source, content = world.once_per_host(lambda: (config.source, content_of(config)))
+    with world.agree():
+        if source != config.source:  # it will be refused, but for what it is
+            content = content_of(config)
 
     def load() -> tuple[Sequences, Dataset]:
         rows = open_source(config, content)

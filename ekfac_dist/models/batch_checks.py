@@ -12,7 +12,8 @@ A row of a packed batch is right, whichever sequences it holds, if
   the longest row that can be have the numbers of each alone, but for rounding.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 from ekfac_dist.data.batches import Batch
 from ekfac_dist.data.sequences import Sequences, collate, pack
 from ekfac_dist.errors import ModelError
+from ekfac_dist.models.capture import start_graph
 from ekfac_dist.models.experts import Routed, fused_experts, listening
+from ekfac_dist.models.modules import is_quantised, linear_modules
 from ekfac_dist.models.packing import attending_within, is_packable
 from ekfac_dist.models.rotary import changing_embeddings, reset_frequencies
 from ekfac_dist.models.sharding import class_of, forget_forward
@@ -135,7 +138,6 @@ class BatchChecks:
     def _packed(self, numbers: Iterable[int]) -> Batch:
         return pack([self._sequences[number] for number in numbers])
 
-    @torch.no_grad()
     def _ends(self, batch: Batch, wanted: Iterable[int] = (0,)) -> Tensor:
         """Logits [positions, V] at both ends of some of a batch's sequences, float64.
 
@@ -145,11 +147,13 @@ class BatchChecks:
         batch = batch.to(self._device)
         reset_frequencies(self._rotary)
         with (
+            self._graph(),
             listening(self._experts),
             torch.compiler.set_stance("force_eager"),
             attending_within(self._model, batch),
         ):
             logits, _ = CAUSAL_LM.forward(self._model, batch.inputs)  # as in a pass
+        logits = logits.detach()
         sequences = logits if batch.packed is None else logits[0].split(batch.packed)
         lengths = batch.grid("").lengths
         found = []
@@ -157,6 +161,19 @@ class BatchChecks:
             rows = sequences[number][: lengths[number]]
             found += [rows[:_COMPARED], rows[-_COMPARED:]]
         return torch.cat(found).double()
+
+    @contextmanager
+    def _graph(self) -> Iterator[None]:
+        """No graph, unless weights are quantised: a forward without one may pack them for good."""
+        with ExitStack() as stack:
+            if not any(map(is_quantised, linear_modules(self._model).values())):
+                stack.enter_context(torch.no_grad())
+            else:
+                stack.enter_context(torch.enable_grad())
+                for module in self._model.modules():
+                    if isinstance(module, nn.Embedding):
+                        stack.callback(module.register_forward_hook(start_graph).remove)
+            yield
 
 
 def _longest_beside_others(sequences: Sequences, batch_tokens: int) -> int | None:

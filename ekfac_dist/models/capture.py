@@ -103,6 +103,13 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             setattr(module, _CHUNKS, size)
 
 
+def start_graph(module: nn.Module, args: Any, output: Any) -> Any:
+    """A forward hook by which the graph begins at a module's output, where none has begun."""
+    if not isinstance(output, Tensor) or output.requires_grad:
+        return output
+    return output.detach().requires_grad_().clone()
+
+
 def _checkpointing(model: nn.Module) -> list[nn.Module]:
     """Modules that have to be in training mode for their gradient checkpointing to work.
 
@@ -224,9 +231,7 @@ class Capture:
         """
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            if self._batch is None or not isinstance(output, Tensor) or output.requires_grad:
-                return output
-            return output.detach().requires_grad_().clone()
+            return output if self._batch is None else start_graph(module, args, output)
 
         for module in self.model.modules():
             if isinstance(module, nn.Embedding):

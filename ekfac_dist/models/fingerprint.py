@@ -136,6 +136,7 @@ def _walk(
         modules: Its tracked modules.
         see: Given each of all weights once, with all of its names.
     """
+    reshard(model)  # what is gathered are other parameters
     names = all_parameter_names(model)
     unseen = dict.fromkeys(names)
 

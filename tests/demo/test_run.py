@@ -19,7 +19,7 @@ from ekfac_dist.demo.run import run_demo
 from ekfac_dist.errors import ConfigError, OutputError
 from ekfac_dist.influence import results
 from ekfac_dist.influence.results import ResultsWriter
-from ekfac_dist.runtime.store import FORMAT, MANIFEST_KEYS
+from ekfac_dist.runtime.store import CHECKSUM, FORMAT, MANIFEST_KEYS, manifest_checksum
 
 ROWS = [
     {
@@ -74,7 +74,9 @@ def write_store(config, **changes):
     manifest = {"format": FORMAT, "complete": True, **{key: {} for key in MANIFEST_KEYS}}
     store = Path(config["output"])
     store.mkdir(exist_ok=True)
-    (store / "manifest.json").write_text(json.dumps({**manifest, "config": config, **changes}))
+    manifest |= {"config": config, **changes}
+    manifest[CHECKSUM] = manifest_checksum(manifest)
+    (store / "manifest.json").write_text(json.dumps(manifest))
 
 
 def write_scores(config, **changes):

@@ -466,5 +466,9 @@ def test_nan_is_told_with_the_module_and_where_it_came_from(rank, where):
         model.model.embed_tokens.weight[28] = float("nan")
     (queries if where == "query" else train)[1] = marked
     said = "query 1" if where == "query" else "sequence 1 of the data"
-    with pytest.raises(NonFiniteError, match=rf"input of module .*layers\.0\.mlp.*at {said}"):
-        influence_scores(model, factors, queries, train, rank=rank)
+    ask = {"rank": rank, "allow_changes": True}
+    with (
+        pytest.warns(UserWarning, match="embed_tokens"),
+        pytest.raises(NonFiniteError, match=rf"input of module .*layers\.0\.mlp.*at {said}"),
+    ):
+        influence_scores(model, factors, queries, train, **ask)

@@ -207,7 +207,7 @@ def test_a_run_killed_as_it_takes_the_place_goes_on_or_begins_anew(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    swap_ends_well(old, save_minutes, 11, stores, tmp_path, monkeypatch)
+    swap_ends_well(old, save_minutes, 7, stores, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 from ekfac_dist.errors import DEFECT, PeerError, Preempted
-from ekfac_dist.runtime.processes import World
+from ekfac_dist.runtime.processes import World, was_agreed
 from ekfac_dist.runtime.terminal import show, visible
 
 BEAT_SECONDS = 3.0
@@ -51,6 +51,10 @@ def heartbeat(
     try:
         with world.watched():
             yield
+    except BaseException as error:
+        if not owns_process and not was_agreed(error):  # a program says so where it ends
+            world.announce_failure(error)
+        raise
     finally:
         over.set()
 

@@ -42,6 +42,7 @@ from ekfac_dist.errors import (
     first_line,
     status_of,
 )
+from ekfac_dist.runtime import preemption
 
 T = TypeVar("T")
 
@@ -49,6 +50,7 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(hours=3)
 BUCKET_BYTES = 64 * 2**20
 PEER_CHECK_SECONDS = 1.0
+LEAVING_SECONDS = 5.0  # how long a worker that SIGTERM has come to still waits for others
 GLOO_SECONDS = 0.002
 # Who waits for others looks again after 1/20 of the time that it has waited, within these limits.
 _WAIT_SECONDS = (0.0002, 0.5)
@@ -204,12 +206,15 @@ class World:
 
         Raises:
             PeerError: A worker will never come: it has failed, or was lost.
+            Preempted: SIGTERM has come, and not all of the others a few seconds later: they were
+                asked to end too, or are lost.
         """
         if self.size == 1 or not self._arrivals.are_watched:
             return
         arrivals, store = self._arrivals, _default_store()
         arrivals.number += 1  # nobody comes again before all have come, so one counter will do
         start = last_look = time.monotonic()
+        asked_to_end: float | None = None
         shortest, longest = _WAIT_SECONDS
         with self._collective():
             arrived = store.add(arrivals.key, 1)
@@ -219,6 +224,10 @@ class World:
                     last_look = now
                     if store.check([self._failure_key + _LEFT]):
                         self._raise_if_announced()
+                if asked_to_end is None and preemption.requested():
+                    asked_to_end = now
+                if asked_to_end is not None and now - asked_to_end > LEAVING_SECONDS:
+                    raise preemption.ended("what is done is stored")
                 time.sleep(min(longest, max(shortest, (now - start) / 20)))
                 arrived = store.add(arrivals.key, 0)
 

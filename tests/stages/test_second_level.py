@@ -100,6 +100,7 @@ def test_the_bias_coordinate_counts_a_thousand_million_positions_exactly(
 # -- fits ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_fit_of_many_sequences_is_nearer_to_float64_sums(monkeypatch: pytest.MonkeyPatch):
     model, data = build("llama").float(), examples(200, longest=3) * 60
     settings = {"labels": "data", "batch_tokens": 4096}
@@ -205,7 +206,9 @@ def preempted_after(step: int, output: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("frequent")
-@pytest.mark.parametrize("stage", ["covariance", "refit"])
+@pytest.mark.parametrize(
+    "stage", ["covariance", pytest.param("refit", marks=pytest.mark.slow)]
+)
 def test_states_with_second_levels_are_added_to_a_rest_that_is_shared_out_anew(
     stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

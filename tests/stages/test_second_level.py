@@ -206,9 +206,7 @@ def preempted_after(step: int, output: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("frequent")
-@pytest.mark.parametrize(
-    "stage", ["covariance", pytest.param("refit", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("stage", ["covariance", pytest.param("refit", marks=pytest.mark.slow)])
 def test_states_with_second_levels_are_added_to_a_rest_that_is_shared_out_anew(
     stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

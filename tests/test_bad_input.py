@@ -104,7 +104,6 @@ STAND_FOR_ALL = (
     "a model whose MLPs are not found",
     "one sequence that makes activations infinite",
     "an empty .jsonl file",
-    "an unknown field in the file",
     "a wrong type on the command line",
     "an output that holds another run",
 )

@@ -143,7 +143,7 @@ def test_two_workers_files_hold_what_dense_autograd_says(fitted, tmp_path):
     assert "nats" not in done.stdout
 
 
-@BOTH
+@ONE
 def test_every_option_is_in_the_files(fitted, tmp_path):
     options = {
         "normalize": "relatif_l",

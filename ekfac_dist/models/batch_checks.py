@@ -14,6 +14,7 @@ A row of a packed batch is right, whichever sequences it holds, if
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -79,7 +80,7 @@ class BatchChecks:
         self._alone(self._longest)
         by_order = _difference(self._ends(self._collated([self._shortest])), before)
         # All are computed, whatever comes of them, for a sharded model's forward is a collective.
-        by_batch = self._by_padding() if self._beside is not None else 0.0
+        by_batch = self._by_padding if self._beside is not None else 0.0
         allowed = _OTHER_NUMBERS.get(self._dtype, _OTHER_NUMBERS_IN_16_BITS)
         if by_order > allowed:
             raise ModelError(
@@ -106,7 +107,7 @@ class BatchChecks:
             # 0, but for kernels whose sums are in no fixed order
             repeated = _difference(self._ends(self._collated([longest])), alone)
             no_window = _difference(self._ends(self._packed([longest])), alone)
-            by_padding = self._by_padding()
+            by_padding = self._by_padding
             in_a_row = _difference(
                 self._ends(self._packed(row), (0, -1)), torch.cat([alone, self._alone(shortest)])
             )
@@ -119,6 +120,7 @@ class BatchChecks:
         rounding = min(2 * by_padding + _ROUNDING[torch.float64], rounding)
         return no_window <= 2 * repeated and in_a_row <= rounding
 
+    @cached_property
     def _by_padding(self) -> float:
         """How far two sequences in a padded batch are from each alone."""
         assert self._beside is not None

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ekfac_dist.errors import OutputError
-from ekfac_dist.runtime.files import file_sha256, safetensors_parts, write_listed, write_whole
+from ekfac_dist.runtime.files import is_as_listed, safetensors_parts, write_listed, write_whole
 
 PART = "part.json"
 LOSS = "/loss"  # no module's name begins so
@@ -103,9 +103,7 @@ class Part:
         """Whether every file has the size and the checksum that it had."""
         with suppress(OSError):
             return all(
-                (self.directory / file).stat().st_size == listed["bytes"]
-                and file_sha256(self.directory / file) == listed["sha256"]
-                for file, listed in self.files.items()
+                is_as_listed(self.directory / file, listed) for file, listed in self.files.items()
             )
         return False
 

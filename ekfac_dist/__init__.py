@@ -8,10 +8,13 @@ first used, so that the command line answers at once.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ekfac_dist.factors.factors import Factors
+    from ekfac_dist.factors.opening import load_factors
+    from ekfac_dist.fit.estimate import estimate_factors
     from ekfac_dist.influence.run import influence_scores
     from ekfac_dist.influence.scores import InfluenceScores
-    from ekfac_dist.models.labels import Draws
-    from ekfac_dist.models.tasks import (
+    from ekfac_dist.models.capture.labels import Draws
+    from ekfac_dist.models.capture.tasks import (
         CausalLM,
         LossTask,
         MaskedLM,
@@ -19,9 +22,6 @@ if TYPE_CHECKING:
         SequenceClassification,
         Task,
     )
-    from ekfac_dist.stages.factors import Factors
-    from ekfac_dist.stages.reload import load_factors
-    from ekfac_dist.stages.run import estimate_factors
 
 __all__ = [
     "CausalLM",
@@ -40,15 +40,15 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Factors": "ekfac_dist.stages.factors",
-    "load_factors": "ekfac_dist.stages.reload",
-    "estimate_factors": "ekfac_dist.stages.run",
+    "Factors": "ekfac_dist.factors.factors",
+    "load_factors": "ekfac_dist.factors.opening",
+    "estimate_factors": "ekfac_dist.fit.estimate",
     "InfluenceScores": "ekfac_dist.influence.scores",
     "influence_scores": "ekfac_dist.influence.run",
-    "Draws": "ekfac_dist.models.labels",
+    "Draws": "ekfac_dist.models.capture.labels",
     **dict.fromkeys(
         ("CausalLM", "LossTask", "MaskedLM", "Seq2SeqLM", "SequenceClassification", "Task"),
-        "ekfac_dist.models.tasks",
+        "ekfac_dist.models.capture.tasks",
     ),
 }
 

@@ -102,9 +102,9 @@ def estimate(arguments: list[str]) -> int:
     arguments = [one for one in arguments if one not in ("--dry-run", "--overwrite")]
 
     def work(config: EstimateConfig, world: "World", say: Callable[[str], None]) -> str:
+        from ekfac_dist.fit.estimate import find_modules, run_estimate
         from ekfac_dist.report.summary import closing_table, modules_table
         from ekfac_dist.runtime import preemption
-        from ekfac_dist.stages.run import find_modules, run_estimate
 
         if is_dry:
             return modules_table(find_modules(config, world))
@@ -132,8 +132,8 @@ def plan(arguments: list[str]) -> int:
     )
     parser.add_class_arguments(PlanConfig)
     config = _parse_config(parser, PlanConfig, arguments)
+    from ekfac_dist.fit.plan import make_plan
     from ekfac_dist.report.summary import plan_table
-    from ekfac_dist.stages.plan import make_plan
 
     show(plan_table(make_plan(config)))
     return 0
@@ -188,7 +188,7 @@ def _work(
             if world.size > 1:
                 config = _parse_config(parser, config_class, arguments)
         if world.size > 1:
-            from ekfac_dist.stages.agreement import require_same_settings
+            from ekfac_dist.runtime.same_settings import require_same_settings
 
             settings = {"the command": parser.prog, **leaves(config.as_dict()), **(flags or {})}
             require_same_settings(world, settings)

@@ -5,7 +5,7 @@ from functools import partial
 from dense import dense_experts, dense_modules, sequence_loss
 from networks import shifted
 
-from ekfac_dist.models.experts import fused_experts
+from ekfac_dist.models.capture.experts import fused_experts
 from ekfac_dist.models.modules import EXPERT
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 from workshop import cpu_launcher_config
 
-from ekfac_dist.runtime.store import MANIFEST
+from ekfac_dist.factors.layout import MANIFEST
 
 # By which file a run is seen to have come to a stage.
 STAGES = {

@@ -47,9 +47,9 @@ from workshop import (
 
 from ekfac_dist import Factors, InfluenceScores, cli, influence_scores, load_factors
 from ekfac_dist.errors import ConfigError, DataError, StoreError, UserError
+from ekfac_dist.factors.layout import MANIFEST, eigenbasis_file, spectrum_file
 from ekfac_dist.report.page import write_report
 from ekfac_dist.runtime.files import file_sha256
-from ekfac_dist.runtime.store import MANIFEST, eigenbasis_file, spectrum_file
 
 NUM_ROWS = 12
 MODULE = "model.layers.1.mlp.up_proj"

@@ -20,7 +20,7 @@ from workshop import (
     write_yaml,
 )
 
-from ekfac_dist.runtime.store import CHECKSUM, MANIFEST, manifest_checksum
+from ekfac_dist.factors.layout import CHECKSUM, MANIFEST, manifest_checksum
 from ekfac_dist.runtime.terminal import visible
 
 

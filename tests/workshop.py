@@ -41,7 +41,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ekfac_dist.runtime.store import CHECKSUM, MANIFEST, manifest_checksum
+from ekfac_dist.factors.layout import CHECKSUM, MANIFEST, manifest_checksum
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 VOCABULARY = 321  # no multiple of anything

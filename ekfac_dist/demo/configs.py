@@ -9,10 +9,11 @@ from ekfac_dist.config import DataConfig, EstimateConfig, ModelConfig, QueryConf
 from ekfac_dist.demo.answers import QUERIES
 from ekfac_dist.demo.directory import DemoPaths, DemoSettings
 from ekfac_dist.errors import StoreError
+from ekfac_dist.factors.layout import read_manifest
+from ekfac_dist.factors.reader import StoreReader
 from ekfac_dist.influence import results
 from ekfac_dist.influence.results import ResultsReader
 from ekfac_dist.runtime.files import write_whole
-from ekfac_dist.runtime.store import StoreReader, read_manifest
 
 ACCELERATE_CONFIG = """\
 # Workers on the CPU, which talk through gloo.

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from ekfac_dist.curvature.eigenbasis import decompose
+from ekfac_dist.factors.factors import ModuleFactors
+from ekfac_dist.fit.covariance import CovarianceSums
+from ekfac_dist.fit.eigenbasis import Basis
+from ekfac_dist.fit.refit import LambdaSums
 from ekfac_dist.functional.batching import Batches
 from ekfac_dist.functional.caches import MLPCache
 from ekfac_dist.functional.calls import Calls, Rows
 from ekfac_dist.functional.vectors import Layout
-from ekfac_dist.models.capture import precisely
-from ekfac_dist.stages.covariance import CovarianceSums
-from ekfac_dist.stages.eigenbasis import Basis
-from ekfac_dist.stages.factors import ModuleFactors
-from ekfac_dist.stages.refit import LambdaSums
+from ekfac_dist.models.capture.hooks import precisely
 
 
 @dataclass(frozen=True)

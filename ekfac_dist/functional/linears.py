@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ekfac_dist.errors import ConfigError, ModelError
 from ekfac_dist.functional.caches import MLPCache, is_aside, keep
-from ekfac_dist.models.blocks import Anatomy
+from ekfac_dist.models.find.mlp_blocks import Anatomy
 from ekfac_dist.models.modules import linear_modules, only_input
 
 

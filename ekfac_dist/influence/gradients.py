@@ -19,15 +19,15 @@ from ekfac_dist.curvature import products
 from ekfac_dist.curvature.blocks import moved, rotate_columns_back, rotate_rows
 from ekfac_dist.curvature.kronecker import damped, rotate_back
 from ekfac_dist.data.batches import Batch, Rows, assign_batches, may_share
+from ekfac_dist.factors.factors import Factors, ModuleFactors
 from ekfac_dist.influence.queries import QuerySet
-from ekfac_dist.models.labels import COVARIANCE_PASS, LabelRule
+from ekfac_dist.models.capture.labels import COVARIANCE_PASS, LabelRule
+from ekfac_dist.models.capture.rotary import equal_lengths_above
+from ekfac_dist.models.capture.tasks import CAUSAL_LM, Task
 from ekfac_dist.models.modules import TrackedModule
-from ekfac_dist.models.rotary import equal_lengths_above
-from ekfac_dist.models.tasks import CAUSAL_LM, Task
+from ekfac_dist.passes.one_pass import Work, run_pass
+from ekfac_dist.passes.state import PassState
 from ekfac_dist.runtime.processes import World
-from ekfac_dist.stages.checkpoints import PassState
-from ekfac_dist.stages.factors import Factors, ModuleFactors
-from ekfac_dist.stages.passes import Work, run_pass
 
 # Influence is of the labels that the data has, whichever the Fisher was fitted with.
 DATA_LABELS = LabelRule("data", 0, COVARIANCE_PASS)

@@ -16,15 +16,15 @@ from ekfac_dist.config import DataConfig, ModelConfig, QueryConfig
 from ekfac_dist.curvature.damping import Damping
 from ekfac_dist.data.batches import NO_LABEL
 from ekfac_dist.data.sequences import Sequences
+from ekfac_dist.factors.factors import Factors
+from ekfac_dist.factors.layout import FISHER_NAMES, MANIFEST
 from ekfac_dist.influence import results
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.influence.results import ResultsWriter
 from ekfac_dist.influence.scores import InfluenceScores, Listed
 from ekfac_dist.influence.token_texts import TokenTexts
 from ekfac_dist.runtime.files import file_sha256
-from ekfac_dist.runtime.store import MANIFEST
-from ekfac_dist.stages.factors import Factors
-from ekfac_dist.stages.record import FISHER_NAMES, software
+from ekfac_dist.runtime.software import software
 
 SIGN = "positive: more of the training sequence makes the query more likely; negative: less likely"
 # Each normalisation's name for people, and what a score is divided by.

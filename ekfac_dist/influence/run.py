@@ -14,6 +14,8 @@ from ekfac_dist.curvature.damping import DEFAULT, Damping
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.errors import DataError, ModelError
+from ekfac_dist.factors.factors import Factors
+from ekfac_dist.factors.opening import Comparison, check_model, load_factors, require_fitted_task
 from ekfac_dist.influence.examples import queries_of, sequences_of
 from ekfac_dist.influence.gradients import Setting
 from ekfac_dist.influence.output import Answer, left_out, write_answer
@@ -28,20 +30,18 @@ from ekfac_dist.influence.saved_blocks import beginning, opened_results
 from ekfac_dist.influence.scores import InfluenceScores
 from ekfac_dist.influence.scoring import compute_scores, list_lengths
 from ekfac_dist.influence.unfinished import check_output
-from ekfac_dist.models.capture import prepared
-from ekfac_dist.models.loading import context_length, load_tokenizer
+from ekfac_dist.models.capture.hooks import prepared
+from ekfac_dist.models.capture.task_fingerprint import task_fingerprint
+from ekfac_dist.models.capture.tasks import CAUSAL_LM, CausalLM, Task, require_task
+from ekfac_dist.models.load.on_workers import load, refuse_sharded, require_same_model, unwrapped
+from ekfac_dist.models.load.pretrained import context_length, load_tokenizer
 from ekfac_dist.models.modules import device_of
-from ekfac_dist.models.task_fingerprint import task_fingerprint
-from ekfac_dist.models.tasks import CAUSAL_LM, CausalLM, Task, require_task
+from ekfac_dist.passes.sequences import check_sequences, load_with_rows
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.heartbeat import heartbeat
 from ekfac_dist.runtime.processes import World
+from ekfac_dist.runtime.same_settings import require_same_settings
 from ekfac_dist.runtime.terminal import show
-from ekfac_dist.stages.agreement import require_same_settings
-from ekfac_dist.stages.factors import Factors
-from ekfac_dist.stages.loading import check_sequences, load_with_rows
-from ekfac_dist.stages.model import load, refuse_sharded, require_same_model, unwrapped
-from ekfac_dist.stages.reload import Comparison, check_model, load_factors, require_fitted_task
 
 
 def run_query(config: QueryConfig, world: World, say: Any = show) -> Answer:

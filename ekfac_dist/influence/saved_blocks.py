@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.data.examples import Examples
+from ekfac_dist.factors.layout import MANIFEST
 from ekfac_dist.influence.gradients import Setting
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.influence.results import ResultsWriter
 from ekfac_dist.influence.scores import Details, InfluenceScores
 from ekfac_dist.influence.unfinished import UnfinishedResults
-from ekfac_dist.models.configuration import configuration
+from ekfac_dist.models.load.configuration import configuration
 from ekfac_dist.runtime.files import file_sha256
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
-from ekfac_dist.runtime.store import MANIFEST
-from ekfac_dist.stages.record import software
+from ekfac_dist.runtime.software import software
 
 # Fields of scores with a row for each row of queries, and those that are of the sequences alone.
 _OF_ROWS = ("scores", "query_norms", "module_scores", "layer_scores", "token_scores")

@@ -47,10 +47,10 @@ from ekfac_dist.influence.saved_blocks import (
 from ekfac_dist.influence.scan import DetailSums, Pairs, Scan
 from ekfac_dist.influence.scores import Details, InfluenceScores, Listed, Rescored
 from ekfac_dist.models.modules import EXPERT, layer_name
+from ekfac_dist.passes.one_pass import SummingObserver, Work, run_pass
+from ekfac_dist.passes.sequences import exactly_batched, require_harmless_padding
+from ekfac_dist.passes.state import PassState
 from ekfac_dist.runtime.memory import as_text
-from ekfac_dist.stages.checkpoints import PassState
-from ekfac_dist.stages.loading import exactly_batched, require_harmless_padding
-from ekfac_dist.stages.passes import SummingObserver, Work, run_pass
 
 # How far the scan and the details may be apart, relative to the modules' scores, by the model's
 # dtype. Rounding that depends on a batch's shape stays below; rounding may choose another expert.

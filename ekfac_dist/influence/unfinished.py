@@ -23,14 +23,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ekfac_dist.errors import OutputError, first_line
+from ekfac_dist.factors.layout import STATE
 from ekfac_dist.influence import results
 from ekfac_dist.influence.results import ResultsWriter, check_new, make_directory, write_manifest
 from ekfac_dist.runtime.files import is_as_listed, safetensors_parts, write_listed
 from ekfac_dist.runtime.journal import JOURNAL, Journal
 from ekfac_dist.runtime.lock import DirectoryLock, require_unlocked
 from ekfac_dist.runtime.memory import as_text, free_disk_bytes
-from ekfac_dist.runtime.store import STATE
-from ekfac_dist.runtime.store_writer import require_same_beginning, require_same_config
+from ekfac_dist.runtime.resuming import require_same_beginning, require_same_config
 
 # What pieces look like; those of another look cannot be gone on with.
 UNFINISHED_FORMAT = 1

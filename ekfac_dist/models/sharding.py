@@ -5,6 +5,7 @@ as many of them, in the same order. What is looked at more closely than that, a 
 middle of a forward, is looked at in a whole copy; that, and sharding a model, is `shards`.
 """
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from ekfac_dist.errors import ModelError
+from ekfac_dist.runtime.processes import World
 
 INSTEAD = "give every worker the whole model"
 
@@ -141,3 +143,18 @@ def parameter_bytes(model: nn.Module) -> int:
 def storage_of(tensor: Tensor) -> int:
     """By what it is told whether tensors share memory."""
     return local(tensor).untyped_storage()._cdata
+
+
+def agreeing(
+    world: World, model: nn.Module, *together: type[Exception], takes_part: bool = True
+) -> AbstractContextManager[None]:
+    """`World.agree` of a block that runs a model, or reads its weights.
+
+    Args:
+        world: The workers.
+        model: The model.
+        together: What is raised on every worker at the same place, if it is sharded.
+        takes_part: Whether this worker really does something in the block.
+    """
+    held = together if is_sharded(model) else None
+    return world.agree(takes_part=takes_part, together=held)

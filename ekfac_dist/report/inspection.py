@@ -10,12 +10,12 @@ from torch import Tensor
 from ekfac_dist.curvature.kronecker import kfac_lambda
 from ekfac_dist.curvature.spectrum import departure, effective_rank
 from ekfac_dist.errors import ConfigError, OutputError, StoreError
+from ekfac_dist.factors.factors import Factors
+from ekfac_dist.factors.layout import FISHER_NAMES, eigenbasis_file, spectrum_file
+from ekfac_dist.factors.reader import StoreReader
 from ekfac_dist.report.tables import table
 from ekfac_dist.runtime.memory import as_text
-from ekfac_dist.runtime.store import StoreReader, eigenbasis_file, spectrum_file
 from ekfac_dist.runtime.terminal import visible
-from ekfac_dist.stages.factors import Factors
-from ekfac_dist.stages.record import FISHER_NAMES
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,14 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from ekfac_dist.models.discovery import Discovery
+from ekfac_dist.factors.reader import StoreReader
+from ekfac_dist.fit.manifest import Summary, coverage_line
+from ekfac_dist.fit.plan import Plan
+from ekfac_dist.models.find.discovery import Discovery
 from ekfac_dist.report.tables import table
 from ekfac_dist.runtime.memory import as_text
 from ekfac_dist.runtime.progress import clock
-from ekfac_dist.runtime.store import StoreReader
 from ekfac_dist.runtime.terminal import visible
-from ekfac_dist.stages.plan import Plan
-from ekfac_dist.stages.record import Summary, coverage_line
 
 
 def opening_lines(workers: Sequence[tuple[str, str, int]], backend: str) -> list[str]:

@@ -17,9 +17,9 @@ from ekfac_dist.demo.directory import DemoPaths, DemoSettings, remove
 from ekfac_dist.demo.model import ModelShape
 from ekfac_dist.demo.run import run_demo
 from ekfac_dist.errors import ConfigError, OutputError
+from ekfac_dist.factors.layout import CHECKSUM, FORMAT, MANIFEST_KEYS, manifest_checksum
 from ekfac_dist.influence import results
 from ekfac_dist.influence.results import ResultsWriter
-from ekfac_dist.runtime.store import CHECKSUM, FORMAT, MANIFEST_KEYS, manifest_checksum
 
 ROWS = [
     {

@@ -8,7 +8,7 @@ from networks import build, examples
 from ekfac_dist import estimate_factors, influence_scores
 from ekfac_dist.errors import ModelError
 from ekfac_dist.influence.scan import DetailSums
-from ekfac_dist.models.batch_checks import BatchChecks
+from ekfac_dist.models.capture.batch_checks import BatchChecks
 
 
 @pytest.mark.parametrize("rank", [None, 2])

@@ -18,7 +18,7 @@ from ekfac_dist.influence.queries import (
     read_queries,
     tokenize_queries,
 )
-from ekfac_dist.models.tasks import CAUSAL_LM
+from ekfac_dist.models.capture.tasks import CAUSAL_LM
 
 TOKENIZER = tiny_tokenizer()
 

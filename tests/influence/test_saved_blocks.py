@@ -25,6 +25,7 @@ from ekfac_dist.config import (
     ScoresConfig,
 )
 from ekfac_dist.errors import OutputError, StoreError
+from ekfac_dist.fit.estimate import run_estimate
 from ekfac_dist.influence import gradients, scoring
 from ekfac_dist.influence.results import MANIFEST, ResultsReader
 from ekfac_dist.influence.run import run_query
@@ -32,7 +33,6 @@ from ekfac_dist.report.page import write_report
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.lock import DirectoryLock
 from ekfac_dist.runtime.processes import World
-from ekfac_dist.stages.run import run_estimate
 
 QUERIES = [
     {"prompt": "The worker reads", "completion": " a batch of tokens"},

@@ -17,7 +17,7 @@ from workshop import run_cli, save_tiny_llama, texts, write_jsonl
 
 from ekfac_dist import estimate_factors, influence_scores, load_factors
 from ekfac_dist.errors import ModelError, StoreError
-from ekfac_dist.models.adapters import with_adapter
+from ekfac_dist.models.load.adapters import with_adapter
 
 EXACT = 1e-10
 FIT = {"labels": "data", "accumulate": "float64", "batch_tokens": 24}
@@ -203,7 +203,7 @@ def test_an_adapter_on_the_hub_is_looked_at_as_well(tmp_path, monkeypatch):
     settings["target_modules"] = ["gate_proj", "down_proj"]
     (snapshot / "adapter_config.json").write_text(json.dumps(settings))
     code = (
-        "from networks import build; from ekfac_dist.models.adapters import with_adapter;"
+        "from networks import build; from ekfac_dist.models.load.adapters import with_adapter;"
         "with_adapter(build('llama'), 'me/lora', merge=False)"
     )
     done = subprocess.run(

@@ -8,7 +8,7 @@ from workshop import run_cli, save_tiny_llama, texts, write_jsonl
 from ekfac_dist import estimate_factors
 from ekfac_dist.config import ModelConfig, QueryModelConfig
 from ekfac_dist.errors import ConfigError
-from ekfac_dist.models.loading import load_model
+from ekfac_dist.models.load.pretrained import load_model
 
 
 @pytest.fixture(scope="module")

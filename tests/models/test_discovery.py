@@ -6,10 +6,10 @@ from networks import CONFIGS, build
 from torch import nn
 
 from ekfac_dist.errors import ModelError
-from ekfac_dist.models.discovery import discover
-from ekfac_dist.models.fingerprint import fingerprints
+from ekfac_dist.fit.groups import partition
+from ekfac_dist.models.find.discovery import discover
+from ekfac_dist.models.load.fingerprints import fingerprints
 from ekfac_dist.models.modules import TrackedModule
-from ekfac_dist.models.partition import partition
 
 CPU = torch.device("cpu")
 PER_LAYER = {"phi3": 2, "gpt2": 2, "gpt_neox": 2, "opt": 2}

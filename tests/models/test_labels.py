@@ -6,7 +6,7 @@ from networks import build, examples, shifted
 from scipy_free import chi_square_p_value
 
 from ekfac_dist.data.sequences import collate, from_examples
-from ekfac_dist.models.labels import (
+from ekfac_dist.models.capture.labels import (
     COVARIANCE_PASS,
     REFIT_PASS,
     LabelRule,

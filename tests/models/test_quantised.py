@@ -16,7 +16,7 @@ from workshop import run_cli, save_tiny, texts, tiny_llama_config, write_jsonl
 from ekfac_dist import estimate_factors, influence_scores, load_factors
 from ekfac_dist.config import ModelConfig
 from ekfac_dist.errors import ModelError, StoreError
-from ekfac_dist.models.loading import load_model
+from ekfac_dist.models.load.pretrained import load_model
 
 FIT = {"labels": "data", "accumulate": "float64", "batch_tokens": 24}
 CPU = torch.device("cpu")

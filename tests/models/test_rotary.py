@@ -14,7 +14,7 @@ from torch import nn
 from ekfac_dist import MaskedLM, estimate_factors, influence_scores
 from ekfac_dist.data.batches import plan_batches
 from ekfac_dist.errors import ModelError
-from ekfac_dist.models.rotary import equal_lengths_above
+from ekfac_dist.models.capture.rotary import equal_lengths_above
 
 ORIGINAL = 8  # the length that Phi-3 was first trained on, here
 CONTEXT = 32

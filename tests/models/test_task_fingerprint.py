@@ -11,7 +11,7 @@ from networks import build, examples
 
 from ekfac_dist import CausalLM, MaskedLM, Task, estimate_factors, influence_scores, load_factors
 from ekfac_dist.errors import StoreError
-from ekfac_dist.models.task_fingerprint import task_fingerprint
+from ekfac_dist.models.capture.task_fingerprint import task_fingerprint
 
 SOURCE = '''
 from ekfac_dist import Task

@@ -41,7 +41,7 @@ from ekfac_dist import (
     influence_scores,
 )
 from ekfac_dist.errors import ConfigError, DataError, ModelError, StoreError
-from ekfac_dist.models.labels import COVARIANCE_PASS, REFIT_PASS, uniforms
+from ekfac_dist.models.capture.labels import COVARIANCE_PASS, REFIT_PASS, uniforms
 
 EXACT = 1e-10
 FIT = {"accumulate": "float64", "batch_tokens": 24}

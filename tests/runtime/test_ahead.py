@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from ekfac_dist.runtime.ahead import ahead
+from ekfac_dist.runtime.prefetch import ahead
 
 
 def test_everything_comes_once_and_in_order():

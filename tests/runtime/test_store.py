@@ -13,22 +13,22 @@ from safetensors.torch import load_file, save_file
 from workshop import rewrite_manifest
 
 from ekfac_dist.errors import OutputError, StoreError
-from ekfac_dist.runtime import store as store_module
-from ekfac_dist.runtime.journal import JOURNAL
-from ekfac_dist.runtime.lock import LOCK
-from ekfac_dist.runtime.store import (
+from ekfac_dist.factors import layout as store_module
+from ekfac_dist.factors.layout import (
     CHECKSUM,
     FOLDERS,
     MANIFEST,
     MANIFEST_KEYS,
-    MemoryStore,
-    NoStore,
-    StoreReader,
     covariance_file,
     eigenbasis_file,
     spectrum_file,
 )
-from ekfac_dist.runtime.store_writer import StoreWriter, check_output
+from ekfac_dist.factors.output import check_output
+from ekfac_dist.factors.reader import StoreReader
+from ekfac_dist.factors.sinks import MemoryStore, NoStore
+from ekfac_dist.factors.writer import StoreWriter
+from ekfac_dist.runtime.journal import JOURNAL
+from ekfac_dist.runtime.lock import LOCK
 
 CONFIG = {"model": {"name": "tiny"}, "output": "here", "batch_tokens": 4096, "modules": None}
 BASIS, SUM, SPECTRUM = eigenbasis_file("a.input"), covariance_file("a.input"), spectrum_file("a")

@@ -15,7 +15,7 @@ from networks import build, examples
 
 from ekfac_dist import estimate_factors, load_factors
 from ekfac_dist.errors import StoreError
-from ekfac_dist.runtime.store import CHECKSUM, MANIFEST, manifest_checksum
+from ekfac_dist.factors.layout import CHECKSUM, MANIFEST, manifest_checksum
 
 
 @pytest.fixture(scope="module")

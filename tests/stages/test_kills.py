@@ -16,9 +16,9 @@ from long_runs import STAGES, arguments, content, family, running, wait_for, wor
 from workshop import run_cli, save_tiny_llama, texts, write_jsonl
 
 from ekfac_dist import load_factors
+from ekfac_dist.factors.layout import FOLDERS, MANIFEST
 from ekfac_dist.runtime.journal import JOURNAL
 from ekfac_dist.runtime.lock import LOCK
-from ekfac_dist.runtime.store import FOLDERS, MANIFEST
 
 NUMBER = 60
 

@@ -10,11 +10,11 @@ from workshop import save_tiny_llama, texts, tiny_tokenizer, write_jsonl
 from ekfac_dist.config import DataConfig, EstimateConfig, FactorsConfig, ModelConfig, QueryConfig
 from ekfac_dist.data.sequences import from_examples
 from ekfac_dist.errors import OutputError
+from ekfac_dist.fit import fit_factors as fit
+from ekfac_dist.fit.estimate import run_estimate
 from ekfac_dist.influence.run import run_query
+from ekfac_dist.passes.sequences import load_sequences
 from ekfac_dist.runtime.processes import World
-from ekfac_dist.stages import fit
-from ekfac_dist.stages.loading import load_sequences
-from ekfac_dist.stages.run import run_estimate
 
 TOKENIZER = tiny_tokenizer()
 

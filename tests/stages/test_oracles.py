@@ -7,7 +7,7 @@ from dense import dense_E, dense_modules, drawn_targets, relative
 from networks import CONFIGS, KINDS, build, examples, shifted
 
 from ekfac_dist import estimate_factors
-from ekfac_dist.models.labels import REFIT_PASS, uniforms
+from ekfac_dist.models.capture.labels import REFIT_PASS, uniforms
 
 EXACT = 1e-10
 FIT = {"labels": "data", "accumulate": "float64", "batch_tokens": 24}

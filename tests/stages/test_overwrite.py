@@ -14,13 +14,13 @@ from workshop import run_workers
 
 from ekfac_dist import load_factors
 from ekfac_dist.errors import OutputError
-from ekfac_dist.models.capture import Capture
-from ekfac_dist.runtime import store_writer
+from ekfac_dist.factors import writer as store_writer
+from ekfac_dist.factors.layout import FOLDERS, MANIFEST, STATE
+from ekfac_dist.factors.writer import StoreWriter
+from ekfac_dist.fit import checkpoints
+from ekfac_dist.models.capture.hooks import Capture
 from ekfac_dist.runtime.journal import JOURNAL
 from ekfac_dist.runtime.lock import LOCK
-from ekfac_dist.runtime.store import FOLDERS, MANIFEST, STATE
-from ekfac_dist.runtime.store_writer import StoreWriter
-from ekfac_dist.stages import checkpoints
 
 HERE = Path(__file__).parent
 OLD = {"labels": "data", "keep_covariance": False}

@@ -14,12 +14,12 @@ from workshop import run_cli, save_tiny_gpt2, save_tiny_llama, texts, write_json
 from ekfac_dist import estimate_factors
 from ekfac_dist.config import FactorsConfig, ModelConfig, PlanConfig
 from ekfac_dist.errors import ConfigError, ModelError
-from ekfac_dist.models.capture import prepared
-from ekfac_dist.models.discovery import discover
-from ekfac_dist.models.sketch import discover_by_shape, sketch
-from ekfac_dist.runtime.store import StoreReader
-from ekfac_dist.stages import fit as fitting
-from ekfac_dist.stages.plan import make_plan
+from ekfac_dist.factors.reader import StoreReader
+from ekfac_dist.fit import fit_factors as fitting
+from ekfac_dist.fit.plan import make_plan
+from ekfac_dist.models.capture.hooks import prepared
+from ekfac_dist.models.find.discovery import discover
+from ekfac_dist.models.find.meta_device import discover_by_shape, sketch
 
 CPU = torch.device("cpu")
 SHAPES = {

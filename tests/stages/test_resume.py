@@ -14,9 +14,9 @@ from workshop import run_workers
 
 from ekfac_dist import estimate_factors, load_factors
 from ekfac_dist.errors import OutputError, StoreError
+from ekfac_dist.factors.layout import MANIFEST, STATE
+from ekfac_dist.fit.checkpoints import _kept
 from ekfac_dist.runtime.journal import JOURNAL
-from ekfac_dist.runtime.store import MANIFEST, STATE
-from ekfac_dist.stages.checkpoints import _kept
 
 HERE = Path(__file__).parent
 FITS = {

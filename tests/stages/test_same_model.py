@@ -15,9 +15,9 @@ from workshop import rewrite_manifest
 
 from ekfac_dist import estimate_factors, influence_scores, load_factors
 from ekfac_dist.errors import StoreError
-from ekfac_dist.models.configuration import configuration
-from ekfac_dist.models.discovery import discover
-from ekfac_dist.models.fingerprint import fingerprints
+from ekfac_dist.models.find.discovery import discover
+from ekfac_dist.models.load.configuration import configuration
+from ekfac_dist.models.load.fingerprints import fingerprints
 
 DATA = examples(4)
 LATER = ("whole", "untracked", "configuration")
@@ -250,7 +250,7 @@ def test_the_whole_fingerprint_does_not_depend_on_what_is_tracked():
 
 
 def test_each_weight_is_read_once(monkeypatch):
-    from ekfac_dist.models import fingerprint
+    from ekfac_dist.models.load import fingerprints as fingerprint
 
     model, read, loaded = build("gpt2"), [], fingerprint.loaded
     modules = discover(model, None, torch.device("cpu")).modules

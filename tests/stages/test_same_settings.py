@@ -26,9 +26,9 @@ from ekfac_dist.config import (
     leaves,
 )
 from ekfac_dist.errors import LaunchError
+from ekfac_dist.runtime import same_settings as agreement
 from ekfac_dist.runtime.processes import World
-from ekfac_dist.stages import agreement
-from ekfac_dist.stages.agreement import PATHS, require_same_settings
+from ekfac_dist.runtime.same_settings import PATHS, require_same_settings
 
 TESTS = Path(__file__).parents[1]
 ESTIMATE = EstimateConfig(

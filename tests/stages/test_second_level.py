@@ -17,15 +17,15 @@ from ekfac_dist import estimate_factors, load_factors
 from ekfac_dist.config import FactorsConfig
 from ekfac_dist.curvature import long_sums
 from ekfac_dist.errors import Preempted
-from ekfac_dist.models.holding import Step
+from ekfac_dist.factors.layout import STATE
+from ekfac_dist.fit import checkpoints
+from ekfac_dist.fit.covariance import CovarianceSums
+from ekfac_dist.fit.eigenbasis import Basis
+from ekfac_dist.fit.refit import LambdaSums
+from ekfac_dist.fit.resources import Share, fewest_groups, memory, stage_bytes
+from ekfac_dist.models.capture.saved_tensors import Step
 from ekfac_dist.models.modules import LINEAR, TrackedModule
 from ekfac_dist.runtime import preemption
-from ekfac_dist.runtime.store import STATE
-from ekfac_dist.stages import checkpoints
-from ekfac_dist.stages.covariance import CovarianceSums
-from ekfac_dist.stages.eigenbasis import Basis
-from ekfac_dist.stages.needs import Share, fewest_groups, memory, stage_bytes
-from ekfac_dist.stages.refit import LambdaSums
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ def test_ten_million_sequences_are_summed_with_little_bias(monkeypatch: pytest.M
             both = np.concatenate([total[:, None], drawn], 1)
             total[:] = np.add.accumulate(both, 1)[:, -1]
 
-    monkeypatch.setattr("ekfac_dist.stages.refit.add_sequence_squares_", add_squares)
+    monkeypatch.setattr("ekfac_dist.fit.refit.add_sequence_squares_", add_squares)
     sums, world = lambda_sums(MODULE), SimpleNamespace(all_reduce_=lambda tensors: None)
     acts, grads, batch = torch.zeros(5000, 2), torch.zeros(5000, 1), batch_of((1,) * 5000)
     for _ in range(2000):
@@ -85,7 +85,7 @@ def test_the_bias_coordinate_counts_a_thousand_million_positions_exactly(
     def add_ones(sum_nn, rows_Mi, *, bias):
         sum_nn[-1, -1] += len(rows_Mi)
 
-    monkeypatch.setattr("ekfac_dist.stages.covariance.add_outer_products_", add_ones)
+    monkeypatch.setattr("ekfac_dist.fit.covariance.add_outer_products_", add_ones)
     module = TrackedModule("m", LINEAR, 16, 16, True, "m.input", "m.output")
     world = SimpleNamespace(all_reduce_=lambda tensors: None, device=CPU)
     sums, rows = CovarianceSums([module], torch.float32, CPU), torch.ones(1, 1).expand(65_537, 16)
@@ -217,7 +217,7 @@ def test_states_with_second_levels_are_added_to_a_rest_that_is_shared_out_anew(
         flush += 1
         assert killed_at(flush, store, monkeypatch)
     assert has_second_levels(store)
-    monkeypatch.setattr("ekfac_dist.stages.run.step_tokens", lambda *_: 8)
+    monkeypatch.setattr("ekfac_dist.fit.estimate.step_tokens", lambda *_: 8)
     began = []
     take_up = checkpoints._SavedState.complete
     monkeypatch.setattr(

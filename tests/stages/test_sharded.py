@@ -25,8 +25,8 @@ from workshop import (
 
 from ekfac_dist import load_factors
 from ekfac_dist.errors import ModelError
+from ekfac_dist.models.load.fsdp import Held
 from ekfac_dist.models.sharding import layers
-from ekfac_dist.models.shards import Held
 
 HERE = Path(__file__).parent
 LAUNCHER = HERE.parents[1] / "launch" / "accelerate" / "fsdp.yaml"
@@ -215,9 +215,9 @@ def test_a_failure_of_one_worker_alone_is_said_once_and_ends_the_others(setting,
     spoilt.write_text(
         "import os, sys\n"
         "if os.environ.get('RANK') == '1' and 'ekfac_dist' in ' '.join(sys.orig_argv):\n"
-        "    from ekfac_dist.stages import saved_parts\n"
+        "    from ekfac_dist.fit import saved_parts\n"
         "    from ekfac_dist.errors import OutputError\n"
-        "    from ekfac_dist.stages import checkpoints\n"
+        "    from ekfac_dist.fit import checkpoints\n"
         "    def fail(*a, **k): raise OutputError('No room is left.')\n"
         "    checkpoints.write_part = fail\n"
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ekfac_dist.curvature.eigenbasis import workspace_bytes
-from ekfac_dist.stages.eigenbasis import _rounds
+from ekfac_dist.fit.eigenbasis import _rounds
 
 CPU = torch.device("cpu")
 SIZES = {"a": 100, "b": 40, "c": 80, "d": 80, "e": 10}

@@ -16,8 +16,8 @@ from networks import build, examples
 from workshop import leave
 
 from ekfac_dist import estimate_factors
-from ekfac_dist.runtime import store_writer
-from ekfac_dist.stages import checkpoints
+from ekfac_dist.factors import writer as store_writer
+from ekfac_dist.fit import checkpoints
 
 PLACES = {
     "state": (checkpoints, "write_part"),

@@ -23,8 +23,9 @@ from torch.distributed.fsdp import fully_shard
 from workshop import leave
 
 from ekfac_dist import estimate_factors
-from ekfac_dist.models.capture import Capture
-from ekfac_dist.stages import checkpoints, run
+from ekfac_dist.fit import checkpoints
+from ekfac_dist.fit import estimate as run
+from ekfac_dist.models.capture.hooks import Capture
 
 TIME_OUT, SLOW = 4.0, 6.0
 # The slow place, the slow worker in it, and the fit's arguments.

@@ -1,0 +1,1 @@
+"""The factor store: its format, reading, writing and checking, and solving with what is in it."""

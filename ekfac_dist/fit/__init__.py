@@ -1,0 +1,1 @@
+"""Fitting factors: covariance, eigenbasis, refit, and the run that joins them."""

@@ -1,0 +1,153 @@
+"""What a run starts from, what it did, and the manifest that tells of both."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ekfac_dist.config import EstimateConfig
+from ekfac_dist.data.batches import padded_sizes, plan_batches
+from ekfac_dist.data.examples import Examples
+from ekfac_dist.data.sequences import Sequences
+from ekfac_dist.models.capture.tasks import Task
+from ekfac_dist.models.find.discovery import Discovery
+from ekfac_dist.models.load.configuration import attention_implementation, configuration
+from ekfac_dist.models.load.fingerprints import Fingerprints
+from ekfac_dist.models.sharding import class_of
+from ekfac_dist.runtime.software import software
+
+
+@dataclass
+class Summary:
+    """What a run did, for its closing table.
+
+    Attributes:
+        seconds: Of each stage: covariance, eigenbasis, refit.
+        losses: Mean −log p(label) of each pass, in nats per label.
+        num_labels: Labels of a pass.
+        sequences: All of the run's sequences.
+        discovery: What was tracked.
+        workers: W.
+        num_groups: Groups of modules, one pair of passes each.
+        peak_bytes: The largest peak memory of any worker, by place ("host", "device").
+    """
+
+    sequences: Examples
+    discovery: Discovery
+    workers: int
+    num_groups: int
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"covariance": 0.0, "eigenbasis": 0.0, "refit": 0.0}
+    )
+    losses: dict[str, float] = field(default_factory=dict)
+    num_labels: int = 0
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Inputs:
+    """What a run starts from, once everything is loaded and found good.
+
+    Attributes:
+        config: The run's whole configuration.
+        model: The model, on the worker's device.
+        sequences: All sequences.
+        discovery: What is tracked.
+        fingerprints: Of the model's weights.
+        task: What is asked of the model.
+        task_fingerprint: Of its code and settings; None of a built-in task.
+        step_tokens: Largest number of positions of a batch, padding included.
+    """
+
+    config: EstimateConfig
+    model: nn.Module
+    sequences: Examples
+    discovery: Discovery
+    fingerprints: Fingerprints
+    task: Task
+    task_fingerprint: str | None
+    step_tokens: int
+
+
+def steps_line(inputs: Inputs) -> str:
+    """How the data are cut into batches, in one line."""
+    lengths = inputs.sequences.num_positions
+    batches = plan_batches(lengths, inputs.step_tokens, inputs.sequences.equal_above)
+    line = f"{len(batches)} batches of at most {inputs.step_tokens} positions"
+    if isinstance(inputs.sequences, Sequences) and inputs.sequences.packed:
+        return f"{line}, sequences packed, no padding"
+    return f"{line}, {1 - lengths.sum() / sum(padded_sizes(lengths, batches)):.1%} padding"
+
+
+def coverage_line(discovery: Discovery) -> str:
+    """How much of a model is tracked, in one line."""
+    coverage = discovery.coverage
+    of_mlp = coverage.tracked_mlp_parameters / max(1, coverage.mlp_parameters)
+    of_all = coverage.tracked_parameters / max(1, coverage.model_parameters)
+    return (
+        f"{len(discovery.modules)} modules, {len(discovery.factors)} factors; "
+        f"{coverage.tracked_parameters} parameters: {of_mlp:.1%} of the MLP's, {of_all:.1%} of all"
+    )
+
+
+def manifest(inputs: Inputs, summary: Summary) -> dict[str, Any]:
+    """Every entry of the manifest but format, complete and files."""
+    config, sequences, discovery = inputs.config, inputs.sequences, summary.discovery
+    num_positions = int(sequences.num_positions.sum())
+    counts, coverage = sequences.counts, discovery.coverage
+    return {
+        "model": {
+            "name": config.model.name,
+            "revision": config.model.revision,
+            "class": class_of(inputs.model).__name__,
+            "dtype": str(next(inputs.model.parameters()).dtype).removeprefix("torch."),
+            "fingerprint": inputs.fingerprints.tracked,
+            "narrower_fingerprints": inputs.fingerprints.narrower,
+            "whole": inputs.fingerprints.whole,
+            "untracked": inputs.fingerprints.untracked,
+            "configuration": configuration(inputs.model),
+            "attention": attention_implementation(inputs.model),
+        },
+        "data": {
+            "source": config.data.source,
+            "split": config.data.split,
+            "fingerprint": sequences.fingerprint,
+            "num_sequences": len(sequences),
+            "num_positions": num_positions,
+            "num_labels": summary.num_labels,
+            "max_tokens": config.data.max_tokens,
+            "num_rows": counts.rows,
+            "num_unlabelled": counts.unlabelled,
+            "num_truncated": counts.truncated,
+            "num_tokens_cut": counts.tokens_cut,
+            "num_split_tokens": counts.split,
+        },
+        "fisher": {
+            "labels": config.factors.labels,
+            "seed": config.factors.seed,
+            "refit": config.factors.refit,
+            "task": inputs.task.name,
+            "task_fingerprint": inputs.task_fingerprint,
+        },
+        "modules": {module.name: module.as_dict() for module in discovery.modules},
+        "coverage": {
+            "mlp_parameters": coverage.mlp_parameters,
+            "tracked_parameters": coverage.tracked_parameters,
+            "tracked_mlp_parameters": coverage.tracked_mlp_parameters,
+            "model_parameters": coverage.model_parameters,
+            "skipped": coverage.skipped,
+        },
+        "passes": {
+            name: {
+                "num_sequences": len(sequences),
+                "num_positions": num_positions,
+                "seconds": round(seconds, 3),
+                "workers": summary.workers,
+                **({"loss": summary.losses[name]} if name in summary.losses else {}),
+            }
+            for name, seconds in summary.seconds.items()
+            if name != "refit" or config.factors.refit != "none"
+        },
+        "software": software(),
+        "config": config.as_dict(),
+    }

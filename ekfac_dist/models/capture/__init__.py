@@ -1,0 +1,1 @@
+"""What passes through the tracked modules: inputs, output-gradients, labels, losses."""

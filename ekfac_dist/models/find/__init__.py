@@ -1,0 +1,1 @@
+"""Which modules of a model are tracked, and why others are not."""

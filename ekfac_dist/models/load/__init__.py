@@ -1,0 +1,1 @@
+"""Loading a model on all workers, and telling it from another one."""

@@ -1,0 +1,251 @@
+"""Loading a causal language model and its tokenizer from a local directory or the hub."""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
+
+from ekfac_dist.config import ModelConfig
+from ekfac_dist.errors import ModelError, first_line
+from ekfac_dist.models.load.adapters import with_adapter
+
+_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError)
+
+
+def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
+    """The model, in the configured dtype, on `device`, in evaluation mode.
+
+    Only safetensors weights are read, and every parameter must come from them.
+
+    Raises:
+        ModelError: It cannot be found or read, is no causal language model, has only pickled
+            weights, or lacks weights of its own.
+    """
+    name, settings = load_settings(config)
+    dtype: Any = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    quantised = config.quantization or getattr(settings, "quantization_config", None)
+    place: dict[str, Any] = {"device_map": {"": str(device)}} if quantised else {}
+    if config.device_map is not None:
+        place["device_map"] = config.device_map
+    if config.quantization is not None:
+        place["quantization_config"] = _quantization(config, dtype)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+            **_origin(config),
+            **place,
+        )
+    except safetensors.SafetensorError as error:
+        raise ModelError(
+            f"The weights of model {name} are damaged: {_brief(error)}. Copy or save them again."
+        ) from error
+    except _LOAD_ERRORS as error:
+        raise ModelError(f"Model {name} could not be loaded: {_brief(error)}.") from error
+    model, report = loaded
+    absent = sorted(report["missing_keys"]) + sorted(str(k[0]) for k in report["mismatched_keys"])
+    if absent:
+        raise ModelError(
+            f"The weights of model {name} lack {len(absent)} of its parameters, or hold them in "
+            f"another shape, {absent[0]} among them; they would be random. Give the directory of "
+            "a whole causal language model."
+        )
+    _keep_weights(model)
+    if config.adapter is not None:
+        model = with_adapter(model, config.adapter, merge=config.merge_adapter)
+    return model.eval() if place else model.to(device).eval()
+
+
+def _keep_weights(model: Any) -> None:
+    """Keeps RWKV from halving its own weights as it runs; the numbers are the same."""
+    if hasattr(model.config, "rescale_every"):
+        model.config.rescale_every = 0
+
+
+def loads_quantised(config: ModelConfig, *, with_weights: bool) -> bool:
+    """Whether a model is to be quantised, or was saved so.
+
+    Args:
+        config: Which model.
+        with_weights: Whether its weights are to be here too.
+
+    Raises:
+        ModelError: There is no such causal language model.
+    """
+    _, settings = load_settings(config, with_weights=with_weights)
+    return bool(config.quantization or getattr(settings, "quantization_config", None))
+
+
+def without_weights(config: ModelConfig) -> nn.Module:
+    """The model as its configuration alone says, on the meta device; no weight is read.
+
+    Raises:
+        ModelError: There is no such causal language model, or it cannot be built without weights.
+    """
+    name, settings = load_settings(config, with_weights=False)
+    dtype: Any = getattr(settings, "dtype", None) or torch.float32
+    if config.dtype != "auto":
+        dtype = getattr(torch, config.dtype)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                settings, dtype=dtype, trust_remote_code=config.trust_remote_code
+            )
+    except Exception as error:
+        raise ModelError(
+            f"Model {name} cannot be built from its configuration alone: {first_line(error)}."
+        ) from error
+    _keep_weights(model)
+    return model.requires_grad_(False).eval()
+
+
+def _quantization(config: ModelConfig, dtype: Any) -> Any:
+    """What `transformers` is told of the quantisation.
+
+    Raises:
+        ModelError: The library for it is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"model.quantization {config.quantization} needs the package bitsandbytes; install it: "
+            "pip install 'ekfac_dist[quantized]'."
+        )
+    return BitsAndBytesConfig(
+        load_in_8bit=config.quantization == "8bit",
+        load_in_4bit=config.quantization == "4bit",
+        bnb_4bit_compute_dtype=None if dtype == "auto" else dtype,
+    )
+
+
+def load_tokenizer(config: ModelConfig) -> tuple[Any, str]:
+    """The model's tokenizer, and a fingerprint of what it does.
+
+    Raises:
+        ModelError: There is no such causal language model, or it has no tokenizer that can be
+            loaded.
+    """
+    name, _ = load_settings(config)  # here already, before a long text is tokenised for nothing
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **_origin(config))
+    except _LOAD_ERRORS as error:
+        raise ModelError(
+            f"The tokenizer of model {name} could not be loaded: {_brief(error)}. Put the "
+            "tokenizer's files beside the model's."
+        ) from error
+    digest = hashlib.sha256(type(tokenizer).__name__.encode())
+    if getattr(tokenizer, "is_fast", False):
+        digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    else:
+        digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    digest.update(repr(tokenizer).encode())
+    return tokenizer, digest.hexdigest()
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The longest input that the model's configuration allows; None where it sets no limit."""
+    settings = getattr(model, "config", None)
+    names = ["max_position_embeddings", "n_positions"]
+    if getattr(settings, "is_encoder_decoder", False):
+        names = names[:1]  # T5's n_positions limits nothing: its positions are relative
+    told = [getattr(settings, name, None) for name in names]
+    limits = [limit for limit in told if isinstance(limit, int) and limit > 0][:1]
+    for name, module in model.named_modules():
+        is_positions = isinstance(module, nn.Embedding) and "position_embeddings" in name
+        if is_positions and module.padding_idx is not None:  # RoBERTa's positions begin after it
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    return min(limits, default=None)
+
+
+def _origin(config: ModelConfig) -> dict[str, Any]:
+    return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+
+
+def load_settings(config: ModelConfig, *, with_weights: bool = True) -> tuple[str, Any]:
+    """Refuses what is no causal language model, as far as can be told without its weights.
+
+    Args:
+        config: Which model.
+        with_weights: Whether a directory without safetensors weights is refused too.
+
+    Returns:
+        The model's name, and its configuration.
+
+    Raises:
+        ModelError: It is refused, or not found.
+    """
+    assert config.name is not None
+    name = config.name
+    _hush_transformers()
+    _check_directory(name, with_weights)
+    try:
+        settings = AutoConfig.from_pretrained(name, **_origin(config))
+    except _LOAD_ERRORS as error:
+        raise ModelError(f"Model {name} could not be loaded: {_brief(error)}.") from error
+    brings_code = "AutoModelForCausalLM" in (getattr(settings, "auto_map", None) or {})
+    if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING and not brings_code:
+        raise ModelError(
+            f"Model {name} is of type {settings.model_type!r}, which is no causal language "
+            "model that transformers knows; give one that is."
+        )
+    return name, settings
+
+
+def _check_directory(name: str, with_weights: bool) -> None:
+    path = Path(name)
+    if path.is_file():
+        raise ModelError(f"model.name is the file {name}; give the directory that it is in.")
+    if not path.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ModelError(
+                f"There is no model directory {name}; model.name is a directory that exists, or a "
+                "hub id."
+            )
+        return
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"{name} is a directory without a config.json; give the directory of a saved Hugging "
+            "Face model."
+        )
+    if with_weights and not any(path.glob("*.safetensors")):
+        pickled = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
+        if pickled:
+            raise ModelError(
+                f"Model {name} has only pickled weights ({pickled[0].name}), which can run code "
+                "when they are read; save it again with safetensors: "
+                "model.save_pretrained(directory)."
+            )
+        raise ModelError(
+            f"Model {name} has no safetensors weights; save it with "
+            "model.save_pretrained(directory)."
+        )
+
+
+def _hush_transformers() -> None:
+    """Keeps the library's own bars and load reports out of the output; errors are ours to tell."""
+    transformers.utils.logging.disable_progress_bar()
+    for library in ("transformers", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="MatMul8bitLt")  # at every product
+
+
+def _brief(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return " ".join(lines[:2]).rstrip(" .,:;!") or type(error).__name__

@@ -1,0 +1,134 @@
+"""What every command loads first, on every worker: token sequences that the model can read."""
+
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+
+from ekfac_dist.config import DataConfig
+from ekfac_dist.data.examples import Examples, TaskExamples
+from ekfac_dist.data.sequences import Sequences
+from ekfac_dist.data.source import content_of, open_source
+from ekfac_dist.data.tokenizing import tokenize
+from ekfac_dist.errors import DataError, ModelError, UserError
+from ekfac_dist.models.capture.batch_checks import BatchChecks
+from ekfac_dist.models.capture.rotary import equal_lengths_above
+from ekfac_dist.models.capture.tasks import CausalLM, Task, require_unpadded_losses
+from ekfac_dist.models.load.pretrained import context_length
+from ekfac_dist.models.sharding import agreeing, class_of
+from ekfac_dist.runtime.processes import World
+from ekfac_dist.runtime.progress import Progress
+
+
+def load_sequences(
+    config: DataConfig, tokenizer: Any, tokenizer_fingerprint: str, world: World
+) -> Sequences:
+    """Opens and tokenises a data set, on each host's first worker first.
+
+    Raises:
+        DataError: As `open_source` and `tokenize` do, on every worker.
+    """
+    return load_with_rows(config, tokenizer, tokenizer_fingerprint, world)[0]
+
+
+def load_with_rows(
+    config: DataConfig, tokenizer: Any, tokenizer_fingerprint: str, world: World
+) -> tuple[Sequences, Dataset]:
+    """As `load_sequences`, with the source's rows that the sequences were made of.
+
+    Raises:
+        DataError: As `load_sequences` does.
+    """
+    source, content = world.once_per_host(lambda: (config.source, content_of(config)))
+    with world.agree():
+        if source != config.source:  # it will be refused, but for what it is
+            content = content_of(config)
+
+    def load() -> tuple[Sequences, Dataset]:
+        rows = open_source(config, content)
+        shown = world.is_main
+        with Progress("tokenising", total=len(rows), unit="sequences", enabled=shown) as progress:
+            sequences = tokenize(rows, config, tokenizer, tokenizer_fingerprint, progress.update)
+        return sequences, rows
+
+    return world.main_first(load)
+
+
+def check_sequences(model: nn.Module, sequences: Examples, advice: str) -> None:
+    """Refuses sequences that a model cannot read.
+
+    Args:
+        model: The model.
+        sequences: The sequences.
+        advice: What would do if one is too long, with {context} for the model's limit.
+
+    Raises:
+        DataError: One is longer than the model's context, or has a token that it does not know.
+    """
+    longest = sequences.longest
+    context = context_length(model)
+    if context is not None and longest > context:
+        raise DataError(
+            f"The longest sequence has {longest} positions, but the model reads {context} at "
+            f"most; {advice.format(context=context)}."
+        )
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if isinstance(embeddings, nn.Embedding) and sequences.max_id >= embeddings.num_embeddings:
+        raise DataError(
+            f"The data has token id {sequences.max_id}, but the model knows "
+            f"{embeddings.num_embeddings} tokens; use the tokenizer that belongs to the model."
+        )
+
+
+def exactly_batched(
+    model: nn.Module, sequences: Examples, task: Task, world: World, batch_tokens: int
+) -> Examples:
+    """The same sequences, batched so that the model gives each what it gives it alone.
+
+    Sequences that may share a batch are packed, if on every worker the model computes them so.
+
+    Args:
+        model: The prepared model.
+        sequences: What passes will read, all or any of them.
+        task: What is asked of the model.
+        world: The workers.
+        batch_tokens: Of the passes' batches; the same on every worker.
+
+    Raises:
+        ModelError: The model gives a sequence something else beside, or after, a longer one.
+    """
+    if not isinstance(sequences, Sequences) or type(task) is not CausalLM:
+        return sequences
+    sequences = sequences.batched_equal_above(equal_lengths_above(model))
+    with agreeing(world, model, ModelError):
+        checks = BatchChecks(model, sequences, world.device, batch_tokens)
+        checks.require_exact()
+        found = checks.can_pack()
+    return sequences.packing() if all(world.gather(found)) else sequences
+
+
+def require_harmless_padding(
+    model: nn.Module, examples: TaskExamples, task: Task, world: World, batch_tokens: int
+) -> None:
+    """Refuses a task whose losses depend on what an example is batched with.
+
+    Args:
+        model: The prepared model.
+        examples: What passes will read.
+        task: What is asked of the model.
+        world: The workers.
+        batch_tokens: Of the passes' batches; 1: each example has a batch of its own.
+
+    Raises:
+        ModelError: They do.
+    """
+    if batch_tokens == 1:
+        return
+    with agreeing(world, model, UserError):
+        if equal_lengths_above(model) is not None:
+            raise ModelError(
+                f"The frequencies of {class_of(model).__name__}'s rotary embedding follow the "
+                f"longest sequence of a batch, and batches of the task {task.name} are not cut by "
+                "length; give batch_tokens=1, so that each example has a batch of its own."
+            )
+        require_unpadded_losses(task, model, examples, world.device)

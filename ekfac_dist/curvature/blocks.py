@@ -34,7 +34,7 @@ def bounds(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
         start += size
 
 
-def num_numbers(size: int, number: int) -> int:
+def num_elements(size: int, number: int) -> int:
     """Numbers in all blocks of a factor."""
     return sum(n**2 for n in block_sizes(size, number))
 
@@ -91,11 +91,11 @@ def _from_left(blocks: Blocks, matrix_OX: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
 
-def moved(basis: Blocks, *where: Any) -> list[Tensor]:
+def on(basis: Blocks, *where: Any) -> list[Tensor]:
     """The blocks where `Tensor.to` would have each; copies only what is not there already."""
     return [block.to(*where) for block in basis]
 
 
-def whole(basis: Blocks) -> Tensor:
+def dense(basis: Blocks) -> Tensor:
     """The blocks as one matrix [n, n], zero between them."""
     return basis[0] if len(basis) == 1 else torch.block_diag(*basis)

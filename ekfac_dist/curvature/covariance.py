@@ -42,7 +42,7 @@ def add_outer_products_(sum_nn: Tensor, rows_Mi: Tensor, *, bias: bool) -> None:
         sum_nn[size, size] += num_rows
 
 
-def rows_of_term(sizes: Iterable[int], device: torch.device) -> int:
+def outer_product_rows_of_term(sizes: Iterable[int], device: torch.device) -> int:
     """How many rows `add_outer_products_` adds to an element of any of some sums as one term.
 
     Args:

@@ -32,7 +32,7 @@ def with_bias(rows_Mi: Tensor) -> Tensor:
     return torch.nn.functional.pad(rows_Mi, (0, 1), value=1.0)
 
 
-class Room:
+class ScratchBuffer:
     """Memory that is used again: fresh memory costs as much as a fifth of what fills it."""
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class SequenceGradients:
     """Makes the gradients of sequences, a few at a time, in memory that is used again."""
 
     def __init__(self) -> None:
-        self._room = Room()
+        self._scratch = ScratchBuffer()
 
     def of(
         self, acts_MI: Tensor, grads_MO: Tensor, lengths: Sequence[int]
@@ -73,21 +73,21 @@ class SequenceGradients:
             rows = slice(start, start + sum(part))
             acts_nTI = _by_sequence(acts_MI[rows], part)
             grads_nTO = _by_sequence(grads_MO[rows], part)
-            gradients_nOI = self._room.of(acts_MI, len(part), num_outputs, num_inputs)
+            gradients_nOI = self._scratch.of(acts_MI, len(part), num_outputs, num_inputs)
             torch.bmm(grads_nTO.transpose(1, 2), acts_nTI, out=gradients_nOI)
             yield slice(first, first + len(part)), gradients_nOI
             start = rows.stop
 
 
 def multiplied_out(
-    left_QOr: Tensor, right_QIr: Tensor, room: Room
+    left_QOr: Tensor, right_QIr: Tensor, scratch: ScratchBuffer
 ) -> Iterator[tuple[slice, Tensor]]:
     """U Vᵀ of every query, a few at a time.
 
     Args:
         left_QOr: U of each query.
         right_QIr: V of each query.
-        room: Where they are put.
+        scratch: Where they are put.
 
     Yields:
         (which queries, their matrices [q, O, I]); the next ones overwrite them.
@@ -97,7 +97,7 @@ def multiplied_out(
     step = max(1, GRADIENT_BYTES // (num_inputs * num_outputs * left_QOr.element_size()))
     for first in range(0, num_queries, step):
         some = slice(first, min(first + step, num_queries))
-        matrices_qOI = room.of(left_QOr, some.stop - first, num_outputs, num_inputs)
+        matrices_qOI = scratch.of(left_QOr, some.stop - first, num_outputs, num_inputs)
         torch.bmm(left_QOr[some], right_QIr[some].transpose(1, 2), out=matrices_qOI)
         yield some, matrices_qOI
 

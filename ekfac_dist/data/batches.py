@@ -78,7 +78,7 @@ def padded_sizes(lengths: np.ndarray, batches: Iterable[SequenceOf[int]]) -> lis
     return [len(numbers) * int(lengths[numbers].max()) for numbers in batches]
 
 
-def shard(
+def worker_batches(
     lengths: np.ndarray,
     batch_tokens: int,
     num_workers: int,
@@ -118,7 +118,7 @@ class Positions(Protocol):
         """Which rows were picked out of all that were captured; None: all, and not copied."""
 
 
-class Rows(Positions, Protocol):
+class CapturedPositions(Positions, Protocol):
     """Which rows belong to which position of which sequence."""
 
     @property
@@ -181,9 +181,9 @@ class Grid:
 
     def to(self, device: torch.device) -> "Grid":
         """The same grid on another device."""
-        return replace(self, real=None if self.real is None else moved(self.real, device))
+        return replace(self, real=None if self.real is None else to_device(self.real, device))
 
-    def routed(self, positions: Tensor) -> "RoutedRows":
+    def routed(self, positions: Tensor) -> "RoutedPositions":
         """Which of some rows, that flat positions b·T + t are given of, are counted."""
         where = positions.cpu().numpy()
         counted = np.zeros(self.size, dtype=bool)
@@ -195,7 +195,7 @@ class Grid:
         rows = np.searchsorted(starts, places, side="right") - 1
         offsets = places - starts[rows] if self.offsets is None else self.offsets[places]
         owners, lengths = np.unique(rows, return_counts=True)
-        return RoutedRows(
+        return RoutedPositions(
             tuple(self.indices[owner] for owner in owners),
             tuple(lengths.tolist()),
             torch.from_numpy(real).to(positions.device),
@@ -204,12 +204,12 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class RoutedRows:
+class RoutedPositions:
     """Rows of a batch that a module sees some of: of each sequence the positions routed to it.
 
     Attributes:
         indices: Row in the source of each sequence that has any.
-        lengths: Rows of each of them.
+        lengths: Captured positions of each of them.
         real: Which of the captured rows these are, sequence by sequence [M].
         offsets: Place of each in its sequence [M].
     """
@@ -270,8 +270,8 @@ class Labelled:
         """The same places for a batch on another device."""
         return replace(
             self,
-            flat_at=moved(self.flat_at, device),
-            rows_at=moved(self.rows_at, device),
+            flat_at=to_device(self.flat_at, device),
+            rows_at=to_device(self.rows_at, device),
         )
 
 
@@ -326,13 +326,13 @@ class Batch:
         """The same batch on another device."""
         return replace(
             self,
-            inputs={name: moved(tensor, device) for name, tensor in self.inputs.items()},
+            inputs={name: to_device(tensor, device) for name, tensor in self.inputs.items()},
             grids={key: grid.to(device) for key, grid in self.grids.items()},
             labelled=None if self.labelled is None else self.labelled.to(device),
         )
 
 
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on another device; to a GPU by way of pinned memory, which nothing waits for."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.curvature import kronecker
-from ekfac_dist.curvature.blocks import Blocks, block_sizes, moved, whole
+from ekfac_dist.curvature.blocks import Blocks, block_sizes, dense, on
 from ekfac_dist.curvature.damping import DEFAULT, Damping
 from ekfac_dist.errors import ConfigError, StoreError
 from ekfac_dist.factors.layout import (
@@ -61,18 +61,18 @@ class ModuleFactors:
     @property
     def basis_OO(self) -> Tensor:
         """Q_S as one matrix, zero between its blocks."""
-        return whole(self.blocks_OO)
+        return dense(self.blocks_OO)
 
     @property
     def basis_II(self) -> Tensor:
         """Q_A as one matrix, zero between its blocks."""
-        return whole(self.blocks_II)
+        return dense(self.blocks_II)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "ModuleFactors":
         """The same factors on a device and in a dtype; copies only what is not there already."""
         return ModuleFactors(
-            moved(self.blocks_OO, device, dtype),
-            moved(self.blocks_II, device, dtype),
+            on(self.blocks_OO, device, dtype),
+            on(self.blocks_II, device, dtype),
             self.lambda_OI.to(device, dtype),
         )
 

@@ -10,7 +10,7 @@ from ekfac_dist.factors.layout import FORMAT
 
 
 @dataclass(frozen=True)
-class Found:
+class EarlierStart:
     """What an earlier start of the same run has left.
 
     Attributes:
@@ -25,7 +25,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Room:
+class DiskNeed:
     """What a stage will have on the disk.
 
     Attributes:
@@ -47,7 +47,7 @@ class FactorSink(Protocol):
     """Where a run puts its factors: a directory, memory, or (on other workers) nowhere."""
 
     @property
-    def found(self) -> Found:
+    def earlier(self) -> EarlierStart:
         """What was there already when the run started, the same on every worker."""
 
     def write(
@@ -55,7 +55,7 @@ class FactorSink(Protocol):
     ) -> None:
         """Takes one file's tensors."""
 
-    def require_room(self, room: Room) -> None:
+    def require_room(self, room: DiskNeed) -> None:
         """Refuses a stage that the disk has no room for.
 
         Raises:
@@ -88,15 +88,15 @@ class NoStore:
         found: What that worker found there.
     """
 
-    def __init__(self, found: Found | None = None) -> None:
-        self.found = found or Found()
+    def __init__(self, found: EarlierStart | None = None) -> None:
+        self.earlier = found or EarlierStart()
 
     def write(
         self, file: str, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
     ) -> None:
         """Does nothing."""
 
-    def require_room(self, room: Room) -> None:
+    def require_room(self, room: DiskNeed) -> None:
         """Does nothing."""
 
     def digest(self, files: Iterable[str]) -> str:
@@ -123,7 +123,7 @@ class NoStore:
 class MemoryStore:
     """A store that is kept in memory: written and read like one on disk."""
 
-    found = Found()
+    earlier = EarlierStart()
 
     def __init__(self) -> None:
         self.manifest: dict[str, Any] = {}
@@ -137,7 +137,7 @@ class MemoryStore:
         self._tensors[file] = {name: t.detach().cpu().clone() for name, t in tensors.items()}
         self._headers[file] = dict(header or {})
 
-    def require_room(self, room: Room) -> None:
+    def require_room(self, room: DiskNeed) -> None:
         """Does nothing: memory is planned for elsewhere."""
 
     def digest(self, files: Iterable[str]) -> str:

@@ -49,7 +49,7 @@ from ekfac_dist.factors.layout import (
     stored_files,
 )
 from ekfac_dist.factors.output import ADVICE, _require_own_store, check_output
-from ekfac_dist.factors.sinks import Found, Room
+from ekfac_dist.factors.sinks import DiskNeed, EarlierStart
 from ekfac_dist.runtime.files import (
     flush_directory,
     is_as_listed,
@@ -100,7 +100,7 @@ class StoreWriter:
         self.path = Path(path)
         self.files: dict[str, dict[str, Any]] = {}
         self.records: dict[str, dict[str, Any]] = {}
-        self.found = Found()
+        self.earlier = EarlierStart()
         self._waiting: _Waiting | None = None
         self._begins = {"format": UNFINISHED_FORMAT, **(begins or {})}
         self._config = dict(config)
@@ -137,7 +137,7 @@ class StoreWriter:
         except (OutputError, StoreError):
             if not replace:
                 raise
-            self.found = Found(run=uuid.uuid4().hex)
+            self.earlier = EarlierStart(run=uuid.uuid4().hex)
             self._waiting = _Waiting(_states(self.path), _bytes_in(self.path))
 
     def _unfinished(self, run: str) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class StoreWriter:
             else:
                 _remove(left)
         _make(self.path, *FOLDERS)
-        self.found = Found(run=run)
+        self.earlier = EarlierStart(run=run)
         self._journal = Journal(self.path)
         for record in self._journal.records:
             if "stage" in record:
@@ -178,7 +178,7 @@ class StoreWriter:
                 del self.files[file]
                 lost.append(file)
             on_bytes(listed["bytes"])
-        self.found = Found(frozenset(self.files), dict(self.records), self.found.run)
+        self.earlier = EarlierStart(frozenset(self.files), dict(self.records), self.earlier.run)
         return lost
 
     def write(
@@ -217,7 +217,7 @@ class StoreWriter:
             OutputError: It cannot be written. The old store is as it was; or, if its manifest has
                 been replaced already, this run can be gone on with.
         """
-        waiting, run = self._waiting, self.found.run
+        waiting, run = self._waiting, self.earlier.run
         assert waiting is not None
         beside = self.path / f"{NEXT_PREFIX}{run}"
         files = {}
@@ -246,7 +246,7 @@ class StoreWriter:
             ) from error
         self._journal, self.files = Journal(self.path), files
 
-    def require_room(self, room: Room) -> None:
+    def require_room(self, room: DiskNeed) -> None:
         """Refuses a stage that the disk has no room for; see `FactorSink.require_room`."""
         written = sum(self.files[file]["bytes"] for file in room.files if file in self.files)
         saved = 0 if self.replaces else _bytes_in(self.path / STATE / room.folder)
@@ -327,7 +327,7 @@ class StoreWriter:
             for folder in [*self.path.glob(f"{STATE}/*"), self.path / STATE]:
                 with suppress(OSError):  # it is not there, or not empty
                     folder.rmdir()
-            shutil.rmtree(self.path / f"{NEXT_PREFIX}{self.found.run}", ignore_errors=True)
+            shutil.rmtree(self.path / f"{NEXT_PREFIX}{self.earlier.run}", ignore_errors=True)
             self._waiting = None
         self._lock.release()
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ekfac_dist.data.batches import shard
+from ekfac_dist.data.batches import worker_batches
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.factors.layout import STATE
 from ekfac_dist.factors.sinks import FactorSink
@@ -94,7 +94,7 @@ class SavedCheckpoints(Checkpoints):
         """See `Checkpoints.begin`; a collective."""
         world, directory = self._world, self._root / name
         way = {"workers": world.size, "step_tokens": self._step_tokens, "of": of}
-        record = self._sink.found.records.get(f"shares {name}")
+        record = self._sink.earlier.records.get(f"shares {name}")
         latest: int = -1 if record is None else record["generation"]
         usable = record is not None and record["of"] == of
         parts = self._whole_parts(directory) if usable else {}
@@ -115,7 +115,7 @@ class SavedCheckpoints(Checkpoints):
         done = self._numbers(mine)
         if done:
             left = np.setdiff1d(np.arange(len(self._sequences)), list(done))
-            shares = shard(
+            shares = worker_batches(
                 self._sequences.num_positions[left],
                 self._step_tokens,
                 world.size,
@@ -123,7 +123,7 @@ class SavedCheckpoints(Checkpoints):
                 self._sequences.equal_above,
             )
             batches = [left[numbers].tolist() for numbers in shares]
-        identity = Identity(self._sink.found.run, latest, world.rank)
+        identity = Identity(self._sink.earlier.run, latest, world.rank)
         state = _SavedState(directory, identity, batches, sums, mine, self._minutes, self._sink)
         for part in parts.values() if goes_on else ():
             if part.share == (latest, world.rank):
@@ -146,7 +146,7 @@ class SavedCheckpoints(Checkpoints):
         newest: dict[tuple[int, int], Part] = {}
         if directory.is_dir():
             for entry in sorted(directory.iterdir()):
-                part = Part.read(entry, self._sink.found.run)
+                part = Part.read(entry, self._sink.earlier.run)
                 if part is not None and part.steps > getattr(newest.get(part.share), "steps", -1):
                     newest[part.share] = part
         seen = {part.name: part for part in newest.values()}

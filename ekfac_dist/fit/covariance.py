@@ -8,7 +8,7 @@ from torch import Tensor
 from ekfac_dist.curvature import long_sums
 from ekfac_dist.curvature.blocks import block_sizes, bounds
 from ekfac_dist.curvature.costs import block_rows
-from ekfac_dist.curvature.covariance import add_outer_products_, mirror_, rows_of_term
+from ekfac_dist.curvature.covariance import add_outer_products_, mirror_, outer_product_rows_of_term
 from ekfac_dist.data.batches import Positions
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
 from ekfac_dist.runtime.processes import World
@@ -57,7 +57,7 @@ class CovarianceSums(long_sums.LongSums):
     def _add(self, factor: str, rows_Mi: Tensor) -> None:
         blocks, num_columns = self.sums[factor], rows_Mi.shape[1]
         places = list(bounds([len(block) for block in blocks]))
-        of_term = rows_of_term(
+        of_term = outer_product_rows_of_term(
             [min(end, num_columns) - start for start, end in places], blocks[0].device
         )
         for share in self.shares(factor, len(rows_Mi), of_term):

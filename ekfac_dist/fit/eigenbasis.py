@@ -72,7 +72,7 @@ def run_eigenbasis(
     """
     start = time.perf_counter()
     work = {f: sum(len(b) ** 3 for b in blocks) for f, blocks in covariance.sums.items()}
-    done = [factor for factor in work if eigenbasis_file(factor) in sink.found.files]
+    done = [factor for factor in work if eigenbasis_file(factor) in sink.earlier.files]
     bases = {factor: _stored(factor, covariance, world, sink) for factor in done}
     with world.agree(takes_part=world.is_main):
         for factor in () if keep_covariance else done:
@@ -154,7 +154,7 @@ def _decompose(
 
 
 def _values_of(blocks: Sequence[Tensor], world: World) -> Tensor:
-    """Room for a factor's eigenvalues."""
+    """An uninitialised vector for a factor's eigenvalues."""
     return torch.empty(sum(map(len, blocks)), dtype=torch.float64, device=world.device)
 
 

@@ -20,8 +20,8 @@ from ekfac_dist.factors.output import check_output
 from ekfac_dist.factors.sinks import FactorSink, MemoryStore, NoStore
 from ekfac_dist.factors.writer import StoreWriter
 from ekfac_dist.fit.checkpoints import Checkpoints, SavedCheckpoints
-from ekfac_dist.fit.fit_factors import fit
-from ekfac_dist.fit.manifest import Inputs, Summary, coverage_line, steps_line
+from ekfac_dist.fit.fit_factors import fit_factors
+from ekfac_dist.fit.manifest import FitInputs, FitSummary, coverage_line, steps_line
 from ekfac_dist.models.capture.hooks import prepared
 from ekfac_dist.models.capture.task_fingerprint import task_fingerprint
 from ekfac_dist.models.capture.tasks import (
@@ -66,7 +66,7 @@ def find_modules(config: EstimateConfig, world: World) -> Discovery:
 
 def run_estimate(
     config: EstimateConfig, world: World, say: Any = show, *, overwrite: bool = False
-) -> Summary:
+) -> FitSummary:
     """Fits and stores factors as configured; an unfinished run of the same is gone on with.
 
     Args:
@@ -119,7 +119,7 @@ def run_estimate(
             ),
             preemption.deferred(),
         ):
-            return fit(inputs, world, sink, checkpoints, show_progress=True)
+            return fit_factors(inputs, world, sink, checkpoints, show_progress=True)
 
 
 def estimate_factors(
@@ -229,12 +229,12 @@ def estimate_factors(
     with watching, torch.inference_mode(False), prepared(model):
         inputs = check_inputs(config, model, sequences, world, task)
         if output is None:
-            fit(inputs, world, memory, Checkpoints(), show_progress=progress)
+            fit_factors(inputs, world, memory, Checkpoints(), show_progress=progress)
         else:
             with opened_store(
                 output, inputs, world, overwrite=overwrite, show_progress=progress
             ) as opened:
-                fit(inputs, world, *opened, show_progress=progress)
+                fit_factors(inputs, world, *opened, show_progress=progress)
     world.barrier()
     return Factors(memory) if output is None else load_factors(output)
 
@@ -246,7 +246,7 @@ def _max_tokens(sequences: Examples) -> int:
 @contextmanager
 def opened_store(
     output: str | Path,
-    inputs: Inputs,
+    inputs: FitInputs,
     world: World,
     tell: Callable[[str], None] = lambda line: None,
     *,
@@ -288,15 +288,15 @@ def opened_store(
             lost = writer.keep_whole(progress.update)
         for file in lost:
             tell(f"damaged       {file} has changed since it was written; it is made again")
-        if writer.found.files or writer.found.records:
-            tell(f"goes on       {len(writer.found.files)} files are in place")
+        if writer.earlier.files or writer.earlier.records:
+            tell(f"goes on       {len(writer.earlier.files)} files are in place")
         if writer.replaces:
             tell(f"replaces      the store in {output}, once something of this run is on the disk")
         return writer
 
     writer = world.on_main(opened)
     try:
-        found = world.share(None if writer is None else writer.found)
+        found = world.share(None if writer is None else writer.earlier)
         sink = NoStore(found) if writer is None else writer
         checkpoints, minutes = Checkpoints(), inputs.config.save_minutes
         if minutes is not None:
@@ -315,7 +315,7 @@ def check_inputs(
     sequences: Examples,
     world: World,
     task: Task = CAUSAL_LM,
-) -> Inputs:
+) -> FitInputs:
     """Finds the modules and checks, on every worker, all that can be known to fail later.
 
     Raises:
@@ -345,4 +345,4 @@ def check_inputs(
     sequences = exactly_batched(model, sequences, task, world, step)
     weights = model_fingerprints(model, discovery.modules, world)
     code = task_fingerprint(task)
-    return Inputs(config, model, sequences, discovery, weights, task, code, step)
+    return FitInputs(config, model, sequences, discovery, weights, task, code, step)

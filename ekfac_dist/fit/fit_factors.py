@@ -15,38 +15,45 @@ import torch
 
 from ekfac_dist.config import FactorsConfig
 from ekfac_dist.curvature.kronecker import kfac_lambda
-from ekfac_dist.data.batches import shard
+from ekfac_dist.data.batches import worker_batches
 from ekfac_dist.errors import ConfigError
 from ekfac_dist.factors.layout import block_keys, covariance_file, eigenbasis_file, spectrum_file
-from ekfac_dist.factors.sinks import FactorSink, MemoryStore, Room
+from ekfac_dist.factors.sinks import DiskNeed, FactorSink, MemoryStore
 from ekfac_dist.fit.checkpoints import Checkpoints
 from ekfac_dist.fit.covariance import CovarianceSums
 from ekfac_dist.fit.eigenbasis import Basis, run_eigenbasis
 from ekfac_dist.fit.groups import partition
-from ekfac_dist.fit.manifest import Inputs, Summary, manifest
+from ekfac_dist.fit.manifest import FitInputs, FitSummary, store_manifest
 from ekfac_dist.fit.refit import LambdaSums
-from ekfac_dist.fit.resources import LARGE_SUMS, Memory, Share, fewest_groups, memory, stage_bytes
+from ekfac_dist.fit.resources import (
+    LARGE_SUMS,
+    Memory,
+    WorkerShare,
+    fewest_groups,
+    memory,
+    stage_bytes,
+)
 from ekfac_dist.models.capture.labels import COVARIANCE_PASS, REFIT_PASS, LabelRule
-from ekfac_dist.models.capture.saved_tensors import Step
+from ekfac_dist.models.capture.saved_tensors import StepMemory
 from ekfac_dist.models.find.faults import NO_GRADIENT, NOT_ROUTED, is_routed
 from ekfac_dist.models.load.on_workers import model_fingerprints
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
 from ekfac_dist.models.sharding import agreeing, gathered_bytes, is_sharded
-from ekfac_dist.passes.one_pass import Work, measured_step, run_pass
+from ekfac_dist.passes.one_pass import PassContext, measured_step, run_pass
 from ekfac_dist.passes.state import PassState
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.memory import as_text, available_bytes, peak_bytes
 from ekfac_dist.runtime.processes import World
 
 
-def fit(
-    inputs: Inputs,
+def fit_factors(
+    inputs: FitInputs,
     world: World,
     sink: FactorSink,
     checkpoints: Checkpoints,
     *,
     show_progress: bool,
-) -> Summary:
+) -> FitSummary:
     """Runs every stage for every group of modules and finishes the store.
 
     Args:
@@ -58,7 +65,7 @@ def fit(
     """
     factors = inputs.config.factors
     sequences, discovery = inputs.sequences, inputs.discovery
-    own = shard(
+    own = worker_batches(
         sequences.num_positions,
         inputs.step_tokens,
         world.size,
@@ -66,13 +73,13 @@ def fit(
         sequences.equal_above,
     )
     dtype = getattr(torch, factors.accumulate)
-    work = Work(inputs.model, sequences, own, world, dtype, show_progress, task=inputs.task)
+    work = PassContext(inputs.model, sequences, own, world, dtype, show_progress, task=inputs.task)
     positions = int(sequences.num_positions[[n for numbers in own for n in numbers]].sum())
     shares = world.gather((len(own), sum(map(len, own)), positions))
-    share = Share(*map(max, zip(*shares, strict=True)))
+    share = WorkerShare(*map(max, zip(*shares, strict=True)))
     number = _number_of_groups(inputs, work, share, sink)
     groups = partition(discovery.modules, number)
-    summary = Summary(sequences, discovery, world.size, len(groups))
+    summary = FitSummary(sequences, discovery, world.size, len(groups))
     for number, group in enumerate(groups, start=1):
         name = f"{number}" if len(groups) == 1 else f"{number}/{len(groups)}"
         _Group(name, group, work, share, factors, sink, checkpoints, summary).fit()
@@ -81,11 +88,13 @@ def fit(
     if summary.discovery is not discovery:
         inputs.fingerprints = model_fingerprints(inputs.model, summary.discovery.modules, world)
     with world.agree(takes_part=world.is_main):
-        sink.finish(manifest(inputs, summary))
+        sink.finish(store_manifest(inputs, summary))
     return summary
 
 
-def _number_of_groups(inputs: Inputs, work: Work, share: Share, sink: FactorSink) -> int:
+def _number_of_groups(
+    inputs: FitInputs, work: PassContext, share: WorkerShare, sink: FactorSink
+) -> int:
     """How many pairs of passes: as configured, as the run began, or the fewest that fit.
 
     Raises:
@@ -94,7 +103,7 @@ def _number_of_groups(inputs: Inputs, work: Work, share: Share, sink: FactorSink
     configured = inputs.config.factors.partitions
     if configured != "auto":
         return int(configured)
-    record = sink.found.records.get("groups")
+    record = sink.earlier.records.get("groups")
     world, modules = work.world, inputs.discovery.modules
     if record is not None:
         return int(record["number"])
@@ -103,7 +112,7 @@ def _number_of_groups(inputs: Inputs, work: Work, share: Share, sink: FactorSink
     hosts = [host for host, _ in places]
     free_host = available_bytes(torch.device("cpu")) // hosts.count(hosts[world.rank])
     factors, on_cpu = inputs.config.factors, world.device.type == "cpu"
-    needed = memory(modules, Step.nothing(), 0, share, factors=factors, on_cpu=on_cpu)
+    needed = memory(modules, StepMemory.nothing(), 0, share, factors=factors, on_cpu=on_cpu)
     wanted: int | None = 1
     # Groups make sums smaller, and nothing else.
     are_large = needed.sums > LARGE_SUMS * free or needed.host > LARGE_SUMS * free_host
@@ -153,12 +162,12 @@ class _Group:
 
     name: str
     modules: list[TrackedModule]
-    work: Work
-    share: Share
+    work: PassContext
+    share: WorkerShare
     factors: FactorsConfig
     sink: FactorSink
     checkpoints: Checkpoints
-    summary: Summary
+    summary: FitSummary
 
     def fit(self) -> None:
         """Does what is not done of them."""
@@ -210,7 +219,7 @@ class _Group:
         self._require_room("covariance")
         start = time.perf_counter()
         work, sums = self.work, self._no_covariance()
-        state = self.checkpoints.begin(self._state("covariance"), work.shard, sums)
+        state = self.checkpoints.begin(self._state("covariance"), work.own_batches, sums)
         self._say_resumed("covariance", state)
         result = run_pass(
             self._shown("covariance"),
@@ -298,7 +307,7 @@ class _Group:
         )
         # Λ belongs to its basis: sums of another, made again since, are of no use.
         of = world.share(self.sink.digest(map(eigenbasis_file, factor_sizes(self.modules))))
-        state = self.checkpoints.begin(self._state("refit"), work.shard, sums, of)
+        state = self.checkpoints.begin(self._state("refit"), work.own_batches, sums, of)
         self._say_resumed("refit", state)
         rule = LabelRule(self.factors.labels, self.factors.seed, REFIT_PASS)
         result = run_pass(self._shown("refit"), work, self.modules, sums, rule, state=state)
@@ -339,7 +348,7 @@ class _Group:
             "refit": (spectrum_file(module.name) for module in self.modules),
         }[stage]
         with world.agree(takes_part=world.is_main):
-            room = Room(self._shown(stage), results, files, states, self._state(stage))
+            room = DiskNeed(self._shown(stage), results, files, states, self._state(stage))
             self.sink.require_room(room)
 
     # -- what is stored, and said ------------------------------------------------------------------
@@ -357,7 +366,7 @@ class _Group:
             self.sink.write(file, tensors, header)
 
     def _has(self, files: Iterable[str]) -> bool:
-        return all(file in self.sink.found.files for file in files)
+        return all(file in self.sink.earlier.files for file in files)
 
     def _record(self, stage: str, told: dict[str, Any]) -> dict[str, Any]:
         world = self.work.world
@@ -366,7 +375,7 @@ class _Group:
         return told
 
     def _record_of(self, stage: str) -> dict[str, Any] | None:
-        return self.sink.found.records.get(self._state(stage))
+        return self.sink.earlier.records.get(self._state(stage))
 
     def _state(self, stage: str) -> str:
         """The name of a stage of this group in the journal and among states."""

@@ -18,7 +18,7 @@ from ekfac_dist.runtime.software import software
 
 
 @dataclass
-class Summary:
+class FitSummary:
     """What a run did, for its closing table.
 
     Attributes:
@@ -45,7 +45,7 @@ class Summary:
 
 
 @dataclass
-class Inputs:
+class FitInputs:
     """What a run starts from, once everything is loaded and found good.
 
     Attributes:
@@ -69,7 +69,7 @@ class Inputs:
     step_tokens: int
 
 
-def steps_line(inputs: Inputs) -> str:
+def steps_line(inputs: FitInputs) -> str:
     """How the data are cut into batches, in one line."""
     lengths = inputs.sequences.num_positions
     batches = plan_batches(lengths, inputs.step_tokens, inputs.sequences.equal_above)
@@ -90,7 +90,7 @@ def coverage_line(discovery: Discovery) -> str:
     )
 
 
-def manifest(inputs: Inputs, summary: Summary) -> dict[str, Any]:
+def store_manifest(inputs: FitInputs, summary: FitSummary) -> dict[str, Any]:
     """Every entry of the manifest but format, complete and files."""
     config, sequences, discovery = inputs.config, inputs.sequences, summary.discovery
     num_positions = int(sequences.num_positions.sum())

@@ -11,9 +11,18 @@ import torch
 from ekfac_dist.config import PlanConfig
 from ekfac_dist.curvature.costs import step_tokens
 from ekfac_dist.fit.groups import partition
-from ekfac_dist.fit.resources import Disk, Memory, Share, Work, disk, fewest_groups, memory, work
+from ekfac_dist.fit.resources import (
+    Disk,
+    Memory,
+    Operations,
+    WorkerShare,
+    disk,
+    fewest_groups,
+    memory,
+    work,
+)
 from ekfac_dist.models.find.discovery import Discovery
-from ekfac_dist.models.find.meta_device import discover_by_shape, sketch, step
+from ekfac_dist.models.find.meta_device import discover_by_shape, model_without_weights, step
 from ekfac_dist.models.load.pretrained import context_length
 from ekfac_dist.models.modules import EXPERT, TrackedModule
 from ekfac_dist.models.sharding import bytes_of_worker, parameter_bytes
@@ -56,7 +65,7 @@ class Plan:
     memory: Memory
     disk: Disk
     free_disk_bytes: int | None
-    work: Work
+    work: Operations
     rate: float | None
     num_sequences: int
     num_tokens: int
@@ -91,7 +100,7 @@ def make_plan(config: PlanConfig) -> Plan:
     on_gpu = torch.cuda.is_available()
     workers = config.workers or (torch.cuda.device_count() if on_gpu else 1)
     device = torch.device("cuda" if on_gpu else "cpu")
-    model = sketch(config.model)
+    model = model_without_weights(config.model)
     modules = discover_by_shape(model, config.model.modules)
     held_here = own_bytes()
     weight_bytes = bytes_of_worker(model, workers) if config.fsdp else parameter_bytes(model)
@@ -110,7 +119,7 @@ def make_plan(config: PlanConfig) -> Plan:
     num_sequences = config.sequences or config.data.max_sequences or 1000
     num_steps = math.ceil(num_sequences / shape[0] / workers)
     most = min(num_sequences, num_steps * shape[0])
-    share = Share(num_steps, most, most * length)
+    share = WorkerShare(num_steps, most, most * length)
 
     def held(group: Sequence[TrackedModule]) -> Memory:
         return memory(

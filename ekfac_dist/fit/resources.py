@@ -12,11 +12,11 @@ import torch
 
 from ekfac_dist.config import FactorsConfig
 from ekfac_dist.curvature import covariance, long_sums
-from ekfac_dist.curvature.blocks import block_sizes, num_numbers
+from ekfac_dist.curvature.blocks import block_sizes, num_elements
 from ekfac_dist.curvature.costs import block_rows, rotates_input_rows, rotates_output_rows
 from ekfac_dist.curvature.eigenbasis import workspace_bytes
 from ekfac_dist.fit.groups import partition
-from ekfac_dist.models.capture.saved_tensors import Step
+from ekfac_dist.models.capture.saved_tensors import StepMemory
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
 
 # Operations of one decomposition over n³, at the rate of float32 products: measured on 2 CPU cores,
@@ -42,7 +42,7 @@ _MANIFEST_FILE, _MANIFEST_MODULE = 190, 260
 
 
 @dataclass(frozen=True)
-class Share:
+class WorkerShare:
     """What one worker has of the data, at most: by it running sums get a second level, or none.
 
     Attributes:
@@ -153,7 +153,7 @@ class Disk:
 
 
 @dataclass(frozen=True)
-class Work:
+class Operations:
     """Operations of all workers, two for each multiply-add."""
 
     covariance: float
@@ -177,9 +177,9 @@ class Work:
 
 def memory(
     group: Sequence[TrackedModule],
-    step: Step,
+    step: StepMemory,
     step_tokens: int,
-    share: Share,
+    share: WorkerShare,
     *,
     factors: FactorsConfig,
     on_cpu: bool,
@@ -200,7 +200,7 @@ def memory(
     """
     itemsize = getattr(torch, factors.accumulate).itemsize
     sizes = factor_sizes(group)
-    squares = itemsize * sum(num_numbers(n, factors.blocks) for n in sizes.values())
+    squares = itemsize * sum(num_elements(n, factors.blocks) for n in sizes.values())
     inputs = {module.input: module.input_size for module in group}
     # Inputs wait in the eigenbasis for their gradients; and the backward of the widest layer.
     rows = step_tokens * sum(inputs.values()) * itemsize
@@ -223,7 +223,7 @@ def memory(
 
 
 def _second_levels(
-    group: Sequence[TrackedModule], factors: FactorsConfig, share: Share, *, on_cpu: bool
+    group: Sequence[TrackedModule], factors: FactorsConfig, share: WorkerShare, *, on_cpu: bool
 ) -> dict[str, int]:
     """Bytes of the second levels of a worker's running sums, by stage; see `LongSums`."""
     levels = {"covariance": 0, "refit": 0}
@@ -234,7 +234,7 @@ def _second_levels(
     for factor, size in factor_sizes(group).items():
         columns = block_sizes(size, factors.blocks)
         columns[-1] -= factor in with_bias
-        of_term = covariance.rows_of_term(columns, device)
+        of_term = covariance.outer_product_rows_of_term(columns, device)
         levels["covariance"] += itemsize * _summed(size, factors.blocks) * share.is_long(of_term)
     for module in group:
         if factors.refit == "per_token":
@@ -250,7 +250,7 @@ def disk(
     groups: Sequence[Sequence[TrackedModule]],
     factors: FactorsConfig,
     workers: int,
-    share: Share,
+    share: WorkerShare,
     *,
     on_cpu: bool,
     saves: bool = True,
@@ -269,7 +269,7 @@ def disk(
     modules = [module for group in groups for module in group]
     stages = [stage_bytes(group, factors, workers, share, on_cpu=on_cpu) for group in groups]
     sizes = factor_sizes(modules)
-    numbers = [num_numbers(n, factors.blocks) for n in sizes.values()]
+    numbers = [num_elements(n, factors.blocks) for n in sizes.values()]
     squares = sum(itemsize * number + _HEADER for number in numbers)
     bases = squares + sum(8 * n for n in sizes.values())
     spectra = sum(itemsize * m.num_outputs * m.input_size + _HEADER for m in modules)
@@ -286,7 +286,7 @@ def stage_bytes(
     group: Sequence[TrackedModule],
     factors: FactorsConfig,
     workers: int,
-    share: Share,
+    share: WorkerShare,
     *,
     on_cpu: bool,
 ) -> dict[str, tuple[int, int]]:
@@ -301,7 +301,7 @@ def stage_bytes(
     """
     itemsize = getattr(torch, factors.accumulate).itemsize
     sizes = factor_sizes(group).values()
-    numbers = [num_numbers(n, factors.blocks) for n in sizes]
+    numbers = [num_elements(n, factors.blocks) for n in sizes]
     squares = sum(itemsize * number + _HEADER for number in numbers)
     spectra = sum(itemsize * m.num_outputs * m.input_size + _HEADER for m in group)
     twice = 2 * workers  # a new state is whole before the one before it goes
@@ -321,7 +321,7 @@ def work(
     num_sequences: int,
     num_tokens: int,
     routed: Mapping[str, float],
-) -> Work:
+) -> Operations:
     """Operations of a whole fit.
 
     Args:
@@ -349,7 +349,7 @@ def work(
             continue
         refit += positions * model
         refit += num_sequences * 2 * _refit_pairs(group, num_tokens, factors, routed)
-    return Work(covariance, eigenbasis, refit)
+    return Operations(covariance, eigenbasis, refit)
 
 
 def _refit_pairs(
@@ -369,11 +369,11 @@ def _refit_pairs(
         size, outputs = members[0].input_size, [m.num_outputs for m in members]
         rows = math.ceil(tokens)
         by_rows = per_token or rotates_input_rows(rows, 1, outputs)
-        squares = num_numbers(size, factors.blocks)
+        squares = num_elements(size, factors.blocks)
         pairs += (tokens if by_rows else sum(outputs)) * squares
         for num_outputs in outputs:
             by_rows = per_token or rotates_output_rows(rows, 1, size)
-            squares = num_numbers(num_outputs, factors.blocks)
+            squares = num_elements(num_outputs, factors.blocks)
             pairs += (tokens if by_rows else size) * squares + tokens * num_outputs * size
     return pairs
 

@@ -14,7 +14,7 @@ from ekfac_dist.errors import ConfigError, ModelError, NonFiniteError
 from ekfac_dist.functional.batching import Batches
 from ekfac_dist.functional.caches import MLPCache
 from ekfac_dist.functional.checks import require_apart, require_whole
-from ekfac_dist.functional.pairs import Pair, identify, recorded_pairs
+from ekfac_dist.functional.pairs import RecordedPair, identify, recorded_pairs
 from ekfac_dist.functional.recording import Recording
 from ekfac_dist.functional.vectors import Layout
 from ekfac_dist.models.modules import TrackedModule
@@ -34,7 +34,7 @@ class _Positions:
 
 
 @dataclass(frozen=True)
-class Rows:
+class ModuleCapture:
     """What passed through one module in one call of `func`."""
 
     module: TrackedModule
@@ -96,7 +96,7 @@ class Calls:
                     cache.clear()
                 self._recording.uses.clear()
 
-    def each(self, name: str, show: bool) -> Iterator[list[Rows]]:
+    def each(self, name: str, show: bool) -> Iterator[list[ModuleCapture]]:
         """What each call of `func` recorded, over all batches."""
         total = self._batches.num_examples
         with Progress(name, total=total, unit="examples", enabled=show) as progress:
@@ -106,7 +106,7 @@ class Calls:
 
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def _call(self, number: int, arguments: tuple[Any, ...], size: int) -> list[Rows]:
+    def _call(self, number: int, arguments: tuple[Any, ...], size: int) -> list[ModuleCapture]:
         for cache in self._caches:
             cache.clear()
             cache.counted = None
@@ -153,7 +153,7 @@ class Calls:
                     require_whole(module, pair.use, gradient, of_weights.get(id(pair.use.weight)))
         return rows
 
-    def _edges(self, pairs: Sequence[Pair], losses: Tensor) -> list[GradientEdge]:
+    def _edges(self, pairs: Sequence[RecordedPair], losses: Tensor) -> list[GradientEdge]:
         edges = []
         for module, pair in zip(self.modules, pairs, strict=True):
             edge = pair.edge
@@ -200,7 +200,9 @@ class Calls:
                 "the same in every call."
             )
 
-    def _rows(self, module: TrackedModule, pair: Pair, gradient: Tensor, size: int) -> Rows:
+    def _rows(
+        self, module: TrackedModule, pair: RecordedPair, gradient: Tensor, size: int
+    ) -> ModuleCapture:
         num_rows = pair.hidden.shape[:-1].numel()
         lead = pair.hidden.shape[0] if pair.hidden.ndim > 2 else num_rows
         if num_rows % size or lead % size:
@@ -224,9 +226,11 @@ class Calls:
             rows = tensor.detach().reshape(num_rows, -1)
             return (rows if real is None else rows[real]).to(self.device, self.dtype)
 
-        return Rows(module, rows_of(pair.input), rows_of(gradient), _Positions(lengths, real))
+        return ModuleCapture(
+            module, rows_of(pair.input), rows_of(gradient), _Positions(lengths, real)
+        )
 
-    def _require_finite(self, losses: Tensor, rows: Sequence[Rows], number: int) -> None:
+    def _require_finite(self, losses: Tensor, rows: Sequence[ModuleCapture], number: int) -> None:
         seen = {"the losses": losses}
         seen |= {f"the input of module {r.module.name}": r.acts_Mi for r in rows}
         seen |= {f"the output-gradient of module {r.module.name}": r.grads_MO for r in rows}

@@ -13,7 +13,7 @@ from ekfac_dist.fit.eigenbasis import Basis
 from ekfac_dist.fit.refit import LambdaSums
 from ekfac_dist.functional.batching import Batches
 from ekfac_dist.functional.caches import MLPCache
-from ekfac_dist.functional.calls import Calls, Rows
+from ekfac_dist.functional.calls import Calls, ModuleCapture
 from ekfac_dist.functional.vectors import Layout
 from ekfac_dist.models.capture.hooks import precisely
 
@@ -31,7 +31,7 @@ class Fit:
     factors: dict[str, ModuleFactors]
 
 
-def fit(
+def fit_caches(
     func: Callable[..., Tensor],
     batches: Batches,
     caches: Sequence[MLPCache],
@@ -84,7 +84,7 @@ def fit(
     return Fit(calls.layout, factors)
 
 
-def _add(sums: CovarianceSums | LambdaSums, rows: Sequence[Rows]) -> None:
+def _add(sums: CovarianceSums | LambdaSums, rows: Sequence[ModuleCapture]) -> None:
     with torch.no_grad(), precisely(rows[0].acts_Mi.device):
         for each in rows:
             if each.module.leads:

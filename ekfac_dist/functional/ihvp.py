@@ -14,7 +14,7 @@ from ekfac_dist.curvature.products import GRADIENT_BYTES
 from ekfac_dist.errors import ConfigError
 from ekfac_dist.functional.batching import Cuts
 from ekfac_dist.functional.caches import MLPCache
-from ekfac_dist.functional.fitting import Fit, fit
+from ekfac_dist.functional.fitting import Fit, fit_caches
 from ekfac_dist.models.capture.hooks import precisely
 from ekfac_dist.models.modules import TrackedModule
 
@@ -106,7 +106,7 @@ def ihvp_at_x_ekfac(
     cuts = Cuts.of(len(x), in_dims, batch_size, max_iter, uncut)
 
     def fit_at(arguments: Sequence[Any]) -> Fit:
-        return fit(func, cuts.batches(arguments), caches, model, progress=progress)
+        return fit_caches(func, cuts.batches(arguments), caches, model, progress=progress)
 
     at_x = fit_at(x)
     warned = False

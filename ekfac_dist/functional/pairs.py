@@ -22,7 +22,7 @@ from ekfac_dist.models.modules import (
 
 
 @dataclass(frozen=True)
-class Pair:
+class RecordedPair:
     """One recorded pair, and the call of a linear map that it is.
 
     Attributes:
@@ -60,14 +60,14 @@ class Pair:
         return f"Pair {self.number} of mlp_cache[{self.cache}]"
 
 
-def recorded_pairs(caches: Sequence[MLPCache], recording: Recording) -> list[Pair]:
+def recorded_pairs(caches: Sequence[MLPCache], recording: Recording) -> list[RecordedPair]:
     """The pairs of the last call of `func`.
 
     Raises:
         ModelError: A cache has none, or something else than pairs of tensors; or a pair is not all
             of what passed through its linear map.
     """
-    pairs: list[Pair] = []
+    pairs: list[RecordedPair] = []
     for c, cache in enumerate(caches):
         first = len(pairs)
         if not cache.input_hidden_pairs:
@@ -77,7 +77,7 @@ def recorded_pairs(caches: Sequence[MLPCache], recording: Recording) -> list[Pai
             leader = next(
                 (k for k in range(first, len(pairs)) if _share(pairs[k].use, use)), len(pairs)
             )
-            pair = Pair(c, number, given, hidden, use, cache.counted, leader)
+            pair = RecordedPair(c, number, given, hidden, use, cache.counted, leader)
             if use is not None:
                 _require_one_use(pair, use, recording)
             pairs.append(pair)
@@ -85,7 +85,7 @@ def recorded_pairs(caches: Sequence[MLPCache], recording: Recording) -> list[Pai
 
 
 def identify(
-    pairs: Sequence[Pair],
+    pairs: Sequence[RecordedPair],
     caches: Sequence[MLPCache],
     recording: Recording,
     model: nn.Module | None,
@@ -162,7 +162,7 @@ def _nothing_recorded(number: int, cache: MLPCache, recording: Recording) -> Mod
     )
 
 
-def _require_one_use(pair: Pair, use: Use, recording: Recording) -> None:
+def _require_one_use(pair: RecordedPair, use: Use, recording: Recording) -> None:
     given, version = use.input
     if recording.times(use.module) > 1:
         raise ModelError(
@@ -198,7 +198,7 @@ def _roots(
     return [(f"{number}.", owner) for number, owner in enumerate(outer)]
 
 
-def _module_of_weight(pair: Pair) -> TrackedModule:
+def _module_of_weight(pair: RecordedPair) -> TrackedModule:
     """A weight without a bias and without a module, which a cache that is nobody's recorded."""
     name = f"mlp_cache[{pair.cache}].{pair.number}"
     sizes = pair.input.shape[-1], pair.hidden.shape[-1]
@@ -206,7 +206,7 @@ def _module_of_weight(pair: Pair) -> TrackedModule:
 
 
 def _module_of_use(
-    pair: Pair,
+    pair: RecordedPair,
     names: Mapping[int, str],
     found: Sequence[TrackedModule],
     model: nn.Module | None,

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from ekfac_dist.curvature import products
-from ekfac_dist.curvature.blocks import moved, rotate_columns_back, rotate_rows
+from ekfac_dist.curvature.blocks import on, rotate_columns_back, rotate_rows
 from ekfac_dist.curvature.kronecker import damped, rotate_back
-from ekfac_dist.data.batches import Batch, Rows, assign_batches, may_share
+from ekfac_dist.data.batches import Batch, CapturedPositions, assign_batches, may_share
 from ekfac_dist.factors.factors import Factors, ModuleFactors
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.models.capture.labels import COVARIANCE_PASS, LabelRule
 from ekfac_dist.models.capture.rotary import equal_lengths_above
 from ekfac_dist.models.capture.tasks import CAUSAL_LM, Task
 from ekfac_dist.models.modules import TrackedModule
-from ekfac_dist.passes.one_pass import Work, run_pass
+from ekfac_dist.passes.one_pass import PassContext, run_pass
 from ekfac_dist.passes.state import PassState
 from ekfac_dist.runtime.processes import World
 
@@ -37,7 +37,7 @@ STORED = "blocks of queries that are finished are stored"
 
 
 @dataclass(frozen=True)
-class Setting:
+class ScoringContext:
     """What query and training gradients have in common.
 
     Attributes:
@@ -108,7 +108,7 @@ class WholeGradients:
         """Whether scores of whole sequences cost less at each position: never."""
         return False
 
-    def matrices(self, room: products.Room) -> Iterator[tuple[slice, Tensor]]:
+    def matrices(self, scratch: products.ScratchBuffer) -> Iterator[tuple[slice, Tensor]]:
         """(which rows, their P [q, O, I])."""
         yield slice(0, len(self.matrices_QOI)), self.matrices_QOI
 
@@ -147,9 +147,9 @@ class LowRankGradients:
         """Whether scores of whole sequences cost less at each position than multiplied out."""
         return products.low_rank_by_position(self.left_QOr, self.right_QIr, lengths)
 
-    def matrices(self, room: products.Room) -> Iterator[tuple[slice, Tensor]]:
+    def matrices(self, scratch: products.ScratchBuffer) -> Iterator[tuple[slice, Tensor]]:
         """(which rows, their U Vᵀ [q, O, I]), a few at a time."""
-        return products.multiplied_out(self.left_QOr, self.right_QIr, room)
+        return products.multiplied_out(self.left_QOr, self.right_QIr, scratch)
 
 
 @dataclass
@@ -180,13 +180,13 @@ def bytes_per_row(modules: Sequence[TrackedModule], rank: int | None, dtype: tor
 
 
 def prepare(
-    name: str, setting: Setting, queries: QuerySet, rows: Sequence[int], rank: int | None
+    name: str, context: ScoringContext, queries: QuerySet, rows: Sequence[int], rank: int | None
 ) -> PreparedQueries:
     """Computes the preconditioned gradients of some rows, on every worker.
 
     Args:
         name: What the pass is called in progress and errors.
-        setting: Model, factors, damping, workers.
+        context: Model, factors, damping, workers.
         queries: All queries.
         rows: Numbers of the rows wanted.
         rank: Rank of the gradients, reduced where a module's matrix has less; None: whole.
@@ -196,30 +196,30 @@ def prepare(
         NonFiniteError: NaN or infinity was met.
         StoreError: A factor file is damaged.
     """
-    world, lengths = setting.world, queries.sequences.num_positions
+    world, lengths = context.world, queries.sequences.num_positions
     costs = [int(lengths[list(queries.rows[row])].sum()) for row in rows]
     own = [rows[k] for k in assign_batches(costs, world.size)[world.rank]]
     members = sorted(number for row in rows for number in queries.rows[row])
-    limit = equal_lengths_above(setting.model)
+    limit = equal_lengths_above(context.model)
     numbers = [n for row in own for n in queries.rows[row]]
-    batches = list(_in_order(numbers, lengths, setting.batch_tokens, limit))
-    observer = _QueryGradients(setting, queries, list(rows), rank)
+    batches = list(_in_order(numbers, lengths, context.batch_tokens, limit))
+    observer = _QueryGradients(context, queries, list(rows), rank)
     # A view of this block alone, so that rates and losses are of it.
     position = {number: k for k, number in enumerate(members)}
     positions = [[position[number] for number in batch] for batch in batches]
-    work = Work(
-        setting.model,
+    work = PassContext(
+        context.model,
         queries.sequences.take(members),
         positions,
         world,
-        setting.dtype,
-        setting.show_progress,
+        context.dtype,
+        context.show_progress,
         called="query {} (from 0)",
         wider=OVERFLOW_ADVICE,
-        task=setting.task,
+        task=context.task,
     )
     state = PassState(positions, STORED)
-    run_pass(name, work, setting.modules, observer, DATA_LABELS, observer.on_loss, state=state)
+    run_pass(name, work, context.modules, observer, DATA_LABELS, observer.on_loss, state=state)
     losses = observer.losses.tolist()
     return PreparedQueries(
         list(rows), observer.gradients, observer.self_influence, {n: losses[n] for n in members}
@@ -247,9 +247,9 @@ class _QueryGradients:
     """The observer that makes preconditioned gradients of a block's own rows."""
 
     def __init__(
-        self, setting: Setting, queries: QuerySet, rows: list[int], rank: int | None
+        self, context: ScoringContext, queries: QuerySet, rows: list[int], rank: int | None
     ) -> None:
-        self._setting = setting
+        self._context = context
         self._place = {row: k for k, row in enumerate(rows)}
         self._row_of = {number: row for row in rows for number in queries.rows[row]}
         self._members = {row: len(queries.rows[row]) for row in rows}
@@ -257,22 +257,22 @@ class _QueryGradients:
         self._pending: dict[tuple[str, int], tuple[Tensor, int]] = {}
         self._seen: dict[int, int] = {}
         self._acts: dict[str, Tensor] = {}
-        self._readers = Countdown(setting.modules)
-        self._total = setting.zeros(dtype=torch.float64)
-        self.self_influence = setting.zeros(len(rows), dtype=torch.float64)
-        self.losses = setting.zeros(len(queries.sequences), dtype=torch.float64)
+        self._readers = Countdown(context.modules)
+        self._total = context.zeros(dtype=torch.float64)
+        self.self_influence = context.zeros(len(rows), dtype=torch.float64)
+        self.losses = context.zeros(len(queries.sequences), dtype=torch.float64)
         self.gradients: dict[str, WholeGradients | LowRankGradients] = {
-            module.name: _empty(setting, len(rows), module, rank) for module in setting.modules
+            module.name: _empty(context, len(rows), module, rank) for module in context.modules
         }
 
-    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Rows) -> None:
+    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: CapturedPositions) -> None:
         """Keeps a batch's inputs, in the eigenbasis, until the gradients come."""
-        basis = moved(self._setting.factors.module(module.name).blocks_II, rows_Mi)
+        basis = on(self._context.factors.module(module.name).blocks_II, rows_Mi)
         self._acts[module.input] = rotate_rows(rows_Mi, basis, bias=module.bias)
 
-    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Rows) -> None:
+    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: CapturedPositions) -> None:
         """Sums each row's gradient, and finishes it with the row's last query."""
-        fitted = self._setting.at_device(module.name)
+        fitted = self._context.at_device(module.name)
         acts_MI = self._acts[module.input]
         grads_MO = rotate_rows(rows_MO, fitted.blocks_OO)
         start = 0
@@ -301,13 +301,13 @@ class _QueryGradients:
         gradient_OI: Tensor,
         fitted: ModuleFactors,
     ) -> None:
-        solved_OI = gradient_OI / self._setting.damped(module.name, fitted)
+        solved_OI = gradient_OI / self._context.damped(module.name, fitted)
         place = self._place[row]
         own = (gradient_OI * solved_OI).sum(dtype=torch.float64)
         self.self_influence[place] += own
         self._total += own
         into = self.gradients[module.name]
-        rotates_back = not self._setting.in_eigenbasis
+        rotates_back = not self._context.in_eigenbasis
         if isinstance(into, WholeGradients):
             if rotates_back:
                 solved_OI = rotate_back(solved_OI, fitted.blocks_OO, fitted.blocks_II)
@@ -334,8 +334,8 @@ class _QueryGradients:
         done = {row for row, seen in self._seen.items() if seen == self._members[row]}
         for name, row in [key for key in self._pending if key[1] in done]:
             gradient_OI, _ = self._pending.pop((name, row))
-            module = self._setting.factors.modules[name]
-            self._finish(module, row, gradient_OI, self._setting.at_device(name))
+            module = self._context.factors.modules[name]
+            self._finish(module, row, gradient_OI, self._context.at_device(name))
 
     def health(self) -> Tensor:
         """Σ of all that was computed, which is finite only if everything is."""
@@ -368,12 +368,12 @@ class Countdown:
 
 
 def _empty(
-    setting: Setting, num_rows: int, module: TrackedModule, rank: int | None
+    context: ScoringContext, num_rows: int, module: TrackedModule, rank: int | None
 ) -> WholeGradients | LowRankGradients:
     num_outputs, num_inputs = module.num_outputs, module.input_size
     if rank is None:
-        return WholeGradients(setting.zeros(num_rows, num_outputs, num_inputs))
+        return WholeGradients(context.zeros(num_rows, num_outputs, num_inputs))
     rank = min(rank, num_outputs, num_inputs)
     return LowRankGradients(
-        setting.zeros(num_rows, num_outputs, rank), setting.zeros(num_rows, num_inputs, rank)
+        context.zeros(num_rows, num_outputs, rank), context.zeros(num_rows, num_inputs, rank)
     )

@@ -133,10 +133,10 @@ def write_answer(writer: ResultsWriter, answer: Answer, rows: Dataset) -> None:
             },
         )
     writer.lines(results.SEQUENCES, (texts.line(int(column)) for column in columns))
-    writer.finish(manifest(answer))
+    writer.finish(results_manifest(answer))
 
 
-def manifest(answer: Answer) -> dict[str, Any]:
+def results_manifest(answer: Answer) -> dict[str, Any]:
     """Every entry of the results' manifest but format, complete and files."""
     scores, factors, damping = answer.scores, answer.factors, answer.damping
     fitted = factors.manifest

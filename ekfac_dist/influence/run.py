@@ -17,7 +17,7 @@ from ekfac_dist.errors import DataError, ModelError
 from ekfac_dist.factors.factors import Factors
 from ekfac_dist.factors.opening import Comparison, check_model, load_factors, require_fitted_task
 from ekfac_dist.influence.examples import queries_of, sequences_of
-from ekfac_dist.influence.gradients import Setting
+from ekfac_dist.influence.gradients import ScoringContext
 from ekfac_dist.influence.output import Answer, left_out, write_answer
 from ekfac_dist.influence.queries import (
     QuerySet,
@@ -29,7 +29,7 @@ from ekfac_dist.influence.queries import (
 from ekfac_dist.influence.saved_blocks import beginning, opened_results
 from ekfac_dist.influence.scores import InfluenceScores
 from ekfac_dist.influence.scoring import compute_scores, list_lengths
-from ekfac_dist.influence.unfinished import check_output
+from ekfac_dist.influence.unfinished import check_results_output
 from ekfac_dist.models.capture.hooks import prepared
 from ekfac_dist.models.capture.task_fingerprint import task_fingerprint
 from ekfac_dist.models.capture.tasks import CAUSAL_LM, CausalLM, Task, require_task
@@ -59,7 +59,7 @@ def run_query(config: QueryConfig, world: World, say: Any = show) -> Answer:
     output, queries_file, store = map(str, (config.output, config.queries, config.factors))
     start = time.perf_counter()
     whole_config = config.as_dict()
-    world.on_main(lambda: check_output(output, whole_config))
+    world.on_main(lambda: check_results_output(output, whole_config))
     with world.agree():
         refuse_sharded(world)
         damping = _damping(config)
@@ -92,18 +92,18 @@ def run_query(config: QueryConfig, world: World, say: Any = show) -> Answer:
             queries = tokenize_queries(texts, tokenizer, context_length(model))
             check_sequences(model, queries.sequences, "shorten the query")
             _tell_split(tell, queries.split_notes)
-            setting = _setting(model, factors, damping, world, config.batch_tokens, True)
-        _require_same(setting, scored, queries, comparison)
+            context = _context(model, factors, damping, world, config.batch_tokens, True)
+        _require_same(context, scored, queries, comparison)
         for sentence in comparison.differs:
             tell(f"model differs {sentence}")
         for sentence in comparison.not_compared:
             tell(f"not compared  {sentence}")
-        begins = beginning(store, comparison.fingerprints.whole, train, scored, queries, setting)
+        begins = beginning(store, comparison.fingerprints.whole, train, scored, queries, context)
         with (
             opened_results(output, whole_config, begins, world, tell) as saved,
             preemption.deferred(),
         ):
-            scores = compute_scores(setting, queries, scored, config.scores, tell, saved)
+            scores = compute_scores(context, queries, scored, config.scores, tell, saved)
             scores.model_differs = comparison.differs
             scores.not_compared = comparison.not_compared
             answer = Answer(
@@ -244,19 +244,19 @@ def influence_scores(
         check_sequences(model, asked.sequences, "shorten the query")
         comparison = check_model(name, factors, model, allow_changes=allow_changes)
         world = world.at(device_of(model))
-        setting = _setting(model, factors, chosen, world, batch_tokens, progress, task)
-    _require_same(setting, scored, asked, comparison)
+        context = _context(model, factors, chosen, world, batch_tokens, progress, task)
+    _require_same(context, scored, asked, comparison)
     if world.is_main:
         comparison.warn()
     watching = heartbeat(world, owns_process=False)
     with watching, torch.inference_mode(False), prepared(model):
         say = show if progress and world.is_main else (lambda line: None)
-        scores = compute_scores(setting, asked, scored, config, say)
+        scores = compute_scores(context, asked, scored, config, say)
     scores.model_differs, scores.not_compared = comparison.differs, comparison.not_compared
     return scores
 
 
-def _setting(
+def _context(
     model: nn.Module,
     factors: Factors,
     damping: Damping,
@@ -264,9 +264,9 @@ def _setting(
     batch_tokens: int,
     show_progress: bool,
     task: Task = CAUSAL_LM,
-) -> Setting:
+) -> ScoringContext:
     double = next(model.parameters()).dtype == torch.float64
-    return Setting(
+    return ScoringContext(
         model=model,
         factors=factors,
         damping=factors.chosen_damping(damping),
@@ -279,19 +279,19 @@ def _setting(
 
 
 def _require_same(
-    setting: Setting, scored: Examples, queries: QuerySet, comparison: Comparison
+    context: ScoringContext, scored: Examples, queries: QuerySet, comparison: Comparison
 ) -> None:
     """Refuses workers whose data, queries, factors or models hold something else.
 
     They would share out different work, or wait for each other for ever.
     """
-    world = setting.world
+    world = context.world
     world.require_same("data, by fingerprint,", scored.fingerprint)
     world.require_same("candidates", scored.indices.tolist())
     world.require_same("queries, by fingerprint,", queries.sequences.fingerprint)
     world.require_same("groups of queries", (queries.rows, queries.groups))
-    world.require_same("factors, by fingerprint,", setting.factors.fingerprint)
-    require_same_model(setting.model, comparison.fingerprints, world)
+    world.require_same("factors, by fingerprint,", context.factors.fingerprint)
+    require_same_model(context.model, comparison.fingerprints, world)
 
 
 @contextmanager

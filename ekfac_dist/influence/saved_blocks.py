@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.factors.layout import MANIFEST
-from ekfac_dist.influence.gradients import Setting
+from ekfac_dist.influence.gradients import ScoringContext
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.influence.results import ResultsWriter
 from ekfac_dist.influence.scores import Details, InfluenceScores
@@ -160,7 +160,7 @@ def beginning(
     train: Examples,
     scored: Examples,
     queries: QuerySet,
-    setting: Setting,
+    context: ScoringContext,
 ) -> dict[str, Any]:
     """What a run begins with, by which it is known again; the same on every worker.
 
@@ -170,20 +170,20 @@ def beginning(
         train: The whole training set.
         scored: What is scored of it.
         queries: The queries.
-        setting: Damping, precision and workers.
+        context: Damping, precision and workers.
     """
     texts = [(q.prompt, q.completion, q.group, q.line) for q in queries.texts or ()]
     asked = json.dumps([queries.sequences.fingerprint, texts])
-    factors = setting.world.on_main(lambda: file_sha256(Path(store) / MANIFEST))
+    factors = context.world.on_main(lambda: file_sha256(Path(store) / MANIFEST))
     return {
-        "factors": setting.world.share(factors),
+        "factors": context.world.share(factors),
         "model": model,
-        "configuration of the model": configuration(setting.model),
+        "configuration of the model": configuration(context.model),
         "data": train.fingerprint,
         "candidates": hashlib.sha256(scored.indices.tobytes()).hexdigest(),
         "queries": hashlib.sha256(asked.encode()).hexdigest(),
-        "damping": dict(setting.damping),
-        "dtype": str(setting.dtype),
+        "damping": dict(context.damping),
+        "dtype": str(context.dtype),
         "software": software(),
     }
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.curvature import products
-from ekfac_dist.curvature.blocks import moved, rotate_rows
-from ekfac_dist.data.batches import Rows
+from ekfac_dist.curvature.blocks import on, rotate_rows
+from ekfac_dist.data.batches import CapturedPositions
 from ekfac_dist.data.examples import Examples
-from ekfac_dist.influence.gradients import Countdown, PreparedQueries, Setting
+from ekfac_dist.influence.gradients import Countdown, PreparedQueries, ScoringContext
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.runtime.processes import World
 
@@ -25,18 +25,18 @@ from ekfac_dist.runtime.processes import World
 class _TrainingRows(ABC):
     """Rows of training sequences, in the basis in which gradients are compared."""
 
-    def __init__(self, setting: Setting) -> None:
-        self._setting = setting
+    def __init__(self, context: ScoringContext) -> None:
+        self._context = context
         self._acts: dict[str, Tensor] = {}
-        self._readers = Countdown(setting.modules)
-        self._number = {module.name: k for k, module in enumerate(setting.modules)}
-        self._total = setting.zeros(dtype=torch.float64)
+        self._readers = Countdown(context.modules)
+        self._number = {module.name: k for k, module in enumerate(context.modules)}
+        self._total = context.zeros(dtype=torch.float64)
 
-    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Rows) -> None:
+    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: CapturedPositions) -> None:
         """Keeps a batch's inputs until the gradients come."""
-        if self._setting.in_eigenbasis:
-            fitted = self._setting.factors.module(module.name)
-            basis = moved(fitted.blocks_II, rows_Mi)
+        if self._context.in_eigenbasis:
+            fitted = self._context.factors.module(module.name)
+            basis = on(fitted.blocks_II, rows_Mi)
             rows_MI = rotate_rows(rows_Mi, basis, bias=module.bias)
         elif module.bias:
             rows_MI = products.with_bias(rows_Mi)
@@ -44,17 +44,19 @@ class _TrainingRows(ABC):
             rows_MI = rows_Mi if batch.real is not None else rows_Mi.clone()  # the model may write
         self._acts[module.input] = rows_MI
 
-    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Rows) -> None:
+    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: CapturedPositions) -> None:
         """Uses a batch's inputs and gradients."""
-        if self._setting.in_eigenbasis:
-            fitted = self._setting.factors.module(module.name)
-            rows_MO = rotate_rows(rows_MO, moved(fitted.blocks_OO, rows_MO))
+        if self._context.in_eigenbasis:
+            fitted = self._context.factors.module(module.name)
+            rows_MO = rotate_rows(rows_MO, on(fitted.blocks_OO, rows_MO))
         self._use(module, self._acts[module.input], rows_MO, batch)
         if self._readers.is_last(module):
             del self._acts[module.input]
 
     @abstractmethod
-    def _use(self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: Rows) -> None:
+    def _use(
+        self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: CapturedPositions
+    ) -> None:
         """Takes a batch's rows of one module, both sides in that basis."""
 
     def health(self) -> Tensor:
@@ -66,7 +68,7 @@ class Scan(_TrainingRows):
     """Scores of every training sequence for every row of a block.
 
     Args:
-        setting: What gradients are computed with.
+        context: What gradients are computed with.
         prepared: The block.
         sequences: The training sequences that are scored.
         parts: Which part of the scores each module belongs to [modules]; None: none are kept.
@@ -82,7 +84,7 @@ class Scan(_TrainingRows):
 
     def __init__(
         self,
-        setting: Setting,
+        context: ScoringContext,
         prepared: PreparedQueries,
         sequences: Examples,
         *,
@@ -90,25 +92,27 @@ class Scan(_TrainingRows):
         with_norms: bool,
         with_positions: bool,
     ) -> None:
-        super().__init__(setting)
+        super().__init__(context)
         self._prepared = prepared
         self._columns = Columns(sequences)
         self._parts = parts
-        self._sums, self._room = products.SequenceGradients(), products.Room()
+        self._sums, self._scratch = products.SequenceGradients(), products.ScratchBuffer()
         num_rows, num_columns = len(prepared.rows), len(sequences)
-        self.scores: Tensor = setting.zeros(num_rows, num_columns)
+        self.scores: Tensor = context.zeros(num_rows, num_columns)
         self.part_scores: Tensor | None = None
         self.norms: Tensor | None = None
         self.position_scores: Tensor | None = None
         if parts is not None:
             number = int(parts.max()) + 1
-            self.part_scores = setting.zeros(num_rows, number, num_columns)
+            self.part_scores = context.zeros(num_rows, number, num_columns)
         if with_norms:
-            self.norms = setting.zeros(2, num_columns)
+            self.norms = context.zeros(2, num_columns)
         if with_positions:
-            self.position_scores = setting.zeros(num_rows, self._columns.num_positions)
+            self.position_scores = context.zeros(num_rows, self._columns.num_positions)
 
-    def _use(self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: Rows) -> None:
+    def _use(
+        self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: CapturedPositions
+    ) -> None:
         gradients = self._prepared.gradients[module.name]
         columns = self._columns.of(batch).to(acts_MI.device)
         scores_Qn = None
@@ -133,7 +137,7 @@ class Scan(_TrainingRows):
         module: TrackedModule,
         acts_MI: Tensor,
         grads_MO: Tensor,
-        batch: Rows,
+        batch: CapturedPositions,
         columns: Tensor,
         *,
         with_scores: bool,
@@ -143,12 +147,12 @@ class Scan(_TrainingRows):
         scores_Qn = self.scores.new_zeros(len(self._prepared.rows), len(batch.lengths))
         weights = None
         if self.norms is not None:
-            inverse = 1 / self._setting.damped(module.name, self._setting.at_device(module.name))
+            inverse = 1 / self._context.damped(module.name, self._context.at_device(module.name))
             weights = torch.stack([inverse, inverse.square()]).flatten(1)
         for which, sums_nOI in self._sums.of(acts_MI, grads_MO, batch.lengths):
             flat = sums_nOI.flatten(1)
             if with_scores:
-                for some, matrices_qOI in gradients.matrices(self._room):
+                for some, matrices_qOI in gradients.matrices(self._scratch):
                     scores_Qn[some, which] = matrices_qOI.flatten(1) @ flat.T
             if weights is not None and self.norms is not None:
                 norms = weights @ flat.square_().T
@@ -190,7 +194,7 @@ class DetailSums(_TrainingRows):
     """Scores of modules, layers and positions for chosen pairs.
 
     Args:
-        setting: What gradients are computed with.
+        context: What gradients are computed with.
         prepared: The block that the pairs' rows are of.
         sequences: The training sequences that columns count.
         pairs: The pairs.
@@ -203,21 +207,23 @@ class DetailSums(_TrainingRows):
 
     def __init__(
         self,
-        setting: Setting,
+        context: ScoringContext,
         prepared: PreparedQueries,
         sequences: Examples,
         pairs: Pairs,
         layer_of: np.ndarray,
     ) -> None:
-        super().__init__(setting)
+        super().__init__(context)
         self._prepared = prepared
         self._pairs = pairs
         self._columns = Columns(sequences)
         self._layer_of = layer_of
-        self.module_scores = setting.zeros(len(pairs.places), len(setting.modules))
-        self.layer_position_scores = setting.zeros(int(layer_of.max()) + 1, int(pairs.offsets[-1]))
+        self.module_scores = context.zeros(len(pairs.places), len(context.modules))
+        self.layer_position_scores = context.zeros(int(layer_of.max()) + 1, int(pairs.offsets[-1]))
 
-    def _use(self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: Rows) -> None:
+    def _use(
+        self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: CapturedPositions
+    ) -> None:
         gradients = self._prepared.gradients[module.name]
         number = self._number[module.name]
         layer = self.layer_position_scores[self._layer_of[number]]
@@ -262,17 +268,17 @@ class Columns:
         """Positions of all sequences."""
         return int(self._offsets[-1])
 
-    def of(self, batch: Rows) -> Tensor:
+    def of(self, batch: CapturedPositions) -> Tensor:
         """Column of each sequence of a batch [n]."""
         return torch.from_numpy(np.searchsorted(self._indices, batch.indices))
 
-    def positions_of(self, batch: Rows) -> Tensor:
+    def positions_of(self, batch: CapturedPositions) -> Tensor:
         """Place, among all positions, of each position of a batch [M]."""
         starts = self._offsets[np.searchsorted(self._indices, batch.indices)]
         return torch.from_numpy(np.repeat(starts, batch.lengths) + offsets_of(batch))
 
 
-def offsets_of(batch: Rows) -> np.ndarray:
+def offsets_of(batch: CapturedPositions) -> np.ndarray:
     """Place of each of a batch's rows in its sequence [M]."""
     if batch.offsets is not None:
         return batch.offsets

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.config import DEFAULT_TOP_K, ScoresConfig
-from ekfac_dist.data.batches import shard
+from ekfac_dist.data.batches import worker_batches
 from ekfac_dist.data.examples import Examples, TaskExamples
 from ekfac_dist.errors import ConfigError, ModelError
 from ekfac_dist.influence.agreement import spearman
@@ -29,7 +29,7 @@ from ekfac_dist.influence.gradients import (
     STORED,
     LowRankGradients,
     PreparedQueries,
-    Setting,
+    ScoringContext,
     bytes_per_row,
     prepare,
 )
@@ -47,7 +47,7 @@ from ekfac_dist.influence.saved_blocks import (
 from ekfac_dist.influence.scan import DetailSums, Pairs, Scan
 from ekfac_dist.influence.scores import Details, InfluenceScores, Listed, Rescored
 from ekfac_dist.models.modules import EXPERT, layer_name
-from ekfac_dist.passes.one_pass import SummingObserver, Work, run_pass
+from ekfac_dist.passes.one_pass import PassContext, SummingObserver, run_pass
 from ekfac_dist.passes.sequences import exactly_batched, require_harmless_padding
 from ekfac_dist.passes.state import PassState
 from ekfac_dist.runtime.memory import as_text
@@ -60,7 +60,7 @@ _OTHER_SCORES_IN_16_BITS = 0.3
 
 
 def compute_scores(
-    setting: Setting,
+    context: ScoringContext,
     queries: QuerySet,
     scored: Examples,
     config: ScoresConfig,
@@ -70,7 +70,7 @@ def compute_scores(
     """Scores training sequences for queries.
 
     Args:
-        setting: Model (prepared), factors, damping, workers.
+        context: Model (prepared), factors, damping, workers.
         queries: The queries.
         scored: The training sequences that are scored.
         config: Which scores.
@@ -83,32 +83,32 @@ def compute_scores(
     top_k, bottom_k = list_lengths(config, len(scored))
     if isinstance(scored, TaskExamples):
         require_harmless_padding(
-            setting.model, scored, setting.task, setting.world, setting.batch_tokens
+            context.model, scored, context.task, context.world, context.batch_tokens
         )
     scored = exactly_batched(
-        setting.model, scored, setting.task, setting.world, setting.batch_tokens
+        context.model, scored, context.task, context.world, context.batch_tokens
     )
     needs_norms = config.self_influence or config.normalize != "none"
-    setting = replace(setting, in_eigenbasis=needs_norms)
-    names = tuple(module.name for module in setting.modules)
+    context = replace(context, in_eigenbasis=needs_norms)
+    names = tuple(module.name for module in context.modules)
     layers = tuple(dict.fromkeys(map(layer_name, names)))
     num_rows = len(queries.rows)
     result = InfluenceScores(
-        scores=torch.zeros(num_rows, len(scored), dtype=setting.dtype),
+        scores=torch.zeros(num_rows, len(scored), dtype=context.dtype),
         indices=scored.indices,
         members=queries.rows,
         training_size=config.training_size,
         normalize=config.normalize,
-        norms=torch.ones(len(scored), dtype=setting.dtype),
-        query_norms=torch.ones(num_rows, dtype=setting.dtype),
+        norms=torch.ones(len(scored), dtype=context.dtype),
+        query_norms=torch.ones(num_rows, dtype=context.dtype),
         modules=names,
         layers=layers,
         layer_of=np.array([layers.index(layer_name(name)) for name in names]),
-        damping=dict(setting.damping),
+        damping=dict(context.damping),
         query_losses=[math.nan] * len(queries.sequences),
     )
     run = _Scoring(
-        setting, queries, scored, config, (top_k, bottom_k), result, say, saved or SavedBlocks()
+        context, queries, scored, config, (top_k, bottom_k), result, say, saved or SavedBlocks()
     )
     run.all_blocks()
     return result
@@ -140,7 +140,7 @@ def list_lengths(config: ScoresConfig, num_scored: int) -> tuple[int, int]:
 class _Scoring:
     """One answer in the making: what it is computed from, and what there is of it so far."""
 
-    setting: Setting
+    context: ScoringContext
     queries: QuerySet
     scored: Examples
     config: ScoresConfig
@@ -158,11 +158,11 @@ class _Scoring:
         rank, result = self.config.effective_rank, self.result
         blocks = self._blocks(rows, rank)
         result.num_scans = len(blocks)
-        one = as_text(bytes_per_row(self.setting.modules, rank, self.setting.dtype))
+        one = as_text(bytes_per_row(self.context.modules, rank, self.context.dtype))
         kind = "whole" if rank is None else f"of rank {rank}"
         scans = f"{len(blocks)} scan{'s' * (len(blocks) > 1)} of the data"
         budget = self.config.query_memory_gb * 1e9
-        if bytes_per_row(self.setting.modules, rank, self.setting.dtype) > budget:
+        if bytes_per_row(self.context.modules, rank, self.context.dtype) > budget:
             self.say(
                 f"memory        one row's gradients alone take {one}, more than "
                 f"scores.query_memory_gb allows ({as_text(budget)}); a lower scores.rank would help"
@@ -186,7 +186,7 @@ class _Scoring:
 
     def _blocks(self, rows: Sequence[int], rank: int | None) -> list[list[int]]:
         """Cuts rows into blocks whose gradients fit the budget, one row at least."""
-        one = bytes_per_row(self.setting.modules, rank, self.setting.dtype)
+        one = bytes_per_row(self.context.modules, rank, self.context.dtype)
         size = max(1, int(self.config.query_memory_gb * 1e9 // one))
         return [list(rows[k : k + size]) for k in range(0, len(rows), size)]
 
@@ -224,7 +224,7 @@ class _Scoring:
             pairs = rows * min(sum(self.list_lengths), columns)
             each = len(result.modules) + len(result.layers) * positions // columns
             numbers += pairs * each
-        return numbers * torch.float32.itemsize, numbers * self.setting.dtype.itemsize
+        return numbers * torch.float32.itemsize, numbers * self.context.dtype.itemsize
 
     def _answer(self, number: int, rows: list[int], suffix: str) -> None:
         """Scans the data for one block, and looks closer at the ends of its scores."""
@@ -269,8 +269,8 @@ class _Scoring:
         Raises:
             ModelError: They are not.
         """
-        allowed = _OTHER_SCORES.get(self.setting.model_dtype, _OTHER_SCORES_IN_16_BITS)
-        if any(module.kind == EXPERT for module in self.setting.modules):
+        allowed = _OTHER_SCORES.get(self.context.model_dtype, _OTHER_SCORES_IN_16_BITS)
+        if any(module.kind == EXPERT for module in self.context.modules):
             allowed = max(allowed, _OTHER_SCORES_OF_EXPERTS)
         columns = torch.from_numpy(details.columns)
         for row in np.unique(details.rows).tolist():
@@ -288,7 +288,7 @@ class _Scoring:
                 )
 
     def _prepare(self, name: str, rows: list[int], rank: int | None) -> PreparedQueries:
-        prepared = prepare(name, self.setting, self.queries, rows, rank)
+        prepared = prepare(name, self.context, self.queries, rows, rank)
         for number, loss in prepared.losses.items():
             self.result.query_losses[number] = loss
         return prepared
@@ -315,11 +315,11 @@ class _Scoring:
         elif config.per_layer:
             parts = result.layer_of
         scan = Scan(
-            self.setting,
+            self.context,
             prepared,
             self.scored,
             parts=parts,
-            with_norms=self.setting.in_eigenbasis and 0 in rows,  # they are no query's
+            with_norms=self.context.in_eigenbasis and 0 in rows,  # they are no query's
             with_positions=config.per_token == "all",
         )
         self._pass(name, scan, np.arange(len(self.scored)))
@@ -327,7 +327,7 @@ class _Scoring:
             self._take_norms(scan.norms.cpu())
         if config.normalize == "cosine":
             own = prepared.self_influence.clamp(min=0).sqrt().cpu()
-            result.query_norms[rows] = own.to(self.setting.dtype)
+            result.query_norms[rows] = own.to(self.context.dtype)
         scale = result.scale(rows, slice(None))
         result.scores[rows] = scan.scores.cpu() * scale
         if scan.part_scores is not None:
@@ -340,23 +340,23 @@ class _Scoring:
 
     def _pass(self, name: str, observer: SummingObserver, columns: np.ndarray) -> None:
         """Runs some of the scored sequences through the model, shared out over the workers."""
-        setting, world = self.setting, self.setting.world
+        context, world = self.context, self.context.world
         some = self.scored.take(columns)
-        own = shard(
-            some.num_positions, setting.batch_tokens, world.size, world.rank, some.equal_above
+        own = worker_batches(
+            some.num_positions, context.batch_tokens, world.size, world.rank, some.equal_above
         )
-        work = Work(
-            setting.model,
+        work = PassContext(
+            context.model,
             some,
             own,
             world,
-            setting.dtype,
-            setting.show_progress,
+            context.dtype,
+            context.show_progress,
             wider=OVERFLOW_ADVICE,
-            task=setting.task,
+            task=context.task,
         )
         state = PassState(own, STORED)
-        run_pass(name, work, setting.modules, observer, DATA_LABELS, state=state)
+        run_pass(name, work, context.modules, observer, DATA_LABELS, state=state)
 
     def _take_norms(self, sums: Tensor) -> None:
         """Makes the normalisation's norms of ⟨G, (F + λ)⁻¹ G⟩ and ‖(F + λ)⁻¹ G‖²."""
@@ -408,7 +408,7 @@ class _Scoring:
     ) -> Details:
         """Runs the sequences of some pairs once more; scores normalised as all are."""
         pairs = Pairs.of(wanted, self.scored)
-        sums = DetailSums(self.setting, prepared, self.scored, pairs, self.result.layer_of)
+        sums = DetailSums(self.context, prepared, self.scored, pairs, self.result.layer_of)
         self._pass(name, sums, np.unique(pairs.columns))
         rows = np.array(prepared.rows, dtype=np.int64)[pairs.places]
         scale = self.result.pair_scale(rows, pairs.columns)

@@ -73,7 +73,7 @@ class UnfinishedResults:
         self.pieces: dict[str, dict[str, Any]] = {}
         self._is_own = False  # whether it may be emptied
         self._made = [one for one in (self.path, *self.path.parents) if not one.exists()]
-        check_output(self.path, config)
+        check_results_output(self.path, config)
         make_directory(self.path)
         self._lock = DirectoryLock(self.path)
         try:
@@ -83,7 +83,9 @@ class UnfinishedResults:
             raise
 
     def _begin(self, config: Mapping[str, Any], begins: Mapping[str, Any]) -> None:
-        check_output(self.path, config, own=True)  # again: another run may have been quicker
+        check_results_output(
+            self.path, config, own=True
+        )  # again: another run may have been quicker
         manifest = _unfinished_manifest(self.path)
         if manifest is not None:
             require_same_beginning(self.path, manifest.get("begins"), begins, advice=_ADVICE)
@@ -189,7 +191,7 @@ class UnfinishedResults:
         shutil.rmtree(self.path / STATE, ignore_errors=True)
 
 
-def check_output(path: str | Path, config: Mapping[str, Any], *, own: bool = False) -> None:
+def check_results_output(path: str | Path, config: Mapping[str, Any], *, own: bool = False) -> None:
     """Refuses an output that results could not be written to, without touching anything.
 
     Args:

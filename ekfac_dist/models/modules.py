@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ekfac_dist.errors import ModelError
-from ekfac_dist.models.sharding import require_known_sharding, whole
+from ekfac_dist.models.sharding import gathered, require_known_sharding
 
 _READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LINEAR = "linear"
@@ -117,7 +117,7 @@ def loaded(model: nn.Module, name: str) -> Tensor:
     """
     owner, _, kind = name.rpartition(".")
     module = model.get_submodule(owner)
-    tensor = whole(getattr(module, kind).detach())
+    tensor = gathered(getattr(module, kind).detach())
     hook: Any = getattr(module, "_hf_hook", None)
     for each in getattr(hook, "hooks", (hook,)):
         kept = getattr(each, "weights_map", None)

@@ -29,7 +29,7 @@ def class_of(model: nn.Module) -> type[nn.Module]:
     return next(kind for kind in kinds if not issubclass(kind, FSDPModule))
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """A weight's numbers, gathered from all workers if they are sharded: a collective then."""
     if not isinstance(tensor, DTensor):
         return tensor

@@ -9,30 +9,30 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ekfac_dist.data.batches import Batch, Rows
+from ekfac_dist.data.batches import Batch, CapturedPositions
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.errors import NonFiniteError, Preempted, UserError
-from ekfac_dist.models.capture.hooks import Capture, Nobody, Observer
+from ekfac_dist.models.capture.hooks import Capture, NullObserver, Observer
 from ekfac_dist.models.capture.labels import LabelRule
-from ekfac_dist.models.capture.saved_tensors import Step, keeping
+from ekfac_dist.models.capture.saved_tensors import StepMemory, noting_saved_tensors
 from ekfac_dist.models.capture.tasks import CAUSAL_LM, Task
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.models.sharding import agreeing, is_sharded
 from ekfac_dist.passes.state import PassState
 from ekfac_dist.runtime import preemption
-from ekfac_dist.runtime.prefetch import ahead
+from ekfac_dist.runtime.prefetch import prefetch
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
-class Work:
+class PassContext:
     """What every pass of a run computes with.
 
     Attributes:
         model: The prepared model, on the worker's device.
         sequences: All sequences of the run.
-        shard: This worker's batches, as numbers of sequences.
+        own_batches: This worker's batches, as numbers of sequences.
         world: The workers.
         dtype: Precision of the running sums.
         show_progress: Whether worker 0 shows progress.
@@ -43,7 +43,7 @@ class Work:
 
     model: nn.Module
     sequences: Examples
-    shard: Sequence[Sequence[int]]
+    own_batches: Sequence[Sequence[int]]
     world: World
     dtype: torch.dtype
     show_progress: bool
@@ -65,7 +65,7 @@ class Work:
 
         They are sent to the device from here, on the stream that the model computes on.
         """
-        made = ahead(self.sequences.batch, shard)
+        made = prefetch(self.sequences.batch, shard)
         for numbers, batch in zip(shard, made, strict=True):
             yield numbers, batch.to(self.world.device)
 
@@ -85,7 +85,7 @@ class PassResult:
     num_labels: int
 
 
-def measured_step(work: Work, modules: Sequence[TrackedModule]) -> Step:
+def measured_step(work: PassContext, modules: Sequence[TrackedModule]) -> StepMemory:
     """What this worker's largest batch holds, by running it once; nothing where it has none.
 
     A collective if the model is sharded.
@@ -94,18 +94,18 @@ def measured_step(work: Work, modules: Sequence[TrackedModule]) -> Step:
         work: Model, data and workers.
         modules: All tracked modules.
     """
-    if not work.shard and not is_sharded(work.model):
-        return Step.nothing()
+    if not work.own_batches and not is_sharded(work.model):
+        return StepMemory.nothing()
     lengths = work.sequences.num_positions
-    largest = max(work.shard, key=lambda n: lengths[n].sum()) if work.shard else [0]
+    largest = max(work.own_batches, key=lambda n: lengths[n].sum()) if work.own_batches else [0]
     batch = work.batch(largest)
     rule = LabelRule("data", 0, 0)
     with (
-        keeping(work.model) as kept,
-        Capture(work.model, modules, Nobody(), None, work.task) as capture,
+        noting_saved_tensors(work.model) as kept,
+        Capture(work.model, modules, NullObserver(), None, work.task) as capture,
     ):
         gradient = capture.run(batch, rule).gradient
-    return Step(kept.num_bytes, gradient.nbytes, gradient.dtype.itemsize)
+    return StepMemory(kept.num_bytes, gradient.nbytes, gradient.dtype.itemsize)
 
 
 class SummingObserver(Observer, Protocol):
@@ -120,7 +120,7 @@ class SummingObserver(Observer, Protocol):
 
 def run_pass(
     name: str,
-    work: Work,
+    work: PassContext,
     modules: Sequence[TrackedModule],
     observer: SummingObserver,
     rule: LabelRule,
@@ -149,7 +149,7 @@ def run_pass(
         OutputError: It cannot be saved.
     """
     world, dtype = work.world, work.dtype if converted else None
-    state = state or PassState(work.shard)
+    state = state or PassState(work.own_batches)
     own_tokens = sum(int(work.sequences.num_positions[numbers].sum()) for numbers in state.batches)
     all_tokens = int(work.sequences.num_positions.sum())
     start = time.perf_counter()
@@ -281,18 +281,18 @@ class _FirstNonFinite:
         self.input: str | None = None
         self.gradient: str | None = None
 
-    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Rows) -> None:
+    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: CapturedPositions) -> None:
         if self.input is None and not torch.isfinite(rows_Mi).all():
             self.input = f"the input of module {module.name}"
 
-    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Rows) -> None:
+    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: CapturedPositions) -> None:
         if self.gradient is None and not torch.isfinite(rows_MO).all():
             self.gradient = f"the output-gradient of module {module.name}"
 
 
 def _raise_non_finite(
     name: str,
-    work: Work,
+    work: PassContext,
     modules: Sequence[TrackedModule],
     numbers: Sequence[int],
     rule: LabelRule,

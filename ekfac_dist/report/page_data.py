@@ -53,7 +53,7 @@ class Ranked:
 
 
 @dataclass(frozen=True)
-class Query:
+class PageQuery:
     """One row of the scores.
 
     Attributes:
@@ -77,7 +77,7 @@ class Query:
 
 
 @dataclass(frozen=True)
-class Pair:
+class PagePair:
     """One sequence's token scores for one query. `Arrays` says what is at `start`.
 
     Attributes:
@@ -119,9 +119,9 @@ class PageData:
         carried: `CARRIED`.
     """
 
-    queries: list[Query]
+    queries: list[PageQuery]
     sequences: dict[int, list[str]]
-    pairs: list[Pair]
+    pairs: list[PagePair]
     arrays: str
     layers: list[str]
     modules: list[str]
@@ -167,7 +167,7 @@ def page_data(reader: ResultsReader) -> PageData:
     bottom = _by_query(reader.lines(BOTTOM), len(rows))
     scan, training_size = manifest["scan"], manifest["scores"]["training_size"]
     queries = [
-        Query(
+        PageQuery(
             group=row["group"],
             members=row["members"],
             top=_ranked(q, top[q], places, sequences, training_size is not None),
@@ -224,7 +224,7 @@ def _ranked(
 
 def _details(
     reader: ResultsReader, sequences: Mapping[int, list[str]], num_layers: int, num_modules: int
-) -> tuple[dict[tuple[int, int], int], list[Pair], str]:
+) -> tuple[dict[tuple[int, int], int], list[PagePair], str]:
     """Where each (query, sequence) is among the pairs; the pairs; their arrays."""
     if not reader.has(DETAILS):
         return {}, [], ""
@@ -257,7 +257,7 @@ def _details(
         )
         count = carriers(scores_T)
         pairs.append(
-            Pair(
+            PagePair(
                 start=start,
                 length=len(part),
                 positions=len(scores_T),

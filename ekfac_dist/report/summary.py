@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ekfac_dist.factors.reader import StoreReader
-from ekfac_dist.fit.manifest import Summary, coverage_line
+from ekfac_dist.fit.manifest import FitSummary, coverage_line
 from ekfac_dist.fit.plan import Plan
 from ekfac_dist.models.find.discovery import Discovery
 from ekfac_dist.report.tables import table
@@ -126,7 +126,7 @@ def _verdict(plan: Plan) -> str:
     return f"It fits: a worker needs {needed} and has {free}."
 
 
-def closing_table(summary: Summary, output: str) -> str:
+def closing_table(summary: FitSummary, output: str) -> str:
     """What each stage took, and what came of it.
 
     Args:

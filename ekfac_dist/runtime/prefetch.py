@@ -9,7 +9,7 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-def ahead(make: Callable[[T], U], items: Iterable[T], depth: int = 2) -> Iterator[U]:
+def prefetch(make: Callable[[T], U], items: Iterable[T], depth: int = 2) -> Iterator[U]:
     """Makes something of each item, in order, up to `depth` of them before they are asked for.
 
     An error comes where its item would have; what was not asked for by then is dropped.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ekfac_dist.curvature import long_sums
-from ekfac_dist.curvature.covariance import add_outer_products_, mirror_, rows_of_term
+from ekfac_dist.curvature.covariance import add_outer_products_, mirror_, outer_product_rows_of_term
 from ekfac_dist.curvature.long_sums import FLUSH_AFTER, SECOND, LongSums, add_exactly_
 
 CPU = torch.device("cpu")
@@ -80,7 +80,7 @@ def test_products_are_summed_between_flushes_with_little_bias(size: int):
     """Whatever a CPU's library makes of a product's rows, one after the other or many at once."""
     torch.manual_seed(0)
     sums, exact = Matrices({"a": torch.zeros(size, size)}), torch.zeros(size, size).double()
-    plain, of_term = torch.zeros(size, size), rows_of_term([size], CPU)
+    plain, of_term = torch.zeros(size, size), outer_product_rows_of_term([size], CPU)
     rows = torch.randn(10_000, size)
     rows[:, 0] = 0.7
     for _ in range(20):

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from workshop import rewrite_manifest
 
 from ekfac_dist import estimate_factors, influence_scores, load_factors
-from ekfac_dist.curvature.blocks import block_sizes, num_numbers
+from ekfac_dist.curvature.blocks import block_sizes, num_elements
 from ekfac_dist.errors import ConfigError, StoreError
 from ekfac_dist.report.inspection import inspect_store
 
@@ -112,7 +112,7 @@ def test_sizes_are_about_equal_and_none_is_empty():
     assert block_sizes(4, 4) == [1, 1, 1, 1]
     assert block_sizes(3, 5) == [1, 1, 1]
     assert block_sizes(7, 1) == [7]
-    assert num_numbers(10, 3) == 16 + 9 + 9
+    assert num_elements(10, 3) == 16 + 9 + 9
 
 
 def test_a_number_of_blocks_that_cannot_be_meant_is_refused(tmp_path):

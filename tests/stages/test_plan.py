@@ -19,7 +19,7 @@ from ekfac_dist.fit import fit_factors as fitting
 from ekfac_dist.fit.plan import make_plan
 from ekfac_dist.models.capture.hooks import prepared
 from ekfac_dist.models.find.discovery import discover
-from ekfac_dist.models.find.meta_device import discover_by_shape, sketch
+from ekfac_dist.models.find.meta_device import discover_by_shape, model_without_weights
 
 CPU = torch.device("cpu")
 SHAPES = {
@@ -110,7 +110,7 @@ def test_the_fewest_partitions_that_fit_are_chosen(tmp_path: Path):
 def test_the_same_modules_are_found_without_weights(family: str, tmp_path: Path):
     model = build(family)
     model.config.save_pretrained(tmp_path)
-    by_shape = discover_by_shape(sketch(ModelConfig(name=str(tmp_path))), None)
+    by_shape = discover_by_shape(model_without_weights(ModelConfig(name=str(tmp_path))), None)
     with prepared(model):
         assert discover(model, None, CPU) == by_shape
 
@@ -124,9 +124,9 @@ def test_every_familys_modules_are_found_without_weights(family: str, tmp_path: 
         with pytest.raises(
             ModelError, match=r"its forward depends on numbers: .* cannot be called"
         ):
-            discover_by_shape(sketch(ModelConfig(name=str(tmp_path))), None)
+            discover_by_shape(model_without_weights(ModelConfig(name=str(tmp_path))), None)
         return
-    by_shape = discover_by_shape(sketch(ModelConfig(name=str(tmp_path))), None)
+    by_shape = discover_by_shape(model_without_weights(ModelConfig(name=str(tmp_path))), None)
     with prepared(model):
         assert discover(model, None, CPU).modules == by_shape.modules
 

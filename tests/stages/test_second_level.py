@@ -22,8 +22,8 @@ from ekfac_dist.fit import checkpoints
 from ekfac_dist.fit.covariance import CovarianceSums
 from ekfac_dist.fit.eigenbasis import Basis
 from ekfac_dist.fit.refit import LambdaSums
-from ekfac_dist.fit.resources import Share, fewest_groups, memory, stage_bytes
-from ekfac_dist.models.capture.saved_tensors import Step
+from ekfac_dist.fit.resources import WorkerShare, fewest_groups, memory, stage_bytes
+from ekfac_dist.models.capture.saved_tensors import StepMemory
 from ekfac_dist.models.modules import LINEAR, TrackedModule
 from ekfac_dist.runtime import preemption
 
@@ -253,14 +253,16 @@ def wide_modules(number: int = 4) -> list[TrackedModule]:
     ]
 
 
-LONG, SHORT = Share(10**4, 10**6, 10**8), Share(500, 4095, 400_000)
+LONG, SHORT = WorkerShare(10**4, 10**6, 10**8), WorkerShare(500, 4095, 400_000)
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_memory_of_second_levels_is_planned_where_it_is(on_cpu: bool):
-    def planned(share: Share, **settings):
+    def planned(share: WorkerShare, **settings):
         factors = FactorsConfig(**settings)
-        return memory(wide_modules(), Step.nothing(), 0, share, factors=factors, on_cpu=on_cpu)
+        return memory(
+            wide_modules(), StepMemory.nothing(), 0, share, factors=factors, on_cpu=on_cpu
+        )
 
     long, short = planned(LONG), planned(SHORT)
     # Block rows hold little more than a half.
@@ -277,7 +279,7 @@ def test_memory_of_second_levels_is_planned_where_it_is(on_cpu: bool):
     assert planned(LONG, accumulate="float64") == planned(SHORT, accumulate="float64")
     assert planned(LONG, refit="none").second_levels["refit"] == 0
     # A GPU adds a step's product at once, a CPU in blocks of rows.
-    many_rows = Share(4000, 10**6, 10**6)
+    many_rows = WorkerShare(4000, 10**6, 10**6)
     assert planned(many_rows, refit="per_token").second_levels == {
         "covariance": covariance * on_cpu,
         "refit": spectra * on_cpu,
@@ -286,7 +288,7 @@ def test_memory_of_second_levels_is_planned_where_it_is(on_cpu: bool):
 
 def test_groups_are_chosen_by_the_hosts_memory_too():
     def needs(group):
-        return memory(group, Step.nothing(), 0, LONG, factors=FactorsConfig(), on_cpu=False)
+        return memory(group, StepMemory.nothing(), 0, LONG, factors=FactorsConfig(), on_cpu=False)
 
     modules = wide_modules(8)
     all_at_once = needs(modules).host
@@ -317,7 +319,7 @@ def test_room_for_states_counts_their_second_levels(
     modules = list(factors.modules.values())
     long, short = (
         stage_bytes(modules, FactorsConfig(), 1, share, on_cpu=True)
-        for share in (Share(9, 9, 99), Share(1, 1, 1))
+        for share in (WorkerShare(9, 9, 99), WorkerShare(1, 1, 1))
     )
     for stage, size in written.items():
         assert size == pytest.approx(long[stage][1] / 2, rel=0.05)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ekfac_dist.data.batches import Batch, Grid, Rows
+from ekfac_dist.data.batches import Batch, CapturedPositions, Grid
 from ekfac_dist.errors import ModelError
 from ekfac_dist.models.capture.expert_lists import in_expert_list, picked_positions
 from ekfac_dist.models.capture.experts import Listener, Routed, fused_experts, listening
@@ -49,20 +49,20 @@ class Observer(Protocol):
     An expert's rows are of the tokens that were routed to it; where there is none, nothing is said.
     """
 
-    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Rows) -> None:
+    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: CapturedPositions) -> None:
         """Takes an input, without the bias coordinate, from the first module that reads it."""
 
-    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Rows) -> None:
+    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: CapturedPositions) -> None:
         """Takes the gradient of the summed loss with respect to a module's output."""
 
 
-class Nobody:
+class NullObserver:
     """The observer that does nothing with what passes through."""
 
-    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Rows) -> None:
+    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: CapturedPositions) -> None:
         """Does nothing."""
 
-    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Rows) -> None:
+    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: CapturedPositions) -> None:
         """Does nothing."""
 
 
@@ -187,7 +187,7 @@ class Capture:
     @contextmanager
     def unseen(self) -> Iterator[None]:
         """Within it what passes through is shown to nobody; all else is done as ever."""
-        observer, self.observer = self.observer, Nobody()
+        observer, self.observer = self.observer, NullObserver()
         try:
             yield
         finally:
@@ -307,7 +307,7 @@ class Capture:
             if module.name in missing:
                 raise ModelError(f"Module {module.name} {fault}. Leave it out with model.modules.")
 
-    def _routed(self, module: TrackedModule, tensor: Tensor, grid: Grid) -> Rows:
+    def _routed(self, module: TrackedModule, tensor: Tensor, grid: Grid) -> CapturedPositions:
         """The rows that a module is called with: every position, or an expert's own tokens."""
         if module.name not in self._in_lists:
             return grid
@@ -336,7 +336,7 @@ class Capture:
         return routed.outputs if found is None else found
 
     def _on_forward(
-        self, module: TrackedModule, tensor: Tensor, output: Tensor, which: Rows
+        self, module: TrackedModule, tensor: Tensor, output: Tensor, which: CapturedPositions
     ) -> Tensor | None:
         if self._in_forward:
             self._see_input(module, tensor, which)
@@ -355,7 +355,7 @@ class Capture:
         output.register_hook(on_gradient)
         return output
 
-    def _see_input(self, module: TrackedModule, tensor: Tensor, which: Rows) -> None:
+    def _see_input(self, module: TrackedModule, tensor: Tensor, which: CapturedPositions) -> None:
         if module.name in self._with_input:
             raise ModelError(
                 f"Module {module.name} is used twice in one forward; its uses share one weight and "
@@ -380,7 +380,9 @@ class Capture:
             self._shared.pop(module.input, None)
 
     @torch.no_grad()
-    def _see_gradient(self, module: TrackedModule, gradient: Tensor, which: Rows) -> None:
+    def _see_gradient(
+        self, module: TrackedModule, gradient: Tensor, which: CapturedPositions
+    ) -> None:
         if module.name in self._with_gradient:
             raise ModelError(f"Module {module.name} received two gradients in one backward.")
         self._with_gradient.add(module.name)
@@ -391,7 +393,7 @@ class Capture:
             self.observer.on_gradient(module, rows, which)
 
     def _rows(
-        self, module: TrackedModule, side: str, tensor: Tensor, size: int, which: Rows
+        self, module: TrackedModule, side: str, tensor: Tensor, size: int, which: CapturedPositions
     ) -> Tensor:
         rows = tensor.reshape(-1, size)
         if isinstance(which, Grid) and rows.shape[0] != which.size:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.config import Labels
-from ekfac_dist.data.batches import NO_LABEL, Batch, Labelled, moved
+from ekfac_dist.data.batches import NO_LABEL, Batch, Labelled, to_device
 from ekfac_dist.errors import DataError, ModelError
 
 COVARIANCE_PASS = 0
@@ -181,7 +181,7 @@ def logit_gradient(logits: Tensor, labels: Tensor, batch: Batch, rule: LabelRule
         )
     draws = None
     if rule.labels == "sampled":
-        draws = moved(torch.from_numpy(_uniforms_at(labelled, batch, rule)), logits.device)
+        draws = to_device(torch.from_numpy(_uniforms_at(labelled, batch, rule)), logits.device)
     scale = GRADIENT_SCALES.get(logits.dtype, 1.0)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     count = len(labelled.flat)

@@ -1,4 +1,4 @@
-"""What autograd keeps of a forward for the backward: most of what a step holds."""
+"""Tensors that autograd saves in a forward for the backward: most of a step's memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,14 +11,14 @@ from ekfac_dist.models.sharding import storage_of
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a step holds, without what is summed.
+class StepMemory:
+    """Memory of one step's forward and backward, without running sums.
 
     Attributes:
-        activation_bytes: Kept by autograd for the backward, at the end of the forward, if the graph
-            begins at the lowest of all modules.
-        logit_bytes: Of the logits.
-        itemsize: Bytes of a number of the model's.
+        activation_bytes: Tensors that autograd saves for the backward, at the end of the forward,
+            of a graph that begins at the lowest tracked module.
+        logit_bytes: The logits.
+        itemsize: Bytes of one element in the model's dtype.
     """
 
     activation_bytes: int
@@ -26,33 +26,37 @@ class Step:
     itemsize: int
 
     @classmethod
-    def nothing(cls) -> "Step":
-        """No step at all."""
+    def nothing(cls) -> "StepMemory":
+        """The memory of no step at all."""
         return cls(0, 0, 0)
 
 
 @dataclass
-class Kept:
-    """Tensors that autograd keeps, each once, by where its numbers are."""
+class SavedTensors:
+    """Tensors that autograd saves for the backward, each storage once.
+
+    Attributes:
+        tensors: One tensor of each storage, by the storage's address.
+    """
 
     tensors: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
-        """Of all of them."""
+        """Size of all storages, in bytes."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
 
 
 @contextmanager
-def keeping(model: nn.Module) -> Iterator[Kept]:
-    """Within it, what autograd keeps is noted, but for the model's own parameters and buffers."""
+def noting_saved_tensors(model: nn.Module) -> Iterator[SavedTensors]:
+    """Notes every tensor that autograd saves, except the model's parameters and buffers."""
     own = {storage_of(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    kept = Kept()
+    saved = SavedTensors()
 
     def keep(tensor: Tensor) -> Tensor:
         if storage_of(tensor) not in own:
-            kept.tensors[storage_of(tensor)] = tensor  # held, so that its place is not used again
+            saved.tensors[storage_of(tensor)] = tensor  # keeps its address from reuse
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield kept
+        yield saved

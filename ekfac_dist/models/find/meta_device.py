@@ -21,7 +21,7 @@ from ekfac_dist.config import ModelConfig
 from ekfac_dist.errors import ModelError, first_line
 from ekfac_dist.models.capture.experts import experts_computed_by, fused_experts, matrices
 from ekfac_dist.models.capture.packing import attention_configs
-from ekfac_dist.models.capture.saved_tensors import Step, keeping
+from ekfac_dist.models.capture.saved_tensors import StepMemory, noting_saved_tensors
 from ekfac_dist.models.find.discovery import Discovery, discovered
 from ekfac_dist.models.find.trace import Trace, few_tokens
 from ekfac_dist.models.load.pretrained import without_weights
@@ -31,7 +31,7 @@ IMPLEMENTATION = "ekfac_dist_sketch"
 
 
 @dataclass(frozen=True)
-class Sketched(Step):
+class StepEstimate(StepMemory):
     """What a forward and backward of some tokens hold and compute, without what is summed.
 
     Attributes:
@@ -50,7 +50,7 @@ class Sketched(Step):
         return 2 * self.forward - min(self.below.get(_traced(module), 0) for module in modules)
 
 
-def sketch(config: ModelConfig) -> nn.Module:
+def model_without_weights(config: ModelConfig) -> nn.Module:
     """The model of a configuration on the meta device, frozen; only config.json is read.
 
     Raises:
@@ -91,7 +91,7 @@ def discover_by_shape(model: nn.Module, globs: Sequence[str] | None) -> Discover
 
 def step(
     model: nn.Module, modules: Sequence[TrackedModule], num_sequences: int, num_tokens: int
-) -> Sketched:
+) -> StepEstimate:
     """What a step of some sequences holds, the graph beginning at the lowest of some modules.
 
     Args:
@@ -128,10 +128,10 @@ def step(
             stack.callback(handle.remove)
         for name, experts in fused_experts(model).items():
             stack.callback(experts.register_forward_hook(share(name)).remove)
-        kept = stack.enter_context(keeping(model))
+        kept = stack.enter_context(noting_saved_tensors(model))
         stack.enter_context(counter)
         logits = _run(model, num_sequences, num_tokens)
-    return Sketched(
+    return StepEstimate(
         activation_bytes=kept.num_bytes,
         logit_bytes=logits.nbytes,
         itemsize=logits.dtype.itemsize,

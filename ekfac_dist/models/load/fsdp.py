@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ekfac_dist.errors import LaunchError, ModelError, first_line
 from ekfac_dist.models.modules import all_parameter_names
-from ekfac_dist.models.sharding import INSTEAD, class_of, layers, reshard, whole
+from ekfac_dist.models.sharding import INSTEAD, class_of, gathered, layers, reshard
 
 
 def reshards_after_forward() -> bool:
@@ -94,7 +94,7 @@ class Held:
                 )
 
 
-def shard(
+def shard_model(
     model: nn.Module,
     held: Held,
     mesh: DeviceMesh,
@@ -155,7 +155,7 @@ def whole_copy(model: nn.Module, *, keep: bool) -> nn.Module | None:
     copies: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) not in copies:  # a tied one has several names
-            numbers = whole(parameter)
+            numbers = gathered(parameter)
             numbers = numbers.cpu() if keep else numbers.new_empty(0)
             copies[id(parameter)] = nn.Parameter(numbers, requires_grad=False)
         _put(built, name, copies[id(parameter)])

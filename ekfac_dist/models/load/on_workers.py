@@ -14,7 +14,7 @@ from ekfac_dist.config import ModelConfig, leaves
 from ekfac_dist.errors import LaunchError, ModelError
 from ekfac_dist.models.load.configuration import attention_implementation, configuration
 from ekfac_dist.models.load.fingerprints import Fingerprints, fingerprints, narrower_dtypes
-from ekfac_dist.models.load.fsdp import Held, reshards_after_forward, shard
+from ekfac_dist.models.load.fsdp import Held, reshards_after_forward, shard_model
 from ekfac_dist.models.load.pretrained import load_model, loads_quantised, without_weights
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.models.sharding import agreeing, class_of, is_sharded, refuse_first_fsdp
@@ -63,7 +63,7 @@ def load(config: ModelConfig, world: World) -> nn.Module:
     held = world.share(Held.by(model) if world.is_main else None)
     assert held is not None
     with world.agree(together=(ModelError,)):
-        return shard(
+        return shard_model(
             model,
             held,
             world.mesh(),

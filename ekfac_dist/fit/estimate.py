@@ -22,7 +22,7 @@ from ekfac_dist.factors.writer import StoreWriter
 from ekfac_dist.fit.checkpoints import Checkpoints, SavedCheckpoints
 from ekfac_dist.fit.fit_factors import fit_factors
 from ekfac_dist.fit.manifest import FitInputs, FitSummary, coverage_line, steps_line
-from ekfac_dist.models.capture.hooks import prepared
+from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.capture.task_fingerprint import task_fingerprint
 from ekfac_dist.models.capture.tasks import (
     CAUSAL_LM,

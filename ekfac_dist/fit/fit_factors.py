@@ -39,7 +39,8 @@ from ekfac_dist.models.find.faults import NO_GRADIENT, NOT_ROUTED, is_routed
 from ekfac_dist.models.load.on_workers import model_fingerprints
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
 from ekfac_dist.models.sharding import agreeing, gathered_bytes, is_sharded
-from ekfac_dist.passes.one_pass import PassContext, measured_step, run_pass
+from ekfac_dist.passes.context import PassContext, measured_step
+from ekfac_dist.passes.one_pass import run_pass
 from ekfac_dist.passes.state import PassState
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.memory import as_text, available_bytes, peak_bytes

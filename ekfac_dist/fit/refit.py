@@ -1,4 +1,4 @@
-"""Pass 2: Λ, the second moment of the sequences' gradients in the eigenbasis."""
+"""Pass 2: running sums of Λ, the second moment of the sequences' gradients in the eigenbasis."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -12,23 +12,24 @@ from ekfac_dist.curvature.costs import rotates_input_rows, rotates_output_rows
 from ekfac_dist.curvature.refit import add_position_squares_, add_sequence_squares_
 from ekfac_dist.data.batches import Positions
 from ekfac_dist.fit.eigenbasis import Basis
+from ekfac_dist.models.capture.observers import PairObserver, owned
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.runtime.processes import World
 
 
-class LambdaSums(long_sums.LongSums):
-    """The running sums of squares of a group of modules; a term is that of a sequence.
+class LambdaSums(PairObserver[Positions], long_sums.LongSums):
+    """Running sums Σ_n (Q_Sᵀ G_n Q_A)∘² of a group of modules; each sequence is one term.
 
     Args:
         modules: The group, in model order.
-        bases: Eigenbasis of each of its factors.
+        bases: The eigenbasis of each of its factors, by the factor's name.
         per_token: Square each position's outer product, instead of the sequence's sum.
         dtype: float32 or float64.
         device: Where the sums are held.
 
     Attributes:
-        sums: Σ (Q_Sᵀ G_n Q_A)∘² [O, I] of each module.
-        counts: Nothing: what is summed is a mean over all sequences.
+        sums: The running sum [O, I] of each module.
+        counts: Empty: Λ is a mean over all sequences, whose number is known.
     """
 
     def __init__(
@@ -47,88 +48,81 @@ class LambdaSums(long_sums.LongSums):
         self.counts: dict[str, int] = {}
         self._bases = bases
         self._per_token = per_token
-        self._readers: dict[str, list[TrackedModule]] = {}
+        self._output_sizes: dict[str, list[int]] = {}  # of the modules that read each input
         for module in modules:
-            self._readers.setdefault(module.input, []).append(module)
-        self._acts: dict[str, Tensor] = {}
-        self._readers_left: dict[str, int] = {}
-        super().__init__(self.sums, dtype)
+            self._output_sizes.setdefault(module.input, []).append(module.num_outputs)
+        PairObserver.__init__(self, modules)
+        long_sums.LongSums.__init__(self, self.sums, dtype)
 
-    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Positions) -> None:
-        """Keeps a batch's inputs, rotated already if that is cheaper, until the gradients come."""
-        if self._rotates_input(module.input, batch):
+    def prepare_input(self, module: TrackedModule, acts_Mi: Tensor, positions: Positions) -> Tensor:
+        """The input in the eigenbasis [M, I], or as captured where rotating G_n costs less."""
+        if self._rotates_input(module.input, positions):
             vectors = self._bases[module.input].eigenvectors
-            acts = rotate_rows(rows_Mi, vectors, bias=module.bias)
-        else:
-            acts = (
-                rows_Mi if batch.real is not None else rows_Mi.clone()
-            )  # the model may write there
-        self._acts[module.input] = acts
-        self._readers_left[module.input] = len(self._readers[module.input])
+            return rotate_rows(acts_Mi, vectors, bias=module.bias)
+        return owned(acts_Mi, positions)
 
-    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Positions) -> None:
+    def on_pair(
+        self, module: TrackedModule, acts: Tensor, grads_MO: Tensor, positions: Positions
+    ) -> None:
         """Adds a batch's squares to the module's sum."""
-        acts = self._acts[module.input]
         vectors_OO = self._bases[module.output].eigenvectors
         vectors_II = self._bases[module.input].eigenvectors
         rotates_output = self._per_token or rotates_output_rows(
-            batch.num_positions, len(batch.lengths), module.input_size
+            positions.num_positions, len(positions.lengths), module.input_size
         )
         if rotates_output:
-            rows_MO = rotate_rows(rows_MO, vectors_OO, bias=False)
+            grads_MO = rotate_rows(grads_MO, vectors_OO, bias=False)
         if self._per_token:
-            self._add_positions(module, acts, rows_MO)
+            self._add_positions(module, acts, grads_MO)
         else:
             self._add_sequences(
                 module,
                 acts,
-                rows_MO,
-                batch.lengths,
-                basis_II=None if self._rotates_input(module.input, batch) else vectors_II,
+                grads_MO,
+                positions.lengths,
+                basis_II=None if self._rotates_input(module.input, positions) else vectors_II,
                 basis_OO=None if rotates_output else vectors_OO,
             )
-        self._readers_left[module.input] -= 1
-        if not self._readers_left[module.input]:
-            del self._acts[module.input]
 
-    def _add_positions(self, module: TrackedModule, acts_MI: Tensor, rows_MO: Tensor) -> None:
+    def _add_positions(self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor) -> None:
         lambda_OI = self.sums[module.name]
         of_term = long_sums.rows_of_term(min(lambda_OI.shape), lambda_OI.device)
-        for rows in self.shares(module.name, len(rows_MO), of_term):
-            add_position_squares_(lambda_OI, acts_MI[rows], rows_MO[rows])
+        for share in self.shares(module.name, len(grads_MO), of_term):
+            add_position_squares_(lambda_OI, acts_MI[share], grads_MO[share])
 
     def _add_sequences(
         self,
         module: TrackedModule,
-        acts_MI: Tensor,
-        rows_MO: Tensor,
+        acts: Tensor,
+        grads_MO: Tensor,
         lengths: Sequence[int],
         **bases: Blocks | None,
     ) -> None:
-        ends = list(itertools.accumulate(lengths, initial=0))
-        for some in self.shares(module.name, len(lengths)):
-            rows = slice(ends[some.start], ends[some.stop])
+        starts = list(itertools.accumulate(lengths, initial=0))
+        for share in self.shares(module.name, len(lengths)):
+            rows = slice(starts[share.start], starts[share.stop])
             add_sequence_squares_(
                 self.sums[module.name],
-                acts_MI[rows],
-                rows_MO[rows],
-                lengths[some],
+                acts[rows],
+                grads_MO[rows],
+                lengths[share],
                 bias=module.bias,
                 **bases,
             )
 
-    def _rotates_input(self, factor: str, batch: Positions) -> bool:
-        sizes = [module.num_outputs for module in self._readers[factor]]
-        return self._per_token or rotates_input_rows(batch.num_positions, len(batch.lengths), sizes)
+    def _rotates_input(self, factor: str, positions: Positions) -> bool:
+        return self._per_token or rotates_input_rows(
+            positions.num_positions, len(positions.lengths), self._output_sizes[factor]
+        )
 
     def _parts(self, name: str) -> list[Tensor]:
         return [self.sums[name]]
 
     def health(self) -> Tensor:
-        """Σ of all sums: every square is in it."""
+        """Σ of all sums, a float64 scalar: finite exactly as long as every sum is."""
         return torch.stack([s.sum(dtype=torch.float64) for s in self.sums.values()]).sum()
 
     def reduce(self, world: World) -> None:
-        """Adds up the sums of all workers."""
+        """Replaces the sums by those over all workers."""
         self.fold()
         world.all_reduce_(list(self.sums.values()))

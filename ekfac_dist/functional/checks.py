@@ -8,7 +8,7 @@ from torch.autograd.graph import GradientEdge
 
 from ekfac_dist.errors import ModelError
 from ekfac_dist.functional.recording import Use, rounding
-from ekfac_dist.models.capture.hooks import precisely
+from ekfac_dist.models.capture.prepare import precisely
 from ekfac_dist.models.modules import CONV1D, TrackedModule
 
 

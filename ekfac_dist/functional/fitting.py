@@ -15,7 +15,7 @@ from ekfac_dist.functional.batching import Batches
 from ekfac_dist.functional.caches import MLPCache
 from ekfac_dist.functional.calls import Calls, ModuleCapture
 from ekfac_dist.functional.vectors import Layout
-from ekfac_dist.models.capture.hooks import precisely
+from ekfac_dist.models.capture.prepare import precisely
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ekfac_dist.errors import ConfigError
 from ekfac_dist.functional.batching import Cuts
 from ekfac_dist.functional.caches import MLPCache
 from ekfac_dist.functional.fitting import Fit, fit_caches
-from ekfac_dist.models.capture.hooks import precisely
+from ekfac_dist.models.capture.prepare import precisely
 from ekfac_dist.models.modules import TrackedModule
 
 

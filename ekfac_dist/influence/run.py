@@ -16,8 +16,8 @@ from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.errors import DataError, ModelError
 from ekfac_dist.factors.factors import Factors
 from ekfac_dist.factors.opening import Comparison, check_model, load_factors, require_fitted_task
+from ekfac_dist.influence.context import ScoringContext
 from ekfac_dist.influence.examples import queries_of, sequences_of
-from ekfac_dist.influence.gradients import ScoringContext
 from ekfac_dist.influence.output import Answer, left_out, write_answer
 from ekfac_dist.influence.queries import (
     QuerySet,
@@ -30,7 +30,7 @@ from ekfac_dist.influence.saved_blocks import beginning, opened_results
 from ekfac_dist.influence.scores import InfluenceScores
 from ekfac_dist.influence.scoring import compute_scores, list_lengths
 from ekfac_dist.influence.unfinished import check_results_output
-from ekfac_dist.models.capture.hooks import prepared
+from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.capture.task_fingerprint import task_fingerprint
 from ekfac_dist.models.capture.tasks import CAUSAL_LM, CausalLM, Task, require_task
 from ekfac_dist.models.load.on_workers import load, refuse_sharded, require_same_model, unwrapped

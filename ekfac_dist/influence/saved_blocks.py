@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.factors.layout import MANIFEST
-from ekfac_dist.influence.gradients import ScoringContext
+from ekfac_dist.influence.context import ScoringContext
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.influence.results import ResultsWriter
 from ekfac_dist.influence.scores import Details, InfluenceScores

@@ -5,7 +5,7 @@ positions as soon as it can; `DetailSums` keeps the scores of positions and modu
 of a row of queries and a sequence.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,54 +17,52 @@ from ekfac_dist.curvature import products
 from ekfac_dist.curvature.blocks import on, rotate_rows
 from ekfac_dist.data.batches import CapturedPositions
 from ekfac_dist.data.examples import Examples
-from ekfac_dist.influence.gradients import Countdown, PreparedQueries, ScoringContext
+from ekfac_dist.influence.context import ScoringContext
+from ekfac_dist.influence.preconditioned import PreparedQueries
+from ekfac_dist.models.capture.observers import PairObserver, owned
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.runtime.processes import World
 
 
-class _TrainingRows(ABC):
-    """Rows of training sequences, in the basis in which gradients are compared."""
+class _TrainingPairs(PairObserver[CapturedPositions]):
+    """Pairs of training sequences, in the basis in which gradients are compared."""
 
     def __init__(self, context: ScoringContext) -> None:
+        super().__init__(context.modules)
         self._context = context
-        self._acts: dict[str, Tensor] = {}
-        self._readers = Countdown(context.modules)
         self._number = {module.name: k for k, module in enumerate(context.modules)}
         self._total = context.zeros(dtype=torch.float64)
 
-    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: CapturedPositions) -> None:
-        """Keeps a batch's inputs until the gradients come."""
+    def prepare_input(
+        self, module: TrackedModule, acts_Mi: Tensor, positions: CapturedPositions
+    ) -> Tensor:
+        """The input with its bias coordinate [M, I], in the basis of comparison."""
         if self._context.in_eigenbasis:
             fitted = self._context.factors.module(module.name)
-            basis = on(fitted.blocks_II, rows_Mi)
-            rows_MI = rotate_rows(rows_Mi, basis, bias=module.bias)
-        elif module.bias:
-            rows_MI = products.with_bias(rows_Mi)
-        else:
-            rows_MI = rows_Mi if batch.real is not None else rows_Mi.clone()  # the model may write
-        self._acts[module.input] = rows_MI
+            return rotate_rows(acts_Mi, on(fitted.blocks_II, acts_Mi), bias=module.bias)
+        return products.with_bias(acts_Mi) if module.bias else owned(acts_Mi, positions)
 
-    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: CapturedPositions) -> None:
-        """Uses a batch's inputs and gradients."""
+    def on_pair(
+        self, module: TrackedModule, acts: Tensor, grads_MO: Tensor, positions: CapturedPositions
+    ) -> None:
+        """Scores a batch's positions in one module."""
         if self._context.in_eigenbasis:
             fitted = self._context.factors.module(module.name)
-            rows_MO = rotate_rows(rows_MO, on(fitted.blocks_OO, rows_MO))
-        self._use(module, self._acts[module.input], rows_MO, batch)
-        if self._readers.is_last(module):
-            del self._acts[module.input]
+            grads_MO = rotate_rows(grads_MO, on(fitted.blocks_OO, grads_MO))
+        self._score(module, acts, grads_MO, positions)
 
     @abstractmethod
-    def _use(
+    def _score(
         self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: CapturedPositions
     ) -> None:
-        """Takes a batch's rows of one module, both sides in that basis."""
+        """Scores them, both sides of each pair in the basis of comparison."""
 
     def health(self) -> Tensor:
         """Σ of all scores, which is finite only if every score is."""
         return self._total
 
 
-class Scan(_TrainingRows):
+class Scan(_TrainingPairs):
     """Scores of every training sequence for every row of a block.
 
     Args:
@@ -110,7 +108,7 @@ class Scan(_TrainingRows):
         if with_positions:
             self.position_scores = context.zeros(num_rows, self._columns.num_positions)
 
-    def _use(
+    def _score(
         self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: CapturedPositions
     ) -> None:
         gradients = self._prepared.gradients[module.name]
@@ -190,7 +188,7 @@ class Pairs:
         return cls(places, columns, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
 
-class DetailSums(_TrainingRows):
+class DetailSums(_TrainingPairs):
     """Scores of modules, layers and positions for chosen pairs.
 
     Args:
@@ -221,7 +219,7 @@ class DetailSums(_TrainingRows):
         self.module_scores = context.zeros(len(pairs.places), len(context.modules))
         self.layer_position_scores = context.zeros(int(layer_of.max()) + 1, int(pairs.offsets[-1]))
 
-    def _use(
+    def _score(
         self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: CapturedPositions
     ) -> None:
         gradients = self._prepared.gradients[module.name]

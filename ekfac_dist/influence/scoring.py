@@ -23,17 +23,10 @@ from ekfac_dist.data.batches import worker_batches
 from ekfac_dist.data.examples import Examples, TaskExamples
 from ekfac_dist.errors import ConfigError, ModelError
 from ekfac_dist.influence.agreement import spearman
-from ekfac_dist.influence.gradients import (
-    DATA_LABELS,
-    OVERFLOW_ADVICE,
-    STORED,
-    LowRankGradients,
-    PreparedQueries,
-    ScoringContext,
-    bytes_per_row,
-    prepare,
-)
+from ekfac_dist.influence.context import DATA_LABELS, OVERFLOW_ADVICE, STORED, ScoringContext
+from ekfac_dist.influence.preconditioned import LowRankGradients, PreparedQueries, bytes_per_row
 from ekfac_dist.influence.queries import QuerySet
+from ekfac_dist.influence.query_gradients import prepare
 from ekfac_dist.influence.saved_blocks import (
     SavedBlocks,
     details_of,
@@ -47,7 +40,8 @@ from ekfac_dist.influence.saved_blocks import (
 from ekfac_dist.influence.scan import DetailSums, Pairs, Scan
 from ekfac_dist.influence.scores import Details, InfluenceScores, Listed, Rescored
 from ekfac_dist.models.modules import EXPERT, layer_name
-from ekfac_dist.passes.one_pass import PassContext, SummingObserver, run_pass
+from ekfac_dist.passes.context import PassContext
+from ekfac_dist.passes.one_pass import SummingObserver, run_pass
 from ekfac_dist.passes.sequences import exactly_batched, require_harmless_padding
 from ekfac_dist.passes.state import PassState
 from ekfac_dist.runtime.memory import as_text

@@ -1,4 +1,4 @@
-"""How far a worker is with a pass, and whether that is saved."""
+"""How far a worker is with a pass; this kind of state is not saved."""
 
 from collections.abc import Sequence
 
@@ -6,18 +6,18 @@ from ekfac_dist.runtime import preemption
 
 
 class PassState:
-    """How far this worker is with a pass.
+    """A worker's place in a pass, kept in memory alone.
 
     Args:
-        batches: Its share.
-        stored: What is stored, in words, when SIGTERM ends the pass.
+        batches: Its batches, each a list of indices of sequences.
+        stored: What the error says is stored, if SIGTERM ends the pass.
 
     Attributes:
-        batches: What it still has to do, as numbers of sequences.
-        loss: Σ −log p(label) so far.
+        batches: The batches that are left.
+        loss: Σ −log p(label) so far, in nats.
         num_labels: Labels so far.
-        seconds: What earlier starts of the run took for what is taken up.
-        is_resumed: Whether anything of the pass, of any worker, was there already.
+        seconds: What earlier starts of the run took for what is resumed here.
+        is_resumed: Whether any worker resumed something of the pass.
     """
 
     is_resumed = False
@@ -30,30 +30,30 @@ class PassState:
         self.loss, self.num_labels, self.seconds = 0.0, 0, 0.0
 
     def after_step(self) -> None:
-        """Counts a step that is in the sums."""
+        """Counts a step whose batch is in the running sums."""
 
     def is_due(self) -> bool:
-        """Whether it is time to save, after this step."""
+        """Whether it is time to save the running sums, after this step."""
         return False
 
     def save(self, loss: float, num_labels: int, *, ends: bool) -> None:
-        """Saves the sums as they are.
+        """Saves the running sums.
 
         Args:
             loss: Σ −log p(label) so far.
             num_labels: Labels so far.
-            ends: Whether the run ends here, for SIGTERM has come to a worker.
+            ends: Whether the run ends here, because SIGTERM has come to a worker.
 
         Raises:
-            Preempted: It ends.
-            OutputError: They cannot be saved; what was saved before is still there.
+            Preempted: If the run ends.
+            OutputError: If the sums cannot be saved; those saved before are still there.
         """
         if ends:
             raise preemption.ended(self._stored)
 
     def leave(self, loss: float, num_labels: int) -> None:
-        """Saves the sums if they are not, for the run ends."""
+        """Saves the running sums, unless they are saved already, because the run ends."""
 
     def complete(self) -> tuple[float, int]:
-        """Adds what others than this start of the run have summed; its loss and labels."""
+        """Adds the sums of earlier starts of the run; their loss and number of labels."""
         return 0.0, 0

@@ -26,7 +26,8 @@ from ekfac_dist.config import (
 )
 from ekfac_dist.errors import OutputError, StoreError
 from ekfac_dist.fit.estimate import run_estimate
-from ekfac_dist.influence import gradients, scoring
+from ekfac_dist.influence import query_gradients as gradients
+from ekfac_dist.influence import scoring
 from ekfac_dist.influence.results import MANIFEST, ResultsReader
 from ekfac_dist.influence.run import run_query
 from ekfac_dist.report.page import write_report

@@ -9,8 +9,9 @@ from torch import nn
 from ekfac_dist import estimate_factors
 from ekfac_dist.data.sequences import collate, from_examples
 from ekfac_dist.errors import ModelError
-from ekfac_dist.models.capture.hooks import Capture, prepared
+from ekfac_dist.models.capture.hooks import Capture
 from ekfac_dist.models.capture.labels import COVARIANCE_PASS, LabelRule
+from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.find.discovery import discover
 
 CPU = torch.device("cpu")

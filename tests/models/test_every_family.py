@@ -11,7 +11,7 @@ import transformers
 from families import config_classes, tiny_config, tiny_model
 
 from ekfac_dist.errors import ModelError
-from ekfac_dist.models.capture.hooks import prepared
+from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.find.discovery import discover
 
 LARGEST = 3_000_000

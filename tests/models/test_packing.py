@@ -11,9 +11,9 @@ from ekfac_dist.data.batches import NO_LABEL
 from ekfac_dist.data.sequences import from_examples
 from ekfac_dist.models.capture import packing
 from ekfac_dist.models.capture.batch_checks import BatchChecks
-from ekfac_dist.models.capture.hooks import prepared
 from ekfac_dist.models.capture.labels import LabelRule, logit_gradient
 from ekfac_dist.models.capture.packing import attending_within
+from ekfac_dist.models.capture.prepare import prepared
 
 CPU = torch.device("cpu")
 

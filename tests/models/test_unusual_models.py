@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from ekfac_dist import estimate_factors, load_factors
 from ekfac_dist.config import ModelConfig
 from ekfac_dist.errors import ModelError
-from ekfac_dist.models.capture.hooks import prepared
+from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.load.pretrained import load_model
 
 FIT = {"labels": "data", "accumulate": "float64", "batch_tokens": 24}

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.errors import ModelError
-from ekfac_dist.models.capture.hooks import prepared
+from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.find.discovery import discover
 from ekfac_dist.models.modules import layer_name
 

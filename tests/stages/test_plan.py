@@ -17,7 +17,7 @@ from ekfac_dist.errors import ConfigError, ModelError
 from ekfac_dist.factors.reader import StoreReader
 from ekfac_dist.fit import fit_factors as fitting
 from ekfac_dist.fit.plan import make_plan
-from ekfac_dist.models.capture.hooks import prepared
+from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.find.discovery import discover
 from ekfac_dist.models.find.meta_device import discover_by_shape, model_without_weights
 

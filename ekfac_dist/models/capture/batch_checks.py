@@ -24,8 +24,8 @@ from ekfac_dist.data.batches import Batch
 from ekfac_dist.data.sequences import Sequences, collate, pack
 from ekfac_dist.errors import ModelError
 from ekfac_dist.models.capture.experts import Routed, fused_experts, listening
-from ekfac_dist.models.capture.hooks import start_graph
 from ekfac_dist.models.capture.packing import attending_within, is_packable
+from ekfac_dist.models.capture.prepare import start_graph
 from ekfac_dist.models.capture.rotary import changing_embeddings, reset_frequencies
 from ekfac_dist.models.capture.tasks import CAUSAL_LM
 from ekfac_dist.models.modules import is_quantised, linear_modules

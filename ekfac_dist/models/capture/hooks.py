@@ -1,17 +1,17 @@
-"""What passes through the tracked modules: inputs and output-gradients, real positions only.
+"""Hooks that show the inputs and output-gradients of the tracked modules, counted positions only.
 
-Parameters are frozen, so no weight gradient is ever computed. The output of a module below which
-nothing requires a gradient becomes the start of the graph, so the backward stops at the lowest
-tracked module. An input is seen in the forward, an output-gradient in the backward, each once: a
-forward that gradient checkpointing repeats inside the backward is not looked at again, and the hook
-that it leaves on a repeated output never fires.
+    forward    hook on a module       its input, when the first module that reads it is called
+    backward   hook on its output     the gradient of the batch's summed losses
+
+Parameters are frozen, so no weight gradient is ever computed. Where nothing before a module's
+output requires a gradient, that output becomes the start of the graph, so that the backward stops
+at the lowest tracked module. With gradient checkpointing a forward is repeated inside the backward;
+the repeated one is not observed again, and the hook that it leaves on its output never fires.
 """
 
-import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,10 @@ from ekfac_dist.errors import ModelError
 from ekfac_dist.models.capture.expert_lists import in_expert_list, picked_positions
 from ekfac_dist.models.capture.experts import Listener, Routed, fused_experts, listening
 from ekfac_dist.models.capture.labels import LabelRule, LossGradient
+from ekfac_dist.models.capture.observers import NullObserver, Observer, SharedInputs
 from ekfac_dist.models.capture.packing import attending_within
-from ekfac_dist.models.capture.rotary import (
-    changing_embeddings,
-    frequencies_kept,
-    reset_frequencies,
-)
+from ekfac_dist.models.capture.prepare import precisely, start_graph
+from ekfac_dist.models.capture.rotary import changing_embeddings, reset_frequencies
 from ekfac_dist.models.capture.tasks import CAUSAL_LM, Task
 from ekfac_dist.models.modules import (
     EXPERT,
@@ -34,127 +32,23 @@ from ekfac_dist.models.modules import (
     is_quantised,
     linear_modules,
     only_input,
-    require_usable,
     same_tensor,
 )
-from ekfac_dist.models.sharding import is_sharded, reshard
-
-_CHUNKS = "chunk_size_feed_forward"
-_NOISE = re.compile("drop|jitter|noise")  # names of what makes two forwards differ
-
-
-class Observer(Protocol):
-    """What is done with captured rows: a batch's real positions, sequence by sequence.
-
-    An expert's rows are of the tokens that were routed to it; where there is none, nothing is said.
-    """
-
-    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: CapturedPositions) -> None:
-        """Takes an input, without the bias coordinate, from the first module that reads it."""
-
-    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: CapturedPositions) -> None:
-        """Takes the gradient of the summed loss with respect to a module's output."""
-
-
-class NullObserver:
-    """The observer that does nothing with what passes through."""
-
-    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: CapturedPositions) -> None:
-        """Does nothing."""
-
-    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: CapturedPositions) -> None:
-        """Does nothing."""
-
-
-@contextmanager
-def prepared(model: nn.Module) -> Iterator[None]:
-    """Freezes a model's parameters, turns all noise off, and restores both on the way out.
-
-    Modules of a model in training mode keep their mode where gradient checkpointing needs it, if
-    they have no noise of their own. MLPs that are applied in chunks of positions are applied to all
-    at once: the same numbers, and each module is used once.
-    """
-    reshard(model)  # what is gathered shows neither how it is sharded nor its flags
-    require_usable(model)
-    with frequencies_kept(model), _frozen(model):
-        yield
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Freezes parameters and turns noise off; restores both."""
-    needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    chunked: list[Any] = [m for m in model.modules() if getattr(m, _CHUNKS, 0)]
-    chunks = [getattr(module, _CHUNKS) for module in chunked]
-    try:
-        for parameter, _ in needed:
-            parameter.requires_grad_(False)
-        for module in chunked:
-            setattr(module, _CHUNKS, 0)
-        checkpointing = _checkpointing(model) if model.training else []
-        model.eval()
-        for module in checkpointing:
-            module.training = True
-        yield
-    finally:
-        reshard(model)
-        for parameter, flag in needed:
-            parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
-        for module, size in zip(chunked, chunks, strict=True):
-            setattr(module, _CHUNKS, size)
-
-
-def start_graph(module: nn.Module, args: Any, output: Any) -> Any:
-    """A forward hook by which the graph begins at a module's output, where none has begun."""
-    if not isinstance(output, Tensor) or output.requires_grad:
-        return output
-    return output.detach().requires_grad_().clone()
-
-
-def _checkpointing(model: nn.Module) -> list[nn.Module]:
-    """Modules that have to be in training mode for their gradient checkpointing to work.
-
-    None if one of them has noise of its own: its modules are in evaluation mode, but it is not. Nor
-    where experts are in lists: what is read of the graph would be computed again.
-    """
-    if any(in_expert_list(model, name) for name in linear_modules(model)):
-        return []
-    found = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
-    for module in found:
-        settings = getattr(module, "config", None)
-        named = vars(module) | (vars(settings) if settings is not None else {})
-        noises = [value for name, value in named.items() if _NOISE.search(name)]
-        if any(isinstance(value, (int, float)) and value > 0 for value in noises):
-            return []
-    return found
-
-
-@contextmanager
-def precisely(device: torch.device) -> Iterator[None]:
-    """Computes as written: neither autocast nor a fast float32 of the caller's reaches the sums."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+from ekfac_dist.models.sharding import is_sharded
 
 
 class Capture:
-    """Hooks on the tracked modules of a prepared model, for as long as the context lasts.
+    """Hooks on the tracked modules of a prepared model; removed when the context ends.
 
     Args:
         model: A prepared model.
         modules: The tracked modules, in model order.
-        observer: What is done with the rows.
-        dtype: What rows are converted to, float32 or float64; None: they stay as the model has
-            them, which may be lower.
-        task: What is asked of the model.
-        device: Where rows are wanted, if the model is spread over several; None: where they are.
+        observer: What is done with inputs and output-gradients.
+        dtype: What those are converted to, float32 or float64; None leaves them in the model's
+            dtype, which may be lower.
+        task: What the model is asked, and what its loss is.
+        device: Where they are moved to; None leaves them where they are, on several devices if
+            the model is spread over several.
     """
 
     def __init__(
@@ -177,16 +71,15 @@ class Capture:
         self._in_forward = False
         self._with_input: set[str] = set()
         self._with_gradient: set[str] = set()
-        self._shared: dict[str, tuple[Tensor, int]] = {}
-        self._readers = Counter(module.input for module in modules)
-        self._readers_left: Counter[str] = Counter()
+        # Each shared input with its version, until the last module that shares it has read it.
+        self._inputs = SharedInputs[tuple[Tensor, int]](modules)
         self._scale = 1.0
         self._rotary = changing_embeddings(model)
         self._in_lists = {m.name for m in modules if in_expert_list(model, m.name)}
 
     @contextmanager
     def unseen(self) -> Iterator[None]:
-        """Within it what passes through is shown to nobody; all else is done as ever."""
+        """Shows nothing to the observer; forwards and backwards are otherwise the same."""
         observer, self.observer = self.observer, NullObserver()
         try:
             yield
@@ -198,9 +91,9 @@ class Capture:
             for module in self.modules:
                 if module.kind != EXPERT:
                     self._hook(module)
-            routed = self._in_lists or any(module.kind == EXPERT for module in self.modules)
+            has_experts = self._in_lists or any(module.kind == EXPERT for module in self.modules)
             quantised = any(map(is_quantised, linear_modules(self.model).values()))
-            if self._in_lists or quantised or (routed and is_sharded(self.model)):
+            if self._in_lists or quantised or (has_experts and is_sharded(self.model)):
                 self._start_graph_below()
             self._listen()
         except BaseException:
@@ -216,22 +109,23 @@ class Capture:
             if self._batch is None:
                 return None
             grid, tensor = self._batch.grid(module.name), only_input(args, kwargs)
-            which = self._routed(module, tensor, grid)
-            if not which.num_positions:
+            positions = self._positions(module, tensor, grid)
+            if not positions.num_positions:
                 return None  # padding alone
-            return self._on_forward(module, tensor, output, which)
+            return self._on_forward(module, tensor, output, positions)
 
         hooked = self.model.get_submodule(module.name)
-        # Before other hooks, which may change the output: the gradient is of what is computed here.
+        # Before the user's hooks, which may change the output: the gradient is that of W x + b.
         handle = hooked.register_forward_hook(hook, with_kwargs=True, prepend=True)
         self._stack.callback(handle.remove)
 
     def _start_graph_below(self) -> None:
-        """Starts the graph at the embeddings.
+        """Starts the graph at the embeddings instead of at the lowest tracked module.
 
-        Which rows an expert in a list was given is read off it; a quantised weight may be packed in
-        another way, for good, when its input takes no gradient; and the layers that a sharded
-        model's backward goes through must not depend on the experts that a worker's tokens reach.
+        For experts in lists, because their positions are read from the graph; for quantised
+        weights, because some libraries pack them differently, for good, when the input requires no
+        gradient; and for sharded models with experts, because the layers of the backward, each a
+        collective, must not depend on which experts a worker's tokens reach.
         """
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -260,24 +154,26 @@ class Capture:
 
     @torch.enable_grad()
     def run(self, batch: Batch, rule: LabelRule) -> LossGradient:
-        """One forward and backward of a batch's summed losses.
+        """Runs one forward and backward of a batch's summed losses.
 
         Args:
             batch: The batch, on the model's device.
             rule: Where the labels come from.
 
+        Returns:
+            The losses, and the gradient that the backward started with.
+
         Raises:
-            ModelError: A module was used twice, or not at all, or no gradient reached it; or rows
-                do not match the batch's positions.
+            ModelError: If a module was used twice or not at all, or received no gradient, or if its
+                input does not have one vector for each position of the batch.
         """
         self._batch = batch
         self._with_input.clear()
         self._with_gradient.clear()
         self._in_forward = True
-        self._readers_left = self._readers.copy()
         reset_frequencies(self._rotary)
         try:
-            # As written: a compiled forward would compile what looks at it, too.
+            # Eager: a compiled forward would compile the hooks, too.
             with (
                 torch.compiler.set_stance("force_eager"),
                 attending_within(self.model, batch),
@@ -289,7 +185,7 @@ class Capture:
                 self._require_all(everywhere - self._with_input, "was not used in this forward")
                 if start.requires_grad:
                     self._scale = result.scale
-                    with torch.autocast(start.device.type, enabled=False):  # it is for forwards
+                    with torch.autocast(start.device.type, enabled=False):  # meant for forwards
                         torch.autograd.backward(start, result.gradient)
             self._require_all(
                 self._with_input - self._with_gradient | everywhere - self._with_gradient,
@@ -299,7 +195,7 @@ class Capture:
             return result
         finally:
             self._in_forward = False
-            self._shared.clear()
+            self._inputs.clear()
             self._batch = None
 
     def _require_all(self, missing: set[str], fault: str) -> None:
@@ -307,13 +203,13 @@ class Capture:
             if module.name in missing:
                 raise ModelError(f"Module {module.name} {fault}. Leave it out with model.modules.")
 
-    def _routed(self, module: TrackedModule, tensor: Tensor, grid: Grid) -> CapturedPositions:
-        """The rows that a module is called with: every position, or an expert's own tokens."""
+    def _positions(self, module: TrackedModule, tensor: Tensor, grid: Grid) -> CapturedPositions:
+        """The positions of a module's input: all of the batch's, or those routed to an expert."""
         if module.name not in self._in_lists:
             return grid
-        positions = picked_positions(tensor, grid.size)
-        if positions is not None:
-            return grid.routed(positions)
+        flat_positions = picked_positions(tensor, grid.size)
+        if flat_positions is not None:
+            return grid.routed(flat_positions)
         if tensor.numel() == grid.size * module.num_inputs:
             return grid
         raise ModelError(
@@ -329,79 +225,86 @@ class Capture:
                 f"of {grid.shape[0]} × {grid.shape[1]} positions; which is which position cannot "
                 "be told. Leave it out with model.modules."
             )
-        rows = grid.routed(routed.tokens)
-        if not rows.num_positions:
+        positions = grid.routed(routed.tokens)
+        if not positions.num_positions:
             return routed.outputs  # padding alone
-        found = self._on_forward(module, routed.inputs, routed.outputs, rows)
-        return routed.outputs if found is None else found
+        output = self._on_forward(module, routed.inputs, routed.outputs, positions)
+        return routed.outputs if output is None else output
 
     def _on_forward(
-        self, module: TrackedModule, tensor: Tensor, output: Tensor, which: CapturedPositions
+        self, module: TrackedModule, tensor: Tensor, output: Tensor, positions: CapturedPositions
     ) -> Tensor | None:
+        """Observes the input, hooks the output; gives the output to go on with (None: as it is)."""
         if self._in_forward:
-            self._see_input(module, tensor, which)
+            self._observe_input(module, tensor, positions)
         if not torch.is_grad_enabled():
             return None
         if not output.requires_grad:
-            # A clone, since an activation in place may not overwrite a leaf of the graph.
+            # A clone: an in-place activation may not overwrite a leaf of the graph.
             output = output.detach().requires_grad_().clone()
         elif output._is_view():
-            # An activation in place would cut a view, and the hook on it, out of the graph.
+            # An in-place activation would cut a view, and the hook on it, out of the graph.
             output = output.clone()
 
         def on_gradient(gradient: Tensor) -> None:
-            self._see_gradient(module, gradient, which)
+            self._observe_gradient(module, gradient, positions)
 
         output.register_hook(on_gradient)
         return output
 
-    def _see_input(self, module: TrackedModule, tensor: Tensor, which: CapturedPositions) -> None:
+    def _observe_input(
+        self, module: TrackedModule, tensor: Tensor, positions: CapturedPositions
+    ) -> None:
         if module.name in self._with_input:
             raise ModelError(
                 f"Module {module.name} is used twice in one forward; its uses share one weight and "
                 "cannot be told apart. Leave it out with model.modules."
             )
         self._with_input.add(module.name)
-        shared = self._shared.get(module.input)
-        if self._readers_left[module.input] == self._readers[module.input]:  # the first to read it
-            # Held only until the last module that shares it has read it.
-            self._shared[module.input] = (tensor, tensor._version)
+        versioned = (tensor, tensor._version)
+        if module not in self._inputs:  # the first module that reads it
+            self._inputs.put(module, versioned)
             with torch.no_grad(), precisely(self.device or tensor.device):
-                rows = self._rows(module, "input", tensor.detach(), module.num_inputs, which)
-                self.observer.on_input(module, rows, which)
-        elif shared is None or not same_tensor(shared, (tensor, tensor._version)):
+                acts_Mi = self._captured(
+                    module, "input", tensor.detach(), module.num_inputs, positions
+                )
+                self.observer.on_input(module, acts_Mi, positions)
+        if not same_tensor(self._inputs.take(module), versioned):
             raise ModelError(
                 f"Module {module.name} shared its input with another when the model was traced, "
                 "and does not now; its forward depends on the data. Leave it out with "
                 "model.modules."
             )
-        self._readers_left[module.input] -= 1
-        if not self._readers_left[module.input]:
-            self._shared.pop(module.input, None)
 
     @torch.no_grad()
-    def _see_gradient(
-        self, module: TrackedModule, gradient: Tensor, which: CapturedPositions
+    def _observe_gradient(
+        self, module: TrackedModule, gradient: Tensor, positions: CapturedPositions
     ) -> None:
         if module.name in self._with_gradient:
             raise ModelError(f"Module {module.name} received two gradients in one backward.")
         self._with_gradient.add(module.name)
         with precisely(self.device or gradient.device):
-            rows = self._rows(module, "output", gradient, module.num_outputs, which)
+            grads_MO = self._captured(module, "output", gradient, module.num_outputs, positions)
             if self._scale != 1.0:
-                rows = rows.to(self.dtype or torch.float32) / self._scale
-            self.observer.on_gradient(module, rows, which)
+                grads_MO = grads_MO.to(self.dtype or torch.float32) / self._scale
+            self.observer.on_gradient(module, grads_MO, positions)
 
-    def _rows(
-        self, module: TrackedModule, side: str, tensor: Tensor, size: int, which: CapturedPositions
+    def _captured(
+        self,
+        module: TrackedModule,
+        side: str,
+        tensor: Tensor,
+        size: int,
+        positions: CapturedPositions,
     ) -> Tensor:
+        """A module's input or output-gradient at counted positions [M, size]."""
         rows = tensor.reshape(-1, size)
-        if isinstance(which, Grid) and rows.shape[0] != which.size:
+        if isinstance(positions, Grid) and rows.shape[0] != positions.size:
             raise ModelError(
                 f"Module {module.name} has {rows.shape[0]} {side} rows for a batch of "
-                f"{which.shape[0]} × {which.shape[1]} positions; which row is which position "
-                "cannot be told. Leave it out with model.modules."
+                f"{positions.shape[0]} × {positions.shape[1]} positions; which row is which "
+                "position cannot be told. Leave it out with model.modules."
             )
-        if which.real is not None:
-            rows = rows[which.real.to(rows.device)]
+        if positions.real is not None:
+            rows = rows[positions.real.to(rows.device)]
         return rows.to(self.device, self.dtype or rows.dtype)

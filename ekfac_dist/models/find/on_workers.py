@@ -7,7 +7,7 @@ from torch import nn
 
 from ekfac_dist.data.batches import Batch
 from ekfac_dist.errors import ModelError
-from ekfac_dist.models.capture.hooks import prepared
+from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.capture.tasks import CAUSAL_LM, Task
 from ekfac_dist.models.find.discovery import Discovery, discover
 from ekfac_dist.models.load.fsdp import whole_copy

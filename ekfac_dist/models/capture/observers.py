@@ -1,0 +1,144 @@
+"""What is done with captured inputs and output-gradients: the contract, and its common part.
+
+In a forward an observer is given each input of the tracked modules, once even if several modules
+read it; in the backward that follows, each module's output-gradient, the last module first.
+
+    forward     on_input(gate, x)              gate and up read the same x: it is shown once
+    backward    on_gradient(up, g), on_gradient(gate, g)
+"""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable
+from typing import Generic, Protocol, TypeVar
+
+from torch import Tensor
+
+from ekfac_dist.data.batches import CapturedPositions, Positions
+from ekfac_dist.models.modules import TrackedModule
+
+T = TypeVar("T")
+P = TypeVar("P", bound=Positions)
+
+
+class Observer(Protocol):
+    """Takes what passes through the tracked modules, at counted positions, sequence by sequence.
+
+    An expert's positions are those that were routed to it; where there are none, nothing is called.
+    """
+
+    def on_input(
+        self, module: TrackedModule, acts_Mi: Tensor, positions: CapturedPositions
+    ) -> None:
+        """Takes an input [M, i] from the first module that reads it.
+
+        Args:
+            module: That module.
+            acts_Mi: The input without the bias coordinate.
+            positions: Which sequence each of the M positions belongs to.
+        """
+
+    def on_gradient(
+        self, module: TrackedModule, grads_MO: Tensor, positions: CapturedPositions
+    ) -> None:
+        """Takes the gradient [M, O] of the batch's summed losses with respect to an output.
+
+        Args:
+            module: The module.
+            grads_MO: The gradient.
+            positions: Which sequence each of the M positions belongs to.
+        """
+
+
+class NullObserver:
+    """The observer that ignores everything."""
+
+    def on_input(
+        self, module: TrackedModule, acts_Mi: Tensor, positions: CapturedPositions
+    ) -> None:
+        """Ignores an input."""
+
+    def on_gradient(
+        self, module: TrackedModule, grads_MO: Tensor, positions: CapturedPositions
+    ) -> None:
+        """Ignores a gradient."""
+
+
+class SharedInputs(Generic[T]):
+    """Values that belong to inputs, each held until every module that reads the input has taken it.
+
+    Args:
+        modules: The modules that will take values.
+    """
+
+    def __init__(self, modules: Iterable[TrackedModule]) -> None:
+        self._num_readers = Counter(module.input for module in modules)
+        self._num_left: dict[str, int] = {}
+        self._values: dict[str, T] = {}
+
+    def __contains__(self, module: TrackedModule) -> bool:
+        return module.input in self._values
+
+    def put(self, module: TrackedModule, value: T) -> None:
+        """Holds the value of a module's input for all modules that read it."""
+        self._values[module.input] = value
+        self._num_left[module.input] = self._num_readers[module.input]
+
+    def take(self, module: TrackedModule) -> T:
+        """The value of a module's input; it is dropped when its last reader takes it."""
+        self._num_left[module.input] -= 1
+        if self._num_left[module.input]:
+            return self._values[module.input]
+        return self._values.pop(module.input)
+
+    def clear(self) -> None:
+        """Drops all values."""
+        self._values.clear()
+
+
+class PairObserver(ABC, Generic[P]):
+    """An observer of pairs: a module's input and output-gradient at the same positions.
+
+    An input is prepared once, however many modules read it, and held until the last of them has its
+    gradient.
+
+    Args:
+        modules: The modules that are observed.
+    """
+
+    def __init__(self, modules: Iterable[TrackedModule]) -> None:
+        self._inputs = SharedInputs[Tensor](modules)
+
+    @abstractmethod
+    def prepare_input(self, module: TrackedModule, acts_Mi: Tensor, positions: P) -> Tensor:
+        """The input as `on_pair` wants it, in memory that the model does not write to.
+
+        Args:
+            module: The first module that reads it.
+            acts_Mi: The input without the bias coordinate.
+            positions: Which sequence each of the M positions belongs to.
+        """
+
+    @abstractmethod
+    def on_pair(self, module: TrackedModule, acts: Tensor, grads_MO: Tensor, positions: P) -> None:
+        """Takes a module's prepared input and its output-gradient.
+
+        Args:
+            module: The module.
+            acts: What `prepare_input` gave, M positions.
+            grads_MO: The gradient of the batch's summed losses with respect to the output.
+            positions: Which sequence each of the M positions belongs to.
+        """
+
+    def on_input(self, module: TrackedModule, acts_Mi: Tensor, positions: P) -> None:
+        """Prepares an input and holds it; see `Observer.on_input`."""
+        self._inputs.put(module, self.prepare_input(module, acts_Mi, positions))
+
+    def on_gradient(self, module: TrackedModule, grads_MO: Tensor, positions: P) -> None:
+        """Pairs a gradient with its input; see `Observer.on_gradient`."""
+        self.on_pair(module, self._inputs.take(module), grads_MO, positions)
+
+
+def owned(acts_Mi: Tensor, positions: Positions) -> Tensor:
+    """An input that the model cannot write to any more: a copy, unless it is one already."""
+    return acts_Mi if positions.real is not None else acts_Mi.clone()

@@ -1,0 +1,94 @@
+"""What every pass of a run computes with: model, task, sequences, workers, precision."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ekfac_dist.data.batches import Batch
+from ekfac_dist.data.examples import Examples
+from ekfac_dist.models.capture.hooks import Capture
+from ekfac_dist.models.capture.labels import LabelRule
+from ekfac_dist.models.capture.observers import NullObserver
+from ekfac_dist.models.capture.saved_tensors import StepMemory, noting_saved_tensors
+from ekfac_dist.models.capture.tasks import CAUSAL_LM, Task
+from ekfac_dist.models.modules import TrackedModule
+from ekfac_dist.models.sharding import is_sharded
+from ekfac_dist.runtime.prefetch import prefetch
+from ekfac_dist.runtime.processes import World
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What every pass of a run computes with.
+
+    Attributes:
+        model: The prepared model, on the worker's device.
+        sequences: All sequences of the run, of all workers.
+        own_batches: This worker's batches, each a list of indices into `sequences`.
+        world: The workers.
+        dtype: Precision of the running sums, float32 or float64.
+        show_progress: Whether worker 0 shows progress.
+        called: What errors call a sequence; {} stands for its row in the source.
+        wider: What an error advises against a running sum that overflows.
+        task: What the model is asked, and what its loss is.
+    """
+
+    model: nn.Module
+    sequences: Examples
+    own_batches: Sequence[Sequence[int]]
+    world: World
+    dtype: torch.dtype
+    show_progress: bool
+    called: str = "sequence {} of the data"
+    wider: str = "Use factors.accumulate: float64"
+    task: Task = CAUSAL_LM
+
+    @property
+    def runs_in_step(self) -> bool:
+        """Whether a step is a collective, as it is of a sharded model: all workers do as many."""
+        return is_sharded(self.model)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Some sequences as a batch on the worker's device."""
+        return self.sequences.batch(indices).to(self.world.device)
+
+    def shortest_batch(self) -> Batch:
+        """The shortest sequence as a batch of its own."""
+        return self.batch([int(self.sequences.num_positions.argmin())])
+
+    def prefetched(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], Batch]]:
+        """Batches with their sequences' indices, collated by a thread while the device computes.
+
+        They are sent to the device by the caller's thread, on the stream that the model uses.
+        """
+        collated = prefetch(self.sequences.batch, batches)
+        for indices, batch in zip(batches, collated, strict=True):
+            yield indices, batch.to(self.world.device)
+
+
+def measured_step(context: PassContext, modules: Sequence[TrackedModule]) -> StepMemory:
+    """The memory of a step of this worker's largest batch, measured by running it once.
+
+    A collective if the model is sharded.
+
+    Args:
+        context: Model, data and workers.
+        modules: All tracked modules.
+
+    Returns:
+        Zeros where the worker has no batch.
+    """
+    batches, lengths = context.own_batches, context.sequences.num_positions
+    if not batches and not context.runs_in_step:
+        return StepMemory.nothing()
+    largest = max(batches, key=lambda indices: lengths[indices].sum()) if batches else [0]
+    batch = context.batch(largest)
+    rule = LabelRule("data", 0, 0)
+    with (
+        noting_saved_tensors(context.model) as saved,
+        Capture(context.model, modules, NullObserver(), None, context.task) as capture,
+    ):
+        gradient = capture.run(batch, rule).gradient
+    return StepMemory(saved.num_bytes, gradient.nbytes, gradient.dtype.itemsize)

@@ -1,0 +1,127 @@
+"""NaN and infinity in a pass: noticed from the running sums, then traced to module and sequence."""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ekfac_dist.data.batches import CapturedPositions
+from ekfac_dist.errors import NonFiniteError
+from ekfac_dist.models.capture.hooks import Capture
+from ekfac_dist.models.capture.labels import LabelRule
+from ekfac_dist.models.modules import TrackedModule
+from ekfac_dist.passes.context import PassContext
+
+
+class FiniteWatch:
+    """Remembers, of each batch, whether the running sums were finite after it.
+
+    On a GPU the flag is copied to the host while the next batch is computed, and read then, so that
+    the host never waits for the GPU to become idle.
+
+    Args:
+        device: Where the running sums are.
+        may_lag: Whether an answer may be one batch late; else each is waited for.
+    """
+
+    def __init__(self, device: torch.device, *, may_lag: bool) -> None:
+        self._device, self._on_gpu = device, device.type == "cuda"
+        self._num_unread = 1 if self._on_gpu and may_lag else 0
+        self._flags: deque[tuple[Sequence[int], Tensor, torch.cuda.Event | None]] = deque()
+
+    def after(self, batch: Sequence[int], is_finite: Tensor) -> Sequence[int] | None:
+        """Takes the flag of a batch.
+
+        Args:
+            batch: Indices of its sequences.
+            is_finite: A boolean scalar, on the device.
+
+        Returns:
+            The first batch after which the sums were not finite, as far as flags are read; None if
+            there is none.
+        """
+        event = None
+        if self._on_gpu:
+            is_finite = is_finite.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self._device))
+        self._flags.append((batch, is_finite, event))
+        return self._read(self._num_unread)
+
+    def last(self) -> Sequence[int] | None:
+        """The same, after reading every flag."""
+        return self._read(0)
+
+    def _read(self, num_unread: int) -> Sequence[int] | None:
+        while len(self._flags) > num_unread:
+            batch, is_finite, event = self._flags.popleft()
+            if event is not None:
+                event.synchronize()
+            if not is_finite.item():
+                return batch
+        return None
+
+
+class _FirstNonFinite:
+    """An observer that remembers the first input, and the first gradient, that is not finite."""
+
+    def __init__(self) -> None:
+        self.input: str | None = None
+        self.gradient: str | None = None
+
+    def on_input(
+        self, module: TrackedModule, acts_Mi: Tensor, positions: CapturedPositions
+    ) -> None:
+        if self.input is None and not torch.isfinite(acts_Mi).all():
+            self.input = f"the input of module {module.name}"
+
+    def on_gradient(
+        self, module: TrackedModule, grads_MO: Tensor, positions: CapturedPositions
+    ) -> None:
+        if self.gradient is None and not torch.isfinite(grads_MO).all():
+            self.gradient = f"the output-gradient of module {module.name}"
+
+
+def raise_non_finite(
+    pass_name: str,
+    context: PassContext,
+    modules: Sequence[TrackedModule],
+    batch: Sequence[int],
+    rule: LabelRule,
+) -> NoReturn:
+    """Runs a batch again, one sequence at a time, to name where NaN or infinity first appears.
+
+    Args:
+        pass_name: What the pass is called.
+        context: Model, data and workers.
+        modules: The tracked modules of the pass.
+        batch: Indices of the batch's sequences.
+        rule: Where the pass's labels come from.
+
+    Raises:
+        NonFiniteError: Always; it names module and sequence, or says that the sum overflowed.
+    """
+    advice = (
+        "Check the model's weights, or use a wider dtype; data.max_tokens and the text of that "
+        "sequence may matter too."
+    )
+    for index in batch:
+        single = context.batch([index])
+        first = _FirstNonFinite()
+        with Capture(context.model, modules, first, context.dtype, context.task) as capture:
+            loss = capture.run(single, rule).loss
+        logits = None if torch.isfinite(loss) else "the logits"
+        where = first.input or logits or first.gradient  # in the order in which they are computed
+        if where is not None:
+            raise NonFiniteError(
+                f"NaN or infinity in {where}, in the {pass_name} pass, at "
+                f"{context.called.format(single.indices[0])}. {advice}"
+            )
+    rows = [int(context.sequences.indices[index]) for index in batch]
+    raise NonFiniteError(
+        f"NaN or infinity in a running sum of the {pass_name} pass, in the step of sequences "
+        f"{rows[0]} to {rows[-1]} ({len(rows)} of them), though each alone is finite: the "
+        f"sum overflowed. {context.wider}. {advice}"
+    )

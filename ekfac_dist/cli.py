@@ -4,28 +4,25 @@ Exit status 0: done; 1: a defect or a worker lost; 2: something the user can men
 sentence. Heavy imports wait inside the commands, so that help and mistakes are answered at once.
 """
 
-import dataclasses
-import difflib
 import os
-import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser
 
-from ekfac_dist.config import EstimateConfig, PlanConfig, QueryConfig, field_names, leaves
+from ekfac_dist.arguments import command_parser, nearest_name, parse, parse_config
+from ekfac_dist.config import EstimateConfig, PlanConfig, QueryConfig, dotted
 from ekfac_dist.errors import DEFECT, ConfigError, Preempted, UserError, status_of
 from ekfac_dist.runtime.terminal import show, visible
 
 if TYPE_CHECKING:
     from ekfac_dist.runtime.processes import World
 
-T = TypeVar("T", EstimateConfig, PlanConfig, QueryConfig)
+T = TypeVar("T", EstimateConfig, QueryConfig)
 
 USAGE = """usage: ekfac-dist COMMAND [options]
 
@@ -78,11 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command is None:
             raise ConfigError(
                 f"There is no command {arguments[0]!r}; the commands are {', '.join(commands)}"
-                f"{_suggest(arguments[0], commands)}"
+                f"{nearest_name(arguments[0], commands)}"
             )
         return command(arguments[1:])
     except UserError as error:
-        _say_error(error)
+        _show_error(error)
         return error.status
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough. Nothing more can be flushed to it.
@@ -101,7 +98,7 @@ def estimate(arguments: list[str]) -> int:
     is_dry, overwrite = "--dry-run" in arguments, "--overwrite" in arguments
     arguments = [one for one in arguments if one not in ("--dry-run", "--overwrite")]
 
-    def work(config: EstimateConfig, world: "World", say: Callable[[str], None]) -> str:
+    def work(config: EstimateConfig, world: "World") -> str:
         from ekfac_dist.fit.estimate import find_modules, run_estimate
         from ekfac_dist.report.summary import closing_table, modules_table
         from ekfac_dist.runtime import preemption
@@ -109,10 +106,10 @@ def estimate(arguments: list[str]) -> int:
         if is_dry:
             return modules_table(find_modules(config, world))
         preemption.install()
-        summary = run_estimate(config, world, say, overwrite=overwrite)
+        summary = run_estimate(config, world, overwrite=overwrite)
         return closing_table(summary, str(config.output)) if world.is_main else ""
 
-    parser = _parser(
+    parser = command_parser(
         "estimate --config FILE [--FIELD VALUE …] [--dry-run] [--overwrite]",
         "Fits EK-FAC factors of a causal language model's MLP blocks. An unfinished run in its "
         "output goes on if all is the same; with --overwrite any other store there is replaced, as "
@@ -125,13 +122,13 @@ def estimate(arguments: list[str]) -> int:
 
 def plan(arguments: list[str]) -> int:
     """Says what a run of `estimate` would need, from configurations alone."""
-    parser = _parser(
+    parser = command_parser(
         "plan --config FILE [--FIELD VALUE …] [--workers N] [--device_memory 80GiB]",
         "What a run of `estimate` would need: modules, memory, disk, partitions, operations and "
         "time. Reads the model's configuration, and neither weights nor data.",
     )
     parser.add_class_arguments(PlanConfig)
-    config = _parse_config(parser, PlanConfig, arguments)
+    config = parse_config(parser, PlanConfig, arguments)
     from ekfac_dist.fit.plan import make_plan
     from ekfac_dist.report.summary import plan_table
 
@@ -142,16 +139,16 @@ def plan(arguments: list[str]) -> int:
 def query(arguments: list[str]) -> int:
     """Scores training sequences for queries, alone or as one of several workers."""
 
-    def work(config: QueryConfig, world: "World", say: Callable[[str], None]) -> str:
+    def work(config: QueryConfig, world: "World") -> str:
         from ekfac_dist.influence.run import run_query
         from ekfac_dist.report.answers import answer_tables
         from ekfac_dist.runtime import preemption
 
         preemption.install()
-        run_query(config, world, say)
+        run_query(config, world)
         return answer_tables(str(config.output)) if world.is_main else ""
 
-    parser = _parser(
+    parser = command_parser(
         "query --factors STORE --queries FILE --output DIRECTORY [--FIELD VALUE …]",
         "Scores training sequences for queries: which of them make a completion more likely. An "
         "unfinished run in its output goes on if all is the same.",
@@ -163,38 +160,41 @@ def _work(
     parser: ArgumentParser,
     config_class: type[T],
     arguments: list[str],
-    work: Callable[[T, "World", Callable[[str], None]], str],
+    work: Callable[[T, "World"], str],
     flags: Mapping[str, bool] | None = None,
 ) -> int:
     """Runs a command that workers share.
 
     Args:
         parser: The command's parser.
-        config_class: What it is configured by.
+        config_class: The class of its configuration.
         arguments: What follows the command.
-        work: Does it, and returns what worker 0 says at the end.
-        flags: What was given beside the configuration.
+        work: Does the work, and returns the text that worker 0 shows at the end.
+        flags: Options that are no fields of the configuration.
     """
     parser.add_class_arguments(config_class)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        config = _parse_config(parser, config_class, arguments)  # before the heavy imports
+        config = parse_config(parser, config_class, arguments)  # before the heavy imports
     from ekfac_dist.report.summary import opening_lines
     from ekfac_dist.runtime.heartbeat import heartbeat
+    from ekfac_dist.runtime.logs import log_on_main, printed
     from ekfac_dist.runtime.processes import World
 
     world = World.start()
-    with heartbeat(world), _reporting(world):
+    with heartbeat(world), _reporting(world), printed():
         with world.agree():
             if world.size > 1:
-                config = _parse_config(parser, config_class, arguments)
+                config = parse_config(parser, config_class, arguments)
         if world.size > 1:
             from ekfac_dist.runtime.same_settings import require_same_settings
 
-            settings = {"the command": parser.prog, **leaves(config.as_dict()), **(flags or {})}
+            settings = {"the command": parser.prog, **dotted(config.as_dict()), **(flags or {})}
             require_same_settings(world, settings)
         for line in opening_lines(world.gather(world.describe()), world.backend):
-            _say(world, visible(line))
-        _say(world, work(config, world, lambda line: _say(world, visible(line))))
+            log_on_main(world)(line)
+        text = work(config, world)
+        if world.is_main:
+            show(text)
         world.barrier()
     world.close()
     if world.size > 1:
@@ -206,7 +206,7 @@ def _work(
 
 def inspect(arguments: list[str]) -> int:
     """Shows what is in a store."""
-    parser = _parser(
+    parser = command_parser(
         "inspect STORE [--verify] [--plot FILE]", "Shows a factor store's summary and health."
     )
     parser.add_argument("store", type=str, help="Directory of the factor store.")
@@ -214,7 +214,7 @@ def inspect(arguments: list[str]) -> int:
     parser.add_argument(
         "--plot", type=str | None, default=None, help="Write spectra to a PNG file."
     )
-    given = _parse(parser, arguments, ["store", "verify", "plot"])
+    given = parse(parser, arguments, {"store": str, "verify": bool, "plot": str | None})
     from ekfac_dist.report.inspection import inspect_store, plot_spectra, verify_store
 
     if given["verify"]:
@@ -228,12 +228,14 @@ def inspect(arguments: list[str]) -> int:
 
 def report(arguments: list[str]) -> int:
     """Writes a page to look at scores in."""
-    parser = _parser("report SCORES [--output FILE.html]", "Writes query results as one HTML file.")
+    parser = command_parser(
+        "report SCORES [--output FILE.html]", "Writes query results as one HTML file."
+    )
     parser.add_argument("scores", type=str, help="Output directory of a `query` run.")
     parser.add_argument(
         "--output", type=str | None, default=None, help="The page; by default SCORES.html."
     )
-    given = _parse(parser, arguments, ["scores", "output"])
+    given = parse(parser, arguments, {"scores": str, "output": str | None})
     from ekfac_dist.report.page import write_report
 
     output = given["output"] or given["scores"].rstrip("/") + ".html"
@@ -251,12 +253,12 @@ def launch(arguments: list[str]) -> int:
 
 def demo(arguments: list[str]) -> int:
     """Runs the demonstration."""
-    parser = _parser(
+    parser = command_parser(
         "demo [--directory DIR] [--workers N]", "The whole main job on a small model and real text."
     )
     parser.add_argument("--directory", type=str, default="runs/demo", help="Where all of it goes.")
     parser.add_argument("--workers", type=int, default=2, help="Number of workers.")
-    given = _parse(parser, arguments, ["directory", "workers"])
+    given = parse(parser, arguments, {"directory": str, "workers": int})
     if given["workers"] < 1:
         raise ConfigError(f"workers is {given['workers']}; it must be 1 or more.")
     from pathlib import Path
@@ -266,12 +268,7 @@ def demo(arguments: list[str]) -> int:
     return run_demo(Path(given["directory"]), workers=given["workers"])
 
 
-def _say(world: "World", text: str) -> None:
-    if world.is_main:
-        show(text)
-
-
-def _say_error(error: Exception, who: str = "") -> None:
+def _show_error(error: Exception, who: str = "") -> None:
     kind = "" if status_of(error) == Preempted.status else "error: "
     show(visible(f"ekfac-dist: {kind}{who}{error}"), error=True)
 
@@ -292,12 +289,12 @@ def _reporting(world: "World") -> Iterator[None]:
         if is_defect:
             show(f"ekfac-dist: {world.who} failed:\n{traceback.format_exc()}", error=True)
         elif agreed and status != DEFECT and world.is_main:
-            _say_error(error)
+            _show_error(error)
         if agreed:
             with suppress(UserError):  # a worker may have been lost since
                 world.barrier()  # nobody leaves before it is said
         elif world.announce_failure(error) and not is_defect:
-            _say_error(error, f"{world.who}: ")
+            _show_error(error, f"{world.who}: ")
         _leave(status)
 
 
@@ -306,125 +303,3 @@ def _leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-class _Parser(ArgumentParser):
-    """Raises `ConfigError` instead of printing a usage text and exiting."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ConfigError(f"{_in_words(message)}. See {self.prog} --help.") from ex
-
-
-_TYPES_IN_WORDS = {
-    "int": "a whole number",
-    "bool": "true or false",
-    "str": "text",
-    "float": "a number",
-    "dict": "a group of names, each with a number",
-    "list[str]": "a list of texts",
-    "list[int]": "a list of whole numbers",
-    "NoneType": "null",
-}
-
-
-def _in_words(message: str) -> str:
-    """The parser's complaint as a sentence without its end: what was given and what would do."""
-    message = " ".join(message.split())
-    # Of a union, the value that was given comes last, behind what each of its types says of it.
-    found = re.fullmatch(r'Parser key "(.+?)": (.*)(?:Got|Given) value: (.*)', message)
-    if not found:
-        return message[:1].upper() + message[1:]
-    name, types, value = found.groups()
-    wanted = []
-    for kind, choices in re.findall(
-        r"(list\[\w+\]|(?<=<class ')\w+|Literal\[(.+?)\])", types.partition("Errors:")[0]
-    ):
-        wanted.append(_TYPES_IN_WORDS.get(kind, choices.strip("'").replace("', '", " or ") or kind))
-    return f"{name} is {value}; it must be {' or '.join(wanted)}"
-
-
-class _HelpFormatter(DefaultHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=100)
-
-
-def _parser(usage: str, description: str) -> ArgumentParser:
-    parser = _Parser(
-        prog=f"ekfac-dist {usage.partition(' ')[0]}",
-        description=description,
-        allow_abbrev=False,
-        usage=f"ekfac-dist {usage}",
-        formatter_class=_HelpFormatter,
-    )
-    parser.add_argument("--config", action=ActionConfigFile, help="A YAML file of these options.")
-    return parser
-
-
-def _parse_config(parser: ArgumentParser, config_class: type[T], arguments: list[str]) -> T:
-    parsed = _parse(parser, arguments, field_names(config_class))
-    return config_class(**{f.name: parsed[f.name] for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
-
-
-def _parse(parser: ArgumentParser, arguments: list[str], fields: list[str]) -> dict[str, Any]:
-    """Parses arguments; an unknown field is named with its nearest known one."""
-    _check_options(arguments, fields)
-    parsed = parser.instantiate(parser.parse_args(arguments))
-    return vars(parsed)
-
-
-def _check_options(arguments: list[str], fields: list[str]) -> None:
-    files = []
-    for number, argument in enumerate(arguments):
-        if not argument.startswith("--") or argument == "--":
-            continue
-        name, _, value = argument[2:].partition("=")
-        if name == "config":
-            files.append(value or (arguments[number + 1] if number + 1 < len(arguments) else ""))
-        elif name.rstrip("+") not in (*fields, "help", "print_config"):
-            raise ConfigError(f"There is no option --{name}{_suggest(name, fields, '--')}")
-    for file in files:
-        _check_fields(file, fields)
-
-
-def _check_fields(file: str, fields: list[str]) -> None:
-    """Refuses a YAML file that cannot be read or has fields that do not exist."""
-    try:
-        with open(file, encoding="utf-8") as opened:
-            content = yaml.safe_load(opened)
-    except OSError as error:
-        raise ConfigError(
-            f"The configuration {file!r} cannot be read: {error.strerror}."
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"The configuration {file} is not YAML: {' '.join(str(error).split())}."
-        ) from error
-    if not isinstance(content, Mapping):
-        raise ConfigError(f"The configuration {file} holds no fields; see `ekfac-dist --help`.")
-    groups = {field.partition(".")[0] for field in fields if "." in field}
-    for name in _leaves(content, groups):
-        if name not in fields:
-            nearest = _suggest(name, [*fields, *groups])
-            raise ConfigError(f"The configuration {file} has an unknown field {name}{nearest}")
-
-
-def _leaves(content: Mapping[Any, Any], groups: set[str], prefix: str = "") -> Iterator[str]:
-    for key, value in content.items():
-        name = f"{prefix}{key}"
-        if name in groups and isinstance(value, Mapping):
-            yield from _leaves(value, groups, f"{name}.")
-        elif name in groups:
-            raise ConfigError(f"The field {name} is {value!r}; it must hold fields of its own.")
-        else:
-            yield name
-
-
-def _suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """The end of a sentence about an unknown name: the nearest known one, or a full stop."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not close:  # perhaps the right word without, or under, the wrong group
-        by_word = {field.rpartition(".")[2]: field for field in known}
-        words = difflib.get_close_matches(name.rpartition(".")[2], by_word, n=1, cutoff=0.6)
-        close = [by_word[word] for word in words]
-    return f"; did you mean {prefix}{close[0]}?" if close else "."

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
@@ -43,6 +43,20 @@ def require_positive(name: str, value: object) -> None:
 def _require_count(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ConfigError(f"{name} is {value!r}; it must be a whole number of 0 or more.")
+
+
+def require_pass_settings(batch_tokens: object, save_minutes: object) -> None:
+    """Refuses a token budget, or an interval between saved states, that is out of range.
+
+    Raises:
+        ConfigError: If one is.
+    """
+    require_positive("batch_tokens", batch_tokens)
+    is_interval = isinstance(save_minutes, (int, float)) and 0 <= save_minutes < math.inf
+    if save_minutes is not None and not is_interval:
+        raise ConfigError(
+            f"save_minutes is {save_minutes!r}; it must be a finite number of 0 or more, or null."
+        )
 
 
 def _require_given(values: Mapping[str, object]) -> None:
@@ -196,14 +210,7 @@ class EstimateConfig:
         _require_given({**names, "output": self.output})
 
     def _check(self) -> None:
-        require_positive("batch_tokens", self.batch_tokens)
-        minutes = self.save_minutes
-        if minutes is not None and not (
-            isinstance(minutes, (int, float)) and 0 <= minutes < math.inf
-        ):
-            raise ConfigError(
-                f"save_minutes is {minutes!r}; it must be a finite number of 0 or more, or null."
-            )
+        require_pass_settings(self.batch_tokens, self.save_minutes)
         # A shell expands ~ only where it sees it: not in a YAML file, nor behind --output=.
         self.model.name = os.path.expanduser(self.model.name or "")
         self.data.source = os.path.expanduser(self.data.source or "")
@@ -327,7 +334,7 @@ class QueryDataConfig:
 
 
 def _over(config_class: type[T], fitted: Mapping[str, Any], given: Mapping[str, Any]) -> T:
-    unknown = [name for name in fitted if name not in field_names(config_class)]
+    unknown = [name for name in fitted if name not in field_types(config_class)]
     if unknown:
         raise ConfigError(
             f"The factors' manifest has a configuration with {', '.join(map(str, unknown))}, which "
@@ -460,22 +467,34 @@ class QueryConfig:
         return dataclasses.asdict(self)
 
 
-def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested configuration as one level of dotted names."""
-    if not isinstance(value, dict):
-        return {prefix.removesuffix("."): value}
-    found: dict[str, Any] = {}
-    for key, part in value.items():
-        found |= leaves(part, f"{prefix}{key}.")
-    return found
+def dotted(
+    nested: Any, prefix: str = "", is_group: Callable[[str], bool] = lambda name: True
+) -> dict[str, Any]:
+    """A nested mapping as one level of dotted names; {"a": {"b": 1}} becomes {"a.b": 1}.
+
+    Args:
+        nested: The mapping; anything else is a value itself.
+        prefix: What names begin with, a dot at its end.
+        is_group: Whether a mapping of some dotted name is a group of fields, and not a value.
+    """
+    name = prefix.removesuffix(".")
+    if not isinstance(nested, Mapping) or not (name == "" or is_group(name)):
+        return {name: nested}
+    values: dict[str, Any] = {}
+    for key, value in nested.items():
+        values |= dotted(value, f"{prefix}{key}.", is_group)
+    return values
 
 
-def field_names(config_class: type, prefix: str = "") -> list[str]:
-    """Dotted names of every leaf field of a configuration class, in order."""
-    names: list[str] = []
-    for f in dataclasses.fields(config_class):
-        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
-            names += field_names(f.type, f"{prefix}{f.name}.")
-        else:
-            names.append(f"{prefix}{f.name}")
-    return names
+def field_types(config_class: type) -> dict[str, Any]:
+    """The type of every field of a configuration class that is no group, by its dotted name."""
+    return dotted(_nested_types(config_class))
+
+
+def _nested_types(config_class: type) -> dict[str, Any]:
+    return {
+        f.name: _nested_types(f.type)
+        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type)
+        else f.type
+        for f in dataclasses.fields(config_class)
+    }

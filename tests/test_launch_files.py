@@ -19,7 +19,7 @@ from ekfac_dist.config import (
     ModelConfig,
     QueryConfig,
     ScoresConfig,
-    field_names,
+    field_types,
 )
 from ekfac_dist.demo.run import DemoSettings
 
@@ -58,7 +58,7 @@ def test_there_are_the_promised_files():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_configuration_is_an_estimate_configuration(path):
     plain = load(path)
-    assert set(leaves(plain)) <= set(field_names(EstimateConfig))
+    assert set(leaves(plain)) <= set(field_types(EstimateConfig))
     config = as_config(plain)
     assert config.output.startswith("runs/")
     assert config.factors.accumulate == "float32"
@@ -66,7 +66,7 @@ def test_a_configuration_is_an_estimate_configuration(path):
 
 def test_the_queries_configuration_is_a_query_configuration():
     plain = load(QUERY)
-    assert set(leaves(plain)) <= set(field_names(QueryConfig))
+    assert set(leaves(plain)) <= set(field_types(QueryConfig))
     parts = {"damping": DampingConfig, "scores": ScoresConfig}
     config = QueryConfig(
         **{name: parts[name](**value) if name in parts else value for name, value in plain.items()}

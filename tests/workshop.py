@@ -10,13 +10,15 @@ Everything is made from a seed, small enough for a second, and the same in every
 
 import functools
 import json
+import logging
 import os
 import random
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -234,6 +236,30 @@ def save_tiny_gpt2(
 ) -> Path:
     """A tiny GPT-2 and its tokenizer; `changes` go to its configuration."""
     return save_tiny(directory, tiny_gpt2_config(**changes), seed=seed, dtype=dtype)
+
+
+# -- lines for people ------------------------------------------------------------------------------
+
+
+@contextmanager
+def logged(on_line: Callable[[str], object] = lambda line: None) -> Iterator[list[str]]:
+    """Lists the lines that the package logs; `on_line` is called with each at once."""
+    lines: list[str] = []
+
+    class Listing(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+            on_line(lines[-1])
+
+    logger, handler = logging.getLogger("ekfac_dist"), Listing()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 # -- real workers ----------------------------------------------------------------------------------

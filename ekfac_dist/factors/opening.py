@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ekfac_dist.config import leaves
+from ekfac_dist.config import dotted
 from ekfac_dist.errors import StoreError
 from ekfac_dist.factors.factors import Factors
 from ekfac_dist.factors.layout import MANIFEST, MEND, eigenbasis_file, spectrum_file
@@ -211,7 +211,7 @@ def _configuration_differences(
 ) -> tuple[list[str], list[str]]:
     """What differs in class and configuration, and what could not be compared, in sentences."""
     fitted, kind = manifest["model"], class_of(model).__name__
-    before, now = leaves(fitted.get("configuration", {})), leaves(configuration(model))
+    before, now = dotted(fitted.get("configuration", {})), dotted(configuration(model))
     differs, absent = [], []
     if fitted.get("class") != kind:
         differs.append(f"Its class is {kind}; the factors were fitted with {fitted.get('class')}.")

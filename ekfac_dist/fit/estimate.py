@@ -1,125 +1,112 @@
-"""What a fit begins with: model, sequences, and a store that takes its factors."""
+"""Fitting factors as a whole: the command `estimate`, and `estimate_factors` for Python."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ekfac_dist.config import DataConfig, EstimateConfig, FactorsConfig, ModelConfig, leaves
-from ekfac_dist.curvature.blocks import block_sizes
-from ekfac_dist.curvature.costs import step_tokens
-from ekfac_dist.curvature.eigenbasis import check_size
-from ekfac_dist.data.examples import Examples, TaskExamples
+from ekfac_dist.config import DataConfig, EstimateConfig, FactorsConfig, ModelConfig
+from ekfac_dist.data.examples import Examples
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.factors.factors import Factors
 from ekfac_dist.factors.opening import load_factors
 from ekfac_dist.factors.output import check_output
-from ekfac_dist.factors.sinks import FactorSink, MemoryStore, NoStore
-from ekfac_dist.factors.writer import StoreWriter
-from ekfac_dist.fit.checkpoints import Checkpoints, SavedCheckpoints
+from ekfac_dist.factors.sinks import MemoryStore
+from ekfac_dist.fit.checkpoints import Checkpoints
 from ekfac_dist.fit.fit_factors import fit_factors
 from ekfac_dist.fit.manifest import FitInputs, FitSummary, coverage_line, steps_line
+from ekfac_dist.fit.settings import FitSettings
+from ekfac_dist.fit.start import check_inputs, opened_store
 from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.capture.task_fingerprint import task_fingerprint
-from ekfac_dist.models.capture.tasks import (
-    CAUSAL_LM,
-    Task,
-    few_examples,
-    read_examples,
-    require_task,
-)
+from ekfac_dist.models.capture.tasks import Task, read_examples, require_task
 from ekfac_dist.models.find.discovery import Discovery
 from ekfac_dist.models.find.on_workers import find
-from ekfac_dist.models.load.configuration import attention_implementation, configuration
-from ekfac_dist.models.load.on_workers import load, model_fingerprints, unwrapped
+from ekfac_dist.models.load.on_workers import load, unwrapped
 from ekfac_dist.models.load.pretrained import load_tokenizer
 from ekfac_dist.models.modules import device_of
 from ekfac_dist.models.sharding import class_of, is_sharded
-from ekfac_dist.passes.sequences import (
-    check_sequences,
-    exactly_batched,
-    load_sequences,
-    require_harmless_padding,
-)
+from ekfac_dist.passes.sequences import load_sequences
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.heartbeat import heartbeat
+from ekfac_dist.runtime.logs import log_on_main
 from ekfac_dist.runtime.processes import World
-from ekfac_dist.runtime.progress import Progress
 from ekfac_dist.runtime.same_settings import require_same_settings
-from ekfac_dist.runtime.software import NUMERIC_SOFTWARE, software
-from ekfac_dist.runtime.terminal import show
 
 
 def find_modules(config: EstimateConfig, world: World) -> Discovery:
-    """What `run_estimate` would track: loads the model and runs a few tokens, and nothing else.
+    """The modules that `run_estimate` would track; loads the model and runs a few tokens.
 
     Raises:
-        UserError: Anything about the model that the user can mend, on every worker.
+        UserError: For everything about the model that the user can mend, on every worker.
     """
     model = load(config.model, world)
     with prepared(model):
         return find(model, config.model.modules, world)
 
 
-def run_estimate(
-    config: EstimateConfig, world: World, say: Any = show, *, overwrite: bool = False
-) -> FitSummary:
-    """Fits and stores factors as configured; an unfinished run of the same is gone on with.
+def run_estimate(config: EstimateConfig, world: World, *, overwrite: bool = False) -> FitSummary:
+    """Fits and stores factors as configured, or resumes an unfinished run of the same.
+
+    What it finds is logged, a line each, by worker 0 under the name "ekfac_dist".
 
     Args:
-        config: The run's configuration.
+        config: The configuration.
         world: The workers.
-        say: Takes a line of text for people; called on worker 0 only.
-        overwrite: Whether a store in its output that is not this run's own, unfinished, is
-            replaced, as soon as something of the new one is on the disk.
+        overwrite: Whether a store in the output directory that is not this run's own, unfinished
+            one is replaced, as soon as something of the new one is on the disk.
 
     Raises:
-        UserError: Anything that the user can mend, on every worker.
+        UserError: For everything that the user can mend, on every worker.
     """
-    tell = say if world.is_main else (lambda line: None)
+    tell = log_on_main(world)
     assert config.output is not None
     output = config.output
-    # First of all, for it costs nothing: whether the result has somewhere to go.
+    # First, because it costs nothing: can the result be written?
     world.on_main(lambda: check_output(output, config.as_dict(), replace=overwrite))
-    tokenizer, tokenizer_print = world.main_first(lambda: load_tokenizer(config.model))
-    sequences = load_sequences(config.data, tokenizer, tokenizer_print, world)
+    tokenizer, tokenizer_fingerprint = world.main_first(lambda: load_tokenizer(config.model))
+    sequences = load_sequences(config.data, tokenizer, tokenizer_fingerprint, world)
+    for line in _data_lines(config, sequences):
+        tell(line)
+    model = load(config.model, world)
+    with prepared(model):
+        inputs = check_inputs(FitSettings.of_config(config), model, sequences, world)
+        for line in _model_lines(inputs, world):
+            tell(line)
+        store = opened_store(output, inputs, world, tell, overwrite=overwrite, show_progress=True)
+        with store as (sink, checkpoints), preemption.deferred():
+            return fit_factors(inputs, world, sink, checkpoints, show_progress=True)
+
+
+def _data_lines(config: EstimateConfig, sequences: Sequences) -> list[str]:
     counts = sequences.counts
-    tell(
+    lines = [
         f"data          {len(sequences)} of {counts.rows} sequences ({counts.unlabelled} left out: "
         f"no label), {int(sequences.num_positions.sum())} counted positions, "
         f"{int(sequences.num_labels.sum())} labels"
-    )
+    ]
     if counts.truncated:
-        tell(
+        lines.append(
             f"truncation    {counts.truncated} sequences cut to {config.data.max_tokens} tokens, "
             f"{counts.tokens_cut} tokens lost"
         )
     if counts.split_note:
-        tell(f"split tokens  {counts.split_note}")
-    model = load(config.model, world)
-    with prepared(model):
-        inputs = check_inputs(config, model, sequences, world)
-        coverage = inputs.discovery.coverage
-        tell(
-            f"model         {class_of(model).__name__}, {coverage.model_parameters} parameters, "
-            f"{str(next(model.parameters()).dtype).removeprefix('torch.')}"
-            f"{f', sharded over {world.size} workers' if is_sharded(model) else ''}"
-        )
-        tell(f"tracked       {coverage_line(inputs.discovery)}")
-        for name, why in coverage.skipped.items():
-            tell(f"not tracked   {name}: {why}")
-        tell(f"steps         {steps_line(inputs)}")
-        with (
-            opened_store(output, inputs, world, tell, overwrite=overwrite, show_progress=True) as (
-                sink,
-                checkpoints,
-            ),
-            preemption.deferred(),
-        ):
-            return fit_factors(inputs, world, sink, checkpoints, show_progress=True)
+        lines.append(f"split tokens  {counts.split_note}")
+    return lines
+
+
+def _model_lines(inputs: FitInputs, world: World) -> list[str]:
+    model, coverage = inputs.model, inputs.discovery.coverage
+    return [
+        f"model         {class_of(model).__name__}, {coverage.model_parameters} parameters, "
+        f"{str(next(model.parameters()).dtype).removeprefix('torch.')}"
+        f"{f', sharded over {world.size} workers' if is_sharded(model) else ''}",
+        f"tracked       {coverage_line(inputs.discovery)}",
+        *(f"not tracked   {name}: {why}" for name, why in coverage.skipped.items()),
+        f"steps         {steps_line(inputs)}",
+    ]
 
 
 def estimate_factors(
@@ -183,11 +170,9 @@ def estimate_factors(
     Raises:
         UserError: Anything that the caller can mend, on every worker alike.
     """
-    arguments = {**locals()}  # those that will be added one day too
+    arguments = {**locals()}  # all of them, those added later too
     for name in ("model", "data", "task", "progress"):  # compared by content, or of no consequence
         del arguments[name]
-    if isinstance(modules, str):
-        modules = [modules]
     world = World.start()
     model = unwrapped(model, world)
     with world.agree():
@@ -197,16 +182,15 @@ def estimate_factors(
     require_same_settings(world, arguments, "arguments")
     with heartbeat(world, owns_process=False), world.agree():
         sequences = read_examples(task, model, data, max_tokens)
-        config = EstimateConfig(
-            model=ModelConfig(
+        globs = [modules] if isinstance(modules, str) else modules
+        settings = FitSettings.of_arguments(
+            ModelConfig(
                 name=str(getattr(model, "name_or_path", "") or class_of(model).__name__),
                 dtype="auto",
-                modules=None if modules is None else list(modules),
+                modules=None if globs is None else list(globs),
             ),
-            data=DataConfig(
-                source=type(data).__name__, max_tokens=max_tokens or _max_tokens(sequences)
-            ),
-            factors=FactorsConfig(
+            DataConfig(source=type(data).__name__, max_tokens=max_tokens or _max_tokens(sequences)),
+            FactorsConfig(
                 labels=labels,  # type: ignore[arg-type]
                 seed=seed,
                 refit=refit,  # type: ignore[arg-type]
@@ -218,131 +202,32 @@ def estimate_factors(
             ),
             batch_tokens=batch_tokens,
             save_minutes=save_minutes,
-            output=str(output) if output is not None else "(memory)",
+            output=None if output is None else str(output),
         )
         if not is_sharded(model):
             world = world.at(device_of(model))
     if output is not None:
-        world.on_main(lambda: check_output(output, config.as_dict(), replace=overwrite))
+        world.on_main(lambda: check_output(output, settings.recorded, replace=overwrite))
     memory = MemoryStore()
     watching = heartbeat(world, owns_process=False)
     with watching, torch.inference_mode(False), prepared(model):
-        inputs = check_inputs(config, model, sequences, world, task)
+        inputs = check_inputs(settings, model, sequences, world, task)
         if output is None:
             fit_factors(inputs, world, memory, Checkpoints(), show_progress=progress)
         else:
-            with opened_store(
-                output, inputs, world, overwrite=overwrite, show_progress=progress
-            ) as opened:
-                fit_factors(inputs, world, *opened, show_progress=progress)
+            store = opened_store(
+                output,
+                inputs,
+                world,
+                log_on_main(world),
+                overwrite=overwrite,
+                show_progress=progress,
+            )
+            with store as (sink, checkpoints):
+                fit_factors(inputs, world, sink, checkpoints, show_progress=progress)
     world.barrier()
     return Factors(memory) if output is None else load_factors(output)
 
 
 def _max_tokens(sequences: Examples) -> int:
     return sequences.max_tokens if isinstance(sequences, Sequences) else max(2, sequences.longest)
-
-
-@contextmanager
-def opened_store(
-    output: str | Path,
-    inputs: FitInputs,
-    world: World,
-    tell: Callable[[str], None] = lambda line: None,
-    *,
-    overwrite: bool,
-    show_progress: bool,
-) -> Iterator[tuple[FactorSink, Checkpoints]]:
-    """A store that worker 0 writes, or what it has found there, and how passes are saved beside it.
-
-    Args:
-        output: The store's directory.
-        inputs: What the run begins with.
-        world: The workers.
-        tell: Takes a line of text for people.
-        overwrite: Whether a store that is there and cannot be gone on with is replaced.
-        show_progress: Whether worker 0 shows how far it is with comparing what is there.
-
-    Raises:
-        OutputError: It cannot be written; or holds a finished store, or a run of another
-            configuration, model, data or software, that is not to be overwritten.
-    """
-    versions = software()
-    begins = {
-        "data": inputs.sequences.fingerprint,
-        "task": inputs.task.name,
-        "fingerprint of the task": inputs.task_fingerprint,
-        "model": inputs.fingerprints.whole,
-        **{
-            f"{name} in the model's configuration": value
-            for name, value in leaves(configuration(inputs.model)).items()
-        },
-        "attention implementation": attention_implementation(inputs.model),
-        **{f"version of {name}": versions[name] for name in NUMERIC_SOFTWARE},
-    }
-
-    def opened() -> StoreWriter:
-        writer = StoreWriter(output, inputs.config.as_dict(), begins, replace=overwrite)
-        sizes = sum(listed["bytes"] for listed in writer.files.values())
-        with Progress("verifying", total=sizes, unit="bytes", enabled=show_progress) as progress:
-            lost = writer.keep_whole(progress.update)
-        for file in lost:
-            tell(f"damaged       {file} has changed since it was written; it is made again")
-        if writer.earlier.files or writer.earlier.records:
-            tell(f"goes on       {len(writer.earlier.files)} files are in place")
-        if writer.replaces:
-            tell(f"replaces      the store in {output}, once something of this run is on the disk")
-        return writer
-
-    writer = world.on_main(opened)
-    try:
-        found = world.share(None if writer is None else writer.earlier)
-        sink = NoStore(found) if writer is None else writer
-        checkpoints, minutes = Checkpoints(), inputs.config.save_minutes
-        if minutes is not None:
-            checkpoints = SavedCheckpoints(
-                output, world, sink, inputs.sequences, inputs.step_tokens, minutes
-            )
-        yield sink, checkpoints
-    finally:
-        if writer is not None:
-            writer.close()
-
-
-def check_inputs(
-    config: EstimateConfig,
-    model: nn.Module,
-    sequences: Examples,
-    world: World,
-    task: Task = CAUSAL_LM,
-) -> FitInputs:
-    """Finds the modules and checks, on every worker, all that can be known to fail later.
-
-    Raises:
-        ModelError: As `discover` does.
-        DataError: A sequence is longer than the model's context, or has tokens it does not know.
-        LaunchError: Workers hold different data or models.
-        DecompositionError: A factor is too large for worker 0's device.
-    """
-    probe = None
-    with world.agree():
-        advice = "set data.max_tokens to {context} or less"
-        if isinstance(sequences, TaskExamples):
-            advice = "cut the examples to {context} or less"
-        check_sequences(model, sequences, advice)
-    if isinstance(sequences, TaskExamples):
-        require_harmless_padding(model, sequences, task, world, config.batch_tokens)
-        with world.agree():
-            probe = few_examples(task, model, sequences).to(world.device)
-    discovery = find(model, config.model.modules, world, task, probe)
-    main_device = torch.device(world.share(world.device.type))
-    with world.agree():
-        for factor, size in discovery.factors.items():
-            largest = max(block_sizes(size, config.factors.blocks))
-            check_size(factor, largest, main_device)
-    world.require_same("data, by fingerprint,", sequences.fingerprint)
-    step = world.share(step_tokens(config.batch_tokens, world.device))  # all cut alike
-    sequences = exactly_batched(model, sequences, task, world, step)
-    weights = model_fingerprints(model, discovery.modules, world)
-    code = task_fingerprint(task)
-    return FitInputs(config, model, sequences, discovery, weights, task, code, step)

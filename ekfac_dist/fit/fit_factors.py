@@ -5,7 +5,6 @@ same run has left there is not done again.
 """
 
 import socket
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +44,7 @@ from ekfac_dist.passes.state import PassState
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.memory import as_text, available_bytes, peak_bytes
 from ekfac_dist.runtime.processes import World
+from ekfac_dist.runtime.progress import show_line
 
 
 def fit_factors(
@@ -64,7 +64,7 @@ def fit_factors(
         checkpoints: How passes are saved.
         show_progress: Whether worker 0 shows progress.
     """
-    factors = inputs.config.factors
+    factors = inputs.settings.factors
     sequences, discovery = inputs.sequences, inputs.discovery
     own = worker_batches(
         sequences.num_positions,
@@ -101,7 +101,7 @@ def _number_of_groups(
     Raises:
         ConfigError: No number of them fits.
     """
-    configured = inputs.config.factors.partitions
+    configured = inputs.settings.factors.partitions
     if configured != "auto":
         return int(configured)
     record = sink.earlier.records.get("groups")
@@ -112,7 +112,7 @@ def _number_of_groups(
     free = available_bytes(world.device) // places.count(places[world.rank])
     hosts = [host for host, _ in places]
     free_host = available_bytes(torch.device("cpu")) // hosts.count(hosts[world.rank])
-    factors, on_cpu = inputs.config.factors, world.device.type == "cpu"
+    factors, on_cpu = inputs.settings.factors, world.device.type == "cpu"
     needed = memory(modules, StepMemory.nothing(), 0, share, factors=factors, on_cpu=on_cpu)
     wanted: int | None = 1
     # Groups make sums smaller, and nothing else.
@@ -388,7 +388,7 @@ class _Group:
 
     def _say_resumed(self, stage: str, state: PassState) -> None:
         if state.is_resumed and self.work.show_progress and self.work.world.is_main:
-            print(f"{self._shown(stage):<12} goes on", file=sys.stderr, flush=True)
+            show_line(self._shown(stage), "goes on")
 
     def _add(self, stage: str, told: Mapping[str, Any]) -> None:
         """Adds what a stage took, and its loss, to the summary."""

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from ekfac_dist.config import EstimateConfig
 from ekfac_dist.data.batches import padded_sizes, plan_batches
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.data.sequences import Sequences
+from ekfac_dist.fit.settings import FitSettings
 from ekfac_dist.models.capture.tasks import Task
 from ekfac_dist.models.find.discovery import Discovery
 from ekfac_dist.models.load.configuration import attention_implementation, configuration
@@ -49,7 +49,7 @@ class FitInputs:
     """What a run starts from, once everything is loaded and found good.
 
     Attributes:
-        config: The run's whole configuration.
+        settings: The settings of the fit.
         model: The model, on the worker's device.
         sequences: All sequences.
         discovery: What is tracked.
@@ -59,7 +59,7 @@ class FitInputs:
         step_tokens: Largest number of positions of a batch, padding included.
     """
 
-    config: EstimateConfig
+    settings: FitSettings
     model: nn.Module
     sequences: Examples
     discovery: Discovery
@@ -92,13 +92,14 @@ def coverage_line(discovery: Discovery) -> str:
 
 def store_manifest(inputs: FitInputs, summary: FitSummary) -> dict[str, Any]:
     """Every entry of the manifest but format, complete and files."""
-    config, sequences, discovery = inputs.config, inputs.sequences, summary.discovery
+    config, sequences, discovery = inputs.settings.recorded, inputs.sequences, summary.discovery
+    fitted = inputs.settings.factors
     num_positions = int(sequences.num_positions.sum())
     counts, coverage = sequences.counts, discovery.coverage
     return {
         "model": {
-            "name": config.model.name,
-            "revision": config.model.revision,
+            "name": config["model"]["name"],
+            "revision": config["model"]["revision"],
             "class": class_of(inputs.model).__name__,
             "dtype": str(next(inputs.model.parameters()).dtype).removeprefix("torch."),
             "fingerprint": inputs.fingerprints.tracked,
@@ -109,13 +110,13 @@ def store_manifest(inputs: FitInputs, summary: FitSummary) -> dict[str, Any]:
             "attention": attention_implementation(inputs.model),
         },
         "data": {
-            "source": config.data.source,
-            "split": config.data.split,
+            "source": config["data"]["source"],
+            "split": config["data"]["split"],
             "fingerprint": sequences.fingerprint,
             "num_sequences": len(sequences),
             "num_positions": num_positions,
             "num_labels": summary.num_labels,
-            "max_tokens": config.data.max_tokens,
+            "max_tokens": config["data"]["max_tokens"],
             "num_rows": counts.rows,
             "num_unlabelled": counts.unlabelled,
             "num_truncated": counts.truncated,
@@ -123,9 +124,9 @@ def store_manifest(inputs: FitInputs, summary: FitSummary) -> dict[str, Any]:
             "num_split_tokens": counts.split,
         },
         "fisher": {
-            "labels": config.factors.labels,
-            "seed": config.factors.seed,
-            "refit": config.factors.refit,
+            "labels": fitted.labels,
+            "seed": fitted.seed,
+            "refit": fitted.refit,
             "task": inputs.task.name,
             "task_fingerprint": inputs.task_fingerprint,
         },
@@ -146,8 +147,8 @@ def store_manifest(inputs: FitInputs, summary: FitSummary) -> dict[str, Any]:
                 **({"loss": summary.losses[name]} if name in summary.losses else {}),
             }
             for name, seconds in summary.seconds.items()
-            if name != "refit" or config.factors.refit != "none"
+            if name != "refit" or fitted.refit != "none"
         },
         "software": software(),
-        "config": config.as_dict(),
+        "config": config,
     }

@@ -39,23 +39,22 @@ from ekfac_dist.models.modules import device_of
 from ekfac_dist.passes.sequences import check_sequences, load_with_rows
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.heartbeat import heartbeat
+from ekfac_dist.runtime.logs import log_on_main
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.same_settings import require_same_settings
-from ekfac_dist.runtime.terminal import show
 
 
-def run_query(config: QueryConfig, world: World, say: Any = show) -> Answer:
+def run_query(config: QueryConfig, world: World) -> Answer:
     """Answers the configured queries and writes the results; an unfinished run is gone on with.
 
     Args:
         config: The run's configuration.
         world: The workers.
-        say: Takes a line of text for people; called on worker 0 only.
 
     Raises:
         UserError: Anything that the user can mend, on every worker.
     """
-    tell = say if world.is_main else (lambda line: None)
+    tell = log_on_main(world)
     output, queries_file, store = map(str, (config.output, config.queries, config.factors))
     start = time.perf_counter()
     whole_config = config.as_dict()
@@ -250,8 +249,7 @@ def influence_scores(
         comparison.warn()
     watching = heartbeat(world, owns_process=False)
     with watching, torch.inference_mode(False), prepared(model):
-        say = show if progress and world.is_main else (lambda line: None)
-        scores = compute_scores(context, asked, scored, config, say)
+        scores = compute_scores(context, asked, scored, config, log_on_main(world))
     scores.model_differs, scores.not_compared = comparison.differs, comparison.not_compared
     return scores
 

@@ -1,89 +1,88 @@
-"""A lock on a directory, held by a process for as long as it lives: a dead owner holds nothing."""
+"""A lock on a directory that one run writes to; it ends with the process that holds it.
 
-import fcntl
+The lock is the file `.lock` in the directory, locked by `filelock`; its content names the holder.
+"""
+
+import errno
 import json
 import os
 import socket
 from contextlib import suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from ekfac_dist.errors import OutputError
 
 LOCK = ".lock"
 
+# Long enough for a second attempt if the file is removed between its opening and its locking.
+_PATIENCE_SECONDS = 0.2
+_POLL_SECONDS = 0.05
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
 
 class DirectoryLock:
-    """The lock of a directory that one run writes to.
+    """The lock of a directory, held from its creation to `release` or the end of the process.
 
     Args:
-        directory: The directory; it is there.
+        directory: An existing directory.
 
     Raises:
-        OutputError: Another process holds it, and is named; or the file system cannot lock.
+        OutputError: If another process holds the lock, which is named, or if the directory cannot
+            be written to or its file system has no locks.
     """
 
     def __init__(self, directory: Path) -> None:
-        self._path = directory / LOCK
-        while True:
-            self._file = _locked(directory, os.O_RDWR | os.O_CREAT)
-            with suppress(FileNotFoundError):
-                if os.fstat(self._file).st_ino == self._path.stat().st_ino:
-                    break
-            os.close(self._file)  # it was released, and removed, between the two
-        with suppress(OSError):  # on a full disk it is not said who holds it
-            os.ftruncate(self._file, 0)
-            os.write(self._file, json.dumps([os.getpid(), socket.gethostname()]).encode())
+        self._file = directory / LOCK
+        self._lock: FileLock | None = _locked(directory)
+        with suppress(OSError):  # on a full disk the holder stays unnamed
+            self._file.write_text(json.dumps([os.getpid(), socket.gethostname()]))
 
     def release(self) -> None:
-        """Gives it up, and leaves nothing behind; once is enough."""
-        if self._file < 0:
+        """Releases the lock and removes its file; does nothing the second time."""
+        if self._lock is None:
             return
-        with suppress(FileNotFoundError):
-            self._path.unlink()
-        os.close(self._file)
-        self._file = -1
+        self._file.unlink(missing_ok=True)
+        self._lock.release()
+        self._lock = None
 
 
 def require_unlocked(directory: Path) -> None:
-    """Refuses a directory that another process holds, without touching anything.
+    """Refuses a directory that another process has locked; changes nothing in it.
 
     Raises:
-        OutputError: As `DirectoryLock` does.
+        OutputError: As of `DirectoryLock`.
     """
-    with suppress(FileNotFoundError):
-        os.close(_locked(directory, os.O_RDWR))
+    if (directory / LOCK).exists():
+        _locked(directory).release()
 
 
-def _locked(directory: Path, flags: int) -> int:
+def _locked(directory: Path) -> FileLock:
+    lock = FileLock(directory / LOCK, fallback_to_soft=False)
     try:
-        file = os.open(directory / LOCK, flags, 0o644)
+        lock.acquire(timeout=_PATIENCE_SECONDS, poll_interval=_POLL_SECONDS)
+    except Timeout as error:
+        raise OutputError(
+            f"output {directory} is being written by another run{_holder(directory / LOCK)}; wait "
+            "for its end, or give another directory."
+        ) from error
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and not flags & os.O_CREAT:
-            raise  # nobody holds it
+        if error.errno in _NO_LOCKS:
+            raise OutputError(
+                f"output {directory} cannot be locked: {error.strerror or error}; give a directory "
+                "on a file system that has locks."
+            ) from error
         raise OutputError(
             f"output {directory} cannot be written: {error.strerror or error}; give another "
             "directory."
         ) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        owner = os.read(file, 1000)
-        os.close(file)
-        raise OutputError(
-            f"output {directory} is being written by another run{_in_words(owner)}; wait for its "
-            "end, or give another directory."
-        ) from error
-    except OSError as error:
-        os.close(file)
-        raise OutputError(
-            f"output {directory} cannot be locked: {error.strerror or error}; give a directory on "
-            "a file system that has locks."
-        ) from error
-    return file
+    return lock
 
 
-def _in_words(owner: bytes) -> str:
-    with suppress(ValueError):
-        process, host = json.loads(owner)
+def _holder(file: Path) -> str:
+    """Process and host that a lock's file names, for a sentence; "" where it names none."""
+    with suppress(OSError, ValueError):
+        process, host = json.loads(file.read_text())
         return f" (process {process} on {host})"
     return ""

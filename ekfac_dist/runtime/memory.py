@@ -1,17 +1,26 @@
-"""Memory: what is free, and this worker's peak, for the closing summary."""
+"""Memory and disk space that are free, and this worker's own use of memory, in bytes.
+
+`psutil` reads what the host has; the limits of control groups, by which schedulers and containers
+cut a process's memory, are read here, for `psutil` does not know them.
+"""
 
 import resource
 import shutil
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
 def peak_bytes(device: torch.device) -> dict[str, int]:
-    """Peak memory so far: {"host": bytes} and, on a CUDA device, {"device": bytes} beside it."""
+    """This process's peak memory so far, in bytes.
+
+    Returns:
+        "host", and on a CUDA device "device" beside it.
+    """
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if device.type == "cuda":
@@ -20,22 +29,14 @@ def peak_bytes(device: torch.device) -> dict[str, int]:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that is free: a CUDA device's own, or the host's, as its kernel says.
-
-    Where a kernel does not say (other than Linux's) there is no limit.
-    """
+    """Free memory of a CUDA device, or of the host within this process's control groups."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        told = Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:
-        return sys.maxsize
-    lines = dict(line.split(":", 1) for line in told.splitlines() if ":" in line)
-    return min(int(lines["MemAvailable"].split()[0]) * 1024, _left_of_control_group())
+    return min(psutil.virtual_memory().available, _left_of_control_groups())
 
 
-def _left_of_control_group() -> int:
-    """What a scheduler's or a container's limits leave to this process."""
+def _left_of_control_groups() -> int:
+    """The least that any control group around this process leaves; `sys.maxsize` without limits."""
     left = sys.maxsize
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
@@ -54,37 +55,33 @@ def _left_of_control_group() -> int:
         group = root / path.strip("/")
         for folder in (group, *group.parents):
             if folder.is_relative_to(root):
-                left = min(left, _left_of(folder, *files))
+                left = min(left, _left_of_group(folder, *files))
     return max(0, left)
 
 
-def _left_of(folder: Path, limit_file: str, usage_file: str, cache: str) -> int:
-    """The limit of one group, less what is used and cannot be given up at once."""
+def _left_of_group(folder: Path, limit_file: str, usage_file: str, cache_field: str) -> int:
+    """A control group's limit, less its memory that cannot be reclaimed at once."""
     try:
         limit = (folder / limit_file).read_text().strip()
         usage = int((folder / usage_file).read_text())
-        told = (folder / "memory.stat").read_text().splitlines()
+        stat_lines = (folder / "memory.stat").read_text().splitlines()
     except OSError:
         return sys.maxsize
-    stat = dict(line.split() for line in told)
     if limit == "max":
         return sys.maxsize
-    return int(limit) - usage + int(stat.get(cache, 0))
+    reclaimable = dict(line.split() for line in stat_lines).get(cache_field, 0)
+    return int(limit) - usage + int(reclaimable)
 
 
 def own_bytes() -> int:
-    """What this process holds of the host's memory now; 0 where a kernel does not say."""
-    try:
-        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
-    except OSError:
-        return 0
-    return int(pages) * resource.getpagesize()
+    """This process's resident memory now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def free_disk_bytes(path: Path) -> int:
-    """What can still be written where a path is, or would be."""
-    there = next(p for p in (path, *path.absolute().parents) if p.exists())
-    return shutil.disk_usage(there).free
+    """Free space on the disk of a path, which need not exist yet."""
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    return shutil.disk_usage(existing).free
 
 
 def as_text(num_bytes: float) -> str:

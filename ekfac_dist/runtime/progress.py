@@ -24,6 +24,11 @@ def clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
+def show_line(name: str, text: str) -> None:
+    """Shows a line about a stage of work where its progress is shown, on standard error."""
+    print(f"{name:<12} {text}", file=sys.stderr, flush=True)
+
+
 class Progress:
     """Shows how far one stage of work is.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ekfac_dist.config import leaves
+from ekfac_dist.config import dotted
 from ekfac_dist.errors import OutputError
 
 
@@ -25,7 +25,7 @@ def require_same_config(
     Raises:
         OutputError: They differ; the fields are named with both values.
     """
-    before, now = leaves(found), leaves(json.loads(json.dumps(config)))
+    before, now = dotted(found), dotted(json.loads(json.dumps(config)))
     for field in may_change:
         before.pop(field, None)
         now.pop(field, None)
@@ -53,7 +53,7 @@ def require_same_beginning(
     Raises:
         OutputError: Something differs, and is named with both values.
     """
-    before, now = leaves(found if isinstance(found, dict) else {}), leaves(begins)
+    before, now = dotted(found if isinstance(found, dict) else {}), dotted(begins)
     for name in {**before, **now}:
         old, new = before.get(name), now.get(name)
         if isinstance(old, float) and isinstance(new, float):

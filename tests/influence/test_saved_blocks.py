@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from refusals import contents
-from workshop import save_tiny_llama, texts, write_jsonl
+from workshop import logged, save_tiny_llama, texts, write_jsonl
 
 from ekfac_dist import cli
 from ekfac_dist.config import (
@@ -100,7 +100,7 @@ def fit(root: Path, store: Path, seed: int = 0) -> None:
         factors=FactorsConfig(seed=seed),
         output=str(store),
     )
-    run_estimate(config, World.start(), lambda line: None)
+    run_estimate(config, World.start())
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +134,9 @@ def asked(root: Path, output: Path, name: str, **changes) -> QueryConfig:
 
 def ask(root: Path, output: Path, name: str, **changes) -> list[str]:
     """Answers the queries; gives what was said."""
-    said: list[str] = []
-    run_query(asked(root, output, name, **changes), World.start(), said.append)
-    return said
+    with logged() as lines:
+        run_query(asked(root, output, name, **changes), World.start())
+    return lines
 
 
 @contextmanager

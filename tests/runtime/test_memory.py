@@ -38,12 +38,12 @@ def test_the_narrowest_limit_around_the_process_counts(
     monkeypatch.setattr(
         Path, "read_text", lambda p, **o: line if p == Path("/proc/self/cgroup") else read(p, **o)
     )
-    assert memory._left_of_control_group() == 2 * GB
+    assert memory._left_of_control_groups() == 2 * GB
 
 
 def test_without_limits_there_is_what_the_host_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(memory, "_CONTROL_GROUPS", tmp_path)
-    assert memory._left_of_control_group() == sys.maxsize
+    assert memory._left_of_control_groups() == sys.maxsize
     assert 10**8 < memory.available_bytes(torch.device("cpu")) < sys.maxsize
 
 

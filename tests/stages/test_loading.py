@@ -5,7 +5,7 @@ import json
 import pytest
 from datasets import Dataset
 from rewriting import REWRITERS, rewrite_with_time_restored
-from workshop import save_tiny_llama, texts, tiny_tokenizer, write_jsonl
+from workshop import logged, save_tiny_llama, texts, tiny_tokenizer, write_jsonl
 
 from ekfac_dist.config import DataConfig, EstimateConfig, FactorsConfig, ModelConfig, QueryConfig
 from ekfac_dist.data.sequences import from_examples
@@ -58,15 +58,15 @@ def test_an_estimate_reads_a_rewritten_file_anew_and_one_that_has_begun_is_not_g
     path, world = tmp_path / "rows.jsonl", World.start()
     before, after = texts(5, seed=1), texts(5, seed=2)
     REWRITERS["rows.jsonl"](path, before)
-    run_estimate(config_of(model, path, tmp_path / "one"), world, lambda line: None)
+    run_estimate(config_of(model, path, tmp_path / "one"), world)
     with monkeypatch.context() as stopped:
         stopped.setattr(fit, "run_eigenbasis", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            run_estimate(config_of(model, path, tmp_path / "two"), world, lambda line: None)
+            run_estimate(config_of(model, path, tmp_path / "two"), world)
     rewrite_with_time_restored("rows.jsonl", path, after)
     with pytest.raises(OutputError, match="data"):
-        run_estimate(config_of(model, path, tmp_path / "two"), world, lambda line: None)
-    run_estimate(config_of(model, path, tmp_path / "three"), world, lambda line: None)
+        run_estimate(config_of(model, path, tmp_path / "two"), world)
+    run_estimate(config_of(model, path, tmp_path / "three"), world)
     for output, rows in (("one", before), ("three", after)):
         manifest = json.loads((tmp_path / output / "manifest.json").read_text())
         assert manifest["data"]["fingerprint"] == tokens(rows)
@@ -85,9 +85,9 @@ def test_the_texts_of_results_are_those_that_were_scored_and_split_tokens_are_to
         for k, text in enumerate(texts(6, words=(1, 4)))
     ]
     Dataset.from_list(rows).save_to_disk(path)
-    said = []
     config = config_of(model, path, tmp_path / "store", prompt="prompt")
-    run_estimate(config, world, said.append)
+    with logged() as said:
+        run_estimate(config, world)
     manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
     assert manifest["data"]["num_split_tokens"] == 3
     assert any("in 3 of 6 rows, first in row 1" in line for line in said)
@@ -100,17 +100,16 @@ def test_the_texts_of_results_are_those_that_were_scored_and_split_tokens_are_to
         queries=str(write_jsonl(tmp_path / "queries.jsonl", queries)),
         output=str(tmp_path / "scores"),
     )
-    told = []
 
-    def tell(line):
-        told.append(line)
+    def change_source(line):
         if line.startswith("data "):  # the sequences are read; the scoring begins
             others = [{"prompt": "", "text": "other"}] * 6
             Dataset.from_list(others).save_to_disk(tmp_path / "others")
             for file in (tmp_path / "others").iterdir():
                 file.replace(path / file.name)
 
-    run_query(query, world, tell)
+    with logged(change_source) as told:
+        run_query(query, world)
     top = [json.loads(line) for line in (tmp_path / "scores/top.jsonl").read_text().splitlines()]
     assert len(top) == 2 * 6
     for line in top:

@@ -22,8 +22,8 @@ from ekfac_dist.config import (
     EstimateConfig,
     ModelConfig,
     QueryConfig,
-    field_names,
-    leaves,
+    dotted,
+    field_types,
 )
 from ekfac_dist.errors import LaunchError
 from ekfac_dist.runtime import same_settings as agreement
@@ -37,7 +37,7 @@ ESTIMATE = EstimateConfig(
 QUERY = QueryConfig(factors="f", queries="q", output="o")
 QUERY.scores.candidates = "rows.txt"
 QUERY.damping.modules = {"*": 0.3}
-FIELDS = [(config, name) for config in (ESTIMATE, QUERY) for name in field_names(type(config))]
+FIELDS = [(config, name) for config in (ESTIMATE, QUERY) for name in field_types(type(config))]
 
 
 class Two(World):
@@ -56,7 +56,7 @@ class Two(World):
 
 @pytest.mark.parametrize(("config", "name"), FIELDS)
 def test_every_field_of_a_configuration_is_compared_but_for_paths(config, name):
-    settings = leaves(config.as_dict())
+    settings = dotted(config.as_dict())
     key = next(key for key in settings if key == name or key.startswith(f"{name}."))
     other = "another" if isinstance(settings[key], str) else -1
 

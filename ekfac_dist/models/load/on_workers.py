@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from ekfac_dist.config import ModelConfig, leaves
+from ekfac_dist.config import ModelConfig, dotted
 from ekfac_dist.errors import LaunchError, ModelError
 from ekfac_dist.models.load.configuration import attention_implementation, configuration
 from ekfac_dist.models.load.fingerprints import Fingerprints, fingerprints, narrower_dtypes
@@ -127,7 +127,7 @@ def require_same_model(model: nn.Module, found: Fingerprints, world: World) -> N
     world.require_same("model weights, by fingerprint,", found.tracked)
     world.require_same("model weights outside the tracked modules, by fingerprint,", found.whole)
     settings = {
-        **leaves(configuration(model)),
+        **dotted(configuration(model)),
         "class": class_of(model).__name__,
         "attention implementation": attention_implementation(model),
     }

@@ -1,0 +1,158 @@
+"""The start of a fit: checks of model and data on all workers, and the store that is opened."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ekfac_dist.config import dotted
+from ekfac_dist.curvature.blocks import block_sizes
+from ekfac_dist.curvature.costs import step_tokens
+from ekfac_dist.curvature.eigenbasis import check_size
+from ekfac_dist.data.examples import Examples, TaskExamples
+from ekfac_dist.factors.sinks import FactorSink, NoStore
+from ekfac_dist.factors.writer import StoreWriter
+from ekfac_dist.fit.checkpoints import Checkpoints, SavedCheckpoints
+from ekfac_dist.fit.manifest import FitInputs
+from ekfac_dist.fit.settings import FitSettings
+from ekfac_dist.models.capture.task_fingerprint import task_fingerprint
+from ekfac_dist.models.capture.tasks import CAUSAL_LM, Task, few_examples
+from ekfac_dist.models.find.on_workers import find
+from ekfac_dist.models.load.configuration import attention_implementation, configuration
+from ekfac_dist.models.load.on_workers import model_fingerprints
+from ekfac_dist.passes.sequences import (
+    check_sequences,
+    exactly_batched,
+    require_harmless_padding,
+)
+from ekfac_dist.runtime.processes import World
+from ekfac_dist.runtime.progress import Progress
+from ekfac_dist.runtime.software import NUMERIC_SOFTWARE, software
+
+
+def check_inputs(
+    settings: FitSettings,
+    model: nn.Module,
+    sequences: Examples,
+    world: World,
+    task: Task = CAUSAL_LM,
+) -> FitInputs:
+    """Finds the modules to track, and refuses now, on every worker, what would fail later.
+
+    Args:
+        settings: The settings of the fit.
+        model: The prepared model.
+        sequences: All sequences.
+        world: The workers.
+        task: What the model is asked, and what its loss is.
+
+    Raises:
+        ModelError: As of `discover`, or if what the model gives a sequence depends on its batch.
+        DataError: If a sequence is longer than the model's context or has an unknown token.
+        LaunchError: If workers hold different data or models.
+        DecompositionError: If a factor is too large for worker 0's device.
+    """
+    probe = None
+    with world.agree():
+        advice = "set data.max_tokens to {context} or less"
+        if isinstance(sequences, TaskExamples):
+            advice = "cut the examples to {context} or less"
+        check_sequences(model, sequences, advice)
+    if isinstance(sequences, TaskExamples):
+        require_harmless_padding(model, sequences, task, world, settings.batch_tokens)
+        with world.agree():
+            probe = few_examples(task, model, sequences).to(world.device)
+    discovery = find(model, settings.modules, world, task, probe)
+    main_device = torch.device(world.share(world.device.type))
+    with world.agree():
+        for factor, size in discovery.factors.items():
+            largest = max(block_sizes(size, settings.factors.blocks))
+            check_size(factor, largest, main_device)
+    world.require_same("data, by fingerprint,", sequences.fingerprint)
+    step = world.share(step_tokens(settings.batch_tokens, world.device))  # the same batches for all
+    return FitInputs(
+        settings,
+        model,
+        exactly_batched(model, sequences, task, world, step),
+        discovery,
+        model_fingerprints(model, discovery.modules, world),
+        task,
+        task_fingerprint(task),
+        step,
+    )
+
+
+@contextmanager
+def opened_store(
+    output: str | Path,
+    inputs: FitInputs,
+    world: World,
+    tell: Callable[[str], None] = lambda line: None,
+    *,
+    overwrite: bool,
+    show_progress: bool,
+) -> Iterator[tuple[FactorSink, Checkpoints]]:
+    """Opens the store that worker 0 writes, new or of an unfinished run, and its saved states.
+
+    Args:
+        output: The store's directory.
+        inputs: What the run starts from.
+        world: The workers.
+        tell: Takes a line of text for people.
+        overwrite: Whether a store that cannot be resumed is replaced.
+        show_progress: Whether worker 0 shows the progress of verifying an unfinished store.
+
+    Yields:
+        Where factors go, and how the states of passes are saved.
+
+    Raises:
+        OutputError: If the directory cannot be written, or holds a finished store or the run of
+            another configuration, model, data or software that is not to be overwritten.
+    """
+
+    def opened() -> StoreWriter:
+        writer = StoreWriter(output, inputs.settings.recorded, _identity(inputs), replace=overwrite)
+        size = sum(listed["bytes"] for listed in writer.files.values())
+        with Progress("verifying", total=size, unit="bytes", enabled=show_progress) as progress:
+            lost_files = writer.keep_whole(progress.update)
+        for file in lost_files:
+            tell(f"damaged       {file} has changed since it was written; it is made again")
+        if writer.earlier.files or writer.earlier.records:
+            tell(f"goes on       {len(writer.earlier.files)} files are in place")
+        if writer.replaces:
+            tell(f"replaces      the store in {output}, once something of this run is on the disk")
+        return writer
+
+    writer = world.on_main(opened)
+    try:
+        earlier = world.share(None if writer is None else writer.earlier)
+        sink = NoStore(earlier) if writer is None else writer
+        checkpoints, minutes = Checkpoints(), inputs.settings.save_minutes
+        if minutes is not None:
+            checkpoints = SavedCheckpoints(
+                output, world, sink, inputs.sequences, inputs.step_tokens, minutes
+            )
+        yield sink, checkpoints
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _identity(inputs: FitInputs) -> dict[str, Any]:
+    """What must be the same, beside the configuration, for an unfinished run to be resumed."""
+    versions = software()
+    return {
+        "data": inputs.sequences.fingerprint,
+        "task": inputs.task.name,
+        "fingerprint of the task": inputs.task_fingerprint,
+        "model": inputs.fingerprints.whole,
+        **{
+            f"{name} in the model's configuration": value
+            for name, value in dotted(configuration(inputs.model)).items()
+        },
+        "attention implementation": attention_implementation(inputs.model),
+        **{f"version of {name}": versions[name] for name in NUMERIC_SOFTWARE},
+    }

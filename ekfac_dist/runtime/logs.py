@@ -1,0 +1,44 @@
+"""Lines for people, through Python's `logging` under the name "ekfac_dist".
+
+A library's user decides what becomes of them. The command line prints them; see `printed`.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ekfac_dist.runtime.processes import World
+from ekfac_dist.runtime.terminal import show, visible
+
+LOGGER = logging.getLogger("ekfac_dist")
+
+
+def log_on_main(world: World) -> Callable[[str], None]:
+    """A function that logs a line at level INFO, on worker 0; on other workers it does nothing."""
+    return _log_line if world.is_main else _ignore_line
+
+
+def _log_line(line: str) -> None:
+    LOGGER.info("%s", line)
+
+
+def _ignore_line(line: str) -> None:
+    pass
+
+
+@contextmanager
+def printed() -> Iterator[None]:
+    """Prints what is logged on standard output, a line each, control characters made visible."""
+    handler, level = _PrintingHandler(), LOGGER.level
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(level)
+
+
+class _PrintingHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        show(visible(record.getMessage()))

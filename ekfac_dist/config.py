@@ -179,8 +179,8 @@ class EstimateConfig:
         factors: What is fitted.
         batch_tokens: Most tokens in a batch, per worker and step, padding included; on a CPU not
             more than 1024 a thread.
-        save_minutes: Minutes between savings of an unfinished pass's sums; 0: after every step; null:
-            never.
+        save_minutes: Minutes between savings of an unfinished pass's sums; 0: after every step;
+            null: never.
         output: Directory of the factor store.
     """
 

@@ -35,9 +35,9 @@ ekfac-dist estimate --config configs/gpt2.yaml --data.source corpus.jsonl --outp
 ```
 
 Values on the command line are written as in YAML: `--model.modules '["*.mlp.*"]'`,
-`--save_minutes null`. An unknown field is refused, and the nearest known one is named. A `~` in a YAML
-file stands for the home directory in `output`, in `estimate`'s `model.name` and `data.source`, and
-in `query`'s `factors` and `queries`.
+`--save_minutes null`. An unknown field is refused, and the nearest known one is named. A `~` in a
+YAML file stands for the home directory in `output`, in `estimate`'s `model.name` and `data.source`,
+and in `query`'s `factors` and `queries`.
 `ekfac-dist COMMAND --help` prints the tables below, and `--print_config` the whole configuration
 that a command would run with. A field without a default must be given.
 
@@ -60,9 +60,9 @@ weights are refused. `pip install -e '.[peft]'` adds what adapters need, `pip in
 DATA = """\
 ### Which text
 
-Files are read by their ending; a directory is one that `save_to_disk` of `datasets` wrote. A space between a prompt and its text belongs to the text. Sequences
-without a label are left out and counted. A local file is known by its content, not by its path or
-its time of change.
+Files are read by their ending; a directory is one that `save_to_disk` of `datasets` wrote. A space
+between a prompt and its text belongs to the text. Sequences without a label are left out and
+counted. A local file is known by its content, not by its path or its time of change.
 """
 
 FACTORS = """\

@@ -72,12 +72,12 @@ class ModelConfig:
     Args:
         name: Hub id or local directory of a causal language model with safetensors weights.
         revision: Hub revision (branch, tag or commit).
-        dtype: float64, float32, bfloat16, float16, or auto for the dtype of the stored weights.
-        modules: Globs of module names to track, such as '*.mlp.*'; null: every MLP linear, or an
-            adapter's matrices on them.
+        dtype: Of weights and activations; auto: that of the stored weights.
+        modules: Globs of names of modules to track, such as '*.mlp.*'; null: every MLP linear,
+            or an adapter's matrices on them.
         adapter: Hub id or local directory of a PEFT LoRA adapter for the model.
-        merge_adapter: Merge the adapter into the weights, and track those.
-        quantization: Hold linear weights in 8bit or 4bit (with bitsandbytes); null: as stored.
+        merge_adapter: Merge the adapter and track the merged weights, not its own matrices.
+        quantization: Load linear weights in 8bit or 4bit (bitsandbytes); null: as stored.
         device_map: How Accelerate spreads a single worker's model over devices; null: all on one.
         trust_remote_code: Run Python code that comes with the model.
     """
@@ -119,9 +119,9 @@ class DataConfig:
         subset: Which subset of a hub data set that has several.
         split: Which split of the source.
         text: Column that holds the text.
-        prompt: Column whose tokens come first and carry no label.
+        prompt: Column of a text that comes before it and whose tokens carry no label.
         max_tokens: Longer sequences are cut to this many tokens, and counted.
-        max_sequences: Use only this many sequences, the first; null: all.
+        max_sequences: Use only the first so many sequences; null: all.
     """
 
     source: str | None = None
@@ -151,13 +151,13 @@ class FactorsConfig:
         labels: sampled: from the model's own softmax (true Fisher); data: the data's own labels
             (empirical Fisher).
         seed: Seed of the sampled labels.
-        refit: How the eigenvalues are corrected: per_sequence, per_token, or none (K-FAC).
+        refit: Kind of Λ: per_sequence; per_token (faster, approximate); or none (K-FAC).
         accumulate: Precision of every running sum, float32 or float64.
-        eigen: Who decomposes the factors: rank0 alone, or every worker its share (sharded).
-        partitions: How many groups of modules, one pair of passes each; auto: the fewest that fit
-            into the workers' memory.
-        blocks: Diagonal blocks of each factor, of about equal size; 1: factors are whole.
-        keep_covariance: Store the raw covariance sums; they double the disk.
+        eigen: Who decomposes factors: worker 0 alone, or every worker a share (sharded).
+        partitions: Groups of modules, with a pair of passes over the data each: more of them take
+            less memory and more time; auto: the fewest that fit into memory.
+        blocks: Diagonal blocks of each factor, for very large dimensions; 1: factors are whole.
+        keep_covariance: Store the raw covariance sums too; they about double the disk.
     """
 
     labels: Labels = "sampled"
@@ -191,9 +191,10 @@ class EstimateConfig:
         model: Which model.
         data: Which text.
         factors: What is fitted.
-        batch_tokens: Token budget of a batch, per worker and step, padding included.
-        save_minutes: How often each worker saves the state of a pass; 0: after every step; null:
-            never.
+        batch_tokens: Most tokens in a batch, per worker and step, padding included; on a CPU not
+            more than 1024 a thread.
+        save_minutes: Minutes between savings of an unfinished pass's sums; 0: after every step;
+            null: never.
         output: Directory of the factor store.
     """
 
@@ -223,15 +224,17 @@ class EstimateConfig:
 
 @dataclass(kw_only=True)
 class PlanConfig(EstimateConfig):
-    """What `plan` looks into: a run of `estimate`, and what it would have.
+    """What `plan` looks into: a run of `estimate`, and the machines that it would have.
 
     Args:
-        workers: How many workers; null: one for each GPU here, or one.
-        device_memory: Of each worker's device, such as 80GiB; null: what is free here.
-        fsdp: Whether the weights are sharded over the workers, as launch/accelerate/fsdp.yaml does.
-        sequences: How many sequences there are; null: data.max_sequences, or 1000.
-        gflops: Speed of each worker at products of float32 matrices, in GFLOP/s; null: measured
-            here.
+        workers: Number of workers; null: one for each GPU of this machine, or one.
+        device_memory: Memory of each worker's GPU, such as 80GiB; null: what is free on this
+            machine.
+        fsdp: Plan for weights that are sharded over the workers, as with
+            launch/accelerate/fsdp.yaml.
+        sequences: Number of sequences in the data; null: data.max_sequences, or 1000.
+        gflops: Speed of each worker at products of float32 matrices, in GFLOP/s; null: measured on
+            this machine.
     """
 
     workers: int | None = None
@@ -271,14 +274,15 @@ class QueryModelConfig:
 
     Args:
         name: Hub id or local directory.
-        revision: Hub revision.
-        dtype: float64, float32, bfloat16, float16 or auto.
+        revision: Hub revision (branch, tag or commit).
+        dtype: Of weights and activations: float64, float32, bfloat16, float16 or auto.
         adapter: Hub id or local directory of a PEFT LoRA adapter.
-        quantization: Hold linear weights in 8bit or 4bit.
-        device_map: Spread the model of a single worker over all devices; never taken from a store.
+        quantization: Quantise linear weights to 8bit or 4bit when they are loaded.
+        device_map: How Accelerate spreads the model of a single worker over its devices; null: all
+            on one device, however it was fitted.
         trust_remote_code: Run Python code that comes with the model; never taken from a store.
-        allow_changes: Answer with a model that differs from the fitted one outside the tracked
-            modules; the results say in what.
+        allow_changes: Answer even with a model that differs from the fitted one outside the
+            tracked modules; the results say in what.
     """
 
     name: str | None = None
@@ -312,9 +316,9 @@ class QueryDataConfig:
         subset: Which subset of a hub data set that has several.
         split: Which split of the source.
         text: Column that holds the text.
-        prompt: Column whose tokens come first and carry no label.
+        prompt: Column of a text that comes before it and whose tokens carry no label.
         max_tokens: Longer sequences are cut to this many tokens.
-        max_sequences: Use only this many sequences, the first.
+        max_sequences: Use only the first so many sequences.
     """
 
     source: str | None = None
@@ -352,9 +356,11 @@ class DampingConfig:
     """The damping λ of each module.
 
     Args:
-        value: λ of every module.
-        relative: Whether λ is a multiple of the module's mean(Λ), or absolute.
-        modules: Other values for some modules, by name or glob.
+        value: λ of every module: a multiple of mean(Λ) of the module or, with relative false, λ
+            itself.
+        relative: Whether values are multiples of the module's mean(Λ).
+        modules: Other values for some modules, by name or glob; a name goes before globs, and the
+            first glob that matches before the others.
     """
 
     value: float = 0.1
@@ -367,23 +373,28 @@ class ScoresConfig:
     """Which scores are computed, and how they are shown.
 
     Args:
-        normalize: none; cosine, relatif_l or relatif_theta (divide by the sequences' norms).
-        top_k: How many of the most positive sequences of a query to list; null: 20.
-        bottom_k: How many of the most negative; null: as many as top_k.
-        per_token: Scores of each position of the listed sequences (top), of all, or none.
+        normalize: What scores are divided by, against sequences that score high for every query:
+            none; cosine (both norms in the inner product of (F + λ)⁻¹); relatif_l (the root of
+            the sequence's self-influence) or relatif_theta (the norm of (F + λ)⁻¹ times its
+            gradient), both of RelatIF.
+        top_k: Length of each query's list of the most positive sequences; null: 20.
+        bottom_k: Length of its list of the most negative; null: as top_k.
+        per_token: Which sequences get a score for each of their positions: the listed ones (top),
+            all, or none.
         per_module: Store the scores of each module too.
         per_layer: Store the scores of each layer too.
         self_influence: Store each training sequence's influence on itself.
-        low_rank: Scan with query gradients of low rank; null: if a rank is given.
-        rank: That rank; null: 32.
-        rescore: Score this many sequences at either end of a query's scan again, exactly, and as
-            many spread over the data, to tell how good the scan was.
-        candidates: Score only these rows of the data: a list, or a file of them (JSON, or a row
-            number in each line).
-        training_size: How many sequences the model was trained on, if it was trained on this
-            data: then scores are told in nats too, to first order; null: no nats.
-        query_memory_gb: Each worker's budget for query gradients (powers of 1000); more queries
-            are answered in several blocks, one scan each.
+        low_rank: Whether the scan of the data uses query gradients of low rank, which take less
+            memory and give approximate scores; null: only if a rank is given.
+        rank: The rank of those gradients; null: 32.
+        rescore: After a scan of low rank, score so many sequences at either end of it again,
+            exactly, and as many spread evenly over the data, to tell how good the scan was.
+        candidates: Score only these sequences: a list of their indices in the data, from 0, or a
+            file of them (JSON, or an index in each line).
+        training_size: Number of sequences that the model was trained on, if it was trained on this
+            data: then scores are given in nats too, to first order; null: no nats.
+        query_memory_gb: Each worker's budget for query gradients, in GB (10⁹ bytes); queries that
+            do not fit are answered in several blocks, with one scan of the data each.
     """
 
     normalize: Normalize = "none"
@@ -437,13 +448,13 @@ class QueryConfig:
 
     Args:
         factors: Directory of the factor store.
-        queries: A .jsonl file; each line has "prompt" and "completion", or "text". Lines with the
-            same "group" are summed.
+        queries: A .jsonl file of queries; each line has "prompt" and "completion", or "text".
+            Lines with the same "group" are summed into one query.
         model: Which model; by default the one that the factors were fitted for.
         data: Which training sequences; by default those that the factors were fitted on.
         damping: The damping λ.
         scores: Which scores.
-        batch_tokens: Token budget of a batch, per worker and step, padding included.
+        batch_tokens: Largest number of tokens in a batch, per worker and step, padding included.
         output: Directory of the results.
     """
 

@@ -115,7 +115,7 @@ def test_the_families_are_at_least_25_and_are_there():
 
 
 def families_table():
-    """The README's table: what is tracked of each family's tiny model, and what is not."""
+    """The table of docs/models.md: what is tracked of each family's tiny model, and what is not."""
     rows = ["| model | modules of a layer | of the MLP's parameters |", "|---|---|---|"]
     for family in sorted([*PLAIN, *WITH_EXPERTS], key=str.lower):
         model = tiny_model(family)
@@ -137,10 +137,10 @@ def families_table():
     return "\n".join(rows)
 
 
-def test_the_readme_has_the_table_of_families():
+def test_the_page_of_models_has_the_table_of_families():
     """Made anew by: PYTHONPATH=tests python tests/stages/test_families.py"""
-    readme = Path(__file__).parents[2] / "README.md"
-    assert families_table() in readme.read_text(encoding="utf-8")
+    page = Path(__file__).parents[2] / "docs" / "models.md"
+    assert families_table() in page.read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":

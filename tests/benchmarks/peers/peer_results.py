@@ -82,7 +82,7 @@ def markdown(results):
 
 
 def readme_table(rows):
-    """The table of the README: for each kind of work a line, for each side a column.
+    """The table of docs/comparison.md: for each kind of work a line, for each side a column.
 
     A cell has the median seconds of the whole command with their range over rounds, the peak of the
     run with that median, the size of the batch, and for a peer its seconds over ours of the same

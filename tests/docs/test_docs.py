@@ -104,11 +104,11 @@ def test_the_page_of_the_configuration_is_current():
 
 
 def test_every_field_has_a_row_with_a_meaning():
-    from ekfac_dist.config import EstimateConfig, PlanConfig, QueryConfig, field_names
+    from ekfac_dist.config import EstimateConfig, PlanConfig, QueryConfig, field_types
 
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `([\w.]+)` \|.*\| ([^|]+) \|$", page, re.MULTILINE))
-    wanted = {name for c in (EstimateConfig, PlanConfig, QueryConfig) for name in field_names(c)}
+    wanted = {name for c in (EstimateConfig, PlanConfig, QueryConfig) for name in field_types(c)}
     assert wanted == set(rows)
     assert all(len(meaning) > 10 for meaning in rows.values())
 

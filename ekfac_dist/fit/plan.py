@@ -1,4 +1,4 @@
-"""What a run would need, before it runs: from its configuration and the model's own alone."""
+"""What a fit would need, before it runs: from its configuration and the model's own alone."""
 
 import math
 import time
@@ -7,20 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ekfac_dist.config import PlanConfig
 from ekfac_dist.curvature.costs import step_tokens
-from ekfac_dist.fit.groups import partition
-from ekfac_dist.fit.resources import (
-    Disk,
-    Memory,
-    Operations,
-    WorkerShare,
-    disk,
-    fewest_groups,
-    memory,
-    work,
-)
+from ekfac_dist.fit.disk_space import Disk, disk
+from ekfac_dist.fit.operations import Operations, operations
+from ekfac_dist.fit.partition import partition
+from ekfac_dist.fit.sizes import WorkerShare
+from ekfac_dist.fit.worker_memory import Memory, fewest_groups, memory
 from ekfac_dist.models.find.discovery import Discovery
 from ekfac_dist.models.find.meta_device import discover_by_shape, model_without_weights, step
 from ekfac_dist.models.load.pretrained import context_length
@@ -34,25 +29,25 @@ CUDA_CONTEXT_BYTES = 700 * 10**6
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs, and whether it can be had.
+    """What a fit needs, and whether the machine has it.
 
     Attributes:
-        discovery: What it would track.
+        discovery: The modules that it would track.
         model: The model's class, and its parameters' dtype.
         workers: W.
-        device: Where each works.
-        free_bytes: Of each worker's device.
-        groups: Groups of modules that have passes of their own.
-        is_chosen: Whether their number was chosen here.
-        memory: Of a worker, of the group that needs most.
-        disk: Of the run.
-        free_disk_bytes: Where its output would be; None: not said.
-        work: Operations.
-        rate: Operations a second of each worker; None: not known.
+        device: What each worker computes on, in words.
+        free_bytes: Free memory of each worker's device.
+        groups: Groups of modules, one pair of passes each.
+        is_chosen: Whether the number of groups was chosen here.
+        memory: What a worker needs for the group that needs most.
+        disk: What the run needs on the disk.
+        free_disk_bytes: What the output's disk has; None if no output is configured.
+        operations: Operations of all workers.
+        rate: Operations a second of each worker; None if it is not known.
         num_sequences: N.
-        num_tokens: Positions of each.
+        num_tokens: Positions of each sequence.
         step_tokens: Positions of a step.
-        sharded: Whether every worker decomposes its share.
+        sharded: Whether every worker decomposes its share of the factors.
     """
 
     discovery: Discovery
@@ -65,7 +60,7 @@ class Plan:
     memory: Memory
     disk: Disk
     free_disk_bytes: int | None
-    work: Operations
+    operations: Operations
     rate: float | None
     num_sequences: int
     num_tokens: int
@@ -74,10 +69,10 @@ class Plan:
 
     @property
     def seconds(self) -> dict[str, float] | None:
-        """Of each stage; None where the rate is not known."""
+        """The time of each stage; None if the rate is not known."""
         if self.rate is None:
             return None
-        return self.work.seconds(self.rate, self.workers, sharded=self.sharded)
+        return self.operations.seconds(self.rate, self.workers, sharded=self.sharded)
 
     @property
     def fits(self) -> bool:
@@ -86,104 +81,145 @@ class Plan:
 
     @property
     def fits_on_disk(self) -> bool | None:
-        """Whether the disk is; None: not said where."""
+        """Whether the disk has enough space; None if no output is configured."""
         return None if self.free_disk_bytes is None else self.disk.peak <= self.free_disk_bytes
 
 
+@dataclass(frozen=True)
+class _Machine:
+    """The workers that are planned for.
+
+    Attributes:
+        workers: W.
+        here: The device that this process would use.
+        on_gpu: Whether the planned workers are on GPUs.
+        threads: CPU threads of each worker.
+        free_bytes: Free memory of each worker's device.
+        own_bytes: What this process holds now, about what a worker's program does.
+    """
+
+    workers: int
+    here: torch.device
+    on_gpu: bool
+    threads: int
+    free_bytes: int
+    own_bytes: int
+
+    @property
+    def device(self) -> torch.device:
+        """The kind of device that is planned for."""
+        return torch.device("cuda" if self.on_gpu else "cpu")
+
+
 def make_plan(config: PlanConfig) -> Plan:
-    """Plans a run from its configuration and the model's own, without weights and data.
+    """Plans a fit from its configuration and the model's own, without weights and data.
 
     Raises:
-        ModelError: There is no such model, or it cannot be built or run without weights.
+        ModelError: If there is no such model, or it cannot be built or run without weights.
     """
     factors = config.factors
-    on_gpu = torch.cuda.is_available()
-    workers = config.workers or (torch.cuda.device_count() if on_gpu else 1)
-    device = torch.device("cuda" if on_gpu else "cpu")
     model = model_without_weights(config.model)
-    modules = discover_by_shape(model, config.model.modules)
-    held_here = own_bytes()
-    weight_bytes = bytes_of_worker(model, workers) if config.fsdp else parameter_bytes(model)
-    free = config.memory_bytes
-    if free is None:
-        free = (
-            available_bytes(device) if on_gpu else (available_bytes(device) + held_here) // workers
-        )
-    planned_gpu = on_gpu or config.device_memory is not None
-    threads = max(1, torch.get_num_threads() // (config.workers or 1))
-    planned = torch.device("cuda" if planned_gpu else "cpu")
-    tokens = step_tokens(config.batch_tokens, planned, threads)
+    discovery = discover_by_shape(model, config.model.modules)
+    modules = discovery.modules
+    machine = _machine(config)
+    tokens = step_tokens(config.batch_tokens, machine.device, machine.threads)
     length = min(config.data.max_tokens, context_length(model) or config.data.max_tokens)
-    shape = (max(1, tokens // length), length)
-    whole = step(model, modules.modules, *shape)
+    batch_size = max(1, tokens // length)
+    whole_step = step(model, modules, batch_size, length)
     num_sequences = config.sequences or config.data.max_sequences or 1000
-    num_steps = math.ceil(num_sequences / shape[0] / workers)
-    most = min(num_sequences, num_steps * shape[0])
-    share = WorkerShare(num_steps, most, most * length)
+    share = _share(num_sequences, batch_size, length, machine.workers)
+    weight_bytes = parameter_bytes(model)
+    if config.fsdp:
+        weight_bytes = bytes_of_worker(model, machine.workers)
 
-    def held(group: Sequence[TrackedModule]) -> Memory:
+    def needed(group: Sequence[TrackedModule]) -> Memory:
         return memory(
             group,
-            whole,  # of the lowest group; those above it hold less
-            shape[0] * shape[1],
+            whole_step,  # with the graph from the lowest module; groups above it hold less
+            batch_size * length,
             share,
-            process_bytes=CUDA_CONTEXT_BYTES if planned_gpu else held_here,
+            process_bytes=CUDA_CONTEXT_BYTES if machine.on_gpu else machine.own_bytes,
             weight_bytes=weight_bytes,
             factors=factors,
-            on_cpu=not planned_gpu,
+            on_cpu=not machine.on_gpu,
         )
 
-    if factors.partitions == "auto":
-        number = fewest_groups(modules.modules, held, free) or len(modules.modules)
-    else:
-        number = factors.partitions
-    groups = partition(modules.modules, number)
+    number = factors.partitions
+    if number == "auto":
+        number = fewest_groups(modules, needed, machine.free_bytes) or len(modules)
+    groups = partition(modules, number)
     routed = {
-        module.name: whole.routed.get(module.fused[0], 1.0)
-        for module in modules.modules
+        module.name: whole_step.routed.get(module.fused[0], 1.0)
+        for module in modules
         if module.kind == EXPERT
     }
-    rate = 1e9 * config.gflops if config.gflops else None
-    if rate is None and planned_gpu == on_gpu:
-        rate = _measured_rate(device)
-    folder = None if not config.output else Path(config.output)
-    dtype_name = str(next(model.parameters()).dtype).removeprefix("torch.")
+    per_token = [whole_step.operations(group) / (batch_size * length) for group in groups]
     return Plan(
-        discovery=modules,
-        model=f"{type(model).__name__}, {dtype_name}",
-        workers=workers,
-        device="GPU" if planned_gpu else f"CPU, {threads} threads",
-        free_bytes=free,
+        discovery=discovery,
+        model=_description(model),
+        workers=machine.workers,
+        device="GPU" if machine.on_gpu else f"CPU, {machine.threads} threads",
+        free_bytes=machine.free_bytes,
         groups=groups,
         is_chosen=factors.partitions == "auto",
-        memory=max(map(held, groups), key=lambda needed: needed.peak),
+        memory=max(map(needed, groups), key=lambda of_group: of_group.peak),
         disk=disk(
             groups,
             factors,
-            workers,
+            machine.workers,
             share,
-            on_cpu=not planned_gpu,
+            on_cpu=not machine.on_gpu,
             saves=config.save_minutes is not None,
         ),
-        free_disk_bytes=None if folder is None else free_disk_bytes(folder),
-        work=work(
-            groups,
-            [whole.operations(group) / (shape[0] * shape[1]) for group in groups],
-            factors,
-            num_sequences,
-            length,
-            routed,
-        ),
-        rate=rate,
+        free_disk_bytes=free_disk_bytes(Path(config.output)) if config.output else None,
+        operations=operations(groups, per_token, factors, num_sequences, length, routed),
+        rate=_rate(config, machine),
         num_sequences=num_sequences,
         num_tokens=length,
-        step_tokens=shape[0] * shape[1],
+        step_tokens=batch_size * length,
         sharded=factors.eigen == "sharded",
     )
 
 
+def _machine(config: PlanConfig) -> _Machine:
+    has_gpu = torch.cuda.is_available()
+    workers = config.workers or (torch.cuda.device_count() if has_gpu else 1)
+    here, held_here = torch.device("cuda" if has_gpu else "cpu"), own_bytes()
+    free = config.memory_bytes
+    if free is None:
+        free = available_bytes(here) if has_gpu else (available_bytes(here) + held_here) // workers
+    return _Machine(
+        workers=workers,
+        here=here,
+        on_gpu=has_gpu or config.device_memory is not None,
+        threads=max(1, torch.get_num_threads() // (config.workers or 1)),
+        free_bytes=free,
+        own_bytes=held_here,
+    )
+
+
+def _share(num_sequences: int, batch_size: int, length: int, workers: int) -> WorkerShare:
+    num_steps = math.ceil(num_sequences / batch_size / workers)
+    most_sequences = min(num_sequences, num_steps * batch_size)
+    return WorkerShare(num_steps, most_sequences, most_sequences * length)
+
+
+def _description(model: nn.Module) -> str:
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return f"{type(model).__name__}, {dtype}"
+
+
+def _rate(config: PlanConfig, machine: _Machine) -> float | None:
+    """Operations a second of a worker: as configured, or measured where the kind of device is."""
+    if config.gflops:
+        return 1e9 * config.gflops
+    if machine.on_gpu == (machine.here.type == "cuda"):
+        return _measured_rate(machine.here)
+    return None
+
+
 def _measured_rate(device: torch.device) -> float:
-    """Operations a second of a product of float32 matrices: the best of half a second."""
+    """Operations a second of a product of float32 matrices: the best within half a second."""
     size = 2048 if device.type == "cpu" else 8192
     a, b = torch.randn(2, size, size, device=device)
     best, until = math.inf, time.perf_counter() + 0.5

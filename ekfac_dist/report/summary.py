@@ -91,9 +91,9 @@ def plan_table(plan: Plan) -> str:
     rows = [[name, as_text(size)] for name, size in sizes.items() if size]
     lines += [table(["disk", "bytes"], [*rows, ["the most at a time", as_text(disk.peak)]]), ""]
     done = {
-        "covariance": plan.work.covariance,
-        "eigenbasis": plan.work.eigenbasis,
-        "refit": plan.work.refit,
+        "covariance": plan.operations.covariance,
+        "eigenbasis": plan.operations.eigenbasis,
+        "refit": plan.operations.refit,
     }
     took = plan.seconds
     rows = [

@@ -6,7 +6,7 @@ from networks import CONFIGS, build
 from torch import nn
 
 from ekfac_dist.errors import ModelError
-from ekfac_dist.fit.groups import partition
+from ekfac_dist.fit.partition import partition
 from ekfac_dist.models.find.discovery import discover
 from ekfac_dist.models.load.fingerprints import fingerprints
 from ekfac_dist.models.modules import TrackedModule

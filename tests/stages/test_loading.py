@@ -10,7 +10,7 @@ from workshop import logged, save_tiny_llama, texts, tiny_tokenizer, write_jsonl
 from ekfac_dist.config import DataConfig, EstimateConfig, FactorsConfig, ModelConfig, QueryConfig
 from ekfac_dist.data.sequences import from_examples
 from ekfac_dist.errors import OutputError
-from ekfac_dist.fit import fit_factors as fit
+from ekfac_dist.fit import group as fit
 from ekfac_dist.fit.estimate import run_estimate
 from ekfac_dist.influence.run import run_query
 from ekfac_dist.passes.sequences import load_sequences

@@ -6,7 +6,7 @@ from networks import build, examples
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.errors import NonFiniteError
-from ekfac_dist.fit import fit_factors as fit
+from ekfac_dist.fit import group as fit
 
 
 @pytest.mark.parametrize("rule", ["data", "sampled"])

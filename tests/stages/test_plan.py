@@ -16,6 +16,7 @@ from ekfac_dist.config import FactorsConfig, ModelConfig, PlanConfig
 from ekfac_dist.errors import ConfigError, ModelError
 from ekfac_dist.factors.reader import StoreReader
 from ekfac_dist.fit import fit_factors as fitting
+from ekfac_dist.fit import group
 from ekfac_dist.fit.plan import make_plan
 from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.find.discovery import discover
@@ -145,7 +146,7 @@ def test_the_disk_is_planned_within_a_hundredth(save, keep: bool, tmp_path: Path
 
 
 def test_a_run_takes_the_fewest_groups_that_fit(monkeypatch: pytest.MonkeyPatch):
-    free, passes, run_pass = {"bytes": 10**9}, [], fitting.run_pass
+    free, passes, run_pass = {"bytes": 10**9}, [], group.run_pass
 
     def counted(name, *rest, **options):
         passes.append(name)
@@ -156,7 +157,7 @@ def test_a_run_takes_the_fewest_groups_that_fit(monkeypatch: pytest.MonkeyPatch)
         return estimate_factors(build("llama"), examples(5), batch_tokens=16, accumulate="float64")
 
     monkeypatch.setattr(fitting, "available_bytes", lambda device: free["bytes"])
-    monkeypatch.setattr(fitting, "run_pass", counted)
+    monkeypatch.setattr(group, "run_pass", counted)
     whole = fitted()
     assert passes == ["covariance", "refit"]
     numbers = []

@@ -20,9 +20,11 @@ from ekfac_dist.errors import Preempted
 from ekfac_dist.factors.layout import STATE
 from ekfac_dist.fit import checkpoints
 from ekfac_dist.fit.covariance import CovarianceSums
+from ekfac_dist.fit.disk_space import stage_bytes
 from ekfac_dist.fit.eigenbasis import Basis
 from ekfac_dist.fit.refit import LambdaSums
-from ekfac_dist.fit.resources import WorkerShare, fewest_groups, memory, stage_bytes
+from ekfac_dist.fit.sizes import WorkerShare
+from ekfac_dist.fit.worker_memory import fewest_groups, memory
 from ekfac_dist.models.capture.saved_tensors import StepMemory
 from ekfac_dist.models.modules import LINEAR, TrackedModule
 from ekfac_dist.runtime import preemption

@@ -17,7 +17,7 @@ from workshop import run_workers
 
 from ekfac_dist import estimate_factors, influence_scores, load_factors
 from ekfac_dist.errors import Preempted
-from ekfac_dist.fit import estimate as run
+from ekfac_dist.fit import start as run
 from ekfac_dist.passes import one_pass as passes
 
 WINDOW = 8

@@ -1,0 +1,297 @@
+"""The stages of one group of modules: covariance pass, decomposition, refit pass.
+
+What a stage has computed is in the store before the next one begins; what an earlier start of the
+same run has left there is not computed again.
+"""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ekfac_dist.config import FactorsConfig
+from ekfac_dist.curvature.kronecker import kfac_lambda
+from ekfac_dist.factors.layout import (
+    block_keys,
+    covariance_file,
+    eigenbasis_file,
+    spectrum_file,
+)
+from ekfac_dist.factors.sinks import DiskNeed, FactorSink, MemoryStore
+from ekfac_dist.fit.checkpoints import Checkpoints
+from ekfac_dist.fit.covariance import CovarianceSums
+from ekfac_dist.fit.disk_space import stage_bytes
+from ekfac_dist.fit.eigenbasis import Basis, run_eigenbasis
+from ekfac_dist.fit.manifest import FitSummary
+from ekfac_dist.fit.refit import LambdaSums
+from ekfac_dist.fit.sizes import WorkerShare
+from ekfac_dist.models.capture.labels import COVARIANCE_PASS, REFIT_PASS, LabelRule
+from ekfac_dist.models.find.faults import NO_GRADIENT, NOT_ROUTED, is_routed
+from ekfac_dist.models.modules import TrackedModule, factor_sizes
+from ekfac_dist.passes.context import PassContext
+from ekfac_dist.passes.one_pass import run_pass
+from ekfac_dist.passes.state import PassState
+from ekfac_dist.runtime import preemption
+from ekfac_dist.runtime.progress import show_line
+
+
+@dataclass
+class GroupFit:
+    """The fit of one group of modules.
+
+    Attributes:
+        name: The group's number, "1", or with that of all groups, "1/3".
+        modules: The group, in model order; experts that turn out to have no factors are removed.
+        context: Model, data, task and workers.
+        share: The most that any worker has of the data.
+        factors: What is fitted.
+        sink: Where the factors are written.
+        checkpoints: How the states of passes are saved.
+        summary: Takes the time, loss and labels of each stage.
+    """
+
+    name: str
+    modules: list[TrackedModule]
+    context: PassContext
+    share: WorkerShare
+    factors: FactorsConfig
+    sink: FactorSink
+    checkpoints: Checkpoints
+    summary: FitSummary
+
+    def fit(self) -> None:
+        """Runs the stages that are not in the store yet."""
+        record = self._record_of("covariance")
+        if record is not None and self._is_enough(record):
+            self.checkpoints.clear(self._state("covariance"))
+            self._leave_out(record["left_out"])
+            covariance = None
+        else:
+            covariance, record = self._run_covariance()
+        self._add_to_summary("covariance", record)
+        if not self.modules:
+            return
+        done = self._record_of("refit")
+        results = [spectrum_file(module.name) for module in self.modules]
+        results += [eigenbasis_file(factor) for factor in factor_sizes(self.modules)]
+        if done is None or not self._has(results):
+            if covariance is None:
+                covariance = self._stored_covariance(record)
+            done = self._decompose_and_refit(covariance)
+        for stage in done["stages"]:
+            self._add_to_summary(stage, done["stages"][stage])
+
+    def _decompose_and_refit(self, covariance: CovarianceSums) -> dict[str, Any]:
+        self._require_room("eigenbasis")
+        bases, seconds = run_eigenbasis(
+            self._shown("eigenbasis"),
+            covariance,
+            self.context.world,
+            self.sink,
+            sharded=self.factors.eigen == "sharded",
+            keep_covariance=self.factors.keep_covariance,
+            show_progress=self.context.show_progress,
+        )
+        stages: dict[str, Any] = {"eigenbasis": {"seconds": seconds}}
+        if self.factors.refit == "none":
+            self._require_room("refit")
+            self._write(self._kfac(bases, covariance.counts))
+        else:
+            stages["refit"] = self._run_refit(bases)
+        record = self._record("refit", {"stages": stages})
+        self.checkpoints.clear(self._state("refit"))
+        return record
+
+    # -- covariance --------------------------------------------------------------------------------
+
+    def _run_covariance(self) -> tuple[CovarianceSums, dict[str, Any]]:
+        """Runs the covariance pass and stores its sums; these, and the record of the pass."""
+        self._require_room("covariance")
+        start = time.perf_counter()
+        sums = self._empty_covariance()
+        state = self.checkpoints.begin(self._state("covariance"), self.context.own_batches, sums)
+        self._say_resumed("covariance", state)
+        result = run_pass(
+            self._shown("covariance"),
+            self.context,
+            self.modules,
+            sums,
+            LabelRule(self.factors.labels, self.factors.seed, COVARIANCE_PASS),
+            converted=False,  # the sums convert products, not inputs
+            state=state,
+        )
+        self._require_each_position_once(sums.counts)
+        self._leave_out(left_out := self._without_factors(sums))
+        sums.keep(self.modules)
+        if self.factors.keep_covariance or not isinstance(self.sink, MemoryStore):
+            for factor, blocks in sums.sums.items():
+                header = {"count": str(sums.counts[factor])}
+                tensors = dict(zip(block_keys("sum", len(blocks)), blocks, strict=True))
+                self._put(covariance_file(factor), tensors, header)
+        seconds = state.seconds + time.perf_counter() - start
+        outcome = {"counts": sums.counts, "left_out": left_out, **vars(result), "seconds": seconds}
+        record = self._record("covariance", outcome)
+        self.checkpoints.clear(self._state("covariance"))
+        return sums, record
+
+    def _stored_covariance(self, record: Mapping[str, Any]) -> CovarianceSums:
+        """The covariances that an earlier start stored; zeros for factors that are decomposed."""
+        world = self.context.world
+        sums = self._empty_covariance()
+        sums.counts.update(record["counts"])
+        for factor, blocks in sums.sums.items():
+            if self._has([eigenbasis_file(factor)]):
+                continue
+            for key, block in zip(block_keys("sum", len(blocks)), blocks, strict=True):
+                with world.agree(takes_part=world.is_main):
+                    if world.is_main:
+                        block.copy_(self.sink.read(covariance_file(factor), key))
+                world.broadcast_(block)
+        return sums
+
+    def _empty_covariance(self) -> CovarianceSums:
+        context = self.context
+        return CovarianceSums(
+            self.modules, context.dtype, context.world.device, self.factors.blocks
+        )
+
+    def _is_enough(self, record: Mapping[str, Any]) -> bool:
+        """Whether the stored covariances are all that the rest of the fit needs of them."""
+        return all(
+            self._has([covariance_file(factor)])
+            or (not self.factors.keep_covariance and self._has([eigenbasis_file(factor)]))
+            for factor in record["counts"]
+        )
+
+    def _without_factors(self, sums: CovarianceSums) -> dict[str, list[str]]:
+        """Names of experts that no position, or no gradient, reached, by the reason."""
+        routed = [m for m in self.modules if is_routed(self.context.model, m)]
+        reached = [m for m in routed if sums.counts[m.output]]
+        return {
+            NOT_ROUTED: [m.name for m in routed if not sums.counts[m.output]],
+            NO_GRADIENT: [m.name for m in reached if not sums.has_any(m.output)],
+        }
+
+    def _leave_out(self, left_out: Mapping[str, list[str]]) -> None:
+        for why, names in left_out.items():
+            with self.context.world.agree():
+                self.summary.discovery = self.summary.discovery.without(names, why)
+            self.modules = [module for module in self.modules if module.name not in names]
+
+    def _require_each_position_once(self, counts: Mapping[str, int]) -> None:
+        for module in self.modules:
+            expected = int(self.context.sequences.positions_of(module.name).sum())
+            summed = {counts[module.input], counts[module.output]}
+            if not is_routed(self.context.model, module) and summed != {expected}:
+                raise RuntimeError(
+                    f"{module.name} sees {expected} counted positions, but its sums hold {summed}"
+                )
+
+    # -- Λ -----------------------------------------------------------------------------------------
+
+    def _run_refit(self, bases: Mapping[str, Basis]) -> dict[str, Any]:
+        self._require_room("refit")
+        start = time.perf_counter()
+        context = self.context
+        per_token = self.factors.refit == "per_token"
+        sums = LambdaSums(
+            self.modules,
+            bases,
+            per_token=per_token,
+            dtype=context.dtype,
+            device=context.world.device,
+        )
+        # Saved sums are of no use if the basis that they belong to was computed again.
+        basis_files = map(eigenbasis_file, factor_sizes(self.modules))
+        of = context.world.share(self.sink.digest(basis_files))
+        state = self.checkpoints.begin(self._state("refit"), context.own_batches, sums, of)
+        self._say_resumed("refit", state)
+        rule = LabelRule(self.factors.labels, self.factors.seed, REFIT_PASS)
+        result = run_pass(self._shown("refit"), context, self.modules, sums, rule, state=state)
+        self._write({name: s.div_(len(context.sequences)) for name, s in sums.sums.items()})
+        return {**vars(result), "seconds": state.seconds + time.perf_counter() - start}
+
+    def _kfac(
+        self, bases: Mapping[str, Basis], counts: Mapping[str, int]
+    ) -> dict[str, torch.Tensor]:
+        return {
+            module.name: kfac_lambda(
+                bases[module.output].eigenvalues,
+                bases[module.input].eigenvalues,
+                counts[module.input],
+                len(self.context.sequences),
+            ).to(self.context.dtype)
+            for module in self.modules
+        }
+
+    def _write(self, spectra: Mapping[str, torch.Tensor]) -> None:
+        for name, spectrum in spectra.items():
+            self._put(spectrum_file(name), {"lambda": spectrum})
+
+    def _require_room(self, stage: str) -> None:
+        """Refuses a stage whose results and saved states do not fit on the disk.
+
+        Raises:
+            OutputError: If they do not; the run can be resumed once there is space.
+        """
+        world = self.context.world
+        on_cpu = world.device.type == "cpu"
+        needed = stage_bytes(self.modules, self.factors, world.size, self.share, on_cpu=on_cpu)
+        results, states = needed[stage]
+        states *= self.checkpoints.saves
+        files = {
+            "covariance": map(covariance_file, factor_sizes(self.modules)),
+            "eigenbasis": map(eigenbasis_file, factor_sizes(self.modules)),
+            "refit": (spectrum_file(module.name) for module in self.modules),
+        }[stage]
+        with world.agree(takes_part=world.is_main):
+            need = DiskNeed(self._shown(stage), results, files, states, self._state(stage))
+            self.sink.require_room(need)
+
+    # -- the store, the journal, the summary ---------------------------------------------------------
+
+    def _put(
+        self,
+        file: str,
+        tensors: Mapping[str, torch.Tensor],
+        header: Mapping[str, str] | None = None,
+    ) -> None:
+        """Has worker 0 write a file of the store."""
+        world = self.context.world
+        with world.agree(takes_part=world.is_main):
+            preemption.end_if_requested()
+            self.sink.write(file, tensors, header)
+
+    def _has(self, files: Iterable[str]) -> bool:
+        return all(file in self.sink.earlier.files for file in files)
+
+    def _record(self, stage: str, outcome: dict[str, Any]) -> dict[str, Any]:
+        world = self.context.world
+        with world.agree(takes_part=world.is_main):
+            self.sink.record(self._state(stage), outcome)
+        return outcome
+
+    def _record_of(self, stage: str) -> dict[str, Any] | None:
+        return self.sink.earlier.records.get(self._state(stage))
+
+    def _state(self, stage: str) -> str:
+        """The name of a stage of this group in the journal and among saved states."""
+        return f"{stage}-{self.name.replace('/', '-of-')}"
+
+    def _shown(self, stage: str) -> str:
+        """The name of a stage of this group in progress and errors."""
+        return f"{stage} {self.name}" if "/" in self.name else stage
+
+    def _say_resumed(self, stage: str, state: PassState) -> None:
+        if state.is_resumed and self.context.show_progress and self.context.world.is_main:
+            show_line(self._shown(stage), "goes on")
+
+    def _add_to_summary(self, stage: str, outcome: Mapping[str, Any]) -> None:
+        """Adds the time, loss and labels of a stage."""
+        self.summary.seconds[stage] += outcome["seconds"]
+        if "loss" in outcome:
+            self.summary.losses[stage] = outcome["loss"]
+        if stage == "covariance":
+            self.summary.num_labels = outcome["num_labels"]

@@ -276,7 +276,7 @@ def _show_error(error: Exception, who: str = "") -> None:
 @contextmanager
 def _reporting(world: "World") -> Iterator[None]:
     """Says a failure once, whichever of the workers it came from, and ends with its status."""
-    from ekfac_dist.runtime.processes import was_agreed
+    from ekfac_dist.runtime.peers import was_agreed
 
     try:
         yield

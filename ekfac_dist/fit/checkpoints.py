@@ -1,18 +1,18 @@
-"""What a pass has summed so far, saved by each worker now and then, and taken up again.
+"""Saved states of a pass: each worker's running sums so far, from which an unfinished run resumes.
 
-A worker's running sums, as they are, are the state of its part of a pass: saving them changes no
-number, so a pass may be interrupted after any step and ends with the same bits. Parts lie in
+Running sums are saved as they are, so saving changes no value: a pass that is resumed in the same
+way ends with the same bits. A worker's saved state is called a part, and lies in
 
-    OUTPUT/state/<pass>/<generation>-<worker>-<steps>/
-        0.safetensors, 1.safetensors, …    sums, and their loss
-        numbers.safetensors                which sequences are in them
+    OUTPUT/state/<pass>/<generation>-<rank>-<steps>/
+        0.safetensors, 1.safetensors, …    the sums, and their loss
+        numbers.safetensors                indices of the sequences that are in them
         part.json                          written last: counts, and each file's size and SHA-256
 
-A generation is one way of sharing out what was left of a pass: among so many workers, in steps of
-so many tokens. If a run goes on in the same way, each worker takes up its own part. If in another,
-the parts that are there are kept as they are, what they lack is shared out anew, as the next
-generation, and at the end they are added once, each by a worker that has it. A part that is lost or
-damaged is only work to do again. Which parts count is in the journal before any part depends on it.
+A generation is one way of sharing out the remaining sequences: over so many workers, in steps of so
+many tokens. A run that is resumed in the same way takes up each worker's own part. In another way,
+it keeps the parts that exist, shares out the sequences that are in none of them anew, as the next
+generation, and adds each part once at the end, on a worker that can read it. A part that is lost or
+damaged costs only its work. Before any part depends on it, the journal says which parts count.
 """
 
 import shutil
@@ -32,42 +32,43 @@ from ekfac_dist.passes.state import PassState
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.processes import World
 
-# Saving may take so much of a pass's time: the next comes after that many times what the last took.
+# Saving takes at most 1/50 of a pass: the next one waits for 50 times as long as the last took.
 _LEAST_RATIO = 50
 
 
 class Checkpoints:
-    """Makes the state of each pass; this kind saves nothing."""
+    """Begins the state of each pass; this class saves nothing."""
 
     saves = False
 
     def begin(
         self, name: str, batches: Sequence[Sequence[int]], sums: Sums, of: str = ""
     ) -> PassState:
-        """What a worker starts a pass with.
+        """A worker's state at the start of a pass.
 
         Args:
             name: The pass.
-            batches: Its share, if nothing is done yet.
-            sums: Its running sums, which are zero; they take up what was saved.
-            of: What the sums are made with beside model and data; of other sums nothing is kept.
+            batches: Its batches, if nothing was done yet, as indices of sequences.
+            sums: Its running sums, still zero; what was saved is put into them.
+            of: Identifies what the sums depend on beside model and data; parts with another value
+                are ignored.
         """
         return PassState(batches)
 
     def clear(self, name: str) -> None:
-        """Forgets the states of a pass whose results are stored."""
+        """Removes the saved states of a pass whose results are stored."""
 
 
 class SavedCheckpoints(Checkpoints):
-    """Saves states under the output directory.
+    """Saves the states of passes under the output directory.
 
     Args:
         output: The store's directory; each worker writes under it, on its own host.
         world: The workers.
         sink: Where the journal is.
-        sequences: The run's sequences.
-        step_tokens: Of a batch.
-        minutes: Between two savings; 0: after every step.
+        sequences: All sequences of the run.
+        step_tokens: Token budget of a batch.
+        minutes: Time between two savings; 0: after every step.
     """
 
     saves = True
@@ -93,7 +94,7 @@ class SavedCheckpoints(Checkpoints):
     ) -> PassState:
         """See `Checkpoints.begin`; a collective."""
         world, directory = self._world, self._root / name
-        way = {"workers": world.size, "step_tokens": self._step_tokens, "of": of}
+        sharing = {"workers": world.size, "step_tokens": self._step_tokens, "of": of}
         record = self._sink.earlier.records.get(f"shares {name}")
         latest: int = -1 if record is None else record["generation"]
         usable = record is not None and record["of"] == of
@@ -102,17 +103,17 @@ class SavedCheckpoints(Checkpoints):
         kept: list[str] = record["kept"] if record is not None and usable else []
         goes_on = (
             record is not None
-            and all(record[key] == value for key, value in way.items())
+            and all(record[key] == value for key, value in sharing.items())
             and all(part in holders for part in kept)
         )
         if not goes_on:
             kept = _kept(holders, kept, latest)
-            # A run that replaces another's store leaves the states of that one as they are.
+            # Above those of a store that is being replaced, whose states are still there.
             latest = 1 + max(latest, *world.gather(_last_generation(directory)))
-            told = {**way, "generation": latest, "kept": kept}
-            world.on_main(lambda: self._sink.record(f"shares {name}", told))
-        mine = [parts[part] for part in kept if holders[part] == world.rank]
-        done = self._numbers(mine)
+            outcome = {**sharing, "generation": latest, "kept": kept}
+            world.on_main(lambda: self._sink.record(f"shares {name}", outcome))
+        own_parts = [parts[part] for part in kept if holders[part] == world.rank]
+        done = self._summed_sequences(own_parts)
         if done:
             left = np.setdiff1d(np.arange(len(self._sequences)), list(done))
             shares = worker_batches(
@@ -122,13 +123,15 @@ class SavedCheckpoints(Checkpoints):
                 world.rank,
                 self._sequences.equal_above,
             )
-            batches = [left[numbers].tolist() for numbers in shares]
+            batches = [left[batch].tolist() for batch in shares]
         identity = Identity(self._sink.earlier.run, latest, world.rank)
-        state = _SavedState(directory, identity, batches, sums, mine, self._minutes, self._sink)
+        state = _SavedState(
+            directory, identity, batches, sums, own_parts, self._minutes, self._sink
+        )
         for part in parts.values() if goes_on else ():
             if part.share == (latest, world.rank):
                 state.take_up(part)
-        state.is_resumed = any(world.gather(bool(mine) or state.steps > 0))
+        state.is_resumed = any(world.gather(bool(own_parts) or state.steps > 0))
         return state
 
     def clear(self, name: str) -> None:
@@ -138,9 +141,9 @@ class SavedCheckpoints(Checkpoints):
             self._root.rmdir()
 
     def _whole_parts(self, directory: Path) -> dict[str, Part]:
-        """The newest part of each worker of each generation that this worker can read.
+        """The newest undamaged part of each generation and rank that this worker can read.
 
-        Each is compared with its checksums by one of the workers that see it: its own, if it can.
+        One worker that can read a part verifies its checksums: the part's own, if it is among them.
         """
         world = self._world
         newest: dict[tuple[int, int], Part] = {}
@@ -149,32 +152,37 @@ class SavedCheckpoints(Checkpoints):
                 part = Part.read(entry, self._sink.earlier.run)
                 if part is not None and part.steps > getattr(newest.get(part.share), "steps", -1):
                     newest[part.share] = part
-        seen = {part.name: part for part in newest.values()}
-        seen_by = [set(names) for names in world.gather(list(seen))]
-        checked = {}
-        for name, part in seen.items():
-            who = [rank for rank, names in enumerate(seen_by) if name in names]
-            if world.rank == (part.rank if part.rank in who else who[0]):
-                checked[name] = part.is_whole()
-        broken = {n for told in world.gather(checked) for n, whole in told.items() if not whole}
-        return {name: part for name, part in seen.items() if name not in broken}
+        readable = {part.name: part for part in newest.values()}
+        names_by_rank = [set(names) for names in world.gather(list(readable))]
+        verified = {}
+        for name, part in readable.items():
+            ranks = [rank for rank, names in enumerate(names_by_rank) if name in names]
+            if world.rank == (part.rank if part.rank in ranks else ranks[0]):
+                verified[name] = part.is_whole()
+        damaged = {
+            name
+            for of_worker in world.gather(verified)
+            for name, is_whole in of_worker.items()
+            if not is_whole
+        }
+        return {name: part for name, part in readable.items() if name not in damaged}
 
     def _holders(self, parts: Mapping[str, Part]) -> dict[str, int]:
-        """Which worker adds each part: the first that sees it. The same on every worker."""
+        """The rank that adds each part, by its name: the first that can read it."""
         holders: dict[str, int] = {}
         for rank, names in enumerate(self._world.gather(list(parts))):
             for name in names:
                 holders.setdefault(name, rank)
         return dict(sorted(holders.items()))
 
-    def _numbers(self, parts: Sequence[Part]) -> set[int]:
-        """Sequences that are in the kept parts of all workers."""
-        own = [part.numbers() for part in parts]
-        return {n for some in self._world.gather(own) for one in some for n in one}
+    def _summed_sequences(self, own_parts: Sequence[Part]) -> set[int]:
+        """Indices of the sequences that are in the parts of all workers."""
+        indices = [part.numbers() for part in own_parts]
+        return {n for of_worker in self._world.gather(indices) for part in of_worker for n in part}
 
 
 class _SavedState(PassState):
-    """A pass of one worker whose sums are saved in a directory."""
+    """A worker's place in a pass whose running sums are saved in a directory."""
 
     def __init__(
         self,
@@ -195,7 +203,7 @@ class _SavedState(PassState):
         self._start = self._last = time.monotonic()
 
     def take_up(self, part: Part) -> None:
-        """Goes on where a part of this very share ends."""
+        """Puts a part of this worker's own share into the sums, and continues after it."""
         for name, tensor in part.tensors():
             if name == LOSS:
                 self.loss = tensor.item()
@@ -225,7 +233,7 @@ class _SavedState(PassState):
     def leave(self, loss: float, num_labels: int) -> None:
         if self.steps > self._saved_steps:
             self._write(loss, num_labels)
-        self._sink.state_saved()  # this worker's; or, where it has none and the run ends, another's
+        self._sink.state_saved()  # this worker's, or another's if it has none and the run ends
 
     def _write(self, loss: float, num_labels: int) -> None:
         own = self._identity
@@ -261,15 +269,15 @@ class _SavedState(PassState):
 
 
 def _last_generation(directory: Path) -> int:
-    """The largest number of a generation of which there is a state, of any run; −1: of none."""
+    """The largest generation of any saved state, of any run; −1 if there is none."""
     names = [entry.name.partition("-")[0] for entry in directory.glob("*-*-*")]
     return max((int(name) for name in names if name.isdigit()), default=-1)
 
 
 def _kept(holders: Mapping[str, int], kept: Sequence[str], latest: int) -> list[str]:
-    """What the next generation builds on: what the latest did, and the latest's own parts.
+    """Names of the parts that the next generation builds on: those kept so far, and the latest's.
 
-    Workers of several hosts may each have one of the same share: the one with most steps counts.
+    Where several hosts have parts of one share, the one with most steps counts.
     """
     newest: dict[tuple[int, int], tuple[int, str]] = {}
     for name in holders:

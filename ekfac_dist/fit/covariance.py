@@ -1,4 +1,4 @@
-"""Pass 1: raw sums Σ a aᵀ and Σ g gᵀ and their counts, one of each per factor."""
+"""Pass 1: running sums Σ a aᵀ and Σ g gᵀ, with their counts, one of each factor."""
 
 from collections.abc import Sequence
 
@@ -15,17 +15,17 @@ from ekfac_dist.runtime.processes import World
 
 
 class CovarianceSums(long_sums.LongSums):
-    """The running sums of a group of modules; a term is a product of some rows.
+    """Running sums of the covariances of a group's factors; a term is a product of some positions.
 
     Args:
         modules: The group, in model order.
         dtype: float32 or float64.
         device: Where the sums are held.
-        blocks: Of each factor on its diagonal.
+        blocks: Number of blocks on the diagonal of each factor.
 
     Attributes:
-        sums: Raw sum [n, n] of each block of each factor; the upper triangles are filled by
-            `reduce` or `finish`.
+        sums: By factor, the raw sum [n, n] of each of its blocks; upper triangles are meaningless
+            until `reduce` or `finish` fills them.
         counts: Number of summed positions of each factor.
     """
 
@@ -44,35 +44,35 @@ class CovarianceSums(long_sums.LongSums):
         self._with_bias = {module.input for module in modules if module.bias}
         super().__init__(self.sums, dtype)
 
-    def on_input(self, module: TrackedModule, rows_Mi: Tensor, batch: Positions) -> None:
-        """Adds a batch's inputs to the module's input factor."""
-        self._add(module.input, rows_Mi)
-        self.counts[module.input] += rows_Mi.shape[0]
+    def on_input(self, module: TrackedModule, acts_Mi: Tensor, positions: Positions) -> None:
+        """Adds inputs to the module's input factor."""
+        self._add(module.input, acts_Mi)
+        self.counts[module.input] += acts_Mi.shape[0]
 
-    def on_gradient(self, module: TrackedModule, rows_MO: Tensor, batch: Positions) -> None:
-        """Adds a batch's output-gradients to the module's output factor."""
-        self._add(module.output, rows_MO)
-        self.counts[module.output] += rows_MO.shape[0]
+    def on_gradient(self, module: TrackedModule, grads_MO: Tensor, positions: Positions) -> None:
+        """Adds output-gradients to the module's output factor."""
+        self._add(module.output, grads_MO)
+        self.counts[module.output] += grads_MO.shape[0]
 
-    def _add(self, factor: str, rows_Mi: Tensor) -> None:
-        blocks, num_columns = self.sums[factor], rows_Mi.shape[1]
+    def _add(self, factor: str, vectors_Mi: Tensor) -> None:
+        blocks, num_columns = self.sums[factor], vectors_Mi.shape[1]
         places = list(bounds([len(block) for block in blocks]))
         of_term = outer_product_rows_of_term(
             [min(end, num_columns) - start for start, end in places], blocks[0].device
         )
-        for share in self.shares(factor, len(rows_Mi), of_term):
+        for share in self.shares(factor, len(vectors_Mi), of_term):
             for block, (start, end) in zip(blocks, places, strict=True):
-                # The last coordinate is the bias's, if the rows lack one.
+                # The last coordinate is the bias's, where the vectors lack it.
                 bias = end > num_columns
                 columns = slice(start, min(end, num_columns))
-                add_outer_products_(block, rows_Mi[share, columns], bias=bias)
+                add_outer_products_(block, vectors_Mi[share, columns], bias=bias)
 
     def has_any(self, factor: str) -> bool:
-        """Whether anything but zeros was summed."""
+        """Whether a factor's sum is not zero."""
         return any(bool(block.diagonal().any()) for block in self.sums[factor])
 
     def _parts(self, name: str) -> list[Tensor]:
-        """Views of the block rows that are summed, which hold little more than lower triangles."""
+        """Views of the summed block rows: the lower triangles and little more."""
         parts = []
         for total in self.sums[name]:
             size = total.shape[0]
@@ -82,19 +82,19 @@ class CovarianceSums(long_sums.LongSums):
         return parts
 
     def keep(self, modules: Sequence[TrackedModule]) -> None:
-        """Gives up the sums of all other modules."""
-        kept = factor_sizes(modules)
-        self.sums = {name: blocks for name, blocks in self.sums.items() if name in kept}
-        self.counts = {name: count for name, count in self.counts.items() if name in kept}
+        """Drops the sums of all other modules."""
+        factors = factor_sizes(modules)
+        self.sums = {name: blocks for name, blocks in self.sums.items() if name in factors}
+        self.counts = {name: count for name, count in self.counts.items() if name in factors}
         self.num_added = {name: self.num_added[name] for name in self.sums}
 
     def health(self) -> Tensor:
-        """Σ of all diagonals: every row's square is in it."""
+        """Σ of all diagonals, a float64 scalar: finite exactly as long as every sum is."""
         traces = [s.diagonal().sum(dtype=torch.float64) for s in self._blocks()]
         return torch.stack(traces).sum()
 
     def reduce(self, world: World) -> None:
-        """Adds up sums and counts of all workers, and finishes the sums."""
+        """Replaces sums and counts by those over all workers, and completes the sums."""
         self.fold()
         counts = torch.tensor(list(self.counts.values()), dtype=torch.int64, device=world.device)
         world.all_reduce_([*self._blocks(), counts])
@@ -102,9 +102,9 @@ class CovarianceSums(long_sums.LongSums):
         self.finish()
 
     def finish(self) -> None:
-        """Fills what is known without summing: upper triangles, and the bias coordinate's square.
+        """Completes the sums: upper triangles, and the square of the bias coordinate.
 
-        That one is the number of positions, which a float32 sum holds exactly only up to 2²⁴.
+        That square is the count of positions, which a float32 sum holds exactly only up to 2²⁴.
         """
         for factor in self._with_bias & self.sums.keys():
             self.sums[factor][-1][-1, -1] = self.counts[factor]

@@ -1,9 +1,9 @@
-"""Factors are decomposed by worker 0, or by every worker its share; all get the eigenvectors.
+"""The decomposition of all factors, by worker 0 or shared out over the workers.
 
-Shares are cut by n³, the largest factor first, to the worker with least to do. Several workers of
-one host decompose at once only as far as its memory goes. They go in rounds of one factor each, and
-worker 0 stores what a round came to before the next begins: what is decomposed stays so, whatever
-becomes of the run.
+Shares are balanced by n³: the largest factor first, each to the worker with least to do. As many
+workers of a host take part as its memory allows. They work in rounds of one factor each; after each
+round worker 0 stores the new eigenvectors, and all workers get them, so that an interrupted run
+loses one round at most.
 """
 
 import socket
@@ -27,11 +27,11 @@ from ekfac_dist.runtime.progress import Progress
 
 @dataclass(frozen=True)
 class Basis:
-    """A factor's eigenbasis as a worker uses it.
+    """A factor's eigenbasis, as the refit uses it.
 
     Attributes:
-        eigenvectors: [n, n] of each block, on the worker's device, in the run's precision, in
-            columns.
+        eigenvectors: [n, n] of each block, in columns, on the worker's device, in the precision of
+            the running sums.
         eigenvalues: [n] float64 on the CPU, ascending in each block.
     """
 
@@ -49,35 +49,37 @@ def run_eigenbasis(
     keep_covariance: bool,
     show_progress: bool,
 ) -> tuple[dict[str, Basis], float]:
-    """Decomposes the factors that are not yet, stores them, and sends all to every worker.
+    """Decomposes every factor that is not in the store yet, stores it, and sends it to all workers.
 
-    The sums are given up as they are used.
+    Eigenvectors take the place of the sums, in their memory.
 
     Args:
         name: What the stage is called in progress.
-        covariance: The reduced sums; emptied.
+        covariance: The reduced sums; empty afterwards.
         world: The workers.
-        sink: Where the factors go; worker 0 writes.
-        sharded: Whether every worker decomposes its share; else worker 0 decomposes all.
-        keep_covariance: Whether the stored raw sums stay; else each goes with its decomposition.
+        sink: Where the factors are written, by worker 0.
+        sharded: Whether every worker decomposes its share of the factors; else worker 0 all.
+        keep_covariance: Whether raw sums stay in the store; else each is removed when its factor is
+            decomposed.
         show_progress: Whether worker 0 shows progress.
 
     Returns:
-        The basis of each factor, and the seconds that all of it took.
+        The basis of each factor by name, and the seconds of the stage.
 
     Raises:
-        DecompositionError, NonFiniteError: On every worker, naming the factor.
-        OutputError: On every worker, where worker 0 could not write.
-        Preempted: SIGTERM has come, and what is decomposed is stored.
+        DecompositionError: If no attempt could decompose a factor; on every worker.
+        NonFiniteError: If a sum holds NaN or infinity; on every worker.
+        OutputError: If worker 0 could not write; on every worker.
+        Preempted: If SIGTERM has come; what is decomposed is stored.
     """
     start = time.perf_counter()
-    work = {f: sum(len(b) ** 3 for b in blocks) for f, blocks in covariance.sums.items()}
-    done = [factor for factor in work if eigenbasis_file(factor) in sink.earlier.files]
-    bases = {factor: _stored(factor, covariance, world, sink) for factor in done}
+    costs = {f: sum(len(b) ** 3 for b in blocks) for f, blocks in covariance.sums.items()}
+    stored = [factor for factor in costs if eigenbasis_file(factor) in sink.earlier.files]
+    bases = {factor: _stored_basis(factor, covariance, world, sink) for factor in stored}
     with world.agree(takes_part=world.is_main):
-        for factor in () if keep_covariance else done:
-            sink.remove(covariance_file(factor))  # the run may have ended just before
-    left = {factor: n3 for factor, n3 in work.items() if factor not in bases}
+        for factor in () if keep_covariance else stored:
+            sink.remove(covariance_file(factor))  # the run may have ended just before that
+    left = {factor: cost for factor, cost in costs.items() if factor not in bases}
     progress = Progress(
         name,
         total=sum(left.values()),
@@ -91,11 +93,11 @@ def run_eigenbasis(
             bases |= _one_round(decomposed, covariance, world, sink, keep_covariance)
             progress.update(sum(left[factor] for factor in decomposed.values()))
     covariance.sums.clear()
-    return {factor: bases[factor] for factor in work}, time.perf_counter() - start
+    return {factor: bases[factor] for factor in costs}, time.perf_counter() - start
 
 
-def _stored(factor: str, covariance: CovarianceSums, world: World, sink: FactorSink) -> Basis:
-    """A basis that an earlier start of the run has stored, from worker 0 on every worker."""
+def _stored_basis(factor: str, covariance: CovarianceSums, world: World, sink: FactorSink) -> Basis:
+    """A basis that an earlier start of the run stored, sent by worker 0 to all."""
     blocks, file = covariance.sums[factor], eigenbasis_file(factor)
     values = _values_of(blocks, world)
     with world.agree(takes_part=world.is_main):
@@ -114,7 +116,15 @@ def _one_round(
     sink: FactorSink,
     keep_covariance: bool,
 ) -> dict[str, Basis]:
-    """The decompositions of some factors, one of a worker at most, stored and on every worker."""
+    """Decomposes one factor a worker at most, stores the bases, and sends them to all.
+
+    Args:
+        decomposed: The factor of each worker that takes part, by rank.
+        covariance: The reduced sums.
+        world: The workers.
+        sink: Where the factors are written.
+        keep_covariance: Whether raw sums stay in the store.
+    """
     header: dict[str, str] = {}
     own = decomposed.get(world.rank)
     own_values = torch.empty(0)
@@ -141,7 +151,7 @@ def _one_round(
 def _decompose(
     factor: str, covariance: CovarianceSums, world: World
 ) -> tuple[Tensor, dict[str, str]]:
-    """A factor's eigenvalues, and how good its decomposition is; its sums become eigenvectors."""
+    """A factor's eigenvalues and the header of its file; its sums become its eigenvectors."""
     blocks, count = covariance.sums[factor], covariance.counts[factor]
     values, checks = [], []
     for key, block in zip(block_keys(factor, len(blocks)), blocks, strict=True):
@@ -149,7 +159,7 @@ def _decompose(
         block.copy_(basis.eigenvectors)
         values.append(basis.eigenvalues.to(world.device))
         checks.append(basis.checks)
-        del basis  # in float64, it need not live through what follows
+        del basis  # it is float64, and large
     return torch.cat(values), {"count": str(count), **header_of(checks)}
 
 
@@ -159,32 +169,32 @@ def _values_of(blocks: Sequence[Tensor], world: World) -> Tensor:
 
 
 def _sent(blocks: Sequence[Tensor], values: Tensor, owner: int, world: World) -> Basis:
-    """What one worker has, on every worker."""
+    """One worker's basis, sent to all."""
     for block in blocks:
         world.broadcast_(block, source=owner)
     return Basis(blocks, world.broadcast_(values, source=owner).cpu())
 
 
 def _rounds(
-    work: Mapping[str, int], largest: int, world: World, *, sharded: bool
+    costs: Mapping[str, int], largest: int, world: World, *, sharded: bool
 ) -> list[dict[int, str]]:
-    """Which factor each worker decomposes in each round: {worker: factor}.
+    """The rounds of decompositions, each {rank: factor}.
 
-    In their own order, or the costliest first if several workers take part.
+    Factors come in model order; the costliest first if several workers take part.
 
     Args:
-        work: n³ of each factor, all its blocks together.
+        costs: n³ of each factor, summed over its blocks.
         largest: n of the largest block.
         world: The workers.
-        sharded: Whether more than worker 0 take part.
+        sharded: Whether workers other than 0 may take part.
     """
-    if not work:
+    if not costs:
         return []
-    workers = _takes_part(largest, world) if sharded else [0]
-    names = list(work)
+    workers = _ranks_with_memory(largest, world) if sharded else [0]
+    names = list(costs)
     if len(workers) > 1:
-        names.sort(key=lambda factor: -work[factor])  # a round is as long as its longest
-    shares = assign_batches([work[name] for name in names], len(workers))
+        names.sort(key=lambda factor: -costs[factor])  # a round is as long as its longest
+    shares = assign_batches([costs[name] for name in names], len(workers))
     return [
         {
             worker: names[share[number]]
@@ -195,15 +205,15 @@ def _rounds(
     ]
 
 
-def _takes_part(largest: int, world: World) -> Sequence[int]:
-    """Workers that have the memory to decompose beside each other."""
+def _ranks_with_memory(largest: int, world: World) -> Sequence[int]:
+    """Ranks of the workers that have the memory to decompose at the same time."""
     need = workspace_bytes(largest)
     places = world.gather((socket.gethostname(), str(world.device), available_bytes(world.device)))
-    takes_part: list[int] = []
+    ranks: list[int] = []
     taken: dict[tuple[str, str], int] = {}
     for rank, (host, device, free) in enumerate(places):
         place = (host, device)
         taken[place] = taken.get(place, 0) + need
         if taken[place] <= free or rank == 0:  # worker 0 would have to do it alone, too
-            takes_part.append(rank)
-    return takes_part
+            ranks.append(rank)
+    return ranks

@@ -250,7 +250,7 @@ class GroupFit:
             need = DiskNeed(self._shown(stage), results, files, states, self._state(stage))
             self.sink.require_room(need)
 
-    # -- the store, the journal, the summary ---------------------------------------------------------
+    # -- the store, the journal, the summary -------------------------------------------------------
 
     def _put(
         self,

@@ -1,4 +1,4 @@
-"""What a run starts from, what it did, and the manifest that tells of both."""
+"""What a fit starts from, what it did, and the manifest of its store."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,16 +19,16 @@ from ekfac_dist.runtime.software import software
 
 @dataclass
 class FitSummary:
-    """What a run did, for its closing table.
+    """What a fit did, for its closing table.
 
     Attributes:
-        seconds: Of each stage: covariance, eigenbasis, refit.
+        seconds: Time of each stage: covariance, eigenbasis, refit.
         losses: Mean −log p(label) of each pass, in nats per label.
-        num_labels: Labels of a pass.
-        sequences: All of the run's sequences.
-        discovery: What was tracked.
+        num_labels: Labels of one pass.
+        sequences: All sequences of the run.
+        discovery: The tracked modules.
         workers: W.
-        num_groups: Groups of modules, one pair of passes each.
+        num_groups: Number of groups of modules, one pair of passes each.
         peak_bytes: The largest peak memory of any worker, by place ("host", "device").
     """
 
@@ -46,16 +46,16 @@ class FitSummary:
 
 @dataclass
 class FitInputs:
-    """What a run starts from, once everything is loaded and found good.
+    """What a fit starts from, once everything is loaded and checked.
 
     Attributes:
         settings: The settings of the fit.
-        model: The model, on the worker's device.
+        model: The prepared model, on the worker's device.
         sequences: All sequences.
-        discovery: What is tracked.
-        fingerprints: Of the model's weights.
-        task: What is asked of the model.
-        task_fingerprint: Of its code and settings; None of a built-in task.
+        discovery: The tracked modules.
+        fingerprints: Fingerprints of the model's weights.
+        task: What the model is asked, and what its loss is.
+        task_fingerprint: SHA-256 of the task's code and attributes; None for a built-in task.
         step_tokens: Largest number of positions of a batch, padding included.
     """
 
@@ -70,7 +70,7 @@ class FitInputs:
 
 
 def steps_line(inputs: FitInputs) -> str:
-    """How the data are cut into batches, in one line."""
+    """Number and size of the batches, and the share of padding, in one line."""
     lengths = inputs.sequences.num_positions
     batches = plan_batches(lengths, inputs.step_tokens, inputs.sequences.equal_above)
     line = f"{len(batches)} batches of at most {inputs.step_tokens} positions"
@@ -80,7 +80,7 @@ def steps_line(inputs: FitInputs) -> str:
 
 
 def coverage_line(discovery: Discovery) -> str:
-    """How much of a model is tracked, in one line."""
+    """The tracked share of the MLPs' and of all parameters, in one line."""
     coverage = discovery.coverage
     of_mlp = coverage.tracked_mlp_parameters / max(1, coverage.mlp_parameters)
     of_all = coverage.tracked_parameters / max(1, coverage.model_parameters)
@@ -91,7 +91,7 @@ def coverage_line(discovery: Discovery) -> str:
 
 
 def store_manifest(inputs: FitInputs, summary: FitSummary) -> dict[str, Any]:
-    """Every entry of the manifest but format, complete and files."""
+    """Every entry of the manifest except format, complete and files."""
     config, sequences, discovery = inputs.settings.recorded, inputs.sequences, summary.discovery
     fitted = inputs.settings.factors
     num_positions = int(sequences.num_positions.sum())

@@ -1,4 +1,4 @@
-"""Groups of modules that have passes of their own."""
+"""Partition of the tracked modules into groups, each with a pair of passes of its own."""
 
 from collections.abc import Sequence
 

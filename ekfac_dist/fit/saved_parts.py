@@ -1,6 +1,6 @@
-"""A worker's saved part of a pass on the disk: written whole or not at all, and read again.
+"""One worker's saved part of a pass on the disk: written completely or not at all, and read.
 
-`checkpoints` says which parts there are and what becomes of them.
+Which parts there are, and which of them count, is decided by `checkpoints`.
 """
 
 import hashlib
@@ -26,24 +26,24 @@ _BUNDLE_BYTES = 2**28
 
 
 class Sums(Protocol):
-    """Running sums that can be saved and taken up again; see `LongSums`."""
+    """Running sums that can be saved and restored; see `LongSums`."""
 
     counts: dict[str, int]
     num_added: dict[str, int]
 
     def pieces(self) -> Mapping[str, Tensor]:
-        """All that is summed so far, by name."""
+        """All sums so far, by name."""
 
     def take_up(self, piece: str, saved: Tensor) -> None:
-        """Sets a piece to what was saved of it."""
+        """Overwrites a piece with its saved values."""
 
     def add(self, piece: str, saved: Tensor) -> None:
-        """Adds a saved piece of other sums of the same."""
+        """Adds a piece that was saved from other sums of the same shape."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Whose share of which way to share out, in which run."""
+    """The run, the generation and the rank that a part belongs to."""
 
     run: str
     generation: int
@@ -52,18 +52,18 @@ class Identity:
 
 @dataclass(frozen=True)
 class Part:
-    """One worker's saved state, as `part.json` tells it.
+    """One worker's saved state, as `part.json` describes it.
 
     Attributes:
-        directory: Where it lies.
-        generation: Of which way of sharing out.
-        rank: Of which worker in it.
-        steps: Steps of that worker that are in it.
-        num_labels: Labels in it.
-        seconds: Time that it took.
-        counts: Numbers of rows in its sums, by factor.
+        directory: Its directory.
+        generation: The way of sharing out that it belongs to.
+        rank: The rank of its worker.
+        steps: Number of the worker's steps that are in the sums.
+        num_labels: Number of labels in them.
+        seconds: Time that they took.
+        counts: Number of summed positions of each factor.
         num_added: Terms of each sum since its last flush.
-        files: {file: {bytes, sha256}}.
+        files: Size and SHA-256 of each file, {file: {bytes, sha256}}.
     """
 
     directory: Path
@@ -78,29 +78,29 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Its directory's name, which tells it from every other."""
+        """Its directory's name, which no other part of the pass has."""
         return self.directory.name
 
     @classmethod
     def read(cls, directory: Path, run: str) -> "Part | None":
-        """The part in a directory; None if it is not whole, or another run's."""
+        """The part in a directory; None if it is incomplete or of another run."""
         try:
             digest, _, text = (directory / PART).read_text(encoding="utf-8").partition("\n")
-            told = json.loads(text) if digest == _digest(text) else {}
+            fields = json.loads(text) if digest == _text_digest(text) else {}
         except (OSError, ValueError):
             return None
-        if told.pop("run", None) != run:
+        if fields.pop("run", None) != run:
             return None
-        part = cls(directory, **told)
+        part = cls(directory, **fields)
         return part if part.name == f"{part.generation}-{part.rank}-{part.steps}" else None
 
     @property
     def share(self) -> tuple[int, int]:
-        """Whose share it is: its generation and its worker."""
+        """Its generation and rank."""
         return self.generation, self.rank
 
     def is_whole(self) -> bool:
-        """Whether every file has the size and the checksum that it had."""
+        """Whether every file still has its size and SHA-256."""
         with suppress(OSError):
             return all(
                 is_as_listed(self.directory / file, listed) for file, listed in self.files.items()
@@ -108,13 +108,13 @@ class Part:
         return False
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Its sums, and its loss, by name, a file at a time."""
+        """Its sums and its loss, by name, read file by file."""
         for file in self.files:
             if file != _NUMBERS:
                 yield from load_file(self.directory / file).items()
 
     def numbers(self) -> list[int]:
-        """The sequences that are in it."""
+        """Indices of the sequences that are in the sums."""
         return load_file(self.directory / _NUMBERS)["numbers"].tolist()
 
 
@@ -129,20 +129,20 @@ def write_part(
     num_labels: int,
     seconds: float,
 ) -> None:
-    """Saves running sums as they are; `part.json` last.
+    """Saves running sums; `part.json` is written last.
 
     Args:
-        directory: Of the part; made.
-        identity: Whose they are.
+        directory: The part's directory, which is made.
+        identity: The run, generation and rank that they belong to.
         sums: The sums.
-        loss: Their loss.
-        numbers: Which sequences are in them.
-        steps: How many steps.
-        num_labels: How many labels.
-        seconds: What they took.
+        loss: Σ −log p(label), in nats.
+        numbers: Indices of the sequences that are in them.
+        steps: Number of steps.
+        num_labels: Number of labels.
+        seconds: Time that they took.
 
     Raises:
-        OutputError: They cannot be written; nothing is left of the part.
+        OutputError: If they cannot be written; nothing is left of the part.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,7 @@ def write_part(
             file: write_listed(directory / file, safetensors_parts(bundle))
             for file, bundle in bundles.items()
         }
-        told = {
+        fields = {
             **vars(identity),
             "steps": steps,
             "num_labels": num_labels,
@@ -168,15 +168,15 @@ def write_part(
             "num_added": dict(sums.num_added),
             "files": files,
         }
-        text = json.dumps(told)
-        write_whole(directory / PART, [f"{_digest(text)}\n{text}".encode()])
+        text = json.dumps(fields)
+        write_whole(directory / PART, [f"{_text_digest(text)}\n{text}".encode()])
     except OutputError:
         shutil.rmtree(directory, ignore_errors=True)
         raise
 
 
 def _bundles(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Groups of tensors for one file each, so that none has to be held twice as a whole."""
+    """Groups of tensors, one for each file, small enough for a copy of one group in memory."""
     bundle: dict[str, Tensor] = {}
     held = 0
     for name, tensor in tensors.items():
@@ -188,5 +188,5 @@ def _bundles(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     yield bundle
 
 
-def _digest(text: str) -> str:
+def _text_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()

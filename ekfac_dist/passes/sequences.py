@@ -1,4 +1,4 @@
-"""What every command loads first, on every worker: token sequences that the model can read."""
+"""The sequences of a run: loaded on every worker, and batched so that batches change no result."""
 
 from typing import Any
 
@@ -23,10 +23,10 @@ from ekfac_dist.runtime.progress import Progress
 def load_sequences(
     config: DataConfig, tokenizer: Any, tokenizer_fingerprint: str, world: World
 ) -> Sequences:
-    """Opens and tokenises a data set, on each host's first worker first.
+    """Opens and tokenises a data set; each host's first worker goes first and fills the cache.
 
     Raises:
-        DataError: As `open_source` and `tokenize` do, on every worker.
+        DataError: As of `open_source` and `tokenize`, on every worker.
     """
     return load_with_rows(config, tokenizer, tokenizer_fingerprint, world)[0]
 
@@ -34,14 +34,14 @@ def load_sequences(
 def load_with_rows(
     config: DataConfig, tokenizer: Any, tokenizer_fingerprint: str, world: World
 ) -> tuple[Sequences, Dataset]:
-    """As `load_sequences`, with the source's rows that the sequences were made of.
+    """As `load_sequences`, with the rows of the source that the sequences were made of.
 
     Raises:
-        DataError: As `load_sequences` does.
+        DataError: As of `load_sequences`.
     """
     source, content = world.once_per_host(lambda: (config.source, content_of(config)))
     with world.agree():
-        if source != config.source:  # it will be refused, but for what it is
+        if source != config.source:  # the difference is refused later, with a better sentence
             content = content_of(config)
 
     def load() -> tuple[Sequences, Dataset]:
@@ -55,15 +55,15 @@ def load_with_rows(
 
 
 def check_sequences(model: nn.Module, sequences: Examples, advice: str) -> None:
-    """Refuses sequences that a model cannot read.
+    """Refuses sequences that a model cannot process.
 
     Args:
         model: The model.
         sequences: The sequences.
-        advice: What would do if one is too long, with {context} for the model's limit.
+        advice: What to do if one is too long; {context} stands for the model's limit.
 
     Raises:
-        DataError: One is longer than the model's context, or has a token that it does not know.
+        DataError: If one is longer than the model's context, or has an unknown token.
     """
     longest = sequences.longest
     context = context_length(model)
@@ -83,19 +83,19 @@ def check_sequences(model: nn.Module, sequences: Examples, advice: str) -> None:
 def exactly_batched(
     model: nn.Module, sequences: Examples, task: Task, world: World, batch_tokens: int
 ) -> Examples:
-    """The same sequences, batched so that the model gives each what it gives it alone.
+    """The same sequences, batched so that each gets the logits that it would get alone.
 
-    Sequences that may share a batch are packed, if on every worker the model computes them so.
+    They are packed, without padding, if the model computes packed sequences so on every worker.
 
     Args:
         model: The prepared model.
-        sequences: What passes will read, all or any of them.
-        task: What is asked of the model.
+        sequences: The sequences; passes may read all or some of them.
+        task: What the model is asked, and what its loss is.
         world: The workers.
-        batch_tokens: Of the passes' batches; the same on every worker.
+        batch_tokens: Token budget of the passes' batches; the same on every worker.
 
     Raises:
-        ModelError: The model gives a sequence something else beside, or after, a longer one.
+        ModelError: If a sequence's logits change beside, or after, a longer one.
     """
     if not isinstance(sequences, Sequences) or type(task) is not CausalLM:
         return sequences
@@ -110,17 +110,17 @@ def exactly_batched(
 def require_harmless_padding(
     model: nn.Module, examples: TaskExamples, task: Task, world: World, batch_tokens: int
 ) -> None:
-    """Refuses a task whose losses depend on what an example is batched with.
+    """Refuses a task whose losses depend on the other examples of a batch.
 
     Args:
         model: The prepared model.
-        examples: What passes will read.
-        task: What is asked of the model.
+        examples: The examples.
+        task: What the model is asked, and what its loss is.
         world: The workers.
-        batch_tokens: Of the passes' batches; 1: each example has a batch of its own.
+        batch_tokens: Token budget of the passes' batches; 1: each example has its own batch.
 
     Raises:
-        ModelError: They do.
+        ModelError: If an example's loss changes beside a longer one.
     """
     if batch_tokens == 1:
         return

@@ -20,7 +20,8 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 from ekfac_dist.errors import DEFECT, PeerError, Preempted
-from ekfac_dist.runtime.processes import World, was_agreed
+from ekfac_dist.runtime.peers import was_agreed
+from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.terminal import show, visible
 
 BEAT_SECONDS = 3.0

@@ -21,7 +21,9 @@ from workshop import (
 )
 
 from ekfac_dist.errors import DataError, LaunchError
-from ekfac_dist.runtime.processes import World, _buckets, was_agreed
+from ekfac_dist.runtime.collectives import _buckets
+from ekfac_dist.runtime.peers import was_agreed
+from ekfac_dist.runtime.processes import World
 
 HERE = Path(__file__).parent
 NAMES = [check.__name__ for check in CHECKS]

@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 
 from ekfac_dist.errors import DataError, ModelError, NonFiniteError, PeerError, Preempted
-from ekfac_dist.runtime import processes
+from ekfac_dist.runtime import collectives
 from ekfac_dist.runtime.heartbeat import heartbeat
-from ekfac_dist.runtime.processes import World, was_agreed
+from ekfac_dist.runtime.peers import was_agreed
+from ekfac_dist.runtime.processes import World
 
 DTYPES = (torch.float32, torch.float64, torch.int64, torch.float16, torch.bfloat16)
 
@@ -98,9 +99,9 @@ def broadcast_overwrites_in_place(world: World, directory: Path) -> None:
 
 
 def all_reduce_gives_plain_sums_whatever_the_buckets(world: World, directory: Path) -> None:
-    usual = processes.BUCKET_BYTES
+    usual = collectives.BUCKET_BYTES
     for limit in (1, 40, 1000, usual):
-        processes.BUCKET_BYTES = limit
+        collectives.BUCKET_BYTES = limit
         everyones = shards(world)
         mine = everyones[world.rank]
         pointers = [tensor.data_ptr() for tensor in mine]
@@ -110,7 +111,7 @@ def all_reduce_gives_plain_sums_whatever_the_buckets(world: World, directory: Pa
         for tensor, total in zip(mine, expected, strict=True):
             assert tensor.dtype == total.dtype
             assert torch.equal(tensor, total)
-    processes.BUCKET_BYTES = usual
+    collectives.BUCKET_BYTES = usual
 
 
 def all_reduce_of_nothing_is_nothing(world: World, directory: Path) -> None:

@@ -1,0 +1,168 @@
+"""Collectives: what every worker calls, in the same order.
+
+A collective of `torch.distributed` has a time-out, and one worker's work may take longer. So while
+a heartbeat watches the workers (see `heartbeat`), each counts itself in the key-value store first,
+and whoever is early waits there for as long as the others live; the collective itself is then
+short.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ekfac_dist.runtime import preemption
+from ekfac_dist.runtime.peers import LEFT, PEER_CHECK_SECONDS, Peers, default_store
+
+T = TypeVar("T")
+
+BUCKET_BYTES = 64 * 2**20
+LEAVING_SECONDS = 5.0  # how long a worker that SIGTERM has come to still waits for others
+GLOO_SECONDS = 0.002
+# Who waits for others looks again after 1/20 of the time that it has waited, within these limits.
+_WAIT_SECONDS = (0.0002, 0.5)
+
+
+@dataclass
+class Arrivals:
+    """A count of the workers that have arrived before collectives, in the key-value store.
+
+    Attributes:
+        key: The counter's key.
+        number: How often this worker has arrived.
+        are_watched: Whether a heartbeat notices workers that end; else nobody waits here.
+    """
+
+    key: str = ""
+    number: int = 0
+    are_watched: bool = False
+
+
+@dataclass
+class Collectives(Peers):
+    """One worker of several, and its collectives with the others."""
+
+    _arrivals: Arrivals = field(default_factory=Arrivals, repr=False)  # the same in `at`'s copies
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Declares that a heartbeat notices workers that end, so that waits need no limit.
+
+        Every worker enters and leaves it between the same collectives.
+        """
+        before, self._arrivals.are_watched = self._arrivals.are_watched, True
+        try:
+            yield
+        finally:
+            self._arrivals.are_watched = before
+
+    def wait_for_all(self) -> None:
+        """Waits until every worker is here, however long that takes; only where they are watched.
+
+        Every collective of this class begins with it.
+
+        Raises:
+            PeerError: A worker will never come: it has failed, or was lost.
+            Preempted: SIGTERM has come, and not all of the others a few seconds later: they were
+                asked to end too, or are lost.
+        """
+        if self.size == 1 or not self._arrivals.are_watched:
+            return
+        arrivals, store = self._arrivals, default_store()
+        arrivals.number += 1  # nobody comes again before all have come, so one counter will do
+        start = last_look = time.monotonic()
+        asked_to_end: float | None = None
+        shortest, longest = _WAIT_SECONDS
+        with self._collective():
+            arrived = store.add(arrivals.key, 1)
+            while arrived < arrivals.number * self.size:
+                now = time.monotonic()
+                if now - last_look >= PEER_CHECK_SECONDS:
+                    last_look = now
+                    if store.check([self._failure_key + LEFT]):
+                        self._raise_if_announced()
+                if asked_to_end is None and preemption.requested():
+                    asked_to_end = now
+                if asked_to_end is not None and now - asked_to_end > LEAVING_SECONDS:
+                    raise preemption.ended("what is done is stored")
+                time.sleep(min(longest, max(shortest, (now - start) / 20)))
+                arrived = store.add(arrivals.key, 0)
+
+    def gather(self, value: T) -> list[T]:
+        """Every worker's `value`, in rank order, on every worker."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        self.wait_for_all()
+        with self._collective():
+            dist.all_gather_object(values, value)
+        # gloo's thread frees what it sent only now, and needs the interpreter for it; a script that
+        # ended this very moment would be aborted (torch 2.13).
+        time.sleep(GLOO_SECONDS if self.backend == "gloo" else 0)
+        return values
+
+    def share(self, value: T) -> T:
+        """Worker 0's `value`, on every worker."""
+        if self.size == 1:
+            return value
+        box: list[Any] = [value if self.is_main else None]
+        self.wait_for_all()
+        with self._collective():
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def broadcast_(self, tensor: Tensor, *, source: int = 0) -> Tensor:
+        """Overwrites `tensor` in place with one worker's; shapes and dtypes must agree."""
+        if self.size > 1:
+            self.wait_for_all()
+            with self._collective():
+                dist.broadcast(tensor, src=source)
+        return tensor
+
+    def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces each tensor in place by its sum over all workers.
+
+        Small tensors travel together in buckets of one dtype; large ones travel as they are.
+
+        Args:
+            tensors: Contiguous tensors of any shapes and dtypes, the same on every worker.
+        """
+        if self.size == 1:
+            return
+        self.wait_for_all()
+        for bucket in _buckets(tensors, BUCKET_BYTES):
+            alone = len(bucket) == 1
+            flat = bucket[0] if alone else torch.cat([t.reshape(-1) for t in bucket])
+            with self._collective():
+                dist.all_reduce(flat)
+            if alone:
+                continue
+            parts = flat.split([t.numel() for t in bucket])
+            for tensor, part in zip(bucket, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def barrier(self) -> None:
+        """Waits until every worker is here."""
+        self.gather(None)
+
+
+def _buckets(tensors: Sequence[Tensor], limit_bytes: int) -> Iterator[list[Tensor]]:
+    """Groups tensors of one dtype into lists of at most `limit_bytes`, keeping their order."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for group in by_dtype.values():
+        bucket: list[Tensor] = []
+        held = 0
+        for tensor in group:
+            if bucket and held + tensor.nbytes > limit_bytes:
+                yield bucket
+                bucket, held = [], 0
+            bucket.append(tensor)
+            held += tensor.nbytes
+        yield bucket

@@ -127,7 +127,7 @@ class World(Collectives):
         if self.size > 1:
             dist.destroy_process_group()
 
-            # Who was asked to end leaves a long block early, for the place where all agree.
+    # -- failing, and acting, together ---------------------------------------------------------------
 
     @contextmanager
     def agree(

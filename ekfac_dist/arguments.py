@@ -1,7 +1,7 @@
 """Command-line arguments and YAML files, parsed into configurations by jsonargparse.
 
-What is wrong with them is said in one sentence: the field, the value that was given, and what would
-do. It is found by parsing each given field alone, never by reading jsonargparse's own messages.
+An error names the field, the value that was given and what would do, in one sentence. The field is
+found by parsing each given field alone, never by reading jsonargparse's own messages.
 """
 
 import dataclasses

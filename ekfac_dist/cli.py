@@ -214,15 +214,15 @@ def inspect(arguments: list[str]) -> int:
     parser.add_argument(
         "--plot", type=str | None, default=None, help="Write spectra to a PNG file."
     )
-    given = parse(parser, arguments, {"store": str, "verify": bool, "plot": str | None})
+    values = parse(parser, arguments, {"store": str, "verify": bool, "plot": str | None})
     from ekfac_dist.report.inspection import inspect_store, plot_spectra, verify_store
 
-    if given["verify"]:
-        verify_store(given["store"], lambda line: show(visible(line)))
-    show(inspect_store(given["store"]))
-    if given["plot"] is not None:
-        plot_spectra(given["store"], given["plot"])
-        show(f"spectra are in {given['plot']}")
+    if values["verify"]:
+        verify_store(values["store"], lambda line: show(visible(line)))
+    show(inspect_store(values["store"]))
+    if values["plot"] is not None:
+        plot_spectra(values["store"], values["plot"])
+        show(f"spectra are in {values['plot']}")
     return 0
 
 
@@ -235,11 +235,11 @@ def report(arguments: list[str]) -> int:
     parser.add_argument(
         "--output", type=str | None, default=None, help="The page; by default SCORES.html."
     )
-    given = parse(parser, arguments, {"scores": str, "output": str | None})
+    values = parse(parser, arguments, {"scores": str, "output": str | None})
     from ekfac_dist.report.page import write_report
 
-    output = given["output"] or given["scores"].rstrip("/") + ".html"
-    write_report(given["scores"], output)
+    output = values["output"] or values["scores"].rstrip("/") + ".html"
+    write_report(values["scores"], output)
     show(f"The report is in {output}")
     return 0
 
@@ -258,14 +258,14 @@ def demo(arguments: list[str]) -> int:
     )
     parser.add_argument("--directory", type=str, default="runs/demo", help="Where all of it goes.")
     parser.add_argument("--workers", type=int, default=2, help="Number of workers.")
-    given = parse(parser, arguments, {"directory": str, "workers": int})
-    if given["workers"] < 1:
-        raise ConfigError(f"workers is {given['workers']}; it must be 1 or more.")
+    values = parse(parser, arguments, {"directory": str, "workers": int})
+    if values["workers"] < 1:
+        raise ConfigError(f"workers is {values['workers']}; it must be 1 or more.")
     from pathlib import Path
 
     from ekfac_dist.demo.run import run_demo
 
-    return run_demo(Path(given["directory"]), workers=given["workers"])
+    return run_demo(Path(values["directory"]), workers=values["workers"])
 
 
 def _show_error(error: Exception, who: str = "") -> None:

@@ -103,8 +103,8 @@ def exactly_batched(
     with agreeing(world, model, ModelError):
         checks = BatchChecks(model, sequences, world.device, batch_tokens)
         checks.require_exact()
-        found = checks.can_pack()
-    return sequences.packing() if all(world.gather(found)) else sequences
+        can_pack = checks.can_pack()
+    return sequences.packing() if all(world.gather(can_pack)) else sequences
 
 
 def require_harmless_padding(

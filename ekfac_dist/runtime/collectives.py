@@ -62,19 +62,19 @@ class Collectives(Peers):
             self._arrivals.are_watched = before
 
     def wait_for_all(self) -> None:
-        """Waits until every worker is here, however long that takes; only where they are watched.
+        """Waits until every worker has arrived, without limit; returns at once if none is watched.
 
         Every collective of this class begins with it.
 
         Raises:
-            PeerError: A worker will never come: it has failed, or was lost.
-            Preempted: SIGTERM has come, and not all of the others a few seconds later: they were
-                asked to end too, or are lost.
+            PeerError: If a worker will never arrive, because it failed or was lost.
+            Preempted: If SIGTERM has come, and a worker has not arrived a few seconds later: it was
+                asked to end too, or is lost.
         """
         if self.size == 1 or not self._arrivals.are_watched:
             return
         arrivals, store = self._arrivals, default_store()
-        arrivals.number += 1  # nobody comes again before all have come, so one counter will do
+        arrivals.number += 1  # no worker arrives again before all have, so one counter is enough
         start = last_look = time.monotonic()
         asked_to_end: float | None = None
         shortest, longest = _WAIT_SECONDS

@@ -55,19 +55,22 @@ class Peers:
 
     @property
     def failure_key(self) -> str:
-        """What a failure is announced under in the key-value store."""
+        """The key of an announced failure in the key-value store."""
         return self._failure_key
 
     def announce_failure(
         self, error: BaseException, store: Any = None, *, leaves: bool = True
     ) -> bool:
-        """Tells the others that this worker has failed; True if none had said so of another cause.
+        """Announces that this worker has failed.
 
         Args:
-            error: Why.
-            store: A client of the key-value store; None: the main thread's.
-            leaves: Whether nobody need wait for a worker any longer; else this one still comes to
-                the collective in which all agree on the failure.
+            error: The failure.
+            store: A client of the key-value store; None for the main thread's.
+            leaves: Whether the failed worker comes to no collective any more; else it still comes
+                to the one in which all agree on the failure.
+
+        Returns:
+            Whether it is the first failure of any worker, which is the one to report.
         """
         if self.size == 1 or getattr(error, _FIRST, False):
             return True
@@ -83,11 +86,11 @@ class Peers:
             if leaves:
                 store.set(self._failure_key + LEFT, "")
         except RuntimeError:
-            return True  # the key-value store has gone with its worker, and said nothing
+            return True  # the key-value store is gone with its worker
         return first
 
     def key_value_store(self) -> Any:
-        """A client of the process group's key-value store, for another thread than the main one."""
+        """A client of the process group's key-value store for use in another thread."""
         return default_store().clone()
 
     def check_peers(self) -> None:
@@ -106,14 +109,14 @@ class Peers:
             raise PeerError(f"worker {rank} of {self.size}: {message}", status=status)
 
     def _cause_of(self, error: Exception) -> Exception:
-        """What another worker has said, or its end, if an error only follows from that."""
+        """Another worker's announced failure, or its loss, if an error only follows from it."""
         if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
             return error
         try:
-            with suppress(RuntimeError):  # the key-value store may have gone with its worker
+            with suppress(RuntimeError):  # the key-value store may be gone with its worker
                 self._raise_if_announced()
-        except PeerError as told:
-            return told
+        except PeerError as announced:
+            return announced
         is_of_connection = isinstance(error, dist.DistError) or _CONNECTION.search(str(error))
         return _lost(error) if is_of_connection else error
 
@@ -124,9 +127,9 @@ class Peers:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            # A connection that closes under a collective means that a worker has left. If it said
+            # A connection that closes in a collective means that a worker has left. If it announced
             # why, that is the cause to report.
-            with suppress(RuntimeError):  # the key-value store may have gone with its worker
+            with suppress(RuntimeError):  # the key-value store may be gone with its worker
                 self._raise_if_announced()
             raise _lost(error) from error
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -59,10 +59,10 @@ class World(Collectives):
     def start(cls) -> "World":
         """Joins the process group that Accelerate's launcher describes, or works alone.
 
-        Inside somebody's own script whose `Accelerator` exists already, that one is used.
+        In a script with an `Accelerator` of its own, the process group of that one is used.
 
         Raises:
-            LaunchError: The launcher started several workers that do not see each other.
+            LaunchError: If the launcher started several workers that do not see each other.
         """
         # Accelerate's launcher does not pass a configuration's use_cpu on to several workers.
         cpu = _says_yes("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
@@ -88,7 +88,7 @@ class World(Collectives):
         if device.type == "cpu":
             device = torch.device("cpu")  # accelerate says "cpu:0" for a worker of several
         elif device.type == "cuda" and device.index is None:
-            # In a thread of another GPU, "cuda" would be that one.
+            # In a thread that uses another GPU, "cuda" would be that one.
             device = torch.device("cuda", torch.cuda.current_device())
         run = next(_runs)
         return cls(
@@ -119,15 +119,15 @@ class World(Collectives):
         return socket.gethostname(), device, torch.get_num_threads()
 
     def mesh(self) -> DeviceMesh:
-        """All workers as `torch.distributed` wants to be told of them."""
+        """A device mesh of one dimension over all workers."""
         return init_device_mesh(self.device.type, (self.size,))
 
     def close(self) -> None:
-        """Leaves the process group, in good order, with the others."""
+        """Leaves the process group, together with the others."""
         if self.size > 1:
             dist.destroy_process_group()
 
-    # -- failing, and acting, together ---------------------------------------------------------------
+    # -- failing, and acting, together -------------------------------------------------------------
 
     @contextmanager
     def agree(
@@ -135,15 +135,16 @@ class World(Collectives):
     ) -> Iterator[None]:
         """Runs a block on every worker; if it fails on any, it fails on all.
 
-        The others raise the failing worker's sentence, with the worker's name unless all that took
-        part said the same. A block that holds collectives, as a sharded model's forward is one,
-        says so: where a worker fails alone in it, the others wait for it there and can agree on
-        nothing. The failure is announced then, and raised at once.
+        All raise the failing worker's sentence, with that worker's name unless all that took part
+        failed with the same one. In a block without collectives every worker reaches the end, where
+        they agree. In a block with collectives, such as a sharded model's forward, a worker that
+        fails alone leaves the others waiting in the next one; so it announces its failure and
+        raises at once.
 
         Args:
-            takes_part: Whether this worker really does something in the block.
-            together: None: the block holds no collective. Else it does, and only these are raised
-                on every worker at the same place, so that they can be agreed on.
+            takes_part: Whether this worker does something in the block.
+            together: None for a block without collectives; for one with collectives the errors that
+                every worker raises at the same place, so that they can be agreed on.
         """
         if self.size == 1:
             yield
@@ -161,46 +162,56 @@ class World(Collectives):
                 self.announce_failure(error, leaves=leaves)
             if leaves:
                 raise error from (None if error is caught else caught)
-        own = None
+        report: tuple[str, str, int] | None = None
         if error is not None and not isinstance(error, PeerError):
-            own = (type(error).__name__, str(error), status_of(error))
-        reports = self.gather((takes_part, own))
-        failed = [rank for rank, (_, told) in enumerate(reports) if told is not None]
-        if not failed:
-            if error is not None:
-                raise error
-            return
-        self._failure_key += "+"  # what was announced has been told
-        first = reports[failed[0]][1]
-        assert first is not None
-        kind, message, status = first
-        alike = {told for took_part, told in reports if took_part} == {first}
-        is_defect = status == DEFECT
-        if is_defect:
-            message = f"{kind}: {message}"
-        if not alike or is_defect:
-            message = f"worker {failed[0]} of {self.size}: {message}"
-        if error is None or own is None:
-            shown: Exception = PeerError(message, status=status)
-        elif isinstance(error, UserError):
-            shown = type(error)(message)
-        else:
-            shown = error  # a defect keeps its traceback
-        setattr(shown, AGREED, True)
-        if shown is error:
-            raise shown
-        raise shown from error
+            report = (type(error).__name__, str(error), status_of(error))
+        reports = self.gather((takes_part, report))
+        if any(failure is not None for _, failure in reports):
+            self._failure_key += "+"  # the announced failure is dealt with
+            self._raise_agreed(error if report is not None else None, reports)
+        if error is not None:
+            raise error
 
-    def require_same(self, what: str, value: object) -> None:
-        """Refuses, on every worker, a value that is not the same on all of them.
+    def _raise_agreed(
+        self,
+        error: Exception | None,
+        reports: Sequence[tuple[bool, tuple[str, str, int] | None]],
+    ) -> NoReturn:
+        """Raises the same sentence on every worker, that of the lowest rank that failed.
 
         Args:
-            what: What it is, in the plural.
-            value: Something that can be sent and compared. Of a dictionary the first field that
-                differs is named.
+            error: This worker's own failure.
+            reports: Of each worker, whether it took part, and its failure's class, text and status.
+        """
+        rank, failure = next((r, failure) for r, (_, failure) in enumerate(reports) if failure)
+        kind, message, status = failure
+        is_defect = status == DEFECT
+        all_alike = {report for took_part, report in reports if took_part} == {failure}
+        if is_defect:
+            message = f"{kind}: {message}"
+        if not all_alike or is_defect:
+            message = f"worker {rank} of {self.size}: {message}"
+        if error is None:
+            raised: Exception = PeerError(message, status=status)
+        elif isinstance(error, UserError):
+            raised = type(error)(message)
+        else:
+            raised = error  # a defect keeps its traceback
+        setattr(raised, AGREED, True)
+        if raised is error:
+            raise raised
+        raise raised from error
+
+    def require_same(self, what: str, value: object) -> None:
+        """Refuses, on every worker, a value that differs between workers.
+
+        Args:
+            what: A noun for the value, in the plural, for the error.
+            value: A value that can be pickled and compared. If it is a dictionary, the error names
+                the first field that differs.
 
         Raises:
-            LaunchError: The values differ.
+            LaunchError: If the values differ.
         """
         values = self.gather(value)
         other = next((rank for rank, each in enumerate(values) if _differ(each, values[0])), None)
@@ -212,21 +223,21 @@ class World(Collectives):
                 )
 
     def main_first(self, action: Callable[[], T]) -> T:
-        """Runs `action` on each host's first worker, then on its others, which find caches filled.
+        """Runs `action` on each host's first worker, then on the others, which find its caches.
 
-        If it fails anywhere it fails everywhere, without waiting.
+        If it fails on any worker, it fails on all, without waiting.
         """
-        result: list[T] = []
-        for mine in (self.local_rank == 0, self.local_rank != 0):
-            with self.agree(takes_part=mine):
-                if mine:
-                    result.append(action())
-        return result[0]
+        results: list[T] = []
+        for is_own_turn in (self.local_rank == 0, self.local_rank != 0):
+            with self.agree(takes_part=is_own_turn):
+                if is_own_turn:
+                    results.append(action())
+        return results[0]
 
     def once_per_host(self, action: Callable[[], T]) -> T:
-        """Runs `action` on each host's first worker alone and gives its result to all of the host.
+        """Runs `action` on each host's first worker alone; its result, on all workers of the host.
 
-        If it fails anywhere it fails everywhere.
+        If it fails on any host, it fails on all workers.
         """
         result: Any = None
         is_first = self.local_rank == 0
@@ -236,9 +247,9 @@ class World(Collectives):
         return self.gather(result)[self.rank - self.local_rank]
 
     def on_main(self, action: Callable[[], T]) -> T | None:
-        """Runs `action` on worker 0 alone and gives its result there; None elsewhere.
+        """Runs `action` on worker 0 alone; its result there, None on other workers.
 
-        If it fails, it fails everywhere.
+        If it fails, it fails on all workers.
         """
         result: T | None = None
         with self.agree(takes_part=self.is_main):
@@ -253,7 +264,7 @@ def _differ(one: Any, other: Any) -> bool:
 
 
 def _difference(values: Sequence[Any], other: int) -> str:
-    """What differs between worker 0's value and another's: the first key, or the values."""
+    """Worker `other`'s value and worker 0's, in words; of dictionaries the first that differs."""
     one, two = values[0], values[other]
     if isinstance(one, dict) and isinstance(two, dict):
         key = next(key for key in {**one, **two} if _differ(one.get(key), two.get(key)))
@@ -262,6 +273,6 @@ def _difference(values: Sequence[Any], other: int) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value, as much of it as an error has room for."""
+    """A value's `repr`, cut to 100 characters."""
     text = repr(value)
     return f"{text[:100]}…" if len(text) > 100 else text

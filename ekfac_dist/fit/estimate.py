@@ -23,14 +23,9 @@ from ekfac_dist.fit.checkpoints import Checkpoints, SavedCheckpoints
 from ekfac_dist.fit.fit_factors import fit_factors
 from ekfac_dist.fit.manifest import FitInputs, FitSummary, coverage_line, steps_line
 from ekfac_dist.models.capture.hooks import prepared
+from ekfac_dist.models.capture.task_examples import few_examples, read_examples
 from ekfac_dist.models.capture.task_fingerprint import task_fingerprint
-from ekfac_dist.models.capture.tasks import (
-    CAUSAL_LM,
-    Task,
-    few_examples,
-    read_examples,
-    require_task,
-)
+from ekfac_dist.models.capture.tasks import CAUSAL_LM, Task, require_task
 from ekfac_dist.models.find.discovery import Discovery
 from ekfac_dist.models.find.on_workers import find
 from ekfac_dist.models.load.configuration import attention_implementation, configuration

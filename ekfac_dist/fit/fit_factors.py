@@ -15,7 +15,7 @@ import torch
 
 from ekfac_dist.config import FactorsConfig
 from ekfac_dist.curvature.kronecker import kfac_lambda
-from ekfac_dist.data.batches import worker_batches
+from ekfac_dist.data.batch_plan import worker_batches
 from ekfac_dist.errors import ConfigError
 from ekfac_dist.factors.layout import block_keys, covariance_file, eigenbasis_file, spectrum_file
 from ekfac_dist.factors.sinks import DiskNeed, FactorSink, MemoryStore

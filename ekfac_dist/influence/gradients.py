@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ekfac_dist.curvature import products
 from ekfac_dist.curvature.blocks import on, rotate_columns_back, rotate_rows
 from ekfac_dist.curvature.kronecker import damped, rotate_back
-from ekfac_dist.data.batches import Batch, CapturedPositions, assign_batches, may_share
+from ekfac_dist.data.batch_plan import assign_batches, may_share
+from ekfac_dist.data.batches import Batch, CapturedPositions
 from ekfac_dist.factors.factors import Factors, ModuleFactors
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.models.capture.labels import COVARIANCE_PASS, LabelRule

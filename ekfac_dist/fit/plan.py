@@ -22,7 +22,11 @@ from ekfac_dist.fit.resources import (
     work,
 )
 from ekfac_dist.models.find.discovery import Discovery
-from ekfac_dist.models.find.meta_device import discover_by_shape, model_without_weights, step
+from ekfac_dist.models.find.meta_device import (
+    discover_by_shape,
+    estimate_step,
+    model_without_weights,
+)
 from ekfac_dist.models.load.pretrained import context_length
 from ekfac_dist.models.modules import EXPERT, TrackedModule
 from ekfac_dist.models.sharding import bytes_of_worker, parameter_bytes
@@ -115,7 +119,7 @@ def make_plan(config: PlanConfig) -> Plan:
     tokens = step_tokens(config.batch_tokens, planned, threads)
     length = min(config.data.max_tokens, context_length(model) or config.data.max_tokens)
     shape = (max(1, tokens // length), length)
-    whole = step(model, modules.modules, *shape)
+    whole = estimate_step(model, modules.modules, *shape)
     num_sequences = config.sequences or config.data.max_sequences or 1000
     num_steps = math.ceil(num_sequences / shape[0] / workers)
     most = min(num_sequences, num_steps * shape[0])

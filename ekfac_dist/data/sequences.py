@@ -77,9 +77,8 @@ class Sequences:
     `sequences[k]` is the k-th of those that were kept.
 
     Args:
-        rows: One tokenised example each, with columns `input_ids` and `labels` (one entry per
-            token, −100 for none) and `tokens_cut` (int); optionally `split_token`, as from
-            `encode`.
+        examples: Tokenised examples, with columns `input_ids` and `labels` (one entry per token,
+            −100 for none) and `tokens_cut` (int); optionally `split_token`, as from `encode`.
 
     Attributes:
         indices: Index in the source of each sequence [N].
@@ -99,13 +98,13 @@ class Sequences:
     packed = False
     equal_above: int | None = None
 
-    def __init__(self, rows: Dataset) -> None:
-        positions = np.zeros(len(rows), dtype=np.int64)
-        num_labels = np.zeros(len(rows), dtype=np.int64)
+    def __init__(self, examples: Dataset) -> None:
+        positions = np.zeros(len(examples), dtype=np.int64)
+        num_labels = np.zeros(len(examples), dtype=np.int64)
         digest = hashlib.sha256()
         self.max_id = self.max_tokens = 0
-        view = rows.with_format("numpy", columns=["input_ids", "labels"])
-        for start in range(0, len(rows), 1024):
+        view = examples.with_format("numpy", columns=["input_ids", "labels"])
+        for start in range(0, len(examples), 1024):
             chunk = view[start : start + 1024]
             for offset, (ids, labels) in enumerate(
                 zip(chunk["input_ids"], chunk["labels"], strict=True)
@@ -121,14 +120,14 @@ class Sequences:
                     digest.update(np.asarray(array, dtype="<i8").tobytes())
                     digest.update(b"|")
         labelled_indices = np.flatnonzero(positions)
-        tokens_cut = np.asarray(rows["tokens_cut"], dtype=np.int64)
+        tokens_cut = np.asarray(examples["tokens_cut"], dtype=np.int64)
         split_indices = np.zeros(0, dtype=np.int64)
-        if "split_token" in rows.column_names:
-            split_tokens = rows.with_format("arrow", columns=["split_token"])[:]["split_token"]
+        if "split_token" in examples.column_names:
+            split_tokens = examples.with_format("arrow", columns=["split_token"])[:]["split_token"]
             split_indices = np.flatnonzero(split_tokens.is_valid().to_numpy())
         self.counts = Counts(
-            rows=len(rows),
-            unlabelled=int(len(rows) - labelled_indices.size),
+            rows=len(examples),
+            unlabelled=int(len(examples) - labelled_indices.size),
             truncated=int((tokens_cut > 0).sum()),
             tokens_cut=int(tokens_cut.sum()),
             split=int(split_indices.size),
@@ -136,10 +135,10 @@ class Sequences:
         )
         if not labelled_indices.size:
             raise DataError(
-                f"None of the {len(rows)} sequences has a label: each is empty, of one token, or "
-                "all prompt."
+                f"None of the {len(examples)} sequences has a label: each is empty, of one token, "
+                "or all prompt."
             )
-        self._rows = view
+        self._examples = view
         self._digest = digest.hexdigest()
         self.indices = labelled_indices
         self.num_positions = positions[labelled_indices]
@@ -151,9 +150,9 @@ class Sequences:
     def __getitem__(self, k: int) -> Sequence:
         index = int(self.indices[k])
         length = int(self.num_positions[k])
-        row = self._rows[index]
-        labels = np.asarray(row["labels"])[1 : length + 1]
-        return Sequence(index, np.asarray(row["input_ids"])[:length], labels)
+        example = self._examples[index]
+        labels = np.asarray(example["labels"])[1 : length + 1]
+        return Sequence(index, np.asarray(example["input_ids"])[:length], labels)
 
     def take(self, selection: ArrayLike) -> "Sequences":
         """The selected sequences, in the given order; `counts` stay those of the source.

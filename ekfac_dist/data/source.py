@@ -78,13 +78,13 @@ def open_source(config: DataConfig, content: Content | None = None) -> Dataset:
     # No progress bars, and no prompt that asks whether to retry the network: nobody can answer it.
     datasets.disable_progress_bars()
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # errors are reported as DataErrors
-    rows = _open_any(config, content or content_of(config))
-    _require_columns(rows, config)
-    if len(rows) == 0:
+    examples = _open_any(config, content or content_of(config))
+    _require_columns(examples, config)
+    if len(examples) == 0:
         raise DataError(_no_rows(config.source, config.split))
     if config.max_sequences is not None:
-        rows = rows.select(range(min(config.max_sequences, len(rows))))
-    return rows
+        examples = examples.select(range(min(config.max_sequences, len(examples))))
+    return examples
 
 
 def _open_any(config: DataConfig, content: Content | None) -> Dataset:
@@ -218,12 +218,12 @@ def _split_name(split: str) -> str:
     return split.partition("[")[0]
 
 
-def _require_columns(rows: Dataset, config: DataConfig) -> None:
+def _require_columns(examples: Dataset, config: DataConfig) -> None:
     for column in (config.text, config.prompt):
-        if column is not None and column not in rows.column_names:
+        if column is not None and column not in examples.column_names:
             raise DataError(
                 f"{config.source} has no column {column!r}; its columns are "
-                f"{', '.join(rows.column_names) or 'none'}."
+                f"{', '.join(examples.column_names) or 'none'}."
             )
 
 

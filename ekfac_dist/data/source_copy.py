@@ -104,9 +104,9 @@ def read_copied(
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
         os.utime(folder)
-        rows = read(folder)
-    rows._fingerprint = hashlib.sha256(f"{key}|{split}".encode()).hexdigest()[:32]
-    return rows
+        examples = read(folder)
+    examples._fingerprint = hashlib.sha256(f"{key}|{split}".encode()).hexdigest()[:32]
+    return examples
 
 
 def _remove_old_copies(home: Path) -> None:

@@ -20,7 +20,7 @@ from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.errors import DataError
 
 _CACHE_VERSION = "4"
-_MAP_ROWS = 256  # examples tokenised at a time
+_MAP_BATCH = 256  # examples tokenised at a time
 _FEATURES = Features(
     {
         "input_ids": ListOf(Value("int32")),
@@ -113,11 +113,11 @@ def encode(
 
 
 def tokenize(
-    rows: Dataset,
+    examples: Dataset,
     config: DataConfig,
     tokenizer: Any,
     tokenizer_fingerprint: str,
-    on_rows: Callable[[int], None] = lambda num: None,
+    on_examples: Callable[[int], None] = lambda num: None,
 ) -> Sequences:
     """Tokenises a source's examples; the result is cached on disk.
 
@@ -125,11 +125,11 @@ def tokenize(
     carry the labels.
 
     Args:
-        rows: The source's examples.
+        examples: The source's examples.
         config: Columns and the token limit.
         tokenizer: A `transformers` tokenizer.
         tokenizer_fingerprint: Identifies the tokenizer in the cache.
-        on_rows: Called with the number of examples just tokenised.
+        on_examples: Called with the number of examples just tokenised.
 
     Raises:
         DataError: If a value is no text; if there is a prompt column but the tokenizer gives no
@@ -144,18 +144,18 @@ def tokenize(
         if config.prompt is not None:
             prompts = [_require_text(value, config.prompt) for value in columns[config.prompt]]
         encoded = encode(tokenizer, prompts, texts, config.max_tokens)
-        on_rows(len(texts))
+        on_examples(len(texts))
         return encoded
 
     cache = cache_directory()
-    cache_name = _cache_name(rows, config, tokenizer_fingerprint)
+    cache_name = _cache_name(examples, config, tokenizer_fingerprint)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        encoded = rows.map(
+        encoded = examples.map(
             encode_examples,
             batched=True,
-            batch_size=_MAP_ROWS,
-            remove_columns=rows.column_names,
+            batch_size=_MAP_BATCH,
+            remove_columns=examples.column_names,
             features=_FEATURES,
             cache_file_name=str(cache / f"{cache_name}.arrow"),
             new_fingerprint=cache_name,
@@ -169,12 +169,12 @@ def tokenize(
     return Sequences(encoded)
 
 
-def _cache_name(rows: Dataset, config: DataConfig, tokenizer_fingerprint: str) -> str:
+def _cache_name(examples: Dataset, config: DataConfig, tokenizer_fingerprint: str) -> str:
     """Name in the cache: a hash of everything that the tokenised data depends on."""
     key = "|".join(
         [
             _CACHE_VERSION,
-            rows._fingerprint,
+            examples._fingerprint,
             tokenizer_fingerprint,
             repr((config.text, config.prompt, config.max_tokens)),
         ]

@@ -161,5 +161,5 @@ def test_a_moved_batch_is_the_same_batch():
     assert set(moved.inputs) == {"input_ids", "labels", "attention_mask"}
     for name, tensor in batch.inputs.items():
         assert torch.equal(moved.inputs[name], tensor)
-    assert torch.equal(moved.labelled.flat_on_device, batch.labelled.flat_at)
+    assert torch.equal(moved.labelled.flat_on_device, batch.labelled.flat_on_device)
     assert torch.equal(moved.grid("").real, batch.grid("").real)

@@ -108,7 +108,7 @@ def test_attention_that_sees_other_sequences_is_found_out(dtype, monkeypatch):
     attend = packing.sdpa_attention_forward
     monkeypatch.setattr(
         packing,
-        "_forward",
+        "_attend_within_sequences",
         lambda module, q, k, v, mask, **kwargs: attend(
             module, q, k, v, attention_mask=None, **kwargs
         ),

@@ -266,7 +266,7 @@ def _require_labels(labels: Tensor, batch: Batch) -> None:
 def _uniforms_of_labels(labelled: LabelPlaces, batch: Batch, rule: LabelRule) -> np.ndarray:
     """The uniform number of each of a batch's labels, in order [L]."""
     numbers = np.empty(len(labelled.flat))
-    starts = np.flatnonzero(np.diff(labelled.sequences, prepend=-1))  # rows ascend
+    starts = np.flatnonzero(np.diff(labelled.sequences, prepend=-1))  # sequences ascend
     for start, end in zip(starts, [*starts[1:], len(numbers)], strict=True):
         index, offsets = batch.indices[labelled.sequences[start]], labelled.offsets[start:end]
         sequence_numbers = uniforms(rule.seed, rule.pass_number, index, int(offsets[-1]) + 1)

@@ -66,14 +66,14 @@ def narrower_dtypes(name: str, tensor: Tensor) -> tuple[torch.dtype, ...]:
 
 
 def fingerprints(
-    model: nn.Module, modules: Iterable[TrackedModule], beside: DtypesOf = narrower_dtypes
+    model: nn.Module, modules: Iterable[TrackedModule], other_dtypes: DtypesOf = narrower_dtypes
 ) -> Fingerprints:
     """All fingerprints of a model, from reading each of its weights once.
 
     Args:
         model: The model.
         modules: Its tracked modules, in model order.
-        beside: The dtypes besides its own to which a weight is rounded for further fingerprints.
+        other_dtypes: The dtypes to which a weight is rounded for further fingerprints.
 
     Raises:
         ModelError: If no device holds a weight's values.
@@ -100,7 +100,7 @@ def fingerprints(
         for name in outside_names[:1]:
             digest_by_dtype |= {
                 _dtype_name(dtype): _tensor_sha256(tensor.to(dtype=dtype))
-                for dtype in beside(name, tensor)
+                for dtype in other_dtypes(name, tensor)
             }
         stored = {dtype: digest[:_NUM_DIGITS] for dtype, digest in digest_by_dtype.items()}
         untracked.update((name, dict(stored)) for name in outside_names)
@@ -109,7 +109,7 @@ def fingerprints(
     narrower = {dtype: hashlib.sha256() for dtype in _DTYPES}
     for name, tensor in _visit_weights(model, modules, add_weight):
         _add_tensor(tracked, name, tensor)
-        dtypes = set(beside(name, tensor))
+        dtypes = set(other_dtypes(name, tensor))
         narrower = {dtype: digest for dtype, digest in narrower.items() if dtype in dtypes}
         for dtype, digest in narrower.items():
             _add_tensor(digest, name, tensor.to(dtype=dtype))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NO_LABEL = -100
+NO_LABEL = -100  # the label where there is none, as in `transformers`
 
 
 class Positions(Protocol):
@@ -28,7 +28,7 @@ class Positions(Protocol):
 
     @property
     def real(self) -> Tensor | None:
-        """Indices of these among all positions of the tensor; None: they are all of it."""
+        """Indices of these in the captured tensor; None: they are all of its positions."""
 
 
 class CapturedPositions(Positions, Protocol):

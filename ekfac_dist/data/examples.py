@@ -192,6 +192,7 @@ class TaskExamples:
         return self._lengths[key_of(self._lengths, module)]
 
     def _make_batch(self, indices: SequenceOf[int]) -> Batch:
+        """A batch of examples, given their indices in the source."""
         inputs = self._collate([self._examples[index] for index in indices])
         grids: dict[str, Grid] = {}
         before = np.zeros(len(indices), dtype=np.int64)
@@ -239,6 +240,7 @@ def _split_batch(item: Any) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _as_numbers(name: str, value: Any) -> np.ndarray:
+    """A field's value as an array of int64 or of floats."""
     if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
         value = value.float()  # a dtype that NumPy does not have
     try:
@@ -328,6 +330,7 @@ def _largest_id(examples: Iterable[Example], fields: Iterable[str]) -> int:
 
 
 def _belongs_to_decoder(name: str) -> bool:
+    """Whether a field has one entry per position of the decoder."""
     return name == "labels" or name.startswith("decoder_")
 
 

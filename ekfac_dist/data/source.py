@@ -88,6 +88,7 @@ def open_source(config: DataConfig, content: Content | None = None) -> Dataset:
 
 
 def _open_any(config: DataConfig, content: Content | None) -> Dataset:
+    """Opens a file, a saved data set or a hub id, whichever the source is."""
     source, split = str(config.source), config.split
     path = Path(source)
     if config.subset is not None and path.exists():
@@ -115,6 +116,7 @@ def _open_any(config: DataConfig, content: Content | None) -> Dataset:
 
 
 def _open_file(path: Path, kind: str, split: str, content: Content | None) -> Dataset:
+    """Opens a file through its copy in the cache."""
     options = _reading_options(kind, path)
 
     def builder(folder: Path) -> datasets.DatasetBuilder:
@@ -156,6 +158,7 @@ def _reading_options(kind: str, path: Path) -> dict[str, Any]:
 
 
 def _open_hub(source: str, subset: str | None, split: str) -> Dataset:
+    """Opens a data set of the hub."""
     builder = datasets.load_dataset_builder(source, subset)
     if builder.name == "csv":  # only an empty cell is a missing value
         builder = datasets.load_dataset_builder(
@@ -166,6 +169,7 @@ def _open_hub(source: str, subset: str | None, split: str) -> Dataset:
 
 
 def _open_saved(config: DataConfig, path: Path, content: Content | None) -> Dataset:
+    """Opens a directory that `datasets.save_to_disk` wrote, through its copy in the cache."""
     if not any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
         raise DataError(
             f"{path} is a directory without a saved data set; give one that "
@@ -215,6 +219,7 @@ def _saved_files(path: Path, split: str) -> list[Path]:
 
 
 def _split_name(split: str) -> str:
+    """The split of an expression such as train[:1000]."""
     return split.partition("[")[0]
 
 

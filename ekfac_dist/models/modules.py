@@ -92,7 +92,7 @@ def tensors_of(
     Args:
         model: The model.
         module: The module.
-        load: Returns a parameter's values, given its name; None: `loaded`.
+        load: Returns a parameter's values, given its name; None: `weight_values`.
 
     Raises:
         AttributeError: If the model lacks a parameter.
@@ -102,11 +102,11 @@ def tensors_of(
         yield from sorted((n, t.detach()) for n, t in state.items() if isinstance(t, Tensor))
         return
     for name in module.parameters:
-        tensor = loaded(model, name) if load is None else load(name)
+        tensor = weight_values(model, name) if load is None else load(name)
         yield name, tensor[module.fused[1]] if module.kind == EXPERT else tensor
 
 
-def loaded(model: nn.Module, name: str) -> Tensor:
+def weight_values(model: nn.Module, name: str) -> Tensor:
     """A weight's values, gathered if they are sharded, fetched if they are offloaded.
 
     Args:

@@ -213,4 +213,5 @@ def _relative_difference(logits: Tensor, expected: Tensor) -> float:
 
 
 def _pass_through(routed: Routed) -> Tensor:
+    """A listener that changes nothing."""
     return routed.outputs

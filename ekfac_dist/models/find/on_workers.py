@@ -40,13 +40,13 @@ def find(
         with world.agree():
             return discover(model, globs, world.device, task, probe)
     with world.agree(together=(ModelError,)):
-        copied = whole_copy(model, keep=world.is_main)
+        whole = whole_copy(model, keep=world.is_main)
 
     def discover_in_copy() -> Discovery:
-        assert copied is not None
-        with prepared(copied):
+        assert whole is not None
+        with prepared(whole):
             return discover(
-                copied,
+                whole,
                 globs,
                 torch.device("cpu"),
                 task,

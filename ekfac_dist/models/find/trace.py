@@ -36,7 +36,7 @@ _TOLERANCES = {
 
 @dataclass
 class Trace:
-    """What a forward showed.
+    """What a forward shows of a model's modules.
 
     Attributes:
         inputs: {linear map or collection of experts: every tensor that it was called with, and the
@@ -164,6 +164,7 @@ class _Recorder:
         return start.clone()  # the model may write into it
 
     def _record_input(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Records a module's input, and whether it is ordered by sequence."""
         # The tensors are held until the end, so that no address is reused.
         tensor = only_input(args, kwargs)
         self._trace.inputs[name].append((tensor.detach(), tensor._version))
@@ -177,16 +178,19 @@ class _Recorder:
     def _check_output(
         self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
+        """Compares a linear map's output with W x + b."""
         if not _is_linear(module, only_input(args, kwargs), output):
             self._trace.not_linear.add(name)
 
     def _record_experts(self, name: str, routed: Routed) -> Tensor:
+        """Records that a collection computes by this package's implementation."""
         self._trace.observable_experts.add(name)
         return routed.outputs
 
     def _record_mixing(
         self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
+        """Records whether a module mixes positions."""
         # At once: later modules may write into the output.
         mixes = _mixes([*args, *kwargs.values()], output, self._lengths)
         if mixes is not None:

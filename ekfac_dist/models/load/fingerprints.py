@@ -17,10 +17,10 @@ from ekfac_dist.models.load.adapters import adapted_weights, adapter_scales
 from ekfac_dist.models.modules import (
     TrackedModule,
     all_parameter_names,
-    loaded,
     persistent_buffers,
     quantised_weights,
     tensors_of,
+    weight_values,
 )
 from ekfac_dist.models.sharding import reshard
 
@@ -131,7 +131,9 @@ def tracked_fingerprint(
 ) -> str:
     """`Fingerprints.tracked` as it would be with the parameters in another dtype."""
     digest = hashlib.sha256()
-    for name, tensor in _tracked_parameters(model, modules, lambda name: loaded(model, name)):
+    for name, tensor in _tracked_parameters(
+        model, modules, lambda name: weight_values(model, name)
+    ):
         _add_tensor(digest, name, tensor.to(dtype=dtype))
     return digest.hexdigest()
 
@@ -151,7 +153,7 @@ def _visit_weights(
     unvisited = dict.fromkeys(names)
 
     def load(name: str) -> Tensor:
-        tensor = loaded(model, name)
+        tensor = weight_values(model, name)
         key = id(model.get_parameter(name))
         if key in unvisited:
             del unvisited[key]
@@ -162,7 +164,7 @@ def _visit_weights(
     for key in list(unvisited):
         load(names[key][0])
     for name in persistent_buffers(model):
-        visit([name], loaded(model, name))
+        visit([name], weight_values(model, name))
 
 
 def _tracked_parameters(
@@ -202,6 +204,7 @@ def _add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
+    """A tensor's elements as bytes, on the CPU."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 

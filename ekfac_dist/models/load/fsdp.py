@@ -74,7 +74,7 @@ class ModelLayout:
                 _replace_tensor(model, name, parameter)
 
     def tie(self, model: nn.Module) -> None:
-        """Makes one parameter again of those that are tied in this layout."""
+        """Ties the parameters again that are tied in this layout."""
         for names, _, _ in self.parameters:
             for name in names[1:]:
                 _replace_tensor(model, name, model.get_parameter(names[0]))
@@ -156,7 +156,7 @@ def whole_copy(model: nn.Module, *, keep: bool) -> nn.Module | None:
     Raises:
         ModelError: On every worker, if the model cannot be built from its configuration.
     """
-    copied = _rebuilt(model)
+    whole = _rebuilt(model)
     reshard(model)
     copies: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -164,12 +164,12 @@ def whole_copy(model: nn.Module, *, keep: bool) -> nn.Module | None:
             values = gathered(parameter)
             values = values.cpu() if keep else values.new_empty(0)
             copies[id(parameter)] = nn.Parameter(values, requires_grad=False)
-        _replace_tensor(copied, name, copies[id(parameter)])
+        _replace_tensor(whole, name, copies[id(parameter)])
     for name, buffer in _all_buffers(model):
-        _replace_tensor(copied, name, buffer.detach().cpu())
-    for name, module in copied.named_modules():
+        _replace_tensor(whole, name, buffer.detach().cpu())
+    for name, module in whole.named_modules():
         module.training = model.get_submodule(name).training
-    return copied if keep else None
+    return whole if keep else None
 
 
 def _rebuilt(model: nn.Module) -> nn.Module:
@@ -202,6 +202,7 @@ def _rebuilt(model: nn.Module) -> nn.Module:
 
 
 def _tensor_names(model: nn.Module) -> set[str]:
+    """Names of all parameters and buffers; every name of a tied one."""
     parameters = model.named_parameters(remove_duplicate=False)
     return {name for name, _ in [*parameters, *_all_buffers(model)]}
 

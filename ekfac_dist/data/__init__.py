@@ -1,1 +1,1 @@
-"""From a source of text to batches of token sequences. Knows no model."""
+"""From a data source to batches of token sequences. Knows no model."""

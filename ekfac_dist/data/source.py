@@ -1,13 +1,7 @@
 """Opening a data set: local files, saved data sets and hub ids, all through `datasets`.
 
-`datasets` knows a local file again by its path and time of change, so a file that was rewritten and
-had its time restored would give its old rows. Here the content of a local source decides: its rows
-are copied, once, into a folder of the cache that is named by the SHA-256 of the source's bytes,
-
-    sources/<of the path>/<of the content, and how it is read>/
-
-which gets its name only when it is whole and the source did not change meanwhile, and which nobody
-writes to afterwards.
+A local source is read from a copy in the cache that depends on the source's content alone; see
+`source_copy`. Knows no tokenizer.
 """
 
 import glob
@@ -15,11 +9,9 @@ import hashlib
 import logging
 import os
 import shutil
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +19,9 @@ import datasets
 import pandas
 import pyarrow
 from datasets import Dataset, DatasetDict, Features, Value
-from filelock import FileLock
 
 from ekfac_dist.config import DataConfig
-from ekfac_dist.data.tokenizing import cache_directory
+from ekfac_dist.data.source_copy import Content, file_stats, read_copied
 from ekfac_dist.errors import DataError
 from ekfac_dist.runtime.files import file_sha256
 
@@ -41,30 +32,13 @@ BUILDERS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
-# A folder with a source's former content goes when a new one is made and nobody has opened it for
-# so long: another run may still read from it.
-_KEEP_SECONDS = 7 * 24 * 3600
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a local source holds.
-
-    Attributes:
-        sha256: SHA-256 of a file's bytes; of a saved data set, over its split's files and names.
-        stats: Of each file the size in bytes, and when its content and its status last changed, in
-            ns; as they were before the bytes were read.
-    """
-
-    sha256: str
-    stats: tuple[tuple[int, int, int], ...]
 
 
 def content_of(config: DataConfig) -> Content | None:
-    """What a local source holds now; None of a hub id, or of what `open_source` refuses.
+    """The content of a local source; None for a hub id, or a path that `open_source` refuses.
 
     Raises:
-        DataError: It cannot be read.
+        DataError: If a file cannot be read.
     """
     assert config.source is not None
     path = Path(config.source)
@@ -75,43 +49,46 @@ def content_of(config: DataConfig) -> Content | None:
             files = [path] if path.is_file() and path.suffix.lower() in BUILDERS else []
         if not files:
             return None
-        stats = _stats(files)
+        stats = file_stats(files)
         digests = [file_sha256(file) for file in files]
     except OSError as error:
         raise DataError(f"{path} could not be read: {error.strerror or error}.") from error
     if path.is_file():
         return Content(digests[0], stats)
-    named = "".join(f"{file.name} {sha}\n" for file, sha in zip(files, digests, strict=True))
-    return Content(hashlib.sha256(named.encode()).hexdigest(), stats)
+    listing = "".join(
+        f"{file.name} {digest}\n" for file, digest in zip(files, digests, strict=True)
+    )
+    return Content(hashlib.sha256(listing.encode()).hexdigest(), stats)
 
 
 def open_source(config: DataConfig, content: Content | None = None) -> Dataset:
-    """The rows of the configured source and split, the first `max_sequences` of them.
+    """The examples of the configured source and split, the first `max_sequences` of them.
 
-    Of a local source the rows' `_fingerprint` depends on its content, not on its path and times.
+    The `_fingerprint` of a local source's examples depends on its content, not its path or times.
 
     Args:
         config: Source, split and columns.
-        content: What `content_of` gave; None: it is asked here.
+        content: What `content_of` returned; None: it is determined here.
 
     Raises:
-        DataError: There is no such file, hub id, split or column; the file is not what its ending
-            says, or changes while it is read; or there are no rows.
+        DataError: If there is no such file, hub id, split or column; if a file's format is not what
+            its ending says, or the file changes while it is read; or if there are no examples.
     """
     assert config.source is not None
-    # Neither bars of its own nor the unanswerable question whether to try the network again.
+    # No progress bars, and no prompt that asks whether to retry the network: nobody can answer it.
     datasets.disable_progress_bars()
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # errors are ours to tell
-    rows = _open(config, content or content_of(config))
-    _require_columns(rows, config)
-    if len(rows) == 0:
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # errors are reported as DataErrors
+    examples = _open_any(config, content or content_of(config))
+    _require_columns(examples, config)
+    if len(examples) == 0:
         raise DataError(_no_rows(config.source, config.split))
     if config.max_sequences is not None:
-        rows = rows.select(range(min(config.max_sequences, len(rows))))
-    return rows
+        examples = examples.select(range(min(config.max_sequences, len(examples))))
+    return examples
 
 
-def _open(config: DataConfig, content: Content | None) -> Dataset:
+def _open_any(config: DataConfig, content: Content | None) -> Dataset:
+    """Opens a file, a saved data set or a hub id, whichever the source is."""
     source, split = str(config.source), config.split
     path = Path(source)
     if config.subset is not None and path.exists():
@@ -130,22 +107,23 @@ def _open(config: DataConfig, content: Content | None) -> Dataset:
             )
         if path.stat().st_size == 0:
             raise DataError(f"{source} is empty; give a file that holds text.")
-        with _told(source, split, local=True):
+        with _reading_errors(source, split, local=True):
             return _open_file(path, BUILDERS[ending], split, content)
     if ending in BUILDERS or source.startswith((".", "/", "~")):
         raise DataError(f"There is no file {source}; data.source names a file that exists.")
-    with _told(source, split, local=False):
+    with _reading_errors(source, split, local=False):
         return _open_hub(source, config.subset, split)
 
 
 def _open_file(path: Path, kind: str, split: str, content: Content | None) -> Dataset:
-    options = _options(kind, path)
+    """Opens a file through its copy in the cache."""
+    options = _reading_options(kind, path)
 
     def builder(folder: Path) -> datasets.DatasetBuilder:
         return datasets.load_dataset_builder(
             kind,
             data_files={"train": glob.escape(str(path.absolute()))},
-            cache_dir=str(folder / "builder"),  # what is unpacked of a file goes there too
+            cache_dir=str(folder / "builder"),  # extracted archives go there too
             **options,
         )
 
@@ -154,34 +132,35 @@ def _open_file(path: Path, kind: str, split: str, content: Content | None) -> Da
 
     def read(folder: Path) -> Dataset:
         reader = builder(folder)
-        reader.download_and_prepare(str(folder / "rows"))  # finds what was written
+        reader.download_and_prepare(str(folder / "rows"))  # finds the prepared copy
         shutil.rmtree(folder / "builder", ignore_errors=True)
         return reader.as_dataset(split)
 
-    how = f"{kind} {options}"
-    return _copied([path], path, content, how, split, write, read)
+    reading_options = f"{kind} {options}"
+    return read_copied([path], path, content, reading_options, split, write, read)
 
 
-def _options(kind: str, path: Path) -> dict[str, Any]:
-    """How `datasets` has to read a kind of file, so that texts are what stands in the file."""
+def _reading_options(kind: str, path: Path) -> dict[str, Any]:
+    """Builder options with which `datasets` reads texts exactly as they are in the file."""
     if kind == "text":
-        return {"encoding": "utf-8-sig"}  # without a byte order mark
+        return {"encoding": "utf-8-sig"}  # drops a byte order mark
     if kind != "csv":
         return {}
-    # Every column is text, of which no word means that there is none, such as "None" or "NA".
-    # Without an index column a row with too many cells is told of, not read one column off.
+    # Every column is text, and no word, such as "None" or "NA", stands for a missing value.
+    # Without an index column, a row with too many cells is an error instead of being shifted.
     names = list(pandas.read_csv(path, nrows=0, index_col=False).columns)
     return {
         "features": Features({name: Value("string") for name in names}),
         "na_filter": False,
         "index_col": False,
-        "skip_blank_lines": len(names) > 1,  # in a single column it may be a cell of spaces
+        "skip_blank_lines": len(names) > 1,  # in a single column a blank line may be a cell
     }
 
 
 def _open_hub(source: str, subset: str | None, split: str) -> Dataset:
+    """Opens a data set of the hub."""
     builder = datasets.load_dataset_builder(source, subset)
-    if builder.name == "csv":  # only an empty cell is none
+    if builder.name == "csv":  # only an empty cell is a missing value
         builder = datasets.load_dataset_builder(
             source, subset, keep_default_na=False, na_values=[""]
         )
@@ -190,6 +169,7 @@ def _open_hub(source: str, subset: str | None, split: str) -> Dataset:
 
 
 def _open_saved(config: DataConfig, path: Path, content: Content | None) -> Dataset:
+    """Opens a directory that `datasets.save_to_disk` wrote, through its copy in the cache."""
     if not any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
         raise DataError(
             f"{path} is a directory without a saved data set; give one that "
@@ -199,7 +179,7 @@ def _open_saved(config: DataConfig, path: Path, content: Content | None) -> Data
     try:
         saved = datasets.load_from_disk(str(path))
     except (OSError, ValueError, pyarrow.ArrowInvalid) as error:
-        raise DataError(f"{path} is no readable saved data set: {_cause(error)}.") from error
+        raise DataError(f"{path} is no readable saved data set: {_cause_of(error)}.") from error
     if isinstance(saved, DatasetDict):
         if name not in saved:
             raise DataError(f"{path} has no split {name!r}; it has {', '.join(saved)}.")
@@ -213,8 +193,8 @@ def _open_saved(config: DataConfig, path: Path, content: Content | None) -> Data
         )
     _require_columns(saved, config)
     columns = [column for column in (config.text, config.prompt) if column is not None]
-    with _told(str(path), split, local=True):
-        return _copied(
+    with _reading_errors(str(path), split, local=True):
+        return read_copied(
             _saved_files(path, name),
             path,
             content,
@@ -225,68 +205,11 @@ def _open_saved(config: DataConfig, path: Path, content: Content | None) -> Data
         )
 
 
-def _copied(
-    files: list[Path],
-    path: Path,
-    content: Content | None,
-    how: str,
-    split: str,
-    write: Callable[[Path], object],
-    read: Callable[[Path], Dataset],
-) -> Dataset:
-    """The rows of a local source, from the copy in the cache, which is made if it is not there.
-
-    Args:
-        files: The source's files.
-        path: The source.
-        content: What it holds.
-        how: What else the copy depends on.
-        split: Which of the copy's rows are read.
-        write: Copies the rows into a folder that is there.
-        read: Reads such a folder.
-    """
-    if content is None:
-        raise DataError(f"{path} was not there a moment ago; run it again.")
-    key = hashlib.sha256(f"{content.sha256}|{how}|{datasets.__version__}".encode()).hexdigest()[:32]
-    name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
-    home = cache_directory() / "sources" / name
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be cached under {home}: {error.strerror or error}; set HF_HOME to a "
-            "directory that can be written."
-        ) from error
-    folder, part = home / key, home / f"{key}.part"
-    with FileLock(home / "lock"):
-        if not folder.exists():
-            _remove_former(home)
-            part.mkdir()
-            try:
-                write(part)
-                if _stats(files) != content.stats:
-                    raise DataError(
-                        f"{path} changed while it was read; run it again when it is written whole."
-                    )
-                part.rename(folder)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-        os.utime(folder)
-        rows = read(folder)
-    rows._fingerprint = hashlib.sha256(f"{key}|{split}".encode()).hexdigest()[:32]
-    return rows
-
-
-def _remove_former(home: Path) -> None:
-    """Removes copies that nobody finished, or opened lately."""
-    for folder in home.iterdir():
-        is_old = time.time() - folder.stat().st_mtime > _KEEP_SECONDS
-        if folder.is_dir() and (is_old or folder.suffix == ".part"):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def _saved_files(path: Path, split: str) -> list[Path]:
-    """The files of a saved data set's split; the results of `map` beside them are none of it."""
+    """The files of a saved data set's split; [] if there is none.
+
+    Files that `map` caches beside them (`cache-…`) are not part of the data set.
+    """
     folder = path / split if (path / "dataset_dict.json").exists() else path
     if not (folder / "state.json").exists():
         return []
@@ -295,31 +218,27 @@ def _saved_files(path: Path, split: str) -> list[Path]:
     )
 
 
-def _stats(files: list[Path]) -> tuple[tuple[int, int, int], ...]:
-    found = [file.stat() for file in files]
-    return tuple((stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in found)
-
-
 def _split_name(split: str) -> str:
+    """The split of an expression such as train[:1000]."""
     return split.partition("[")[0]
 
 
-def _require_columns(rows: Dataset, config: DataConfig) -> None:
+def _require_columns(examples: Dataset, config: DataConfig) -> None:
     for column in (config.text, config.prompt):
-        if column is not None and column not in rows.column_names:
+        if column is not None and column not in examples.column_names:
             raise DataError(
                 f"{config.source} has no column {column!r}; its columns are "
-                f"{', '.join(rows.column_names) or 'none'}."
+                f"{', '.join(examples.column_names) or 'none'}."
             )
 
 
 @contextmanager
-def _told(source: str, split: str, *, local: bool) -> Iterator[None]:
-    """Turns what goes wrong with a source into an error that says what would do."""
+def _reading_errors(source: str, split: str, *, local: bool) -> Iterator[None]:
+    """Turns a source's reading errors into a `DataError` that says what would help."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # A CSV file's rows have more cells than the first line names, which would be lost.
+            # A row has more cells than the CSV file's first line names; they would be lost.
             warnings.simplefilter("error", pandas.errors.ParserWarning)
             yield
     except (
@@ -329,30 +248,30 @@ def _told(source: str, split: str, *, local: bool) -> Iterator[None]:
         pandas.errors.EmptyDataError,
     ) as error:
         if not local:
-            raise DataError(f"{source} could not be read: {_cause(error)}.") from error
+            raise DataError(f"{source} could not be read: {_cause_of(error)}.") from error
         ending = os.path.splitext(source)[1]
         raise DataError(
-            f"{source} is not what its ending {ending} says: {_cause(error)}."
+            f"{source} is not what its ending {ending} says: {_cause_of(error)}."
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{source} is not UTF-8 text: {error}.") from error
     except ValueError as error:
-        said = _cause(error)
-        if "corresponds to no data" in said:
+        cause = _cause_of(error)
+        if "corresponds to no data" in cause:
             raise DataError(_no_rows(source, split)) from error
-        if "Unrecognized instruction" in said:
+        if "Unrecognized instruction" in cause:
             raise DataError(
                 f"data.split is {split!r}, which names no split or part of one, such as train or "
                 "train[:1000]."
             ) from error
-        if "split" in said.lower():
-            raise DataError(f"{source} has no split {split!r}: {said}.") from error
-        raise DataError(f"{source} could not be read: {said}.") from error
+        if "split" in cause.lower():
+            raise DataError(f"{source} has no split {split!r}: {cause}.") from error
+        raise DataError(f"{source} could not be read: {cause}.") from error
     except (OSError, ImportError, RuntimeError) as error:
         if local:
-            raise DataError(f"{source} could not be read: {_cause(error)}.") from error
+            raise DataError(f"{source} could not be read: {_cause_of(error)}.") from error
         raise DataError(
-            f"{source} is no file here and could not be had from the hub: {_cause(error)}. Set "
+            f"{source} is no file here and could not be had from the hub: {_cause_of(error)}. Set "
             "data.source to a file, or to a data set that the hub has."
         ) from error
 
@@ -361,12 +280,12 @@ def _no_rows(source: str, split: str) -> str:
     return f"{source} (split {split}) has no rows; give data that has some."
 
 
-def _cause(error: BaseException) -> str:
-    """The first line of the innermost cause that says something."""
-    said = error
-    while said.__cause__ is not None:
-        said = said.__cause__
-    if isinstance(said, pandas.errors.ParserWarning):
+def _cause_of(error: BaseException) -> str:
+    """The first line of the innermost exception in a chain of causes."""
+    innermost = error
+    while innermost.__cause__ is not None:
+        innermost = innermost.__cause__
+    if isinstance(innermost, pandas.errors.ParserWarning):
         return "a row has more cells than the first line names; quote cells that hold commas"
-    text = str(said).strip() or str(error).strip() or type(error).__name__
+    text = str(innermost).strip() or str(error).strip() or type(error).__name__
     return text.splitlines()[0].rstrip(" .!")

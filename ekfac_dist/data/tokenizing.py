@@ -1,4 +1,7 @@
-"""From texts to token sequences: labels behind a prompt, and a cache on disk."""
+"""From texts to token sequences, cached on disk; a prompt's tokens carry no label.
+
+Knows the tokenizer, but no model.
+"""
 
 import hashlib
 import json
@@ -17,14 +20,28 @@ from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.errors import DataError
 
 _CACHE_VERSION = "4"
-_MAP_ROWS = 256
+_MAP_BATCH = 256  # examples tokenised at a time
+_FEATURES = Features(
+    {
+        "input_ids": ListOf(Value("int32")),
+        "labels": ListOf(Value("int32")),
+        "tokens_cut": Value("int64"),
+        "split_token": Value("string"),
+    }
+)
 
 
 def require_offsets(tokenizer: Any, what: str) -> None:
-    """Refuses a tokenizer that cannot tell a prompt's tokens from those after it.
+    """Refuses a tokenizer that gives no character offsets of its tokens.
+
+    Without them a prompt's tokens cannot be distinguished from those after it.
+
+    Args:
+        tokenizer: A `transformers` tokenizer.
+        what: What needs the offsets, for the error.
 
     Raises:
-        DataError: It gives no offsets.
+        DataError: If the tokenizer gives no offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
@@ -37,18 +54,19 @@ def require_offsets(tokenizer: Any, what: str) -> None:
 def encode(
     tokenizer: Any, prompts: list[str], texts: list[str], max_tokens: int | None
 ) -> dict[str, list[Any]]:
-    """Token ids, labels and tokens cut off of some texts, each behind its prompt.
+    """Tokenises texts, each after its prompt.
 
     Args:
         tokenizer: A `transformers` tokenizer; it must give offsets if there is any prompt.
-        prompts: What comes first and carries no label; may be empty.
-        texts: What follows it.
+        prompts: Beginning of each example, which carries no label; may be empty.
+        texts: The text that follows each prompt.
         max_tokens: Longer sequences are cut to this many tokens; None leaves them whole.
 
     Returns:
-        Columns `input_ids`, `labels` (−100 for none), `tokens_cut`, and `split_token`: the text of
-        the token that begins in the prompt and ends behind it, so that it carries no label though
-        a part of it is the text's; None where there is none, or it was cut off.
+        Columns `input_ids`, `labels` (−100 for none), `tokens_cut` (number of tokens removed), and
+        `split_token`: the text of a token that begins in the prompt and ends after it, so that it
+        carries no label although it includes characters of the text; None where there is no such
+        token, or it was cut off.
     """
     with_prompt = any(prompts)
     encoded = tokenizer(
@@ -59,30 +77,34 @@ def encode(
         return_special_tokens_mask=with_prompt,
         verbose=False,
     )
-    trimmed = with_prompt and _trims_offsets(tokenizer)
+    trims_offsets = with_prompt and _trims_offsets(tokenizer)
     columns: dict[str, list[Any]] = {
         "input_ids": [],
         "labels": [],
         "tokens_cut": [],
         "split_token": [],
     }
-    for row, ids in enumerate(encoded["input_ids"]):
+    for k, ids in enumerate(encoded["input_ids"]):
         labels, split_token = list(ids), None
         limit = len(ids) if max_tokens is None else max_tokens
         if with_prompt:
-            special = encoded["special_tokens_mask"][row]
-            spaces = [0] * len(ids)
-            if trimmed:
-                spaces = [_num_spaces(token) for token in tokenizer.convert_ids_to_tokens(ids)]
-            spans = _spans(encoded["offset_mapping"][row], special, spaces)
-            end = len(prompts[row])
+            special_tokens = encoded["special_tokens_mask"][k]
+            trimmed_spaces = [0] * len(ids)
+            if trims_offsets:
+                trimmed_spaces = [
+                    _leading_spaces(token) for token in tokenizer.convert_ids_to_tokens(ids)
+                ]
+            spans = _token_spans(encoded["offset_mapping"][k], special_tokens, trimmed_spaces)
+            prompt_end = len(prompts[k])
             labels = [
-                token if start >= end else NO_LABEL
+                token if start >= prompt_end else NO_LABEL
                 for token, (start, _) in zip(ids, spans, strict=True)
             ]
-            split = next((span for span in spans[:limit] if span[0] < end < span[1]), None)
-            if split is not None:
-                split_token = (prompts[row] + texts[row])[slice(*split)]
+            split_span = next(
+                (span for span in spans[:limit] if span[0] < prompt_end < span[1]), None
+            )
+            if split_span is not None:
+                split_token = (prompts[k] + texts[k])[slice(*split_span)]
         columns["input_ids"].append(ids[:limit])
         columns["labels"].append(labels[:limit])
         columns["tokens_cut"].append(max(0, len(ids) - limit))
@@ -91,68 +113,52 @@ def encode(
 
 
 def tokenize(
-    rows: Dataset,
+    examples: Dataset,
     config: DataConfig,
     tokenizer: Any,
     tokenizer_fingerprint: str,
-    on_rows: Callable[[int], None] = lambda num: None,
+    on_examples: Callable[[int], None] = lambda num: None,
 ) -> Sequences:
-    """Tokenises a source's rows; the result is cached on disk.
+    """Tokenises a source's examples; the result is cached on disk.
 
     A prompt and the text after it are tokenised together; tokens that begin after the prompt's end
     carry the labels.
 
     Args:
-        rows: The source's rows.
+        examples: The source's examples.
         config: Columns and the token limit.
         tokenizer: A `transformers` tokenizer.
-        tokenizer_fingerprint: What identifies the tokenizer, for the cache.
-        on_rows: Called with the number of rows just tokenised.
+        tokenizer_fingerprint: Identifies the tokenizer in the cache.
+        on_examples: Called with the number of examples just tokenised.
 
     Raises:
-        DataError: A row is no text; a prompt is asked for but the tokenizer gives no offsets; or
-            no sequence has a label.
+        DataError: If a value is no text; if there is a prompt column but the tokenizer gives no
+            offsets; if the cache cannot be written; or if no sequence has a label.
     """
     if config.prompt is not None:
         require_offsets(tokenizer, f"data.prompt ({config.prompt!r})")
 
-    def encode_rows(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        texts = [_text(value, config.text) for value in batch[config.text]]
+    def encode_examples(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        texts = [_require_text(value, config.text) for value in columns[config.text]]
         prompts = [""] * len(texts)
         if config.prompt is not None:
-            prompts = [_text(value, config.prompt) for value in batch[config.prompt]]
-        out = encode(tokenizer, prompts, texts, config.max_tokens)
-        on_rows(len(texts))
-        return out
+            prompts = [_require_text(value, config.prompt) for value in columns[config.prompt]]
+        encoded = encode(tokenizer, prompts, texts, config.max_tokens)
+        on_examples(len(texts))
+        return encoded
 
-    key = "|".join(
-        [
-            _CACHE_VERSION,
-            rows._fingerprint,
-            tokenizer_fingerprint,
-            repr((config.text, config.prompt, config.max_tokens)),
-        ]
-    )
-    name = hashlib.sha256(key.encode()).hexdigest()[:32]
     cache = cache_directory()
-    features = Features(
-        {
-            "input_ids": ListOf(Value("int32")),
-            "labels": ListOf(Value("int32")),
-            "tokens_cut": Value("int64"),
-            "split_token": Value("string"),
-        }
-    )
+    cache_name = _cache_name(examples, config, tokenizer_fingerprint)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        encoded = rows.map(
-            encode_rows,
+        encoded = examples.map(
+            encode_examples,
             batched=True,
-            batch_size=_MAP_ROWS,
-            remove_columns=rows.column_names,
-            features=features,
-            cache_file_name=str(cache / f"{name}.arrow"),
-            new_fingerprint=name,
+            batch_size=_MAP_BATCH,
+            remove_columns=examples.column_names,
+            features=_FEATURES,
+            cache_file_name=str(cache / f"{cache_name}.arrow"),
+            new_fingerprint=cache_name,
             load_from_cache_file=True,
         )
     except OSError as error:
@@ -163,12 +169,26 @@ def tokenize(
     return Sequences(encoded)
 
 
+def _cache_name(examples: Dataset, config: DataConfig, tokenizer_fingerprint: str) -> str:
+    """Name in the cache: a hash of everything that the tokenised data depends on."""
+    key = "|".join(
+        [
+            _CACHE_VERSION,
+            examples._fingerprint,
+            tokenizer_fingerprint,
+            repr((config.text, config.prompt, config.max_tokens)),
+        ]
+    )
+    return hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
 def cache_directory() -> Path:
-    """Where tokenised data is kept: beside the `datasets` library's own cache."""
+    """Folder of the cached data: inside the `datasets` library's own cache."""
     return Path(os.path.expanduser(str(datasets.config.HF_DATASETS_CACHE))) / "ekfac_dist"
 
 
-def _text(value: object, column: str) -> str:
+def _require_text(value: object, column: str) -> str:
+    """A cell's text; "" for a missing value."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -179,35 +199,40 @@ def _text(value: object, column: str) -> str:
 
 
 def _trims_offsets(tokenizer: Any) -> bool:
-    """Whether the tokenizer's tokens hold the space before them, but its offsets leave it out.
+    """Whether the tokenizer's offsets leave out the space that its tokens begin with.
 
-    So it is with byte-level tokenizers whose post-processor trims offsets, GPT-NeoX's among them.
+    That is so for byte-level tokenizers whose post-processor trims offsets, such as GPT-NeoX's.
     """
-    step = json.loads(tokenizer.backend_tokenizer.to_str()).get("post_processor") or {}
-    return any(part.get("trim_offsets") for part in step.get("processors", [step]))
+    post_processor = json.loads(tokenizer.backend_tokenizer.to_str()).get("post_processor") or {}
+    return any(
+        processor.get("trim_offsets")
+        for processor in post_processor.get("processors", [post_processor])
+    )
 
 
-def _num_spaces(token: str) -> int:
-    """Spaces at the front of a byte-level token, in which a space is written Ġ."""
+def _leading_spaces(token: str) -> int:
+    """Leading spaces of a byte-level token, which writes a space as Ġ."""
     return len(token) - len(token.lstrip("Ġ"))
 
 
-def _spans(
+def _token_spans(
     offsets: Iterable[tuple[int, int]], special: Iterable[int], spaces: Iterable[int]
 ) -> list[tuple[int, int]]:
-    """Where in the text each token begins and ends; a special token, where the one before it ended.
+    """Beginning and end of each token in the text, in characters.
+
+    A special token has an empty span where the token before it ended.
 
     Args:
-        offsets: Where the tokenizer says that each token begins and ends.
-        special: Whether each is a special token.
-        spaces: How many spaces of each token its offsets leave out at its front.
+        offsets: Beginning and end of each token as the tokenizer gives them.
+        special: Whether each token is a special one.
+        spaces: Leading spaces of each token that its offsets leave out.
     """
     spans, last_end = [], 0
     for (start, end), is_special, num_spaces in zip(offsets, special, spaces, strict=True):
         if is_special:
             spans.append((last_end, last_end))
             continue
-        begin = max(0, start - num_spaces)  # at the text's start nothing was left out
+        begin = max(0, start - num_spaces)  # no space is trimmed at the text's beginning
         last_end = max(end, begin + num_spaces)
         spans.append((begin, last_end))
     return spans

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ekfac_dist.data.batches import worker_batches
+from ekfac_dist.data.batch_plan import worker_batches
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.factors.layout import STATE
 from ekfac_dist.factors.sinks import FactorSink

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.curvature.eigenbasis import decompose, header_of, workspace_bytes
-from ekfac_dist.data.batches import assign_batches
+from ekfac_dist.data.batch_plan import assign_batches
 from ekfac_dist.factors.layout import block_keys, covariance_file, eigenbasis_file
 from ekfac_dist.factors.sinks import FactorSink
 from ekfac_dist.fit.covariance import CovarianceSums

@@ -20,8 +20,9 @@ from ekfac_dist.fit.manifest import FitInputs, FitSummary, coverage_line, steps_
 from ekfac_dist.fit.settings import FitSettings
 from ekfac_dist.fit.start import check_inputs, opened_store
 from ekfac_dist.models.capture.prepare import prepared
+from ekfac_dist.models.capture.task_examples import read_examples
 from ekfac_dist.models.capture.task_fingerprint import task_fingerprint
-from ekfac_dist.models.capture.tasks import Task, read_examples, require_task
+from ekfac_dist.models.capture.tasks import Task, require_task
 from ekfac_dist.models.find.discovery import Discovery
 from ekfac_dist.models.find.on_workers import find
 from ekfac_dist.models.load.on_workers import load, unwrapped

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ekfac_dist.data.batches import worker_batches
+from ekfac_dist.data.batch_plan import worker_batches
 from ekfac_dist.errors import ConfigError
 from ekfac_dist.factors.sinks import FactorSink
 from ekfac_dist.fit.checkpoints import Checkpoints

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ekfac_dist.data.batches import padded_sizes, plan_batches
+from ekfac_dist.data.batch_plan import padded_sizes, plan_batches
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.fit.settings import FitSettings

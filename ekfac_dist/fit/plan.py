@@ -17,7 +17,11 @@ from ekfac_dist.fit.partition import partition
 from ekfac_dist.fit.sizes import WorkerShare
 from ekfac_dist.fit.worker_memory import Memory, fewest_groups, memory
 from ekfac_dist.models.find.discovery import Discovery
-from ekfac_dist.models.find.meta_device import discover_by_shape, model_without_weights, step
+from ekfac_dist.models.find.meta_device import (
+    discover_by_shape,
+    estimate_step,
+    model_without_weights,
+)
 from ekfac_dist.models.load.pretrained import context_length
 from ekfac_dist.models.modules import EXPERT, TrackedModule
 from ekfac_dist.models.sharding import bytes_of_worker, parameter_bytes
@@ -125,7 +129,7 @@ def make_plan(config: PlanConfig) -> Plan:
     tokens = step_tokens(config.batch_tokens, machine.device, machine.threads)
     length = min(config.data.max_tokens, context_length(model) or config.data.max_tokens)
     batch_size = max(1, tokens // length)
-    whole_step = step(model, modules, batch_size, length)
+    whole_step = estimate_step(model, modules, batch_size, length)
     num_sequences = config.sequences or config.data.max_sequences or 1000
     share = _share(num_sequences, batch_size, length, machine.workers)
     weight_bytes = parameter_bytes(model)

@@ -18,8 +18,9 @@ from ekfac_dist.factors.writer import StoreWriter
 from ekfac_dist.fit.checkpoints import Checkpoints, SavedCheckpoints
 from ekfac_dist.fit.manifest import FitInputs
 from ekfac_dist.fit.settings import FitSettings
+from ekfac_dist.models.capture.task_examples import few_examples
 from ekfac_dist.models.capture.task_fingerprint import task_fingerprint
-from ekfac_dist.models.capture.tasks import CAUSAL_LM, Task, few_examples
+from ekfac_dist.models.capture.tasks import CAUSAL_LM, Task
 from ekfac_dist.models.find.on_workers import find
 from ekfac_dist.models.load.configuration import attention_implementation, configuration
 from ekfac_dist.models.load.on_workers import model_fingerprints

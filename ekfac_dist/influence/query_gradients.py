@@ -17,7 +17,8 @@ from torch import Tensor
 from ekfac_dist.curvature import products
 from ekfac_dist.curvature.blocks import on, rotate_columns_back, rotate_rows
 from ekfac_dist.curvature.kronecker import rotate_back
-from ekfac_dist.data.batches import Batch, CapturedPositions, assign_batches, may_share
+from ekfac_dist.data.batch_plan import assign_batches, may_share
+from ekfac_dist.data.batches import Batch, CapturedPositions
 from ekfac_dist.factors.factors import ModuleFactors
 from ekfac_dist.influence.context import DATA_LABELS, OVERFLOW_ADVICE, STORED, ScoringContext
 from ekfac_dist.influence.preconditioned import (

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.config import DEFAULT_TOP_K, ScoresConfig
-from ekfac_dist.data.batches import worker_batches
+from ekfac_dist.data.batch_plan import worker_batches
 from ekfac_dist.data.examples import Examples, TaskExamples
 from ekfac_dist.errors import ConfigError, ModelError
 from ekfac_dist.influence.agreement import spearman

@@ -1,1 +1,1 @@
-"""Which modules a model has, what passes through them, and which labels its positions get."""
+"""Hugging Face models: loading them, finding their MLP modules, capturing what passes through."""

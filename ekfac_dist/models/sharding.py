@@ -1,8 +1,9 @@
-"""Models whose weights are sharded over the workers (PyTorch's FSDP2).
+"""Models whose weights are sharded over the workers by PyTorch's FSDP2.
 
-A forward, a backward, and reading a weight of such a model are collectives: every worker has to do
-as many of them, in the same order. What is looked at more closely than that, a graph cut in the
-middle of a forward, is looked at in a whole copy; that, and sharding a model, is `shards`.
+Forward, backward and reading a weight of such a model are collectives: every worker has to perform
+the same number of them in the same order. Inspections that cut the autograd graph in the middle of
+a forward use a whole copy of the model instead. The copy, and the sharding itself, are in
+`load.fsdp`.
 """
 
 from contextlib import AbstractContextManager
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from ekfac_dist.errors import ModelError
 from ekfac_dist.runtime.processes import World
 
+# End of an error: what to do instead of sharding.
 INSTEAD = "give every worker the whole model"
 
 
@@ -24,36 +26,36 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def class_of(model: nn.Module) -> type[nn.Module]:
-    """A model's class as it was before it was sharded."""
+    """A model's class, without the subclass that FSDP2 makes of it."""
     kinds = [kind for kind in type(model).__mro__ if issubclass(kind, nn.Module)]
     return next(kind for kind in kinds if not issubclass(kind, FSDPModule))
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """A weight's numbers, gathered from all workers if they are sharded: a collective then."""
+    """A weight's values; of a sharded weight, gathered from all workers: a collective."""
     if not isinstance(tensor, DTensor):
         return tensor
-    held: Any = tensor.detach().to(tensor.device_mesh.device_type)
-    return held.full_tensor()
+    on_device: Any = tensor.detach().to(tensor.device_mesh.device_type)
+    return on_device.full_tensor()
 
 
 def reshard(model: nn.Module) -> None:
-    """Gives up the weights that a forward without a backward leaves gathered, if it is sharded."""
+    """Frees the weights of a sharded model that a forward without a backward leaves gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a weight that this worker holds."""
+    """This worker's shard of a weight; the weight itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def refuse_first_fsdp(model: nn.Module) -> None:
-    """Refuses a model that FSDP's first version has sharded, before its container is taken off.
+    """Refuses a model sharded by FSDP1; to be called before Accelerate's wrapper is removed.
 
     Raises:
-        ModelError: It is.
+        ModelError: If the model is sharded by FSDP1.
     """
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ModelError(
@@ -63,10 +65,10 @@ def refuse_first_fsdp(model: nn.Module) -> None:
 
 
 def require_known_sharding(model: nn.Module) -> None:
-    """Refuses weights that are spread over the workers in another way than FSDP2's of all of it.
+    """Refuses weights that are distributed in another way than by FSDP2 of the whole model.
 
     Raises:
-        ModelError: They are.
+        ModelError: If weights are distributed so, or FSDP2 computes with mixed precision.
     """
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor):
@@ -79,42 +81,47 @@ def require_known_sharding(model: nn.Module) -> None:
             )
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
-        wanted = module._get_fsdp_state()._mp_policy.param_dtype
-        inner = [each for each in sharded if each is not module and each in set(module.modules())]
-        of_inner = {id(p) for each in inner for p in each.parameters()}
-        held = {p.dtype for p in module.parameters() if id(p) not in of_inner}
-        if wanted is not None and held - {wanted}:
+        dtype = module._get_fsdp_state()._mp_policy.param_dtype
+        nested = [
+            other for other in sharded if other is not module and other in set(module.modules())
+        ]
+        nested_parameters = {id(p) for other in nested for p in other.parameters()}
+        own_dtypes = {p.dtype for p in module.parameters() if id(p) not in nested_parameters}
+        if dtype is not None and own_dtypes - {dtype}:
             raise ModelError(
-                f"The model is sharded with mixed precision, so it computes in {wanted} with "
+                f"The model is sharded with mixed precision, so it computes in {dtype} with "
                 "weights of another dtype; load it in the dtype that it is to compute in, and set "
                 'mixed_precision: "no".'
             )
 
 
 def forget_forward(model: nn.Module) -> None:
-    """Makes a model ready again after a forward that failed on every worker."""
+    """Resets FSDP2's state after a forward that failed on every worker."""
     reset = getattr(model, "reset_iter_state", None)
     if isinstance(model, FSDPModule) and reset is not None and model._get_fsdp_state()._is_root:
         reset()
 
 
 def layers(model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
-    """The repeated blocks of a model by name, in model order; lists within blocks are theirs."""
-    found: dict[str, nn.Module] = {}
+    """The repeated blocks of a model by name, in model order.
+
+    They are the elements with parameters of the outermost `nn.ModuleList`s, lists of lists aside.
+    """
+    blocks: dict[str, nn.Module] = {}
     for name, child in model.named_children():
         if isinstance(child, nn.ModuleList) and not any(
-            isinstance(each, nn.ModuleList) for each in child
+            isinstance(element, nn.ModuleList) for element in child
         ):
-            for number, each in enumerate(child):
-                if any(True for _ in each.parameters()):
-                    found[f"{prefix}{name}.{number}"] = each
+            for index, element in enumerate(child):
+                if any(True for _ in element.parameters()):
+                    blocks[f"{prefix}{name}.{index}"] = element
         else:
-            found |= layers(child, f"{prefix}{name}.")
-    return found
+            blocks |= layers(child, f"{prefix}{name}.")
+    return blocks
 
 
 def bytes_of_worker(model: nn.Module, workers: int) -> int:
-    """What a worker holds at most of a model's weights when they are sharded.
+    """Largest size in bytes of a model's weights on one worker when they are sharded.
 
     Args:
         model: The model before it is sharded.
@@ -125,36 +132,40 @@ def bytes_of_worker(model: nn.Module, workers: int) -> int:
 
 
 def gathered_bytes(model: nn.Module) -> int:
-    """What is whole at once of a model that is sharded, or will be.
+    """Largest size in bytes of weights that are whole on a worker at one time, besides its shard.
 
-    What is in no layer, a layer that is computed with, and the next one twice: as it is gathered
-    and as it is put in place. Before the first layer, what is in none twice.
+    During a layer: the weights outside all layers, the current layer, and the next one twice (the
+    gathered buffer and the parameters copied out of it). Before the first layer: the weights
+    outside all layers twice.
     """
-    of_layers = [parameter_bytes(layer) for layer in layers(model).values()]
-    outside, layer = parameter_bytes(model) - sum(of_layers), max(of_layers, default=0)
-    return outside + max(outside, 3 * layer)
+    layer_bytes = [parameter_bytes(largest_layer) for largest_layer in layers(model).values()]
+    outside_bytes, largest_layer = (
+        parameter_bytes(model) - sum(layer_bytes),
+        max(layer_bytes, default=0),
+    )
+    return outside_bytes + max(outside_bytes, 3 * largest_layer)
 
 
 def parameter_bytes(model: nn.Module) -> int:
-    """Of all parameters and buffers; a tied one once, a sharded one as a whole."""
+    """Bytes of all parameters and buffers: tied ones once, sharded ones in full."""
     return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
 
 def storage_of(tensor: Tensor) -> int:
-    """By what it is told whether tensors share memory."""
+    """Address of a tensor's storage: equal for tensors that share memory."""
     return local(tensor).untyped_storage()._cdata
 
 
 def agreeing(
     world: World, model: nn.Module, *together: type[Exception], takes_part: bool = True
 ) -> AbstractContextManager[None]:
-    """`World.agree` of a block that runs a model, or reads its weights.
+    """`World.agree` for a block that runs a model, or reads its weights.
 
     Args:
         world: The workers.
         model: The model.
-        together: What is raised on every worker at the same place, if it is sharded.
-        takes_part: Whether this worker really does something in the block.
+        together: Exceptions that, if the model is sharded, every worker raises at the same point.
+        takes_part: Whether this worker does any work in the block.
     """
-    held = together if is_sharded(model) else None
-    return world.agree(takes_part=takes_part, together=held)
+    joint_errors = together if is_sharded(model) else None
+    return world.agree(takes_part=takes_part, together=joint_errors)

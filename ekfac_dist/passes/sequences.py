@@ -12,8 +12,9 @@ from ekfac_dist.data.source import content_of, open_source
 from ekfac_dist.data.tokenizing import tokenize
 from ekfac_dist.errors import DataError, ModelError, UserError
 from ekfac_dist.models.capture.batch_checks import BatchChecks
+from ekfac_dist.models.capture.padding_checks import require_unpadded_losses
 from ekfac_dist.models.capture.rotary import equal_lengths_above
-from ekfac_dist.models.capture.tasks import CausalLM, Task, require_unpadded_losses
+from ekfac_dist.models.capture.tasks import CausalLM, Task
 from ekfac_dist.models.load.pretrained import context_length
 from ekfac_dist.models.sharding import agreeing, class_of
 from ekfac_dist.runtime.processes import World

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ekfac_dist.data.batches import NO_LABEL, assign_batches, plan_batches
+from ekfac_dist.data.batch_plan import assign_batches, plan_batches
+from ekfac_dist.data.batches import NO_LABEL
 from ekfac_dist.data.sequences import Sequence, collate
 
 lengths_of_data = st.lists(st.integers(1, 600), max_size=80)
@@ -147,7 +148,7 @@ def test_a_batch_holds_what_went_in_and_nothing_else(rows: list[list[int]]):
     flat = batch.inputs["input_ids"].flatten()
     real = torch.arange(flat.numel()) if batch.grid("").real is None else batch.grid("").real
     assert flat[real].tolist() == [token for row in rows for token in row]
-    assert batch.inputs["labels"].flatten()[batch.labelled.flat_at].tolist() == [
+    assert batch.inputs["labels"].flatten()[batch.labelled.flat_on_device].tolist() == [
         i + 1 for row in rows for i in row
     ]
     assert batch.inputs["input_ids"].dtype == batch.inputs["labels"].dtype == torch.int64
@@ -160,5 +161,5 @@ def test_a_moved_batch_is_the_same_batch():
     assert set(moved.inputs) == {"input_ids", "labels", "attention_mask"}
     for name, tensor in batch.inputs.items():
         assert torch.equal(moved.inputs[name], tensor)
-    assert torch.equal(moved.labelled.flat_at, batch.labelled.flat_at)
+    assert torch.equal(moved.labelled.flat_on_device, batch.labelled.flat_on_device)
     assert torch.equal(moved.grid("").real, batch.grid("").real)

@@ -15,7 +15,8 @@ from workshop import BOS, EOS, sentencepiece_like, texts, tiny_tokenizer
 
 from ekfac_dist.config import DataConfig
 from ekfac_dist.data.batches import NO_LABEL
-from ekfac_dist.data.sequences import Sequences, from_examples
+from ekfac_dist.data.sequences import Sequences
+from ekfac_dist.data.tokenized_examples import from_examples
 from ekfac_dist.data.tokenizing import encode, tokenize
 from ekfac_dist.errors import DataError
 

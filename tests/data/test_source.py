@@ -20,7 +20,7 @@ from rewriting import REWRITERS, rewrite_with_time_restored
 from workshop import texts, write_jsonl
 
 from ekfac_dist.config import DataConfig
-from ekfac_dist.data import source
+from ekfac_dist.data import source, source_copy
 from ekfac_dist.data.source import content_of, open_source
 from ekfac_dist.data.tokenizing import cache_directory
 from ekfac_dist.errors import DataError
@@ -194,7 +194,7 @@ def test_copies_that_a_killed_run_left_unfinished_are_made_anew_and_former_ones_
     assert former.exists(), "another run may still read it"
     (home / "killed.part").mkdir()
     (home / "killed.part" / "rows").write_bytes(b"half")
-    os.utime(former, (0, time.time() - source._KEEP_SECONDS - 1))
+    os.utime(former, (0, time.time() - source_copy._KEEP_SECONDS - 1))
     write_jsonl(path, [{"text": "third"}])
     assert opened(path) == ["third"]
     assert not former.exists()

@@ -8,7 +8,7 @@ from networks import build
 from workshop import texts, tiny_tokenizer, write_jsonl
 
 from ekfac_dist.data.batches import NO_LABEL
-from ekfac_dist.data.sequences import from_examples
+from ekfac_dist.data.tokenized_examples import from_examples
 from ekfac_dist.errors import DataError
 from ekfac_dist.influence.examples import queries_of, sequences_of
 from ekfac_dist.influence.queries import (

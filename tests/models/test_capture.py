@@ -7,7 +7,8 @@ from networks import CONFIGS, KINDS, VOCAB, build, examples, shifted
 from torch import nn
 
 from ekfac_dist import estimate_factors
-from ekfac_dist.data.sequences import collate, from_examples
+from ekfac_dist.data.sequences import collate
+from ekfac_dist.data.tokenized_examples import from_examples
 from ekfac_dist.errors import ModelError
 from ekfac_dist.models.capture.hooks import Capture
 from ekfac_dist.models.capture.labels import COVARIANCE_PASS, LabelRule

@@ -5,7 +5,8 @@ from dense import relative
 from networks import build, examples, shifted
 from scipy_free import chi_square_p_value
 
-from ekfac_dist.data.sequences import collate, from_examples
+from ekfac_dist.data.sequences import collate
+from ekfac_dist.data.tokenized_examples import from_examples
 from ekfac_dist.models.capture.labels import (
     COVARIANCE_PASS,
     REFIT_PASS,
@@ -100,7 +101,7 @@ def labels_by_row(model, data, groups, seed=0, pass_number=COVARIANCE_PASS):
                 attention_mask=batch.inputs.get("attention_mask"),
             ).logits
         labels = logit_gradient(logits, batch.inputs["labels"], batch, rule).labels
-        row_of = batch.labelled.rows_at
+        row_of = batch.labelled.sequences_on_device
         for b, index in enumerate(batch.indices):
             found[index] = labels[row_of == b].tolist()
     return found

@@ -8,7 +8,7 @@ from networks import build
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.data.batches import NO_LABEL
-from ekfac_dist.data.sequences import from_examples
+from ekfac_dist.data.tokenized_examples import from_examples
 from ekfac_dist.models.capture import packing
 from ekfac_dist.models.capture.batch_checks import BatchChecks
 from ekfac_dist.models.capture.labels import LabelRule, logit_gradient
@@ -108,7 +108,7 @@ def test_attention_that_sees_other_sequences_is_found_out(dtype, monkeypatch):
     attend = packing.sdpa_attention_forward
     monkeypatch.setattr(
         packing,
-        "_forward",
+        "_attend_within_sequences",
         lambda module, q, k, v, mask, **kwargs: attend(
             module, q, k, v, attention_mask=None, **kwargs
         ),
@@ -146,7 +146,7 @@ def test_a_packed_batch_has_every_sequence_once_and_no_padding():
     assert batch.grid("").real is None
     assert batch.grid("").size == batch.num_positions == 9
     assert batch.labelled.flat.tolist() == [2, 3, 4, 5, 6, 7, 8]
-    assert batch.labelled.rows.tolist() == [0, 0, 1, 1, 2, 2, 2]
+    assert batch.labelled.sequences.tolist() == [0, 0, 1, 1, 2, 2, 2]
     assert batch.labelled.offsets.tolist() == [2, 3, 0, 1, 0, 1, 2]
     assert from_examples(data).packing().batch([1]).packed is None
 

@@ -12,7 +12,7 @@ from networks import shifted
 from torch import nn
 
 from ekfac_dist import MaskedLM, estimate_factors, influence_scores
-from ekfac_dist.data.batches import plan_batches
+from ekfac_dist.data.batch_plan import plan_batches
 from ekfac_dist.errors import ModelError
 from ekfac_dist.models.capture.rotary import equal_lengths_above
 

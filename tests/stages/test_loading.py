@@ -8,7 +8,7 @@ from rewriting import REWRITERS, rewrite_with_time_restored
 from workshop import logged, save_tiny_llama, texts, tiny_tokenizer, write_jsonl
 
 from ekfac_dist.config import DataConfig, EstimateConfig, FactorsConfig, ModelConfig, QueryConfig
-from ekfac_dist.data.sequences import from_examples
+from ekfac_dist.data.tokenized_examples import from_examples
 from ekfac_dist.errors import OutputError
 from ekfac_dist.fit import group as fit
 from ekfac_dist.fit.estimate import run_estimate

@@ -252,10 +252,10 @@ def test_the_whole_fingerprint_does_not_depend_on_what_is_tracked():
 def test_each_weight_is_read_once(monkeypatch):
     from ekfac_dist.models.load import fingerprints as fingerprint
 
-    model, read, loaded = build("gpt2"), [], fingerprint.loaded
+    model, read, values = build("gpt2"), [], fingerprint.weight_values
     modules = discover(model, None, torch.device("cpu")).modules
     monkeypatch.setattr(
-        fingerprint, "loaded", lambda model, name: read.append(name) or loaded(model, name)
+        fingerprint, "weight_values", lambda model, name: read.append(name) or values(model, name)
     )
     fingerprints(model, modules)
     assert sorted(read) == sorted(name for name, _ in model.named_parameters())

@@ -25,7 +25,7 @@ from workshop import (
 
 from ekfac_dist import load_factors
 from ekfac_dist.errors import ModelError
-from ekfac_dist.models.load.fsdp import Held
+from ekfac_dist.models.load.fsdp import ModelLayout
 from ekfac_dist.models.sharding import layers
 
 HERE = Path(__file__).parent
@@ -66,11 +66,11 @@ def test_a_sharded_model_has_the_factors_of_the_whole_one(stores, fit):
 
 def test_layers_that_share_weights_are_refused():
     model = build("llama")
-    Held.by(model).require_apart(layers(model))
+    ModelLayout.of(model).require_separate_layers(layers(model))
     first, second = model.model.layers
     second.mlp.up_proj.weight = first.mlp.up_proj.weight
     with pytest.raises(ModelError, match=r"0\.mlp\.up_proj\.weight and .* are one parameter"):
-        Held.by(model).require_apart(layers(model))
+        ModelLayout.of(model).require_separate_layers(layers(model))
 
 
 @pytest.fixture(scope="module")

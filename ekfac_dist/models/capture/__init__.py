@@ -1,1 +1,1 @@
-"""What passes through the tracked modules: inputs, output-gradients, labels, losses."""
+"""What passes through the tracked modules: inputs, output gradients, labels and losses."""

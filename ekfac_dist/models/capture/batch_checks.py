@@ -1,15 +1,16 @@
-"""Whether a model gives a sequence in a batch what it gives it alone: tried, before any pass.
+"""Checks before a pass that a model computes a sequence in a batch as it does alone.
 
-What is tried depends on the model, the longest sequence and the token budget alone, never on the
-batches of one plan: passes over parts of the data, resumed or scored again, cut others.
+The checks depend on the model, the longest sequence and the token budget only, never on the batches
+of one plan: passes over parts of the data, or resumed ones, are cut into other batches.
 
-A row of a packed batch is right, whichever sequences it holds, if
+A packed batch is right, whichever sequences it holds, if
 
-* attention has no window, chunk or mask of its own: the longest sequence that can be packed, alone
-  in a packed row, has the very numbers of an ordinary batch. What cuts nothing off from it cuts
-  nothing off from a shorter one. The two are one computation, so not even rounding may differ;
-* nothing else mixes sequences, or depends on a place in the row: the first and the last sequence of
-  the longest row that can be have the numbers of each alone, but for rounding.
+* attention has no window, chunk or mask of its own. So the longest sequence that can be packed,
+  alone in a packed batch, must have exactly the logits of an ordinary batch. What cuts nothing off
+  this sequence cuts nothing off a shorter one. The two are the same computation, so not even
+  rounding may differ;
+* nothing else mixes sequences, or depends on a position in the packed batch. So the first and the
+  last sequence of the longest packed batch must have the logits of each alone, up to rounding.
 """
 
 from collections.abc import Iterable, Iterator
@@ -31,25 +32,25 @@ from ekfac_dist.models.capture.tasks import CAUSAL_LM
 from ekfac_dist.models.modules import is_quantised, linear_modules
 from ekfac_dist.models.sharding import class_of, forget_forward
 
-# Positions at either end of a sequence whose logits are compared.
-_COMPARED = 32
+# Number of positions at either end of a sequence whose logits are compared.
+_END_POSITIONS = 32
 
-# What rounding may change logits by, in norm, relative; many families compute parts in float32.
+# Relative change of the logits' norm that rounding explains; many models compute parts in float32.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 3e-5}
-_ROUNDING_OF_16_BITS = 0.03
+_ROUNDING_IN_16_BITS = 0.03
 
-# A relative difference that no rounding explains, even where it chooses other experts.
-_OTHER_NUMBERS = {torch.float64: 1e-3, torch.float32: 1e-2}
-_OTHER_NUMBERS_IN_16_BITS = 0.5
+# Relative change that rounding does not explain, not even where it selects other experts.
+_NOT_ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-2}
+_NOT_ROUNDING_IN_16_BITS = 0.5
 
 
 class BatchChecks:
-    """A model and the sequences that are passed over, all or any of them.
+    """Compares a model's logits of the same sequence in different batches.
 
     Args:
         model: A prepared model.
-        sequences: The sequences.
-        device: The model's.
+        sequences: All sequences of the data.
+        device: The model's device.
         batch_tokens: Token budget of a batch.
     """
 
@@ -60,113 +61,123 @@ class BatchChecks:
         self._batch_tokens = batch_tokens
         lengths = sequences.num_positions
         self._shortest, self._longest = int(lengths.argmin()), int(lengths.argmax())
-        self._beside = _longest_beside_others(sequences, batch_tokens)
+        self._longest_beside = _longest_beside_others(sequences, batch_tokens)
         self._dtype = next(model.parameters()).dtype
         self._rotary = changing_embeddings(model)
-        self._experts = dict.fromkeys(fused_experts(model).values(), _unchanged)
-        self._known: dict[int, Tensor] = {}
+        self._experts = dict.fromkeys(fused_experts(model).values(), _pass_through)
+        self._logits_alone: dict[int, Tensor] = {}
 
     def require_exact(self) -> None:
-        """Refuses a model whose logits of a sequence depend on others, before or beside it.
+        """Refuses a model whose logits of a sequence depend on other sequences.
 
         Raises:
-            ModelError: The logits of the shortest sequence are others after the longest, or beside
-                the longest that can share its batch.
+            ModelError: If the logits of the shortest sequence change after the longest one was
+                computed, or beside the longest that can share its batch.
         """
         lengths, name = self._sequences.num_positions, class_of(self._model).__name__
         if lengths[self._shortest] == lengths[self._longest]:
             return
-        before = self._alone(self._shortest)
+        first_logits = self._alone(self._shortest)
         self._alone(self._longest)
-        by_order = _difference(self._ends(self._collated([self._shortest])), before)
-        # All are computed, whatever comes of them, for a sharded model's forward is a collective.
-        by_batch = self._by_padding if self._beside is not None else 0.0
-        allowed = _OTHER_NUMBERS.get(self._dtype, _OTHER_NUMBERS_IN_16_BITS)
-        if by_order > allowed:
+        order_difference = _relative_difference(
+            self._ends(self._collated([self._shortest])), first_logits
+        )
+        # Always computed: a sharded model's forward is a collective, so no worker may leave it out.
+        batch_difference = self._padding_difference if self._longest_beside is not None else 0.0
+        tolerance = _NOT_ROUNDING.get(self._dtype, _NOT_ROUNDING_IN_16_BITS)
+        if order_difference > tolerance:
             raise ModelError(
                 f"{name} gives a sequence other logits after a longer one than before it (relative "
-                f"difference {by_order:.2g}): it remembers something of what it has computed, so "
-                "its scores would depend on the order of the data. Such a model cannot be used."
+                f"difference {order_difference:.2g}): it remembers something of what it has "
+                "computed, so its scores would depend on the order of the data. Such a model "
+                "cannot be used."
             )
-        if by_batch > allowed:
+        if batch_difference > tolerance:
             raise ModelError(
                 f"{name} gives a sequence other logits beside a longer one than alone (relative "
-                f"difference {by_batch:.2g}), so its scores would depend on the batch. Set "
+                f"difference {batch_difference:.2g}), so its scores would depend on the batch. Set "
                 "batch_tokens: 1, which gives each sequence a batch of its own."
             )
 
     def can_pack(self) -> bool:
-        """Whether the model gives the same logits for sequences in one row as for each alone."""
-        longest, shortest = self._beside, self._shortest
+        """Whether the logits of packed sequences are those of each sequence alone."""
+        longest, shortest = self._longest_beside, self._shortest
         if longest is None or not is_packable(self._model):
             return False
         length = int(self._sequences.num_positions[longest])
-        row = [longest] * (self._batch_tokens // length - 1) + [shortest]
+        packed = [longest] * (self._batch_tokens // length - 1) + [shortest]
         try:
             alone = self._alone(longest)
-            # 0, but for kernels whose sums are in no fixed order
-            repeated = _difference(self._ends(self._collated([longest])), alone)
-            no_window = _difference(self._ends(self._packed([longest])), alone)
-            by_padding = self._by_padding
-            in_a_row = _difference(
-                self._ends(self._packed(row), (0, -1)), torch.cat([alone, self._alone(shortest)])
+            # 0, except for kernels that sum in no fixed order
+            repeat_difference = _relative_difference(self._ends(self._collated([longest])), alone)
+            window_difference = _relative_difference(self._ends(self._packed([longest])), alone)
+            padding_difference = self._padding_difference
+            packing_difference = _relative_difference(
+                self._ends(self._packed(packed), (0, -1)), torch.cat([alone, self._alone(shortest)])
             )
         except torch.OutOfMemoryError:
-            raise  # a pass would meet it too
-        except Exception:  # whatever a model cannot do with such a row: it is not given one
+            raise  # a pass would run out of memory, too
+        except Exception:  # a model that fails with a packed batch is not given any
             forget_forward(self._model)
             return False
-        rounding = _ROUNDING.get(self._dtype, _ROUNDING_OF_16_BITS)
-        rounding = min(2 * by_padding + _ROUNDING[torch.float64], rounding)
-        return no_window <= 2 * repeated and in_a_row <= rounding
+        rounding = _ROUNDING.get(self._dtype, _ROUNDING_IN_16_BITS)
+        rounding = min(2 * padding_difference + _ROUNDING[torch.float64], rounding)
+        return window_difference <= 2 * repeat_difference and packing_difference <= rounding
 
     @cached_property
-    def _by_padding(self) -> float:
-        """How far two sequences in a padded batch are from each alone."""
-        assert self._beside is not None
-        two = [self._beside, self._shortest]
-        alone = torch.cat([self._alone(number) for number in two])
-        return _difference(self._ends(self._collated(two), (0, -1)), alone)
+    def _padding_difference(self) -> float:
+        """Relative difference of two sequences' logits in a padded batch from those alone."""
+        assert self._longest_beside is not None
+        pair = [self._longest_beside, self._shortest]
+        alone = torch.cat([self._alone(k) for k in pair])
+        return _relative_difference(self._ends(self._collated(pair), (0, -1)), alone)
 
-    def _alone(self, number: int) -> Tensor:
-        """Logits of one sequence in a batch of its own."""
-        if number not in self._known:
-            self._known[number] = self._ends(self._collated([number]))
-        return self._known[number]
+    def _alone(self, k: int) -> Tensor:
+        """Logits [positions, V] of one sequence in a batch of its own, float64."""
+        if k not in self._logits_alone:
+            self._logits_alone[k] = self._ends(self._collated([k]))
+        return self._logits_alone[k]
 
-    def _collated(self, numbers: Iterable[int]) -> Batch:
-        return collate([self._sequences[number] for number in numbers])
+    def _collated(self, selection: Iterable[int]) -> Batch:
+        return collate([self._sequences[k] for k in selection])
 
-    def _packed(self, numbers: Iterable[int]) -> Batch:
-        return pack([self._sequences[number] for number in numbers])
+    def _packed(self, selection: Iterable[int]) -> Batch:
+        return pack([self._sequences[k] for k in selection])
 
-    def _ends(self, batch: Batch, wanted: Iterable[int] = (0,)) -> Tensor:
+    def _ends(self, batch: Batch, which: Iterable[int] = (0,)) -> Tensor:
         """Logits [positions, V] at both ends of some of a batch's sequences, float64.
 
-        What a recurrence carries over from another sequence shows first; what a window cuts off,
-        last.
+        The first positions show what a recurrence carries over from another sequence, the last ones
+        what a window cuts off.
+
+        Args:
+            batch: The batch.
+            which: Indices of the sequences in the batch.
         """
         batch = batch.to(self._device)
         reset_frequencies(self._rotary)
         with (
-            self._graph(),
+            self._safe_grad_mode(),
             listening(self._experts),
             torch.compiler.set_stance("force_eager"),
             attending_within(self._model, batch),
         ):
             logits, _ = CAUSAL_LM.forward(self._model, batch.inputs)  # as in a pass
         logits = logits.detach()
-        sequences = logits if batch.packed is None else logits[0].split(batch.packed)
+        by_sequence = logits if batch.packed is None else logits[0].split(batch.packed)
         lengths = batch.grid("").lengths
-        found = []
-        for number in wanted:
-            rows = sequences[number][: lengths[number]]
-            found += [rows[:_COMPARED], rows[-_COMPARED:]]
-        return torch.cat(found).double()
+        ends = []
+        for k in which:
+            own_logits = by_sequence[k][: lengths[k]]
+            ends += [own_logits[:_END_POSITIONS], own_logits[-_END_POSITIONS:]]
+        return torch.cat(ends).double()
 
     @contextmanager
-    def _graph(self) -> Iterator[None]:
-        """No graph, unless weights are quantised: a forward without one may pack them for good."""
+    def _safe_grad_mode(self) -> Iterator[None]:
+        """Turns autograd off; for quantised weights, starts the graph at the embeddings instead.
+
+        A forward without a graph may pack quantised weights permanently.
+        """
         with ExitStack() as stack:
             if not any(map(is_quantised, linear_modules(self._model).values())):
                 stack.enter_context(torch.no_grad())
@@ -179,25 +190,28 @@ class BatchChecks:
 
 
 def _longest_beside_others(sequences: Sequences, batch_tokens: int) -> int | None:
-    """The longest sequence that may share a batch with a shorter one; None: there is none."""
+    """The longest sequence that may share a batch with a shorter one; None if there is none."""
     lengths = sequences.num_positions
     limit = batch_tokens // 2
     if sequences.equal_above is not None:
         limit = min(limit, sequences.equal_above)
-    beside = np.flatnonzero((lengths <= limit) & (lengths > lengths.min()))
-    return int(beside[lengths[beside].argmax()]) if beside.size else None
+    candidates = np.flatnonzero((lengths <= limit) & (lengths > lengths.min()))
+    return int(candidates[lengths[candidates].argmax()]) if candidates.size else None
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖; 0 where that is NaN: a pass will say where NaN comes from.
+def _relative_difference(logits: Tensor, expected: Tensor) -> float:
+    """‖logits − expected‖ / ‖expected‖.
+
+    0 where that is NaN: a pass will report where NaN comes from.
 
     Args:
-        found: Logits [positions, V].
-        expected: Others of the same shape.
+        logits: Logits [positions, V].
+        expected: Logits of the same shape to compare with.
     """
-    difference = ((found - expected).norm() / expected.norm()).item()
+    difference = ((logits - expected).norm() / expected.norm()).item()
     return 0.0 if np.isnan(difference) else difference
 
 
-def _unchanged(routed: Routed) -> Tensor:
+def _pass_through(routed: Routed) -> Tensor:
+    """A listener that changes nothing."""
     return routed.outputs

@@ -1,7 +1,7 @@
-"""Experts that are modules in a list, each called with the tokens routed to it alone.
+"""Experts that are modules in a list, each called with only the tokens that are routed to it.
 
-Which tokens those are is said by nothing but how the rows were picked out of all positions, and
-that is read off the autograd graph: `tokens[index]` leaves its index there.
+The only trace of which tokens those are is the indexing that selected them, and it is read from the
+autograd graph: `tokens[index]` saves its index there.
 """
 
 from typing import Any
@@ -9,60 +9,62 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Steps up the graph from an expert's matrix to where its rows were picked.
-_FARTHEST = 200
-_PICKING = ("IndexBackward0", "IndexSelectBackward0")
+# Graph nodes that are visited at most, from an expert's input back to the indexing.
+_MAX_NODES = 200
+_INDEXING = ("IndexBackward0", "IndexSelectBackward0")
 
 
 def in_expert_list(model: nn.Module, name: str) -> str:
-    """Name of the list of experts that a module is in; "" if in none."""
+    """Name of the list of experts that a module is in; "" if it is in none."""
     parts = name.split(".")
     for k in range(1, len(parts)):
         if parts[k - 1].endswith("experts"):
-            found = ".".join(parts[:k])
-            if isinstance(model.get_submodule(found), (nn.ModuleList, nn.ModuleDict)):
-                return found
+            list_name = ".".join(parts[:k])
+            if isinstance(model.get_submodule(list_name), (nn.ModuleList, nn.ModuleDict)):
+                return list_name
     return ""
 
 
 def picked_positions(tensor: Tensor, num_positions: int) -> Tensor | None:
-    """Which of all positions the rows of a tensor were picked from.
+    """The positions whose vectors an expert's input holds, read from the autograd graph.
 
     Args:
-        tensor: [..., n, I]: rows picked out of [..., num_positions, H] by an index, and what was
-            computed of them row by row since.
-        num_positions: How many there are.
+        tensor: [..., n, I]: vectors selected by an index from [..., num_positions, H], and
+            processed position by position since.
+        num_positions: All positions of the batch.
 
     Returns:
-        Their flat numbers [n], int64; None where that cannot be seen.
+        Flat indices [n], int64; None if the graph does not show them.
     """
-    num_rows = tensor.shape[:-1].numel()
-    todo, seen = [tensor.grad_fn], set()
-    found: Tensor | None = None
-    while todo:
-        node: Any = todo.pop()
-        if node is None or node in seen:
+    num_picked = tensor.shape[:-1].numel()
+    open_nodes, visited = [tensor.grad_fn], set()
+    positions: Tensor | None = None
+    while open_nodes:
+        node: Any = open_nodes.pop()
+        if node is None or node in visited:
             continue
-        seen.add(node)
-        if len(seen) > _FARTHEST:
+        visited.add(node)
+        if len(visited) > _MAX_NODES:
             return None
-        picked = _picked(node, num_positions)
-        if picked is None and node.name() in _PICKING:
-            return None  # rows of rows
-        if picked is None:
+        node_positions = _node_positions(node, num_positions)
+        if node_positions is None and node.name() in _INDEXING:
+            return None  # indexes what was indexed before
+        if node_positions is None:
             if not node.next_functions:
-                return None  # a way past all indices
-            todo += [before for before, _ in node.next_functions]
-        elif len(picked) != num_rows or (found is not None and not torch.equal(picked, found)):
+                return None  # reaches a leaf without passing an indexing
+            open_nodes += [parent for parent, _ in node.next_functions]
+        elif len(node_positions) != num_picked or (
+            positions is not None and not torch.equal(node_positions, positions)
+        ):
             return None
         else:
-            found = picked
-    return found
+            positions = node_positions
+    return positions
 
 
-def _picked(node: Any, num_positions: int) -> Tensor | None:
-    """The positions that a step of the graph picks; None of a step that picks none."""
-    if node.name() not in _PICKING:
+def _node_positions(node: Any, num_positions: int) -> Tensor | None:
+    """The positions that a graph node's indexing selects; None for any other node."""
+    if node.name() not in _INDEXING:
         return None
     if node.name() == "IndexSelectBackward0":
         indices = [None] * node._saved_dim + [node._saved_index]

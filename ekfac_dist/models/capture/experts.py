@@ -1,10 +1,10 @@
-"""Fused experts: linear maps that have no module of their own, made visible one by one.
+"""Fused experts: linear maps that have no module of their own, made observable one by one.
 
 `transformers` keeps all experts' weights of a layer in three-dimensional parameters, and computes
-with them by an implementation from a registry. Ours computes expert by expert, and shows each
-expert's input and output to whoever listens; the result is the same sum.
+with them by an implementation from a registry. The implementation here computes expert by expert,
+and passes each expert's input and output to a listener; its result is the same sum.
 
-    experts.3.gate_up_proj      the 3rd expert's part of experts.gate_up_proj, as a module
+    experts.3.gate_up_proj      the slice of experts.gate_up_proj of expert 3, as a module
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,15 +24,15 @@ IMPLEMENTATION = "ekfac_dist"
 
 @dataclass(frozen=True)
 class Routed:
-    """Rows of the tokens that were routed to an expert.
+    """What passes through one matrix of one expert: the vectors of the n tokens routed to it.
 
     Attributes:
-        expert: Its number.
-        matrix: Name of the parameter that its matrix is in.
+        expert: The expert's index.
+        matrix: Name of the parameter that holds its matrix.
         inputs: [n, I], without the bias coordinate.
         outputs: [n, O].
-        tokens: Flat numbers of the tokens [n], ascending.
-        num_tokens: How many tokens there are in all.
+        tokens: Flat indices of the tokens [n], ascending.
+        num_tokens: All tokens of the batch.
     """
 
     expert: int
@@ -43,19 +43,19 @@ class Routed:
     num_tokens: int
 
 
-# From what passes through an expert's matrix to the outputs to go on with.
+# Gets what passes through an expert's matrix, and returns the outputs to continue with.
 Listener = Callable[[Routed], Tensor]
 
 _LISTENERS: "WeakKeyDictionary[nn.Module, Listener]" = WeakKeyDictionary()
 
 
 def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
-    """Every collection of fused experts that the registry computes, by name, in model order."""
+    """Every collection of fused experts in a model, by name, in model order."""
     return {name: module for name, module in model.named_modules() if _is_fused(module)}
 
 
 def expert_modules(name: str, experts: nn.Module) -> Iterator[TrackedModule]:
-    """Each matrix of each expert as a module, in order.
+    """Each matrix of each expert as a tracked module, in order.
 
     Args:
         name: Name of the collection.
@@ -67,15 +67,15 @@ def expert_modules(name: str, experts: nn.Module) -> Iterator[TrackedModule]:
             num_outputs, num_inputs = getattr(module, matrix).shape[1:]
             if module.is_transposed:
                 num_outputs, num_inputs = num_inputs, num_outputs
-            own = f"{name}.{expert}.{matrix}"
+            module_name = f"{name}.{expert}.{matrix}"
             yield TrackedModule(
-                own,
+                module_name,
                 EXPERT,
                 num_inputs,
                 num_outputs,
                 module.has_bias,
-                f"{own}.input",
-                f"{own}.output",
+                f"{module_name}.input",
+                f"{module_name}.output",
             )
 
 
@@ -86,12 +86,12 @@ def matrices(experts: nn.Module) -> tuple[str, str]:
 
 @contextmanager
 def listening(listeners: Mapping[nn.Module, Listener]) -> Iterator[None]:
-    """Within it, collections of experts show what passes through them.
+    """While it lasts, collections of experts pass what they compute to listeners.
 
     Args:
-        listeners: Who listens, by collection.
+        listeners: The listener of each collection.
     """
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward_by_expert)
     with experts_computed_by(IMPLEMENTATION, listeners):
         try:
             _LISTENERS.update(listeners)
@@ -103,7 +103,12 @@ def listening(listeners: Mapping[nn.Module, Listener]) -> Iterator[None]:
 
 @contextmanager
 def experts_computed_by(implementation: str, collections: Iterable[nn.Module]) -> Iterator[None]:
-    """Within it collections of experts compute by an implementation of the registry."""
+    """While it lasts, collections of experts compute by another implementation.
+
+    Args:
+        implementation: The implementation's name in the registry of `transformers`.
+        collections: The collections.
+    """
     configs: dict[int, Any] = {}
     for experts in collections:
         config: Any = experts.config
@@ -119,13 +124,14 @@ def experts_computed_by(implementation: str, collections: Iterable[nn.Module]) -
 
 
 def _is_fused(module: nn.Module) -> bool:
+    """Whether a module is a collection of fused experts that the registry computes."""
     if not all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed")):
         return False
     parameters = [getattr(module, matrix, None) for matrix in matrices(module)]
     return all(isinstance(p, Tensor) and p.ndim == 3 for p in parameters)
 
 
-def _forward(
+def _forward_by_expert(
     self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Σ over a token's experts of weight · down(act(up(x))), expert by expert."""
@@ -134,34 +140,37 @@ def _forward(
     total = torch.zeros_like(hidden_states)
     for expert in top_k_index.unique().tolist():
         if expert >= self.down_proj.shape[0]:
-            continue  # a place of the top k that is no expert's
-        tokens, places = torch.where(top_k_index == expert)  # tokens ascend
+            continue  # an unused slot of the top k
+        tokens, slots = torch.where(top_k_index == expert)  # tokens ascend
         num_tokens = len(hidden_states)
-        rows = _linear(self, expert, up, hidden_states[tokens], tokens, num_tokens, listener)
-        rows = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
-        rows = _linear(self, expert, down, rows, tokens, num_tokens, listener)
+        hidden = _apply_matrix(
+            self, expert, up, hidden_states[tokens], tokens, num_tokens, listener
+        )
+        hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
+        hidden = _apply_matrix(self, expert, down, hidden, tokens, num_tokens, listener)
         if self.has_post_expert_norm:
-            rows = self.post_expert_norm(rows)
-        weighted = rows * top_k_weights[tokens, places, None]
+            hidden = self.post_expert_norm(hidden)
+        weighted = hidden * top_k_weights[tokens, slots, None]
         total.index_add_(0, tokens, weighted.to(total.dtype))
     return total
 
 
-def _linear(
+def _apply_matrix(
     experts: Any,
     expert: int,
     matrix: str,
-    rows: Tensor,
+    inputs: Tensor,
     tokens: Tensor,
     num_tokens: int,
     listener: Listener | None,
 ) -> Tensor:
+    """One expert's matrix times its inputs [n, I], passed through the listener: [n, O]."""
     weight = getattr(experts, matrix)[expert]
     if experts.is_transposed:
         weight = weight.T
     bias = getattr(experts, f"{matrix}_bias")[expert] if experts.has_bias else None
-    rows = rows.to(weight.dtype)
-    output = torch.nn.functional.linear(rows, weight, bias)
+    inputs = inputs.to(weight.dtype)
+    output = torch.nn.functional.linear(inputs, weight, bias)
     if listener is None:
         return output
-    return listener(Routed(expert, matrix, rows, output, tokens, num_tokens))
+    return listener(Routed(expert, matrix, inputs, output, tokens, num_tokens))

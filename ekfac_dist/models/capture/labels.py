@@ -3,9 +3,9 @@
 The loss of a sequence is the sum of −log p(label) over its labelled positions, so its gradient with
 respect to a position's logits is softmax − onehot(label), whatever loss the model itself has.
 
-A sampled label is the inverse CDF of the model's softmax at one uniform number, and that number is
-a function of (seed, pass, row in the source, position) alone: the position-th output of a Philox
-generator keyed by seed and pass, whose counter starts at the row (Salmon et al. 2011).
+A sampled label is the inverse CDF of the model's softmax at a uniform number that depends on
+(seed, pass, the sequence's index in the source, position) alone: it is the position-th output of a
+Philox generator keyed by seed and pass, whose counter starts at the index (Salmon et al. 2011).
 """
 
 from collections.abc import Sequence
@@ -16,28 +16,28 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.config import Labels
-from ekfac_dist.data.batches import NO_LABEL, Batch, Labelled, to_device
+from ekfac_dist.data.batches import NO_LABEL, Batch, LabelPlaces, to_device
 from ekfac_dist.errors import DataError, ModelError
 
 COVARIANCE_PASS = 0
 REFIT_PASS = 1
 
-# Logits whose softmax and CDF are held at a time; on a CPU (True) few enough for its caches.
+# Elements of the logits whose softmax is held at a time; on a CPU (True) it fits in the caches.
 _CHUNK_ELEMENTS = {False: 2**24, True: 2**19}
-_CDF_BLOCK = 64
+_CDF_BLOCK = 64  # classes per block of the inverse CDF
 
-# float16 gradients below 6e-8 vanish; a power of two shifts them up and is taken off exactly.
+# float16 gradients below 6e-8 vanish; scaling by a power of two is undone exactly.
 GRADIENT_SCALES = {torch.float16: 1024.0}
 
 
 @dataclass(frozen=True)
 class LabelRule:
-    """Where a pass's labels come from.
+    """How a pass chooses its labels.
 
     Attributes:
-        labels: "sampled" or "data".
-        seed: Seed of the sampled ones.
-        pass_number: Which pass draws; passes draw independently.
+        labels: "sampled" from the model, or the "data"'s own.
+        seed: Seed of sampled labels.
+        pass_number: The pass, so that passes draw independently.
     """
 
     labels: Labels
@@ -47,14 +47,16 @@ class LabelRule:
 
 @dataclass(frozen=True)
 class LossGradient:
-    """Where the backward of a batch's summed losses starts.
+    """Gradient of a batch's summed losses, with which the backward starts.
 
     Attributes:
-        gradient: `scale` times the gradient with respect to the logits, or losses, in their dtype.
-        scale: A power of two; 1 but for float16.
-        losses: Each sequence's loss [B], float64, in nats.
-        num_labels: Labels of the batch; a sequence with a loss of its own kind counts as one.
-        labels: Labels of the batch's labelled places, in order; None of a loss of its own kind.
+        gradient: `scale` × the gradient with respect to the logits, or to a `LossTask`'s losses, in
+            their dtype.
+        scale: A power of two; 1 except for float16.
+        losses: Each sequence's loss in nats [B], float64.
+        num_labels: Labels of the batch; a `LossTask` counts one per sequence.
+        labels: The chosen labels [L], in the order of the labelled positions; None for a
+            `LossTask`.
     """
 
     gradient: Tensor
@@ -65,20 +67,21 @@ class LossGradient:
 
     @property
     def loss(self) -> Tensor:
-        """Sum of the losses, float64 scalar, in nats."""
+        """Sum of the losses in nats, float64 scalar."""
         return self.losses.sum()
 
 
 class Draws:
-    """Random numbers of a batch's sequences, for a task that samples labels of its own kind.
+    """Random numbers of a batch's sequences, for a task that samples labels in its own way.
 
-    A number depends on the run's seed, the pass, the sequence's row in the source and its place
-    alone: not on the batch, on workers, or on what was drawn before. Asking again gives the same.
+    A number depends only on the run's seed, the pass, the sequence's index in the source and the
+    number's offset: not on the batch, on workers, or on earlier draws. The same call returns the
+    same numbers.
 
     Args:
         rule: The pass's rule.
-        indices: Row in the source of each sequence.
-        device: Where the numbers are wanted.
+        indices: Index in the source of each sequence [B].
+        device: Device of the numbers.
     """
 
     def __init__(self, rule: LabelRule, indices: Sequence[int], device: torch.device) -> None:
@@ -87,26 +90,26 @@ class Draws:
         self._device = device
 
     def uniform(self, count: int) -> Tensor:
-        """Numbers in [0, 1), [B, count] float64."""
-        rows = [
+        """Uniform numbers in [0, 1), [B, count] float64."""
+        by_sequence = [
             uniforms(self._rule.seed, self._rule.pass_number, index, count)
             for index in self._indices
         ]
-        return torch.from_numpy(np.stack(rows)).to(self._device)
+        return torch.from_numpy(np.stack(by_sequence)).to(self._device)
 
     def normal(self, count: int) -> Tensor:
         """Standard normal numbers, [B, count] float64."""
-        return torch.special.ndtri(self.uniform(count) + 2.0**-53)  # never at 0 or 1
+        return torch.special.ndtri(self.uniform(count) + 2.0**-53)  # never the quantile of 0 or 1
 
 
 def uniforms(seed: int, pass_number: int, index: int, num_positions: int) -> np.ndarray:
-    """One number in [0, 1) for each position of a sequence.
+    """One uniform number in [0, 1) for each position of a sequence.
 
     Args:
         seed: The run's seed, below 2^63.
-        pass_number: Which pass draws.
-        index: Row in the source.
-        num_positions: How many positions; more of them only append numbers.
+        pass_number: The pass.
+        index: The sequence's index in the source.
+        num_positions: How many numbers; more of them only append to the same ones.
 
     Returns:
         [num_positions] float64, multiples of 2^-52.
@@ -120,116 +123,128 @@ def uniforms(seed: int, pass_number: int, index: int, num_positions: int) -> np.
 
 
 def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """The class at which the cumulated probability first exceeds a uniform number.
+    """The first class at which the cumulative probability exceeds a uniform number.
 
-    The class's block is found first, from block sums, and the class inside its block then: a whole
-    row need not be cumulated in float64, which would cost as much as half of the model's head.
+    First the class's block is found from the blocks' sums, then the class in its block. To cumulate
+    all V classes in float64 would cost up to half as much as the model's head.
 
     Args:
-        probabilities: [M, V], each row summing to about 1.
+        probabilities: [M, V], summing to about 1 over V.
         uniform: [M] float64 in [0, 1).
 
     Returns:
-        [M] int64; never a class of probability zero.
+        Class indices [M] int64; never a class of probability zero.
     """
-    num_rows, num_classes = probabilities.shape
+    num_positions, num_classes = probabilities.shape
     padding = -num_classes % _CDF_BLOCK
     if padding:
         probabilities = torch.nn.functional.pad(probabilities, (0, padding))
-    blocks = probabilities.view(num_rows, -1, _CDF_BLOCK)
-    up_to_block = blocks.sum(-1).double().cumsum(-1)
-    threshold = uniform.unsqueeze(-1) * up_to_block[:, -1:]
-    block = _first_above(up_to_block, threshold)
-    before = torch.nn.functional.pad(up_to_block, (1, 0)).gather(-1, block)
-    rows = torch.arange(num_rows, device=block.device)
-    inside = blocks[rows, block.squeeze(-1)].cumsum(-1, dtype=torch.float64)
+    blocks = probabilities.view(num_positions, -1, _CDF_BLOCK)
+    block_cdf = blocks.sum(-1).double().cumsum(-1)
+    threshold = uniform.unsqueeze(-1) * block_cdf[:, -1:]
+    block = _first_above(block_cdf, threshold)
+    cdf_before = torch.nn.functional.pad(block_cdf, (1, 0)).gather(-1, block)
+    positions = torch.arange(num_positions, device=block.device)
+    cdf_in_block = blocks[positions, block.squeeze(-1)].cumsum(-1, dtype=torch.float64)
     # Rounding of the block sums may put the threshold a hair outside of its block.
-    within = (threshold - before).clamp_(min=0).minimum(inside[:, -1:] * (1 - 2.0**-52))
-    found = (block * _CDF_BLOCK + _first_above(inside, within)).squeeze(-1)
-    return found.clamp_(max=num_classes - 1)  # NaN is told of later, by the running sums
+    rest = (threshold - cdf_before).clamp_(min=0).minimum(cdf_in_block[:, -1:] * (1 - 2.0**-52))
+    classes = (block * _CDF_BLOCK + _first_above(cdf_in_block, rest)).squeeze(-1)
+    return classes.clamp_(max=num_classes - 1)  # NaN is reported later, by the running sums
 
 
 def _first_above(cdf: Tensor, threshold: Tensor) -> Tensor:
-    """First index [M, 1] of each row [M, n] of a CDF that is above its threshold [M, 1]."""
+    """First index [M, 1] at which a CDF [M, n] exceeds a threshold [M, 1]."""
     return torch.searchsorted(cdf, threshold, right=True).clamp_(max=cdf.shape[-1] - 1)
 
 
 def logit_gradient(logits: Tensor, labels: Tensor, batch: Batch, rule: LabelRule) -> LossGradient:
-    """Chooses a batch's labels and differentiates its summed losses.
+    """Chooses a batch's labels and differentiates its summed losses with respect to the logits.
 
     Args:
         logits: [B, V] or [B, T, V].
         labels: The data's labels [B] or [B, T], int64; −100 where there is none.
         batch: The batch, on the logits' device.
-        rule: Where the labels come from.
+        rule: How labels are chosen.
 
     Raises:
-        ModelError: The logits are not one row for each label.
+        ModelError: If logits and labels do not match in shape, or labels are not int64.
+        DataError: If a label is no class of the model, or a sequence has no label.
     """
     _check_logits(logits, labels, batch)
-    flat, targets = logits.detach().flatten(0, -2), labels.flatten()
+    labelled = _find_labels(labels, batch, num_classes=logits.shape[-1])
+    flat_logits, targets = logits.detach().flatten(0, -2), labels.flatten()
+    uniform = None
+    if rule.labels == "sampled":
+        on_host = torch.from_numpy(_uniforms_of_labels(labelled, batch, rule))
+        uniform = to_device(on_host, logits.device)
+    scale = GRADIENT_SCALES.get(logits.dtype, 1.0)
+    wide_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    num_labels = len(labelled.flat)
+    all_labelled = num_labels == len(flat_logits)
+    gradient = torch.empty_like(flat_logits) if all_labelled else torch.zeros_like(flat_logits)
+    chosen_labels, losses = [], []
+    step = max(1, _CHUNK_ELEMENTS[logits.device.type == "cpu"] // flat_logits.shape[1])
+    for start in range(0, num_labels, step):
+        end = min(start + step, num_labels)
+        places = _label_indices(labelled, start, end)
+        scores = flat_logits[places].to(wide_dtype)
+        # Written in place where possible: most positions have a label, so this saves copies.
+        in_place = isinstance(places, slice) and gradient.dtype == wide_dtype
+        residual = gradient[places] if in_place else torch.empty_like(scores)
+        torch.softmax(scores, -1, out=residual)
+        chosen = targets[places] if uniform is None else inverse_cdf(residual, uniform[start:end])
+        chosen_elements = (torch.arange(end - start, device=flat_logits.device), chosen)
+        # −log p(label) through the likeliest class: its probability cannot vanish, the label's can.
+        likeliest = residual.max(-1)
+        log_total = scores.gather(-1, likeliest.indices[:, None]).squeeze(-1)
+        log_total = log_total.double() - likeliest.values.double().log()
+        losses.append(log_total - scores[chosen_elements])
+        residual[chosen_elements] -= 1
+        if scale != 1.0:
+            residual *= scale
+        if not in_place:
+            gradient[places] = residual.to(gradient.dtype)
+        chosen_labels.append(chosen)
+    nats = torch.cat(losses)
+    sequence_losses = nats.new_zeros(len(batch.indices))
+    sequence_losses.index_add_(0, labelled.sequences_on_device, nats)
+    gradient, chosen = gradient.view_as(logits), torch.cat(chosen_labels)
+    return LossGradient(gradient, scale, sequence_losses, num_labels, chosen)
+
+
+def _find_labels(labels: Tensor, batch: Batch, num_classes: int) -> LabelPlaces:
+    """Where the labels are; refuses labels that are no class of the model."""
     labelled = batch.labelled
     if labelled is None or labels is not batch.inputs.get("labels"):
         _require_labels(labels, batch)
         width = labels.numel() // len(batch.indices)
-        labelled = Labelled.of(labels, [width] * len(batch.indices))
-    if labelled.smallest < 0 or labelled.largest >= logits.shape[-1]:
-        wrong = labelled.smallest if labelled.smallest < 0 else labelled.largest
+        labelled = LabelPlaces.of(labels, [width] * len(batch.indices))
+    if labelled.smallest < 0 or labelled.largest >= num_classes:
+        invalid = labelled.smallest if labelled.smallest < 0 else labelled.largest
         raise DataError(
-            f"The data has label {wrong}, but the model has {logits.shape[-1]} logits, for labels "
-            f"0 to {logits.shape[-1] - 1}; what has no label is {NO_LABEL}."
+            f"The data has label {invalid}, but the model has {num_classes} logits, for labels "
+            f"0 to {num_classes - 1}; what has no label is {NO_LABEL}."
         )
-    draws = None
-    if rule.labels == "sampled":
-        draws = to_device(torch.from_numpy(_uniforms_at(labelled, batch, rule)), logits.device)
-    scale = GRADIENT_SCALES.get(logits.dtype, 1.0)
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    count = len(labelled.flat)
-    gradient = torch.empty_like(flat) if count == len(flat) else torch.zeros_like(flat)
-    chosen, losses = [], []
-    step = max(1, _CHUNK_ELEMENTS[logits.device.type == "cpu"] // flat.shape[1])
-    for start in range(0, count, step):
-        end = min(start + step, count)
-        rows = _rows(labelled, start, end)
-        scores = flat[rows].to(wide)
-        # Written where it is wanted, if it can be: most rows have a label, and no copy is needed.
-        in_place = isinstance(rows, slice) and gradient.dtype == wide
-        residual = gradient[rows] if in_place else torch.empty_like(scores)
-        torch.softmax(scores, -1, out=residual)
-        picked = targets[rows] if draws is None else inverse_cdf(residual, draws[start:end])
-        at = (torch.arange(end - start, device=flat.device), picked)
-        # −log p(label) by the likeliest class, whose probability cannot vanish as the label's can.
-        likeliest = residual.max(-1)
-        log_total = scores.gather(-1, likeliest.indices[:, None]).squeeze(-1)
-        log_total = log_total.double() - likeliest.values.double().log()
-        losses.append(log_total - scores[at])
-        residual[at] -= 1
-        if scale != 1.0:
-            residual *= scale
-        if not in_place:
-            gradient[rows] = residual.to(gradient.dtype)
-        chosen.append(picked)
-    nats = torch.cat(losses)
-    by_sequence = nats.new_zeros(len(batch.indices)).index_add_(0, labelled.rows_at, nats)
-    return LossGradient(gradient.view_as(logits), scale, by_sequence, count, torch.cat(chosen))
+    return labelled
 
 
-def _rows(labelled: Labelled, start: int, end: int) -> slice | Tensor:
-    """Flat places of some labels; a slice, which is no copy, where they follow one another."""
+def _label_indices(labelled: LabelPlaces, start: int, end: int) -> slice | Tensor:
+    """Flat indices of labels start to end; as a slice, which copies nothing, if contiguous."""
     first, last = int(labelled.flat[start]), int(labelled.flat[end - 1])
     if last - first == end - 1 - start:
         return slice(first, last + 1)
-    return labelled.flat_at[start:end]
+    return labelled.flat_on_device[start:end]
 
 
 def _check_logits(logits: Tensor, labels: Tensor, batch: Batch) -> None:
+    """Refuses logits that are not one vector per label."""
     if labels.ndim not in (1, 2) or labels.dtype != torch.int64:
         raise ModelError(
             f"The labels are {labels.dtype} of shape {list(labels.shape)}; they must be int64, "
             "one for each sequence or one for each position. For other labels give a LossTask."
         )
-    num_rows = 1 if batch.packed else len(batch.indices)
-    if labels.shape[0] != num_rows or logits.shape[:-1] != labels.shape:
+    leading_size = 1 if batch.packed else len(batch.indices)
+    if labels.shape[0] != leading_size or logits.shape[:-1] != labels.shape:
         raise ModelError(
             f"The model gave logits of shape {list(logits.shape)} for {len(batch.indices)} "
             f"sequences with labels of shape {list(labels.shape)}; it must give one row of logits "
@@ -238,21 +253,22 @@ def _check_logits(logits: Tensor, labels: Tensor, batch: Batch) -> None:
 
 
 def _require_labels(labels: Tensor, batch: Batch) -> None:
-    without = (labels == NO_LABEL).view(len(batch.indices), -1).all(1)
-    if without.any():
-        number = batch.indices[int(without.nonzero()[0])]
+    """Refuses a batch with a sequence that has no label."""
+    is_unlabelled = (labels == NO_LABEL).view(len(batch.indices), -1).all(1)
+    if is_unlabelled.any():
+        index = batch.indices[int(is_unlabelled.nonzero()[0])]
         raise DataError(
-            f"Sequence {number} of the data has no label, so its loss is no function of the model; "
+            f"Sequence {index} of the data has no label, so its loss is no function of the model; "
             "leave it out."
         )
 
 
-def _uniforms_at(labelled: Labelled, batch: Batch, rule: LabelRule) -> np.ndarray:
-    """The uniform numbers of a batch's labels, in order [L]."""
-    found = np.empty(len(labelled.flat))
-    starts = np.flatnonzero(np.diff(labelled.rows, prepend=-1))  # rows ascend
-    for start, end in zip(starts, [*starts[1:], len(found)], strict=True):
-        index, offsets = batch.indices[labelled.rows[start]], labelled.offsets[start:end]
-        drawn = uniforms(rule.seed, rule.pass_number, index, int(offsets[-1]) + 1)
-        found[start:end] = drawn[offsets]
-    return found
+def _uniforms_of_labels(labelled: LabelPlaces, batch: Batch, rule: LabelRule) -> np.ndarray:
+    """The uniform number of each of a batch's labels, in order [L]."""
+    numbers = np.empty(len(labelled.flat))
+    starts = np.flatnonzero(np.diff(labelled.sequences, prepend=-1))  # sequences ascend
+    for start, end in zip(starts, [*starts[1:], len(numbers)], strict=True):
+        index, offsets = batch.indices[labelled.sequences[start]], labelled.offsets[start:end]
+        sequence_numbers = uniforms(rule.seed, rule.pass_number, index, int(offsets[-1]) + 1)
+        numbers[start:end] = sequence_numbers[offsets]
+    return numbers

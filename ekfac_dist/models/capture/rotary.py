@@ -1,9 +1,10 @@
-"""Rotary position embeddings whose frequencies follow the longest sequence of a batch.
+"""Rotary position embeddings whose frequencies depend on the longest sequence of a batch.
 
-Of longrope (Phi-3) a batch with a sequence longer than the model was first trained on has other
-frequencies; of dynamic NTK a longer batch changes them, and they stay so for the next one. What a
-sequence gets must be what it gets alone in a fresh model: so sequences longer than that share a
-batch only with others of their length, and frequencies are reset before each forward.
+With longrope (Phi-3), a batch with a sequence longer than the model was first trained on gets other
+frequencies. With dynamic NTK, a longer batch changes the frequencies, which then stay for the next
+batch. A sequence's result must be that of the sequence alone in a fresh model: so sequences longer
+than that share a batch only with others of their length, and frequencies are reset before each
+forward.
 """
 
 from collections.abc import Iterator
@@ -18,13 +19,13 @@ _LONGROPE, _DYNAMIC = "longrope", "dynamic"
 
 
 def equal_lengths_above(model: nn.Module) -> int | None:
-    """The longest sequence, in positions, that may share a batch with longer or shorter ones.
+    """The longest sequence, in positions, that may share a batch with sequences of other lengths.
 
-    None: of any length, for the model's frequencies are fixed.
+    None if the model's frequencies are fixed, so that there is no such limit.
     """
     limits = []
     for module in changing_embeddings(model):
-        for layer_type, kind in _kinds(module).items():
+        for layer_type, kind in _frequency_kinds(module).items():
             if _DYNAMIC in kind:
                 limits.append(int(module.original_max_seq_len))
             elif kind == _LONGROPE:
@@ -35,15 +36,15 @@ def equal_lengths_above(model: nn.Module) -> int | None:
 
 
 def changing_embeddings(model: nn.Module) -> list[Any]:
-    """The rotary embeddings of a model that a forward may change."""
-    return [m for m in model.modules() if any(map(_changes, _kinds(m).values()))]
+    """The rotary embeddings of a model whose frequencies a forward may change."""
+    return [m for m in model.modules() if any(map(_may_change, _frequency_kinds(m).values()))]
 
 
 def reset_frequencies(embeddings: list[Any]) -> None:
-    """Gives rotary embeddings the frequencies that they have in a fresh model."""
+    """Gives rotary embeddings the frequencies of a fresh model."""
     for module in embeddings:
-        for layer_type, kind in _kinds(module).items():
-            if not _changes(kind):
+        for layer_type, kind in _frequency_kinds(module).items():
+            if not _may_change(kind):
                 continue
             prefix = f"{layer_type}_" if layer_type else ""
             frequencies: Tensor = getattr(module, prefix + _FREQUENCIES)
@@ -54,7 +55,7 @@ def reset_frequencies(embeddings: list[Any]) -> None:
 
 @contextmanager
 def frequencies_kept(model: nn.Module) -> Iterator[None]:
-    """Restores the frequencies that a model came with on the way out."""
+    """Restores a model's frequencies on the way out."""
     before = [
         (module, name, value.clone() if isinstance(value, Tensor) else value)
         for module in changing_embeddings(model)
@@ -68,8 +69,8 @@ def frequencies_kept(model: nn.Module) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def _kinds(module: nn.Module) -> dict[str, str]:
-    """The kinds of a rotary embedding's frequencies by type of layer; "" where all share one."""
+def _frequency_kinds(module: nn.Module) -> dict[str, str]:
+    """{type of layer: kind of frequencies} of a rotary embedding; "" if all layers share one."""
     kinds = getattr(module, "rope_type", None)
     if isinstance(kinds, str):
         return {"": kinds}
@@ -78,5 +79,6 @@ def _kinds(module: nn.Module) -> dict[str, str]:
     return {layer_type: kind for layer_type, kind in kinds.items() if isinstance(kind, str)}
 
 
-def _changes(kind: str) -> bool:
+def _may_change(kind: str) -> bool:
+    """Whether frequencies of a kind may change in a forward."""
     return _DYNAMIC in kind or kind == _LONGROPE

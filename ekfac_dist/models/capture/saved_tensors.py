@@ -15,9 +15,9 @@ class StepMemory:
     """Memory of one step's forward and backward, without running sums.
 
     Attributes:
-        activation_bytes: Tensors that autograd saves for the backward, at the end of the forward,
-            of a graph that begins at the lowest tracked module.
-        logit_bytes: The logits.
+        activation_bytes: Bytes of the tensors that autograd saves for the backward, at the end of
+            the forward, in a graph that begins at the lowest tracked module.
+        logit_bytes: Bytes of the logits.
         itemsize: Bytes of one element in the model's dtype.
     """
 
@@ -27,7 +27,7 @@ class StepMemory:
 
     @classmethod
     def nothing(cls) -> "StepMemory":
-        """The memory of no step at all."""
+        """The memory of no step: zeros."""
         return cls(0, 0, 0)
 
 
@@ -36,26 +36,28 @@ class SavedTensors:
     """Tensors that autograd saves for the backward, each storage once.
 
     Attributes:
-        tensors: One tensor of each storage, by the storage's address.
+        tensors: {address of a storage: one tensor that uses it}.
     """
 
     tensors: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
-        """Size of all storages, in bytes."""
+        """Size of all storages in bytes."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
 
 
 @contextmanager
 def noting_saved_tensors(model: nn.Module) -> Iterator[SavedTensors]:
-    """Notes every tensor that autograd saves, except the model's parameters and buffers."""
-    own = {storage_of(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    """Collects the tensors that autograd saves, except the model's parameters and buffers."""
+    model_storages = {storage_of(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     saved = SavedTensors()
 
     def keep(tensor: Tensor) -> Tensor:
-        if storage_of(tensor) not in own:
-            saved.tensors[storage_of(tensor)] = tensor  # keeps its address from reuse
+        if storage_of(tensor) not in model_storages:
+            saved.tensors[storage_of(tensor)] = (
+                tensor  # holding the tensor keeps its address from reuse
+            )
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

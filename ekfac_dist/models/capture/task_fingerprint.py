@@ -1,4 +1,4 @@
-"""By what a task of a user's own is known again: its code and its settings."""
+"""SHA-256 fingerprints of the users' own tasks, from their code and settings."""
 
 import ast
 import hashlib
@@ -17,43 +17,44 @@ from ekfac_dist.models.capture.tasks import Task
 
 
 def task_fingerprint(task: Task) -> str | None:
-    """SHA-256 of the source of a task's classes, and of its attributes; None of a built-in task.
+    """SHA-256 of the source of a task's classes and of its attributes; None for a built-in task.
 
-    Comments, docstrings and layout do not count. What the classes call outside themselves is not
-    seen. Where a class has no source, as in an interpreter, it is its bytecode, which is of one
-    version of Python.
+    Comments, docstrings and layout do not count. Functions that the classes call outside themselves
+    are not included. A class without source, as in an interactive session, is represented by its
+    bytecode, which depends on the version of Python.
 
     Args:
         task: The task.
     """
-    own = [cls for cls in type(task).__mro__ if not _is_known(cls)]
-    if not own:
+    own_classes = [cls for cls in type(task).__mro__ if not _is_built_in(cls)]
+    if not own_classes:
         return None
     digest = hashlib.sha256()
-    for part in (*map(_code, own), *_content(_attributes(task))):
+    for part in (*map(_code_text, own_classes), *_content_text(_attributes(task))):
         digest.update(f"{len(part)}|{part}".encode())
     return digest.hexdigest()
 
 
-def _is_known(cls: type) -> bool:
-    """Whether a class is one of this package's or of Python's, known by its name."""
+def _is_built_in(cls: type) -> bool:
+    """Whether a class is this package's or Python's, by the name of its module."""
     return cls.__module__ in (tasks.__name__, "builtins", "abc", "typing")
 
 
 def _attributes(task: Task) -> dict[str, Any]:
+    """A task's attributes by name, those in `__slots__` included."""
     slots = [name for cls in type(task).__mro__ for name in getattr(cls, "__slots__", ())]
-    of_slots = {name: getattr(task, name) for name in slots if hasattr(task, name)}
-    return of_slots | getattr(task, "__dict__", {})
+    slot_values = {name: getattr(task, name) for name in slots if hasattr(task, name)}
+    return slot_values | getattr(task, "__dict__", {})
 
 
-def _code(thing: Any) -> str:
-    """The source of a class or function, normalised; or its bytecode."""
-    if thing.__name__ != "<lambda>":  # whose lines may hold others
+def _code_text(thing: Any) -> str:
+    """The normalised source of a class or function; its bytecode where there is no source."""
+    if thing.__name__ != "<lambda>":  # a lambda's source lines may hold other code
         with suppress(OSError, TypeError, SyntaxError, IndexError):
             return _normalised(inspect.getsource(thing))
     if isinstance(thing, type):
-        return "\n".join([thing.__name__, *_content(dict(vars(thing)))])
-    return "\n".join(_of_bytecode(thing.__code__, thing.__doc__))
+        return "\n".join([thing.__name__, *_content_text(dict(vars(thing)))])
+    return "\n".join(_bytecode_text(thing.__code__, thing.__doc__))
 
 
 def _normalised(source: str) -> str:
@@ -68,18 +69,19 @@ def _normalised(source: str) -> str:
     return ast.unparse(tree.body[0].body if indented else tree)  # type: ignore[attr-defined]
 
 
-def _of_bytecode(code: CodeType, docstring: str | None) -> Iterator[str]:
+def _bytecode_text(code: CodeType, docstring: str | None) -> Iterator[str]:
+    """A code object as text, without its docstring and line numbers."""
     yield code.co_code.hex()
     yield repr((code.co_names, code.co_varnames, code.co_freevars))
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _of_bytecode(constant, None)
-        else:  # without a docstring there is None in its place
-            yield from _content(None if constant == docstring else constant)
+            yield from _bytecode_text(constant, None)
+        else:  # a function without a docstring has None in its place
+            yield from _content_text(None if constant == docstring else constant)
 
 
-# What Python itself puts into a class.
-_OF_PYTHON = {
+# Attributes that Python itself adds to a class.
+_ADDED_BY_PYTHON = {
     "__module__",
     "__dict__",
     "__weakref__",
@@ -93,12 +95,12 @@ _OF_PYTHON = {
 }
 
 
-def _content(value: Any, within: tuple[int, ...] = ()) -> Iterator[str]:
-    """A value as text: numbers and strings, containers of them, tensors by their SHA-256.
+def _content_text(value: Any, within: tuple[int, ...] = ()) -> Iterator[str]:
+    """A value as text: scalars and strings, containers of them, tensors by their SHA-256.
 
     Args:
         value: The value.
-        within: The `id` of each thing that it is part of.
+        within: The `id` of each object that contains it, to detect cycles.
     """
     kind = type(value).__name__
     if id(value) in within:
@@ -108,15 +110,15 @@ def _content(value: Any, within: tuple[int, ...] = ()) -> Iterator[str]:
     if isinstance(value, Mapping):
         yield f"{kind} {len(value)}"
         for key in sorted(value, key=repr):
-            if key not in _OF_PYTHON:
+            if key not in _ADDED_BY_PYTHON:
                 yield repr(key)
-                yield from _content(value[key], within)
+                yield from _content_text(value[key], within)
     elif isinstance(value, (list, tuple)):
         yield f"{kind} {len(value)}"
         for part in value:
-            yield from _content(part, within)
+            yield from _content_text(part, within)
     elif isinstance(value, (set, frozenset)):
-        yield f"{kind} {sorted(map(repr, value))}"  # their order is another in each process
+        yield f"{kind} {sorted(map(repr, value))}"  # their order differs between processes
     elif isinstance(value, Tensor):
         content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         yield f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(content.data).hexdigest()}"
@@ -125,19 +127,19 @@ def _content(value: Any, within: tuple[int, ...] = ()) -> Iterator[str]:
         yield f"{value.dtype} {value.shape} {digest}"
     elif isinstance(value, nn.Module):
         yield kind
-        yield from _content(dict(value.state_dict()), within)
+        yield from _content_text(dict(value.state_dict()), within)
     elif isinstance(value, (staticmethod, classmethod)):
         yield kind
-        yield from _content(value.__func__, within)
+        yield from _content_text(value.__func__, within)
     elif isinstance(value, property):
-        yield from _content([value.fget, value.fset], within)
+        yield from _content_text([value.fget, value.fset], within)
     elif isinstance(value, FunctionType):
-        yield _code(value)
-        yield from _content([value.__defaults__, value.__kwdefaults__], within)
+        yield _code_text(value)
+        yield from _content_text([value.__defaults__, value.__kwdefaults__], within)
         for cell in value.__closure__ or ():
-            with suppress(ValueError):  # it is empty
-                yield from _content(cell.cell_contents, within)
+            with suppress(ValueError):  # an empty cell
+                yield from _content_text(cell.cell_contents, within)
     elif value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype)):
         yield f"{kind} {value!r}"
     else:
-        yield kind  # of anything else no more is known than what it is
+        yield kind  # of any other value only its type counts

@@ -1,24 +1,21 @@
-"""Tasks: what a model is asked of a batch, and what its loss is.
+"""Tasks: how a model is called on a batch, and what its loss is.
 
-The curvature is of the loss, so a task says all that the passes have to know of a model beside its
-modules: its logits and labels, or its losses; which positions are counted; how examples make a
-batch. Causal language modelling is the default, and the command line's only one.
+The curvature is that of a loss, so a task defines everything that passes need to know of a model
+besides its modules: its logits and labels, or its losses; which positions are counted; how examples
+make a batch. Causal language modelling is the default, and the only task of the command line.
+
+Knows neither hooks nor passes. How examples are read is in `task_examples`.
 """
 
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ekfac_dist.data.batches import NO_LABEL, Batch, Grid
-from ekfac_dist.data.examples import TaskExamples
-from ekfac_dist.data.sequences import Sequences, from_examples
+from ekfac_dist.data.batches import NO_LABEL, Batch
 from ekfac_dist.errors import ConfigError, DataError, ModelError, first_line
 from ekfac_dist.models.capture.labels import (
     GRADIENT_SCALES,
@@ -28,22 +25,21 @@ from ekfac_dist.models.capture.labels import (
     logit_gradient,
 )
 
-# What has an entry for each position of a text.
+# Fields with one entry per position of `input_ids`.
 _TOKEN_FIELDS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
-# How far the losses of one example may be apart, over the loss, by the model's dtype.
-_LOSS_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
 class Task:
     """Logits and labels: a sequence's loss is the sum of −log p(label) over its labels.
 
-    Override `forward` for a model that is called in another way; and `masks` and `collate`, if
-    positions are not told by an `attention_mask`, or examples are no mappings of arrays.
+    Override `forward` for a model that is called in another way. Override `masks` if counted
+    positions are not given by an `attention_mask`, and `collate` if examples are no mappings of
+    arrays.
 
     Attributes:
-        id_fields: Fields that hold token ids, which the model has to know.
-        aligned: Fields that, if as long as `input_ids`, have an entry for each of its positions;
-            entries of padding (`attention_mask` 0, at either end of an example) are taken off.
+        id_fields: Fields that hold token ids, which must be in the model's vocabulary.
+        aligned: Fields that, if as long as `input_ids`, have one entry per position; entries of
+            padding (`attention_mask` 0, at either end of an example) are removed from them.
     """
 
     id_fields: tuple[str, ...] = ("input_ids", "decoder_input_ids")
@@ -54,27 +50,27 @@ class Task:
 
         Args:
             model: The model; its parameters are frozen and its dropout is off.
-            batch: What `collate` made, on the model's device.
+            batch: The tensors from `collate`, on the model's device.
 
         Returns:
             Logits [B, T, V] and labels [B, T]; or [B, V] and [B]. Labels are int64, −100 where
-            there is none, and every sequence has one at least. Where factors are fitted with
-            sampled labels, which places have one is all that is read of them.
+            there is none, and every sequence has at least one. When labels are sampled, only the
+            places of these labels are used, not their values.
         """
         inputs = _without_labels(batch)
         labels = labels_of(batch)
         return model(**inputs).logits, labels
 
     def masks(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Which positions are counted: those that a loss of their sequence depends on.
+        """Which positions are counted: those that a loss term of their sequence depends on.
 
         Args:
             model: The model.
-            batch: What `collate` made.
+            batch: The tensors from `collate`.
 
         Returns:
-            By the beginning of modules' names a mask [B, T], not zero at counted positions; "" for
-            all other modules. By default every position that is no padding.
+            {prefix of modules' names: mask [B, T], nonzero at counted positions}; the prefix "" for
+            all other modules. By default all positions except padding.
         """
         if "attention_mask" in batch:
             return {"": batch["attention_mask"]}
@@ -86,18 +82,20 @@ class Task:
         return {"": torch.ones_like(batch["input_ids"])}
 
     def collate(self, examples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
-        """Makes a batch of examples.
+        """Makes a batch's tensors from examples.
 
         Args:
-            examples: One or more, each with the same fields: numbers, or arrays. An example's own
-                padding has been taken off.
+            examples: One or more, with the same fields: numbers, or arrays. Padding that an example
+                came with has been removed.
 
         Returns:
-            Each field [B, ...]; arrays of one dimension are padded on the right to the longest,
-            `labels` with −100 and all others with 0. With `input_ids` there always is an
-            `attention_mask`; where it is 0 they are the model's padding token in the end.
+            {field: [B, ...]}. One-dimensional arrays are padded on the right to the longest,
+            `labels` with −100 and others with 0. If there are `input_ids`, there is an
+            `attention_mask`; where it is 0, they are later replaced by the model's padding token.
         """
-        batch = {name: _stacked(name, [e[name] for e in examples]) for name in examples[0]}
+        batch = {
+            name: _stacked(name, [example[name] for example in examples]) for name in examples[0]
+        }
         lengths = [len(example["input_ids"]) for example in examples if "input_ids" in example]
         if "attention_mask" not in batch and lengths:
             mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
@@ -107,9 +105,16 @@ class Task:
     def loss_gradient(
         self, model: nn.Module, batch: Batch, rule: LabelRule
     ) -> tuple[Tensor, LossGradient]:
-        """Runs a batch: where the backward starts, and with what gradient."""
-        given = batch.inputs.get("labels")
-        version = None if given is None else given._version
+        """Runs a batch.
+
+        Returns:
+            The tensor at which the backward starts, and the gradient with respect to it.
+
+        Raises:
+            ModelError: If `forward` does not return logits and labels.
+        """
+        data_labels = batch.inputs.get("labels")
+        version = None if data_labels is None else data_labels._version
         result = self.forward(model, batch.inputs)
         is_pair = isinstance(result, tuple) and len(result) == 2
         if not (is_pair and all(isinstance(part, Tensor) for part in result)):
@@ -118,24 +123,24 @@ class Task:
                 "logits, labels."
             )
         logits, labels = result
-        if labels is given and labels._version != version:
-            labels = labels.clone()  # what was known of them is so no more
+        if labels is data_labels and labels._version != version:
+            labels = labels.clone()  # so that where they are is looked up again
         return logits, logit_gradient(logits, labels, batch, rule)
 
     @property
     def name(self) -> str:
-        """What a store calls it: its class's name. One with settings should name them too."""
+        """Its name in a store: that of its class. Settings of a task should be part of it."""
         return type(self).__name__
 
 
 class LossTask(Task, ABC):
-    """A loss of one's own, −log p of a label of any kind, with its own sampling of labels.
+    """A custom loss, −log p of labels of any kind, with its own sampling of labels.
 
-    For the true Fisher (labels="sampled") labels have to be drawn from the model's own
-    distribution, which only the task knows. `losses` takes the place of `forward`.
+    For the true Fisher (labels="sampled"), labels have to be drawn from the model's own
+    distribution, which only the task knows. `losses` replaces `forward`.
     """
 
-    aligned = _TOKEN_FIELDS  # labels may be anything
+    aligned = _TOKEN_FIELDS  # labels may be of any kind
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor], draws: Draws | None) -> Tensor:
@@ -143,27 +148,34 @@ class LossTask(Task, ABC):
 
         Args:
             model: The model; its parameters are frozen and its dropout is off.
-            batch: What `collate` made, on the model's device.
-            draws: Random numbers to sample each sequence's labels with; None: the data's labels
-                are wanted. Sampled labels have to be constants (`detach`): the gradient is of
-                −log p(label) for a label that is given.
+            batch: The tensors from `collate`, on the model's device.
+            draws: Random numbers for sampling each sequence's labels; None: use the data's labels.
+                Sampled labels must be constants (`detach`): the gradient is that of −log p(label)
+                for a given label.
 
         Returns:
-            Each sequence's loss [B], in nats, of that sequence alone and summed over its labels.
+            Each sequence's loss in nats [B], of that sequence alone, summed over its labels.
         """
 
     def loss_gradient(
         self, model: nn.Module, batch: Batch, rule: LabelRule
     ) -> tuple[Tensor, LossGradient]:
-        """Runs a batch: where the backward starts, and with what gradient."""
+        """Runs a batch.
+
+        Returns:
+            The losses [B], at which the backward starts, and the gradient with respect to them.
+
+        Raises:
+            ModelError: If `losses` does not return one loss per sequence.
+        """
         device = next(iter(batch.inputs.values())).device
         draws = Draws(rule, batch.indices, device) if rule.labels == "sampled" else None
         losses = self.losses(model, batch.inputs, draws)
         count = len(batch.indices)
         if not isinstance(losses, Tensor) or losses.shape != (count,):
-            given = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            actual = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ModelError(
-                f"{self.name}.losses gave {given} for {count} sequences; it must give a tensor "
+                f"{self.name}.losses gave {actual} for {count} sequences; it must give a tensor "
                 f"of shape [{count}], one loss for each."
             )
         scale = GRADIENT_SCALES.get(next(model.parameters()).dtype, 1.0)
@@ -172,33 +184,33 @@ class LossTask(Task, ABC):
 
 
 class CausalLM(Task):
-    """Each token predicts the next: what the command line fits. Its batches are shifted already.
+    """Each token predicts the next one: the task of the command line.
 
-    Its examples are text alone, `input_ids` and `labels`; a class made of it that needs more should
-    be made of `Task`.
+    In its batches, labels are shifted already. Its examples are text alone, `input_ids` and
+    `labels`; derive a class from `Task` for models that need other inputs.
     """
 
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits at every position, and the token that follows it."""
+        """Logits at every position, and the token that follows each."""
         inputs = _without_labels(batch)
         output: Any = model(**inputs, use_cache=False)
         return output.logits, batch["labels"]
 
 
 class MaskedLM(Task):
-    """BERT's task: `labels` [T] holds the masked tokens, −100 at all others.
+    """BERT's task: `labels` [T] holds the masked tokens, and −100 at all other positions.
 
-    `input_ids` are masked already: the same positions in every pass.
+    `input_ids` are masked in the data, so the same positions are masked in every pass.
     """
 
 
 class SequenceClassification(Task):
-    """One label for each sequence, a class's number: `labels` is a number."""
+    """One label per sequence: `labels` is the index of a class."""
 
     aligned = _TOKEN_FIELDS
 
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits of the classes, and the class."""
+        """Logits of the classes, and the classes."""
         try:
             logits, labels = super().forward(model, batch)
         except ValueError as error:
@@ -216,15 +228,15 @@ class SequenceClassification(Task):
 
 
 class Seq2SeqLM(Task):
-    """An encoder–decoder's: `labels` [U] are predicted from `input_ids` [T] and what is before.
+    """An encoder-decoder's task: predict `labels` [U] from `input_ids` [T] and the labels before.
 
-    Encoder modules see the encoder's positions, all others the decoder's: those up to the last
-    label. The decoder's input is the labels shifted to the right, as the model does it, unless
+    Modules of the encoder see the encoder's positions; all others see the decoder's, up to the last
+    label. The decoder's inputs are the labels shifted to the right, as the model does it, unless
     there are `decoder_input_ids`.
     """
 
     id_fields = ("input_ids", "decoder_input_ids", "labels")
-    aligned = _TOKEN_FIELDS  # labels are the decoder's
+    aligned = _TOKEN_FIELDS  # labels belong to the decoder's positions
 
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits at every position of the decoder, and the labels."""
@@ -250,19 +262,21 @@ class Seq2SeqLM(Task):
     def masks(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The encoder's real positions, and the decoder's up to the last label."""
         encoder: Any = getattr(model, "get_encoder", lambda: None)()
-        name = next((n for n, module in model.named_modules() if module is encoder), "")
+        name = next(
+            (module_name for module_name, module in model.named_modules() if module is encoder), ""
+        )
         if not name or not getattr(model.config, "is_encoder_decoder", False):
             raise ModelError(f"{type(model).__name__} has no encoder; give another task.")
         labelled = labels_of(batch) != NO_LABEL
         up_to_last = labelled.flip(1).cumsum(1).flip(1) > 0
-        read = batch.get("decoder_attention_mask")
-        if read is not None:
-            if read.shape != labelled.shape or (labelled & (read == 0)).any():
+        decoder_mask = batch.get("decoder_attention_mask")
+        if decoder_mask is not None:
+            if decoder_mask.shape != labelled.shape or (labelled & (decoder_mask == 0)).any():
                 raise DataError(
                     "An example has a label where its decoder_attention_mask is 0, or the two have "
                     f"different lengths; give {NO_LABEL} there, or a mask of 1."
                 )
-            up_to_last &= read != 0
+            up_to_last &= decoder_mask != 0
         return {name: super().masks(model, batch)[""], "": up_to_last}
 
 
@@ -270,51 +284,26 @@ CAUSAL_LM = CausalLM()
 
 
 def require_task(task: Any) -> Task:
-    """A task, the default if none is given.
+    """The given task; causal language modelling if it is None.
 
     Raises:
-        ConfigError: It is something else.
+        ConfigError: If it is no instance of `Task`.
     """
     if task is None:
         return CAUSAL_LM
     if not isinstance(task, Task):
-        what = f"the class {task.__name__}" if isinstance(task, type) else type(task).__name__
-        raise ConfigError(f"task is {what}; give an instance of a Task, such as MaskedLM().")
-    return task
-
-
-def read_examples(
-    task: Task, model: nn.Module, data: Iterable[Any], max_tokens: int | None
-) -> Sequences | TaskExamples:
-    """Examples as a task and a model read them.
-
-    Raises:
-        DataError: As `from_examples` and `TaskExamples`.
-        ModelError: The model has not the parts that the task asks for.
-        ConfigError: Examples were to be cut to `max_tokens`, and are not text alone.
-    """
-    if isinstance(task, CausalLM):
-        return from_examples(data, max_tokens, inspect.signature(model.forward).parameters)
-    if max_tokens is not None:
-        raise ConfigError(
-            f"max_tokens cuts text; cut the examples of the task {task.name} before, labels too."
+        description = (
+            f"the class {task.__name__}" if isinstance(task, type) else type(task).__name__
         )
-    settings: Any = getattr(model, "config", None)
-    pad = getattr(settings, "pad_token_id", None) or 0
-    return TaskExamples(
-        data,
-        partial(_collated, task, pad),
-        partial(task.masks, model),
-        task.aligned,
-        id_fields=task.id_fields,
-    )
+        raise ConfigError(f"task is {description}; give an instance of a Task, such as MaskedLM().")
+    return task
 
 
 def labels_of(batch: Mapping[str, Tensor]) -> Tensor:
     """The labels of a batch.
 
     Raises:
-        DataError: It has none.
+        DataError: If the batch has no labels.
     """
     if "labels" not in batch:
         raise DataError(
@@ -323,105 +312,12 @@ def labels_of(batch: Mapping[str, Tensor]) -> Tensor:
     return batch["labels"]
 
 
-def require_unpadded_losses(
-    task: Task, model: nn.Module, examples: TaskExamples, device: torch.device
-) -> None:
-    """Refuses a loss that depends on padding: that of a short example, alone and with a long one.
-
-    And one that depends on what an example's own `attention_mask` leaves out.
-
-    Raises:
-        ModelError: They differ.
-    """
-    _require_gaps_unread(task, model, examples, device)
-    order = np.argsort(examples.num_positions, kind="stable")
-    short = order[: min(3, len(order) - 1)].tolist()
-    if not short or examples.num_positions[short[0]] == examples.num_positions[order[-1]]:
-        return
-    rule = LabelRule("data", 0, 0)
-    with torch.no_grad():
-        _, together = task.loss_gradient(
-            model, examples.batch([*short, int(order[-1])]).to(device), rule
-        )
-        for k, number in enumerate(short):
-            _, alone = task.loss_gradient(model, examples.batch([number]).to(device), rule)
-            one, other = float(alone.losses[0]), float(together.losses[k])
-            tolerance = _LOSS_TOLERANCES.get(next(model.parameters()).dtype, 0.1)
-            if abs(one - other) > tolerance * (1 + abs(one)):
-                raise ModelError(
-                    f"The loss of example {int(examples.indices[number])} is {one:.6g} alone and "
-                    f"{other:.6g} in a batch with a longer one, so padding reaches it; give a task "
-                    "whose collate or forward keeps it out, or batch_tokens=1."
-                )
-
-
-def _require_gaps_unread(
-    task: Task, model: nn.Module, examples: TaskExamples, device: torch.device
-) -> None:
-    """Refuses a loss that depends on tokens inside an example whose `attention_mask` is 0."""
-    number = examples.first_with_a_gap
-    if number is None:
-        return
-    batch = examples.batch([number]).to(device)
-    ids, mask = batch.inputs.get("input_ids"), batch.inputs.get("attention_mask")
-    if ids is None or mask is None or ids.shape != mask.shape:
-        return
-    others = torch.where(mask == 0, ids.max(), ids)
-    with torch.no_grad():
-        one, other = (
-            float(task.loss_gradient(model, given, LabelRule("data", 0, 0))[1].losses[0])
-            for given in (batch, replace(batch, inputs={**batch.inputs, "input_ids": others}))
-        )
-    tolerance = _LOSS_TOLERANCES.get(next(model.parameters()).dtype, 0.1)
-    if abs(one - other) > tolerance * (1 + abs(one)):
-        raise ModelError(
-            f"The attention_mask of example {int(examples.indices[number])} is 0 inside it, but "
-            f"its loss depends on the tokens there ({one:.6g}, and {other:.6g} with others); give "
-            "a task whose forward keeps them out, or leave them out of the example."
-        )
-
-
-def _collated(
-    task: Task, pad: int, examples: Sequence[Mapping[str, np.ndarray]]
-) -> dict[str, Tensor]:
-    """What a task makes of some examples, its padding with the model's own token for it."""
-    batch = dict(task.collate(examples))
-    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    if ids is not None and mask is not None and ids.shape == mask.shape:
-        batch["input_ids"] = torch.where(mask == 0, pad, ids)
-    return batch
-
-
 def _without_labels(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 
-def few_examples(task: Task, model: nn.Module, examples: TaskExamples) -> Batch:
-    """A small batch whose shape tells sequences from positions, and modules' positions apart."""
-    shortest = np.argsort(examples.num_positions, kind="stable")[:16].tolist()
-    for longer in shortest[::-1]:
-        for count in (2, 3):
-            batch = examples.batch([longer, *[shortest[0]] * (count - 1)])
-            widths = [grid.shape[1] for grid in batch.grids.values()]
-            if len({count, *widths}) == 1 + len(widths):
-                return batch
-    padded = {
-        name: torch.nn.functional.pad(tensor, (0, 1))
-        if tensor.ndim == 2 and name in task.aligned
-        else tensor
-        for name, tensor in batch.inputs.items()
-    }
-    if "attention_mask" not in padded:
-        padded["attention_mask"] = torch.nn.functional.pad(
-            torch.ones_like(batch.inputs["input_ids"]), (0, 1)
-        )
-    masks = task.masks(model, padded)
-    grids = {key: Grid.of(batch.indices, mask.numpy()) for key, mask in masks.items()}
-    return Batch.of(batch.indices, padded, grids)
-
-
 def _stacked(name: str, values: Sequence[np.ndarray]) -> Tensor:
-    """One field of all examples, padded if it is of one dimension."""
+    """One field of all examples as a tensor [B, ...], padded if it is one-dimensional."""
     shapes = {value.shape for value in values}
     if len(shapes) == 1:
         return torch.from_numpy(np.stack(values))
@@ -432,5 +328,5 @@ def _stacked(name: str, values: Sequence[np.ndarray]) -> Tensor:
         )
     longest = max(len(value) for value in values)
     fill = NO_LABEL if name == "labels" else 0
-    padded = [np.pad(v, (0, longest - len(v)), constant_values=fill) for v in values]
+    padded = [np.pad(value, (0, longest - len(value)), constant_values=fill) for value in values]
     return torch.from_numpy(np.stack(padded))

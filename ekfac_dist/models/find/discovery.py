@@ -1,6 +1,7 @@
-"""Which modules of a model are tracked, which of them read the same input, and what is left out.
+"""Which modules of a model are tracked, which of them share an input, and what is left out.
 
-What an MLP is, `blocks` says; what text passes through, `trace`.
+What an MLP is, is defined in `mlp_blocks`; what passes through the modules is observed by `trace`;
+`faults` says why a module cannot be tracked.
 """
 
 import fnmatch
@@ -28,20 +29,21 @@ from ekfac_dist.models.modules import (
     same_tensor,
 )
 
-_ADAPTERS_BIAS = "trained with the adapter, and no matrix of it"
-_BY_NAME = "taken for part of a norm, by its name"
+_BIAS_BESIDE_ADAPTER = "trained with the adapter, and no matrix of it"
+_NORM_BY_NAME = "taken for part of a norm, by its name"
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of the model the tracked modules are.
+    """How much of the model the tracked modules are; all sizes in elements of parameters.
 
     Attributes:
-        mlp_parameters: Parameters in MLP blocks; of a model with adapters, the adapters' there.
-        tracked_parameters: Parameters of tracked modules.
-        tracked_mlp_parameters: Those of them that are in MLP blocks.
-        model_parameters: All of the model's parameters.
-        skipped: MLP parameters (or modules) that are not tracked, and why.
+        mlp_parameters: Elements of the parameters in MLPs; if the model has adapters, only of the
+            adapters' in MLPs.
+        tracked_parameters: Elements of the tracked modules' parameters.
+        tracked_mlp_parameters: Those of them that are in MLPs.
+        model_parameters: Elements of all parameters.
+        skipped: {MLP parameter, or module, that is not tracked: why}.
     """
 
     mlp_parameters: int
@@ -53,16 +55,20 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Discovery:
-    """What is tracked in a model, in model order, and how much of it that is."""
+    """The tracked modules of a model, in model order, and how much of it they are."""
 
     modules: tuple[TrackedModule, ...]
     coverage: Coverage
 
     def without(self, unreached: Collection[str], why: str) -> "Discovery":
-        """What is left without some experts.
+        """The discovery without some experts' modules.
+
+        Args:
+            unreached: Names of the modules.
+            why: Why they are left out.
 
         Raises:
-            ModelError: Nothing.
+            ModelError: If no module would be left.
         """
         if not unreached:
             return self
@@ -99,68 +105,78 @@ def discover(
     Args:
         model: The model, frozen and in evaluation mode.
         globs: Patterns of module names; None for every MLP linear.
-        device: Where the traced forward's tokens go.
-        task: What is asked of the model.
-        probe: Sequences for the traced forward, as `trace` takes them; None: a few tokens.
+        device: Device of the traced batch.
+        task: The task.
+        probe: The batch to trace the model with, as `trace` takes it; None: a few tokens.
 
     Raises:
-        ModelError: No MLP is found; a glob matches nothing, or something that is no linear map; a
-            module is tied to another or used twice in one forward; or the task is to predict the
-            next token, but the model sees it.
+        ModelError: If no MLP is found; if a glob matches nothing, or something that is no linear
+            map; if a module is tied to another or used twice in one forward; or if the model sees
+            the tokens that it is to predict.
     """
     probe = few_tokens(model, device) if probe is None else probe
-    return discovered(model, globs, _traced(model, task, probe), probe)
+    return discovered(model, globs, _trace_model(model, task, probe), probe)
 
 
 def discovered(
     model: nn.Module, globs: Sequence[str] | None, traced: Trace, probe: Batch
 ) -> Discovery:
-    """The modules to track, given what a forward showed; see `discover`.
+    """The modules to track, given the trace of a forward; see `discover`.
 
     Args:
         model: The model.
         globs: Patterns of module names; None for every MLP linear.
-        traced: What a forward showed.
-        probe: What was run through the model for it.
+        traced: The trace.
+        probe: The batch of that forward.
     """
     anatomy = Anatomy(model, traced.mixing, traced.pointwise)
-    mlp = _mlp_parameters(model, anatomy)
+    mlp_sizes = _mlp_parameters(model, anatomy)
     candidates = candidates_of(model)
-    by_name = {
-        name: _BY_NAME
+    norm_parts = {
+        name: _NORM_BY_NAME
         for name in linear_modules(model)
         if anatomy.place(name).outside == PART_OF_NORM and traced.inputs[name]
     }
-    if any(map(is_adapters, candidates)):  # the model's own weights are not what was trained
-        mlp = {n: p for n, p in mlp.items() if is_adapters(n) or is_trained_bias(model, n)}
-    in_mlp = {name for name, module in candidates.items() if module.parameters[0] in mlp}
-    chosen = in_mlp if globs is None else _match(globs, candidates, model)
+    if any(map(is_adapters, candidates)):  # the model's own weights were not trained
+        mlp_sizes = {
+            name: size
+            for name, size in mlp_sizes.items()
+            if is_adapters(name) or is_trained_bias(model, name)
+        }
+    in_mlp = {name for name, module in candidates.items() if module.parameters[0] in mlp_sizes}
+    chosen = in_mlp if globs is None else _matching_names(globs, candidates, model)
     if not chosen:
         raise _nothing_found(model, candidates)
-    faults = faults_of(model, [candidates[n] for n in candidates if n in chosen], traced, probe)
+    chosen_modules = [module for name, module in candidates.items() if name in chosen]
+    faults = faults_of(model, chosen_modules, traced, probe)
     unusable = next((name for name, fault in faults.items() if fault not in LEFT_OUT), None)
     if unusable is not None:
         raise ModelError(f"Module {unusable} {faults[unusable]}. Leave it out with model.modules.")
-    tracked = {n: m for n, m in candidates.items() if n in chosen and n not in faults}
+    tracked = [module for module in chosen_modules if module.name not in faults]
     if not tracked:
         name, fault = next(iter(faults.items()))
         raise ModelError(
             f"None of the {len(chosen)} chosen modules of {type(model).__name__} can be tracked: "
             f"{fault} ({name}). Choose others with model.modules."
         )
-    modules = tuple(_with_shared_inputs(model, tracked.values(), traced))
+    modules = tuple(_with_shared_inputs(model, tracked, traced))
     coverage = Coverage(
-        mlp_parameters=sum(mlp.values()),
+        mlp_parameters=sum(mlp_sizes.values()),
         tracked_parameters=sum(module.num_parameters for module in modules),
         tracked_mlp_parameters=sum(m.num_parameters for m in modules if m.name in in_mlp),
         model_parameters=sum(parameter_sizes(model).values()),
-        skipped=by_name | _skipped(mlp, candidates, chosen, faults),
+        skipped=norm_parts | _reasons_to_skip(mlp_sizes, candidates, chosen, faults),
     )
     return Discovery(modules, coverage)
 
 
-def _traced(model: nn.Module, task: Task, probe: Batch) -> Trace:
-    """What a forward shows of a model that computes the same twice, and does not see ahead."""
+def _trace_model(model: nn.Module, task: Task, probe: Batch) -> Trace:
+    """The trace of a model.
+
+    Raises:
+        ModelError: If a forward changes a weight, or if the model sees the tokens that it is to
+            predict.
+    """
     names = [*linear_modules(model), *fused_experts(model)]
     before = checksums(model, names)
     traced = trace(model, names, task, probe)
@@ -180,6 +196,7 @@ def _traced(model: nn.Module, task: Task, probe: Batch) -> Trace:
 
 
 def _nothing_found(model: nn.Module, candidates: Iterable[str]) -> ModelError:
+    """The error that no MLP was found."""
     if any(map(is_adapters, candidates)):
         return ModelError(
             f"The adapter of {type(model).__name__} has no matrix in an MLP; name those that it "
@@ -187,28 +204,28 @@ def _nothing_found(model: nn.Module, candidates: Iterable[str]) -> ModelError:
         )
     return ModelError(
         f"No MLP linear was found in the layers of {type(model).__name__}; name its modules with "
-        f"model.modules, for instance '{_example(candidates)}'."
+        f"model.modules, for instance '{_example_pattern(candidates)}'."
     )
 
 
 def candidates_of(model: nn.Module) -> dict[str, TrackedModule]:
-    """Every linear map, and every expert's matrix, as a module, in model order."""
+    """Every linear map, and every expert's matrix, as a tracked module, in model order."""
     linears, experts = linear_modules(model), fused_experts(model)
-    found: dict[str, TrackedModule] = {}
+    candidates: dict[str, TrackedModule] = {}
     for name, _ in model.named_modules():
         described = describe(linears.get(name))
         if described is not None:
-            found[name] = TrackedModule(name, *described, f"{name}.input", f"{name}.output")
+            candidates[name] = TrackedModule(name, *described, f"{name}.input", f"{name}.output")
         elif name in experts:
-            found |= {module.name: module for module in expert_modules(name, experts[name])}
-    return found
+            candidates |= {module.name: module for module in expert_modules(name, experts[name])}
+    return candidates
 
 
 def _mlp_parameters(model: nn.Module, anatomy: Anatomy) -> dict[str, int]:
-    """Every parameter of an MLP and its size, in model order; routers' and norms' are none."""
+    """{parameter of an MLP: its elements}, in model order, without routers and norms."""
     linears = linear_modules(model)
     vectors = {name for name, parameter in model.named_parameters() if parameter.ndim < 2}
-    found = {}
+    sizes = {}
     for name, size in parameter_sizes(model).items():
         owner = name.rpartition(".")[0]
         place = anatomy.place(owner)
@@ -217,23 +234,26 @@ def _mlp_parameters(model: nn.Module, anatomy: Anatomy) -> dict[str, int]:
         described = describe(linears.get(base_layer(owner, linears)))
         num_outputs = described[2] if described else _first_size(model, name)
         if not anatomy.is_router(owner, num_outputs):
-            found[name] = size
-    return found
+            sizes[name] = size
+    return sizes
 
 
 def _first_size(model: nn.Module, name: str) -> int:
+    """Size of a parameter's first dimension."""
     parameter = model.get_parameter(name)
     return parameter.shape[0] if parameter.ndim else 0
 
 
-def _example(linears: Iterable[str]) -> str:
+def _example_pattern(linears: Iterable[str]) -> str:
+    """A pattern that matches some of the linear maps."""
     name = next(iter(linears), "layers.0.linear")
     return "*." + name.rpartition(".")[2]
 
 
-def _match(
+def _matching_names(
     globs: Sequence[str], linears: Mapping[str, TrackedModule], model: nn.Module
 ) -> set[str]:
+    """Names of the linear maps that match any of the patterns."""
     chosen: set[str] = set()
     for glob in globs:
         matched = set(fnmatch.filter(linears, glob))
@@ -257,48 +277,51 @@ def _match(
 def _with_shared_inputs(
     model: nn.Module, modules: Iterable[TrackedModule], traced: Trace
 ) -> Iterator[TrackedModule]:
-    """The modules, those that read one tensor with one input factor."""
-    leaders: list[TrackedModule] = []
+    """The modules, in which those that read the same tensor have the same input factor."""
+    first_readers: list[TrackedModule] = []
     for module in modules:
-        if is_routed(model, module):  # each reads its own tokens
+        if is_routed(model, module):  # each expert reads its own tokens
             yield module
             continue
-        seen = traced.inputs[module.name][0]
-        leader = next(
+        own_input = traced.inputs[module.name][0]
+        first_reader = next(
             (
-                other
-                for other in leaders
-                if other.bias == module.bias and same_tensor(traced.inputs[other.name][0], seen)
+                reader
+                for reader in first_readers
+                if reader.bias == module.bias
+                and same_tensor(traced.inputs[reader.name][0], own_input)
             ),
             None,
         )
-        if leader is None:
-            leaders.append(module)
+        if first_reader is None:
+            first_readers.append(module)
         else:
-            module = replace(module, input=leader.input)
+            module = replace(module, input=first_reader.input)
         yield module
 
 
-def _skipped(
-    mlp: Iterable[str],
+def _reasons_to_skip(
+    in_mlp: Iterable[str],
     candidates: Mapping[str, TrackedModule],
     chosen: Collection[str],
     faults: Mapping[str, str],
 ) -> dict[str, str]:
-    """Parameters of MLPs, or experts' matrices, that are not tracked, and why."""
-    owned = {name: module for module in candidates.values() for name in module.parameters}
+    """{MLP parameter, or expert's matrix, that is not tracked: why}."""
+    owners = {name: module for module in candidates.values() for name in module.parameters}
     skipped = {}
-    for name in mlp:
-        module = owned.get(name)
+    for name in in_mlp:
+        module = owners.get(name)
         if module is None:
             skipped[name] = "not the weight or bias of a Linear, a Conv1D or a fused expert"
         elif module.kind != EXPERT and (module.name in faults or module.name not in chosen):
-            of_adapter = any(map(is_adapters, mlp)) and not is_adapters(name)
-            why = _ADAPTERS_BIAS if of_adapter else "not chosen by model.modules"
+            is_models_bias = any(map(is_adapters, in_mlp)) and not is_adapters(name)
+            why = _BIAS_BESIDE_ADAPTER if is_models_bias else "not chosen by model.modules"
             skipped[name] = faults.get(module.name, why)
     for module in candidates.values():
-        if module.kind == EXPERT and module.parameters[0] in mlp and module.name not in chosen:
+        if module.kind == EXPERT and module.parameters[0] in in_mlp and module.name not in chosen:
             skipped[module.name] = "not chosen by model.modules"
-        elif module.name in faults and (module.kind == EXPERT or module.parameters[0] not in mlp):
+        elif module.name in faults and (
+            module.kind == EXPERT or module.parameters[0] not in in_mlp
+        ):
             skipped[module.name] = faults[module.name]
     return skipped

@@ -1,9 +1,9 @@
-"""A model without its weights: its modules, and what a step with it would hold and compute.
+"""A model without its weights: its modules, and the memory and operations of a step.
 
-It is built from its configuration on the meta device, where a forward computes no number. What it
-shows all the same: which linear maps read one tensor, and what autograd keeps for the backward.
-What only numbers show, such as which modules mix positions, is taken from names here; a run looks
-again, at the model itself.
+The model is built from its configuration on the meta device, where a forward computes shapes only.
+They show which linear maps read the same tensor, and what autograd saves for the backward. What
+only values show, such as which modules mix positions, is inferred from names here; a run determines
+it with the real model.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,13 +32,13 @@ IMPLEMENTATION = "ekfac_dist_sketch"
 
 @dataclass(frozen=True)
 class StepEstimate(StepMemory):
-    """What a forward and backward of some tokens hold and compute, without what is summed.
+    """Memory and operations of one step's forward and backward, without running sums.
 
     Attributes:
-        forward: Operations of the forward, two for each multiply-add.
-        below: Those of them that come before a module, by its name.
-        routed: Which part of the positions each expert sees if all see as many, by the name of
-            their collection.
+        forward: Operations of the forward; a multiply-add counts as two.
+        below: {module: operations of the forward before it}.
+        routed: {collection of experts: fraction of the positions that each of its experts sees, if
+            all see the same number}.
     """
 
     forward: int
@@ -46,15 +46,17 @@ class StepEstimate(StepMemory):
     routed: Mapping[str, float]
 
     def operations(self, modules: Sequence[TrackedModule]) -> int:
-        """Of the forward, and of the backward of activations down to the lowest of some modules."""
-        return 2 * self.forward - min(self.below.get(_traced(module), 0) for module in modules)
+        """Operations of the forward, and of the backward down to the lowest of the modules."""
+        return 2 * self.forward - min(
+            self.below.get(_called_module(module), 0) for module in modules
+        )
 
 
 def model_without_weights(config: ModelConfig) -> nn.Module:
-    """The model of a configuration on the meta device, frozen; only config.json is read.
+    """The configured model on the meta device, frozen; only config.json is read.
 
     Raises:
-        ModelError: There is no such causal language model, or it cannot be built without weights.
+        ModelError: If there is no such causal language model, or it cannot be built so.
     """
     for field in ("adapter", "quantization"):
         if getattr(config, field) is not None:
@@ -66,33 +68,39 @@ def model_without_weights(config: ModelConfig) -> nn.Module:
 
 
 def discover_by_shape(model: nn.Module, globs: Sequence[str] | None) -> Discovery:
-    """The modules that `discover` would track, as far as a model without numbers shows.
+    """The modules that `discover` would track, as far as shapes and names show.
+
+    Args:
+        model: A model on the meta device.
+        globs: Patterns of module names; None for every MLP linear.
 
     Raises:
-        ModelError: As `discover`; or the model cannot run without numbers.
+        ModelError: As `discover`; or if the model's forward depends on values.
     """
     experts = fused_experts(model)
-    found = Trace({name: [] for name in [*linear_modules(model), *experts]}, heard=set(experts))
+    traced = Trace(
+        {name: [] for name in [*linear_modules(model), *experts]}, observable_experts=set(experts)
+    )
 
-    def see(name: str) -> Callable[..., None]:
+    def recorder(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            found.inputs[name].append((only_input(args, kwargs), 0))
+            traced.inputs[name].append((only_input(args, kwargs), 0))
 
         return hook
 
     with ExitStack() as stack:
-        for name in found.inputs:
+        for name in traced.inputs:
             module = model.get_submodule(name)
-            handle = module.register_forward_pre_hook(see(name), with_kwargs=True)
+            handle = module.register_forward_pre_hook(recorder(name), with_kwargs=True)
             stack.callback(handle.remove)
-        _run(model, 2, 5)
-    return discovered(model, globs, found, few_tokens(model, torch.device("cpu")))
+        _logits_by_shape(model, 2, 5)
+    return discovered(model, globs, traced, few_tokens(model, torch.device("cpu")))
 
 
-def step(
+def estimate_step(
     model: nn.Module, modules: Sequence[TrackedModule], num_sequences: int, num_tokens: int
 ) -> StepEstimate:
-    """What a step of some sequences holds, the graph beginning at the lowest of some modules.
+    """Memory and operations of a step, whose graph begins at the lowest tracked module.
 
     Args:
         model: A model on the meta device.
@@ -112,27 +120,27 @@ def step(
 
     routed: dict[str, float] = {}
 
-    def share(name: str) -> Callable[..., None]:
+    def routed_fraction(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-            hidden, chosen = args[:2]
-            routed[name] = chosen.numel() / (
+            hidden, expert_indices = args[:2]
+            routed[name] = expert_indices.numel() / (
                 hidden.shape[0] * len(module.get_parameter("down_proj"))
             )
 
         return hook
 
     with ExitStack() as stack:
-        for name in dict.fromkeys(map(_traced, modules)):
+        for name in dict.fromkeys(map(_called_module, modules)):
             hook = start_graph(name)
             handle = model.get_submodule(name).register_forward_hook(hook, prepend=True)
             stack.callback(handle.remove)
         for name, experts in fused_experts(model).items():
-            stack.callback(experts.register_forward_hook(share(name)).remove)
-        kept = stack.enter_context(noting_saved_tensors(model))
+            stack.callback(experts.register_forward_hook(routed_fraction(name)).remove)
+        saved = stack.enter_context(noting_saved_tensors(model))
         stack.enter_context(counter)
-        logits = _run(model, num_sequences, num_tokens)
+        logits = _logits_by_shape(model, num_sequences, num_tokens)
     return StepEstimate(
-        activation_bytes=kept.num_bytes,
+        activation_bytes=saved.num_bytes,
         logit_bytes=logits.nbytes,
         itemsize=logits.dtype.itemsize,
         forward=counter.get_total_flops(),
@@ -141,18 +149,19 @@ def step(
     )
 
 
-def _traced(module: TrackedModule) -> str:
+def _called_module(module: TrackedModule) -> str:
+    """Name of the module that a forward calls: for an expert, that of its collection."""
     return module.fused[0] if module.kind == EXPERT else module.name
 
 
 @torch.enable_grad()
-def _run(model: nn.Module, num_sequences: int, num_tokens: int) -> Tensor:
-    """The logits of tokens without numbers."""
+def _logits_by_shape(model: nn.Module, num_sequences: int, num_tokens: int) -> Tensor:
+    """Logits [B, T, V] without values, of tokens without values."""
     tokens = torch.zeros(num_sequences, num_tokens, dtype=torch.int64, device="meta")
-    # With a mask, so that nothing looks for padding among the tokens.
+    # With a mask, so that the model does not search the tokens for padding.
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     fused = [c for c in attention_configs(model) if c._attn_implementation != "eager"]
-    # Some models do something of their own with each attention that they know (Falcon).
+    # Some models accept only the attention implementations that they know (Falcon).
     for configs in (fused, []) if fused else ([],):
         try:
             with _computing_by_shape(model, configs):
@@ -167,11 +176,13 @@ def _run(model: nn.Module, num_sequences: int, num_tokens: int) -> Tensor:
 
 @contextmanager
 def _computing_by_shape(model: nn.Module, configs: Sequence[Any]) -> Iterator[None]:
-    """Within it attention keeps what a fused one does, and tokens are routed evenly.
+    """While it lasts, attention and experts compute on the meta device.
+
+    Attention saves what fused attention saves, and tokens are routed evenly to experts.
 
     Args:
         model: The model.
-        configs: By which modules choose the attention that is replaced.
+        configs: The configurations of the attention to replace.
     """
     before = [config._attn_implementation for config in configs]
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attend)
@@ -187,11 +198,11 @@ def _computing_by_shape(model: nn.Module, configs: Sequence[Any]) -> Iterator[No
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what fused attention keeps: queries, keys, values and outputs."""
+    """Saves what fused attention saves: queries, keys, values and outputs."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # Products that nobody looks at, for their operations to be counted.
+        # These products are computed for their operations to be counted.
         groups = query.shape[1] // key.shape[1]
         weights = query @ key.repeat_interleave(groups, 1).transpose(-1, -2)
         output = weights @ value.repeat_interleave(groups, 1)
@@ -207,26 +218,28 @@ def _attend(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    """Attention [B, T, H, D] from queries, keys and values [B, H, T, D]."""
     return _Attention.apply(query, key, value).transpose(1, 2).contiguous(), None
 
 
 def _route_evenly(
     self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Every expert gets its share of the tokens."""
+    """Mixture of experts in which every expert gets the same number of tokens."""
     up, down = matrices(self)
     num_experts = self.down_proj.shape[0]
-    rows = -(-top_k_index.numel() // num_experts)
+    tokens_per_expert = -(-top_k_index.numel() // num_experts)
     outputs = []
     for expert in range(num_experts):
-        hidden = hidden_states[: min(rows, len(hidden_states))]
-        hidden = _times(self, expert, up, hidden)
+        hidden = hidden_states[: min(tokens_per_expert, len(hidden_states))]
+        hidden = _multiply(self, expert, up, hidden)
         hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
-        outputs.append(_times(self, expert, down, hidden) * top_k_weights[: len(hidden), :1])
+        outputs.append(_multiply(self, expert, down, hidden) * top_k_weights[: len(hidden), :1])
     return torch.cat(outputs)[: len(hidden_states)].to(hidden_states.dtype)
 
 
-def _times(experts: Any, expert: int, matrix: str, rows: Tensor) -> Tensor:
+def _multiply(experts: Any, expert: int, matrix: str, inputs: Tensor) -> Tensor:
+    """One expert's matrix times its inputs; starts the graph if none has begun."""
     weight = getattr(experts, matrix)[expert]
-    output = torch.nn.functional.linear(rows, weight.T if experts.is_transposed else weight)
+    output = torch.nn.functional.linear(inputs, weight.T if experts.is_transposed else weight)
     return output if output.requires_grad else output.detach().requires_grad_().clone()

@@ -1,9 +1,9 @@
-"""Which parts of a transformer are its MLPs: what its layers have beside attention, norms, routers.
+"""Which parts of a transformer are its MLPs.
 
-A layer is an element of a list of modules in which attention, or another mixing of positions,
-happens. Attention is told by its name, or by what a traced forward showed: a module that mixes
-positions is attention, recurrence or convolution, with all that is in it, unless it bears the name
-of an MLP. No model's class is looked at.
+A layer is an element of a list of modules that contains attention, or another mixing of positions.
+The MLPs are the rest of a layer: without attention, norms and routers. Attention is recognised by
+its name, or by a traced forward: a module that mixes positions is attention, recurrence or
+convolution, with everything in it, unless its name is an MLP's. No model's class is consulted.
 """
 
 import re
@@ -14,7 +14,7 @@ from torch import nn
 
 from ekfac_dist.models.modules import describe
 
-# Parts of a name, in lower case.
+# Patterns in a part of a module's name, in lower case.
 _ATTENTION = re.compile(r"att(n|en)")
 _NORM = re.compile(r"norm|(^|_)ln(_|$|\d)")
 _ROUTER = re.compile(r"router|^switch$|switch_?gate")
@@ -27,11 +27,11 @@ PART_OF_NORM = "part of a norm"
 
 @dataclass(frozen=True)
 class Place:
-    """Where something of a model stands.
+    """Where in a model a module or parameter is.
 
     Attributes:
-        layer: The layer that it is in; "" if in none.
-        block: The part of the layer that it is in: the layer's child, or the layer itself.
+        layer: Name of its layer; "" if it is in none.
+        block: Name of the layer's child that it is in, or of the layer itself.
         outside: Why it is not in an MLP; "" if it is.
     """
 
@@ -41,12 +41,13 @@ class Place:
 
 
 class Anatomy:
-    """Where a model's layers are, and what in them is no MLP.
+    """A model's layers, and their parts that are no MLPs.
 
     Args:
         model: The model.
-        mixing: Modules that mix positions, as traced; none of them where nothing was traced.
-        pointwise: Modules that were seen not to: none of them is attention, whatever its name.
+        mixing: Names of modules that mix positions, from a trace; empty without a trace.
+        pointwise: Names of modules that do not, from a trace; they are no attention, whatever
+            their names.
     """
 
     def __init__(
@@ -60,26 +61,32 @@ class Anatomy:
         self._routers = self._gates_of_several_parts(model)
 
     def place(self, name: str) -> Place:
-        """Where a module stands, by its name, or by a parameter's."""
-        layer = next((found for found in map(self._layer_in, _prefixes(name)) if found), "")
+        """The place of a module or a parameter, given its name."""
+        layer = next(
+            (candidate for candidate in map(self._layer_in, _prefixes(name)) if candidate), ""
+        )
         if not layer:
             return Place("", "", "outside of the layers")
-        inner = name[len(layer) + 1 :].split(".")
-        block = f"{layer}.{inner[0]}" if len(inner) > 1 else layer
+        inner_parts = name[len(layer) + 1 :].split(".")
+        block = f"{layer}.{inner_parts[0]}" if len(inner_parts) > 1 else layer
         parts = [part.lower() for part in name.split(".")]
-        named = next((k for k, part in enumerate(parts) if _ATTENTION.search(part)), None)
-        if named is not None and ".".join(name.split(".")[: named + 1]) not in self._pointwise:
+        depth = next((k for k, part in enumerate(parts) if _ATTENTION.search(part)), None)
+        if depth is not None and ".".join(name.split(".")[: depth + 1]) not in self._pointwise:
             return Place(layer, block, "attention")
         if any(_NORM.search(part) for part in parts[layer.count(".") + 1 :]):
             return Place(layer, block, PART_OF_NORM)
-        if not any(_MLP.search(part) for part in parts):
-            mixes = next((m for m in self._mixing if f"{name}.".startswith(f"{m}.")), None)
-            if mixes is not None:
-                return Place(layer, block, "mixes positions")
+        mixes = any(f"{name}.".startswith(f"{module}.") for module in self._mixing)
+        if mixes and not any(_MLP.search(part) for part in parts):
+            return Place(layer, block, "mixes positions")
         return Place(layer, block)
 
     def is_router(self, name: str, num_outputs: int) -> bool:
-        """Whether a linear map of an MLP chooses or weighs experts, by its name and its size."""
+        """Whether a linear map selects or weights experts, by its name and its size.
+
+        Args:
+            name: The linear map's name.
+            num_outputs: O.
+        """
         parts = [part.lower() for part in name.split(".")]
         if any(_ROUTER.search(part) for part in parts):
             return True
@@ -88,27 +95,29 @@ class Anatomy:
         return num_outputs in self._num_experts and any(_GATE.search(part) for part in parts)
 
     def _gates_of_several_parts(self, model: nn.Module) -> set[str]:
-        """Gates that are no linear map themselves, and have one in them that chooses experts."""
-        found = set()
+        """Gates that are no linear map, but contain one that selects experts."""
+        gates = set()
         for name, module in model.named_modules():
-            described = describe(module)
-            if described is None or not self.is_router(name, described[2]):
+            linear_map = describe(module)
+            if linear_map is None or not self.is_router(name, linear_map[2]):
                 continue
-            outer = _prefixes(name)[:-1]
-            found |= {gate for gate in outer if _GATE.search(gate.rpartition(".")[2].lower())}
-        return found
+            containers = _prefixes(name)[:-1]
+            gates |= {gate for gate in containers if _GATE.search(gate.rpartition(".")[2].lower())}
+        return gates
 
     def is_mlp(self, name: str, module: nn.Module) -> bool:
-        """Whether a linear map is one of an MLP's."""
-        described = describe(module)
-        assert described is not None
-        return not self.place(name).outside and not self.is_router(name, described[2])
+        """Whether a linear map belongs to an MLP."""
+        linear_map = describe(module)
+        assert linear_map is not None
+        return not self.place(name).outside and not self.is_router(name, linear_map[2])
 
     def _layer_in(self, prefix: str) -> str:
+        """The prefix if it is a layer's name; otherwise ""."""
         return prefix if prefix.rpartition(".")[0] in self._lists else ""
 
 
 def _prefixes(name: str) -> list[str]:
+    """Names of all modules that contain a module, and its own, the outermost first."""
     parts = name.split(".")
     return [".".join(parts[:k]) for k in range(1, len(parts) + 1)]
 
@@ -121,19 +130,22 @@ def _layer_lists(model: nn.Module, mixing: Iterable[str]) -> set[str]:
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module)
     }
     mixing = [*mixing, *_named_attention(model)]
-    found: dict[str, int] = {}
+    layer_lists: dict[str, int] = {}
     for name, length in lists.items():
-        outermost = not any(name.startswith(f"{other}.") for other in found)
-        mixes = any(m.startswith(f"{name}.") for m in mixing)
-        if outermost and mixes:
-            found[name] = length
-    # As many feed-forwards as attentions, in a list beside theirs.
-    siblings = {(name.rpartition(".")[0], length) for name, length in found.items()}
-    beside = {n for n, length in lists.items() if (n.rpartition(".")[0], length) in siblings}
-    return set(found) | beside
+        outermost = not any(name.startswith(f"{other}.") for other in layer_lists)
+        mixes_inside = any(module.startswith(f"{name}.") for module in mixing)
+        if outermost and mixes_inside:
+            layer_lists[name] = length
+    # Feed-forwards may be in a list of the same length beside that of the attentions.
+    siblings = {(name.rpartition(".")[0], length) for name, length in layer_lists.items()}
+    parallel_lists = {
+        name for name, length in lists.items() if (name.rpartition(".")[0], length) in siblings
+    }
+    return set(layer_lists) | parallel_lists
 
 
 def _named_attention(model: nn.Module) -> list[str]:
+    """Names of the modules that are attention by their name."""
     return [
         name
         for name, _ in model.named_modules()
@@ -142,7 +154,7 @@ def _named_attention(model: nn.Module) -> list[str]:
 
 
 def _numbers_of_experts(model: nn.Module) -> set[int]:
-    """How many experts there may be, and 1: the outputs that a gate of experts may have."""
+    """Possible numbers of experts, and 1: the outputs that a gate of experts may have."""
     fused = {
         parameter.shape[0]
         for module in model.modules()

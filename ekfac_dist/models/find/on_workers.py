@@ -22,10 +22,19 @@ def find(
     task: Task = CAUSAL_LM,
     probe: Batch | None = None,
 ) -> Discovery:
-    """What `discover` finds in a prepared model; a sharded one is looked at whole, by worker 0.
+    """The tracked modules of a prepared model, on every worker.
+
+    Of a sharded model, rank 0 examines a whole copy.
+
+    Args:
+        model: The model.
+        globs: As for `discover`.
+        world: The workers.
+        task: As for `discover`.
+        probe: As for `discover`.
 
     Raises:
-        ModelError: As `discover` does, on every worker.
+        ModelError: As `discover`, on every worker.
     """
     if not is_sharded(model):
         with world.agree():
@@ -33,7 +42,7 @@ def find(
     with world.agree(together=(ModelError,)):
         whole = whole_copy(model, keep=world.is_main)
 
-    def look() -> Discovery:
+    def discover_in_copy() -> Discovery:
         assert whole is not None
         with prepared(whole):
             return discover(
@@ -44,6 +53,6 @@ def find(
                 None if probe is None else probe.to(torch.device("cpu")),
             )
 
-    found = world.share(world.on_main(look))
-    assert found is not None
-    return found
+    discovery = world.share(world.on_main(discover_in_copy))
+    assert discovery is not None
+    return discovery

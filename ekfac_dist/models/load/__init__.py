@@ -1,1 +1,1 @@
-"""Loading a model on all workers, and telling it from another one."""
+"""Loading a model on all workers, and recognising it again."""

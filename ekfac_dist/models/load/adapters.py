@@ -1,7 +1,8 @@
-"""PEFT LoRA adapters: putting one on a model, and telling its matrices from the model's own.
+"""PEFT LoRA adapters: loading one, and distinguishing its matrices from the model's own.
 
-Of a linear map with weight W an adapter makes W + s·B A. A (`lora_A`, r×I) and B (`lora_B`, O×r)
-are linear maps of their own beside the first one (`base_layer`).
+An adapter turns a linear map's weight W into W + s·B A. Its matrices A (`lora_A`, r×I) and B
+(`lora_B`, O×r) are linear maps of their own; they and the original one (`base_layer`) are children
+of one wrapper module.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,53 +20,58 @@ _LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, Attribut
 
 
 def is_adapters(name: str) -> bool:
-    """Whether a module, by its name, was trained with an adapter: its matrices, whole copies."""
+    """Whether a module, by name, was trained with an adapter: LoRA matrices, or full copies."""
     return any(part in (*_PARTS, "modules_to_save") for part in name.split("."))
 
 
 def is_trained_bias(model: Any, name: str) -> bool:
-    """Whether a parameter is a bias of the model itself that was trained with its adapter."""
-    kinds = {getattr(each, "bias", "none") for each in getattr(model, "peft_config", {}).values()}
+    """Whether a parameter is one of the model's own biases that was trained with the adapter."""
+    bias_settings = {
+        getattr(settings, "bias", "none") for settings in getattr(model, "peft_config", {}).values()
+    }
     if not name.endswith("bias") or ".original_module." in name:
         return False
-    return "all" in kinds or ("lora_only" in kinds and ".base_layer." in name)
+    return "all" in bias_settings or ("lora_only" in bias_settings and ".base_layer." in name)
 
 
 def base_layer(name: str, linears: Mapping[str, nn.Module]) -> str:
-    """The linear map that an adapter's matrix is beside; any other module's own name."""
+    """The linear map that an adapter's matrix belongs to; any other module's own name."""
     parts = name.split(".")
-    at = next((k for k, part in enumerate(parts) if part in _PARTS), None)
-    base = ".".join([*parts[:at], "base_layer"])
-    return name if at is None or base not in linears else base
+    depth = next((k for k, part in enumerate(parts) if part in _PARTS), None)
+    base = ".".join([*parts[:depth], "base_layer"])
+    return name if depth is None or base not in linears else base
 
 
 def adapted_weights(model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
-    """The model's own weight beside an adapter's matrix, named with the adapter's scale."""
+    """The weight and bias that an adapter's `lora_A` is added to, named with the adapter's scale s.
+
+    Nothing for any other module.
+    """
     parts = name.split(".")
-    at = next((k for k, part in enumerate(parts) if part == "lora_A"), None)
-    if at is None:
+    depth = next((k for k, part in enumerate(parts) if part == "lora_A"), None)
+    if depth is None:
         return
-    wrapper: Any = model.get_submodule(".".join(parts[:at]))
+    wrapper: Any = model.get_submodule(".".join(parts[:depth]))
     scale = wrapper.scaling.get(parts[-1], 1.0)
     for kind, parameter in wrapper.base_layer.named_parameters(recurse=False):
         yield f"base_layer_{kind} × {scale!r}", parameter.detach()
 
 
 def adapter_scales(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """What beside its matrices decides what an adapter adds to each linear map, as text, by name.
+    """What else determines an adapter's contribution to each linear map, as (name, text) pairs.
 
-    That are the adapters' scales, which of them are active, and whether they are switched off.
+    That is the scales, which adapters are active, and whether they are disabled.
     """
     for name, module in model.named_modules():
         scaling = getattr(module, "scaling", None)
         if hasattr(module, "base_layer") and isinstance(scaling, dict):
             active: Any = getattr(module, "active_adapters", None)
-            off = getattr(module, "disable_adapters", False)
-            yield f"{name}.scaling", f"{sorted(scaling.items())} {active} {off}"
+            disabled = getattr(module, "disable_adapters", False)
+            yield f"{name}.scaling", f"{sorted(scaling.items())} {active} {disabled}"
 
 
 def with_adapter(model: nn.Module, adapter: str, *, merge: bool) -> nn.Module:
-    """A model with an adapter, whose weights must all be there.
+    """A model with an adapter loaded, all of whose weights must be in its file.
 
     Args:
         model: The model.
@@ -73,7 +79,8 @@ def with_adapter(model: nn.Module, adapter: str, *, merge: bool) -> nn.Module:
         merge: Whether to merge it into the model's weights.
 
     Raises:
-        ModelError: It cannot be found or read, is of another model, or `peft` is not installed.
+        ModelError: If the adapter cannot be found, read or merged, is no LoRA adapter, or belongs
+            to another model; or if `peft` is not installed.
     """
     try:
         import peft
@@ -106,7 +113,7 @@ def with_adapter(model: nn.Module, adapter: str, *, merge: bool) -> nn.Module:
         raise ModelError(
             f"Adapter {adapter} is of type {settings.peft_type.value}; only LORA is supported."
         )
-    _require_whole(adapter, adapted, peft)
+    _require_all_weights(adapter, adapted, peft)
     if not merge:
         return adapted
     try:
@@ -118,17 +125,17 @@ def with_adapter(model: nn.Module, adapter: str, *, merge: bool) -> nn.Module:
         ) from error
 
 
-def _require_whole(adapter: str, adapted: Any, peft: Any) -> None:
-    """Refuses weights that the adapter's file lacks, or that the model has no place for."""
+def _require_all_weights(adapter: str, adapted: Any, peft: Any) -> None:
+    """Refuses an adapter whose file lacks weights, or has some that the model has no place for."""
     file_name = cached_file(adapter, "adapter_model.safetensors")
     with safetensors.safe_open(file_name, framework="pt") as file:
         stored = set(file.keys())
-    wanted = set(peft.get_peft_model_state_dict(adapted))
-    stored -= set(adapted.state_dict()) - wanted  # embeddings may be saved with it
-    if stored != wanted:
-        name = min(stored ^ wanted)
-        where = "the adapter lacks" if name in wanted else "the model has no place for"
+    expected = set(peft.get_peft_model_state_dict(adapted))
+    stored -= set(adapted.state_dict()) - expected  # embeddings may be saved with the adapter
+    if stored != expected:
+        name = min(stored ^ expected)
+        fault = "the adapter lacks" if name in expected else "the model has no place for"
         raise ModelError(
-            f"Adapter {adapter} is not of this model: {where} {name} (and "
-            f"{len(stored ^ wanted) - 1} others)."
+            f"Adapter {adapter} is not of this model: {fault} {name} (and "
+            f"{len(stored ^ expected) - 1} others)."
         )

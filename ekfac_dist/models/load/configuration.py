@@ -1,4 +1,7 @@
-"""What of a model's configuration its numbers depend on."""
+"""The fields of a model's configuration that its outputs depend on.
+
+Two models of one class with equal fields and equal weights compute the same, up to rounding.
+"""
 
 import math
 import re
@@ -10,30 +13,30 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ekfac_dist.models.sharding import class_of
 
-# Fields that change no number, and why. All others count, those of nested configurations too.
-_CHANGE_NOTHING = {
-    # where the model is from, and with what it was saved
+# Fields that outputs do not depend on, and why. All others count, in nested configurations too.
+_IRRELEVANT = {
+    # origin of the model, and the software that saved it
     "_name_or_path",
     "_commit_hash",
     "architectures",
     "auto_map",
     "transformers_version",
-    # how its weights are held; they are compared themselves
+    # storage of its weights; the weights themselves are compared
     "dtype",
     "torch_dtype",
     "quantization_config",
-    # what a forward gives beside the logits, and what it keeps for the next one
+    # outputs besides the logits, and caches for the next forward
     "use_cache",
     "return_dict",
     "output_attentions",
     "output_hidden_states",
     "output_router_logits",
-    # the same products by another kernel, in another order; the first is kept beside these fields
+    # kernels that differ in rounding only; see `attention_implementation` for the first
     "_attn_implementation",
     "_experts_implementation",
     "chunk_size_feed_forward",
     "pretraining_tp",
-    # names for people, and settings of text that is generated or trained on
+    # labels for people, and settings of generation and training
     "id2label",
     "label2id",
     "problem_type",
@@ -43,40 +46,40 @@ _CHANGE_NOTHING = {
     "router_aux_loss_coef",
     "gradient_checkpointing",
 }
-# Dropout is off in every pass, and weights are not drawn but loaded.
-_OF_TRAINING = re.compile(r"dropout|pdrop|layerdrop|^init|initializer")
-# A causal language model is given its tokens, and is not asked to end. Others read these: a
-# classifier looks for the last token, an encoder-decoder shifts labels.
+# Settings of training: dropout is off in every pass, and weights are loaded, not initialised.
+_TRAINING_SETTINGS = re.compile(r"dropout|pdrop|layerdrop|^init|initializer")
+# A causal language model ignores these in a forward. Others use them: a classifier searches for the
+# last token before the padding, an encoder-decoder shifts labels.
 _SPECIAL_TOKENS = {"bos_token_id", "eos_token_id", "sep_token_id", "pad_token_id"}
 
 
 def configuration(model: nn.Module) -> dict[str, Any]:
-    """The fields of a model's configuration that its numbers depend on, as JSON has them.
+    """The fields of a model's configuration that its outputs depend on, as JSON values by name.
 
     Args:
-        model: A Hugging Face model; of any other there are none.
+        model: Any model; {} unless it is a Hugging Face model.
     """
-    settings: Any = getattr(model, "config", None)
-    if not hasattr(settings, "to_dict"):
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
         return {}
-    left_out = _CHANGE_NOTHING
+    ignored = _IRRELEVANT
     base: Any = getattr(model, "get_base_model", lambda: model)()
-    if class_of(base).__name__ in _CAUSAL_LMS and not _counts_from_padding(base):
-        left_out = left_out | _SPECIAL_TOKENS
-    return _counting(settings.to_dict(), left_out)
+    if class_of(base).__name__ in _CAUSAL_LMS and not _positions_follow_padding_id(base):
+        ignored = ignored | _SPECIAL_TOKENS
+    return _relevant_fields(config.to_dict(), ignored)
 
 
 def attention_implementation(model: nn.Module) -> str | None:
-    """How a Hugging Face model computes its attention, such as "sdpa"; None of any other."""
-    found = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    return None if found is None else str(found)
+    """The attention kernel of a Hugging Face model, such as "sdpa"; None for other models."""
+    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return None if implementation is None else str(implementation)
 
 
 _CAUSAL_LMS = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
-def _counts_from_padding(model: nn.Module) -> bool:
-    """Whether positions begin after the padding token's number, as RoBERTa's do."""
+def _positions_follow_padding_id(model: nn.Module) -> bool:
+    """Whether position ids begin after the padding token's id, as RoBERTa's do."""
     return any(
         isinstance(module, nn.Embedding)
         and "position_embeddings" in name
@@ -85,21 +88,22 @@ def _counts_from_padding(model: nn.Module) -> bool:
     )
 
 
-def _counting(fields: Mapping[Any, Any], left_out: set[str]) -> dict[str, Any]:
+def _relevant_fields(fields: Mapping[Any, Any], ignored: set[str]) -> dict[str, Any]:
+    """The fields that count, as JSON values, without the ignored and those of training."""
     return {
-        str(name): _plain(value, left_out)
+        str(name): _json_value(value, ignored)
         for name, value in fields.items()
-        if str(name) not in left_out and not _OF_TRAINING.search(str(name))
+        if str(name) not in ignored and not _TRAINING_SETTINGS.search(str(name))
     }
 
 
-def _plain(value: Any, left_out: set[str]) -> Any:
-    """A value as JSON has it; what JSON lacks, by its name."""
+def _json_value(value: Any, ignored: set[str]) -> Any:
+    """A value as JSON has it; the name of its type where JSON has no such value."""
     if isinstance(value, Mapping):
-        return _counting(value, left_out)
+        return _relevant_fields(value, ignored)
     if isinstance(value, (list, tuple, set, frozenset)):
-        parts = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
-        return [_plain(part, left_out) for part in parts]
+        elements = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
+        return [_json_value(element, ignored) for element in elements]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if value is None or isinstance(value, (bool, int, float, str)):

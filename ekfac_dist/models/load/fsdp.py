@@ -1,4 +1,4 @@
-"""Sharding a model's weights over the workers, and a whole copy of one that is sharded."""
+"""Sharding a model's weights over the workers by FSDP2, and whole copies of sharded models."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -19,14 +19,14 @@ from ekfac_dist.models.sharding import INSTEAD, class_of, gathered, layers, resh
 
 
 def reshards_after_forward() -> bool:
-    """Whether the launcher's configuration gives up weights between forward and backward.
+    """Whether, by the launcher's configuration, weights are freed between forward and backward.
 
     Raises:
-        LaunchError: The configuration cannot be used.
-        ModelError: It asks for what is not supported.
+        LaunchError: If the configuration cannot be used.
+        ModelError: If it asks for CPU offloading or activation checkpointing.
     """
     try:
-        plugin = FullyShardedDataParallelPlugin()  # what the launcher's configuration says
+        plugin = FullyShardedDataParallelPlugin()  # reads the launcher's environment variables
     except ValueError as error:
         raise LaunchError(
             f"The launcher's configuration of FSDP cannot be used: {first_line(error)}."
@@ -35,8 +35,8 @@ def reshards_after_forward() -> bool:
         "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         "fsdp_activation_checkpointing": bool(plugin.activation_checkpointing),
     }
-    for field, asked in refused.items():
-        if asked:
+    for field, is_set in refused.items():
+        if is_set:
             raise ModelError(
                 f"{field} is true in the launcher's configuration, which is not supported; set it "
                 "to false and use more workers, or smaller batch_tokens."
@@ -45,48 +45,54 @@ def reshards_after_forward() -> bool:
 
 
 @dataclass(frozen=True)
-class Held:
-    """What worker 0's model holds, for the others to hold the same.
+class ModelLayout:
+    """Parameters and buffers of rank 0's model, which all other workers' models must get.
 
     Attributes:
-        parameters: Names of each parameter, a tied one's all of them; its shape and dtype.
-        buffers: Name, shape and dtype of each buffer.
+        parameters: (names, shape, dtype) of each parameter; a tied one has several names.
+        buffers: (name, shape, dtype) of each buffer.
     """
 
     parameters: list[tuple[list[str], torch.Size, torch.dtype]]
     buffers: list[tuple[str, torch.Size, torch.dtype]]
 
     @classmethod
-    def by(cls, model: nn.Module) -> "Held":
-        """What a model holds."""
+    def of(cls, model: nn.Module) -> "ModelLayout":
+        """The layout of a model."""
         names = all_parameter_names(model)
         return cls(
             [(names[id(p)], p.shape, p.dtype) for p in model.parameters()],
             [(name, buffer.shape, buffer.dtype) for name, buffer in _all_buffers(model)],
         )
 
-    def put_into(self, model: nn.Module) -> None:
-        """Gives a model parameters of these names and shapes, tied as they are, without numbers."""
+    def allocate_in(self, model: nn.Module) -> None:
+        """Gives a model parameters of these names and shapes, tied alike, without values."""
         for names, shape, dtype in self.parameters:
             empty = torch.empty(shape, dtype=dtype, device="meta")
             parameter = nn.Parameter(empty, requires_grad=False)
             for name in names:
-                _put(model, name, parameter)
+                _replace_tensor(model, name, parameter)
 
     def tie(self, model: nn.Module) -> None:
-        """Makes one parameter again of those that were."""
+        """Ties the parameters again that are tied in this layout."""
         for names, _, _ in self.parameters:
             for name in names[1:]:
-                _put(model, name, model.get_parameter(names[0]))
+                _replace_tensor(model, name, model.get_parameter(names[0]))
 
-    def require_apart(self, layers: Iterable[str]) -> None:
-        """Refuses what a layer shares with another, or with what is in none.
+    def require_separate_layers(self, layers: Iterable[str]) -> None:
+        """Refuses a parameter that is in several layers, or in a layer and outside of all.
+
+        Args:
+            layers: Names of the layers.
 
         Raises:
-            ModelError: There is something.
+            ModelError: If there is such a parameter.
         """
         for names, _, _ in self.parameters:
-            homes = {next((x for x in layers if name.startswith(f"{x}.")), "") for name in names}
+            homes = {
+                next((layer for layer in layers if name.startswith(f"{layer}.")), "")
+                for name in names
+            }
             if len(homes) > 1:
                 raise ModelError(
                     f"The model cannot be sharded by layers: {' and '.join(names[:2])} are one "
@@ -96,7 +102,7 @@ class Held:
 
 def shard_model(
     model: nn.Module,
-    held: Held,
+    layout: ModelLayout,
     mesh: DeviceMesh,
     broadcast_: Callable[[Tensor], Tensor],
     *,
@@ -106,68 +112,68 @@ def shard_model(
     """Shards a model's weights over the workers, layer by layer; a collective.
 
     Args:
-        model: The model, on the CPU: worker 0's is whole, others' is without numbers.
-        held: What worker 0's holds.
+        model: The model on the CPU; rank 0's with its weights, the others' without values.
+        layout: Layout of rank 0's model.
         mesh: The workers.
-        broadcast_: Overwrites a tensor by worker 0's, on every worker.
-        is_main: Whether this is worker 0.
-        reshard_after_forward: Whether a layer's weights are given up between forward and backward.
+        broadcast_: Overwrites a tensor with rank 0's, on every worker.
+        is_main: Whether this is rank 0.
+        reshard_after_forward: Whether a layer's weights are freed between forward and backward.
 
     Raises:
-        ModelError: Layers share weights.
+        ModelError: If layers share weights.
     """
-    numbers = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     buffers = dict(_all_buffers(model))
     model.to("meta")
-    held.put_into(model)
-    by_name = layers(model)
-    held.require_apart(by_name)
-    for layer in by_name.values():
+    layout.allocate_in(model)
+    model_layers = layers(model)
+    layout.require_separate_layers(model_layers)
+    for layer in model_layers.values():
         fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh)
     model.to_empty(device=mesh.device_type)
-    held.tie(model)
+    layout.tie(model)
     set_model_state_dict(
         model,
-        numbers if is_main else {},
+        weights if is_main else {},
         options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
     )
-    for name, shape, dtype in held.buffers:
+    for name, shape, dtype in layout.buffers:
         buffer = torch.empty(shape, dtype=dtype, device=mesh.device_type)
         if is_main:
             buffer.copy_(buffers[name])
-        _put(model, name, broadcast_(buffer))
+        _replace_tensor(model, name, broadcast_(buffer))
     return model.eval()
 
 
 def whole_copy(model: nn.Module, *, keep: bool) -> nn.Module | None:
-    """The same model with whole weights, on the CPU; a collective.
+    """A copy of a sharded model with whole weights, on the CPU; a collective.
 
     Args:
         model: A sharded model.
-        keep: Whether this worker wants it; the others help, and get None.
+        keep: Whether this worker gets the copy; the others take part in gathering it and get None.
 
     Raises:
-        ModelError: It cannot be built from the model's configuration, on every worker.
+        ModelError: On every worker, if the model cannot be built from its configuration.
     """
-    built = _without_numbers(model)
+    whole = _rebuilt(model)
     reshard(model)
     copies: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) not in copies:  # a tied one has several names
-            numbers = gathered(parameter)
-            numbers = numbers.cpu() if keep else numbers.new_empty(0)
-            copies[id(parameter)] = nn.Parameter(numbers, requires_grad=False)
-        _put(built, name, copies[id(parameter)])
+            values = gathered(parameter)
+            values = values.cpu() if keep else values.new_empty(0)
+            copies[id(parameter)] = nn.Parameter(values, requires_grad=False)
+        _replace_tensor(whole, name, copies[id(parameter)])
     for name, buffer in _all_buffers(model):
-        _put(built, name, buffer.detach().cpu())
-    for name, module in built.named_modules():
+        _replace_tensor(whole, name, buffer.detach().cpu())
+    for name, module in whole.named_modules():
         module.training = model.get_submodule(name).training
-    return built if keep else None
+    return whole if keep else None
 
 
-def _without_numbers(model: nn.Module) -> nn.Module:
-    """The same model before it was sharded, its parameters and buffers without numbers."""
+def _rebuilt(model: nn.Module) -> nn.Module:
+    """The model before it was sharded, rebuilt from its configuration on the meta device."""
     kind = class_of(model)
     if not isinstance(model, PreTrainedModel) or getattr(model, "hf_quantizer", None) is not None:
         raise ModelError(
@@ -185,27 +191,28 @@ def _without_numbers(model: nn.Module) -> nn.Module:
             f"The sharded {kind.__name__} cannot be built again from its configuration "
             f"({first_line(error)}); {INSTEAD}."
         ) from error
-    wanted, found = _names(model), _names(built)
-    if wanted != found:
+    sharded_names, built_names = _tensor_names(model), _tensor_names(built)
+    if sharded_names != built_names:
         raise ModelError(
             f"The sharded {kind.__name__} is not as its configuration says "
-            f"({min(wanted ^ found)}): it has adapters, or was changed after it was built; "
-            f"{INSTEAD}."
+            f"({min(sharded_names ^ built_names)}): it has adapters, or was changed after it was "
+            f"built; {INSTEAD}."
         )
     return built
 
 
-def _names(model: nn.Module) -> set[str]:
+def _tensor_names(model: nn.Module) -> set[str]:
+    """Names of all parameters and buffers; every name of a tied one."""
     parameters = model.named_parameters(remove_duplicate=False)
     return {name for name, _ in [*parameters, *_all_buffers(model)]}
 
 
-def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Puts a parameter, or else a buffer, in the place of one that there is."""
+def _replace_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replaces a parameter, or a buffer if the tensor is no `nn.Parameter`."""
     owner, _, kind = name.rpartition(".")
     module = model.get_submodule(owner)
-    places: Any = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
-    places[kind] = tensor
+    tensors: Any = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
+    tensors[kind] = tensor
 
 
 def _all_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:

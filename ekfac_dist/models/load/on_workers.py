@@ -1,7 +1,7 @@
-"""A run's model on its workers, whole or sharded: loading it, and what is read of all its weights.
+"""A run's model on all workers, whole or sharded: loading it, and comparing it between workers.
 
-Reading a sharded model is a collective, so here every worker does it; of a whole one worker 0 does
-what one is enough for.
+Reading a sharded model's weights is a collective that every worker takes part in. With a whole
+model, rank 0 alone does what need not be repeated.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from ekfac_dist.config import ModelConfig, dotted
 from ekfac_dist.errors import LaunchError, ModelError
 from ekfac_dist.models.load.configuration import attention_implementation, configuration
 from ekfac_dist.models.load.fingerprints import Fingerprints, fingerprints, narrower_dtypes
-from ekfac_dist.models.load.fsdp import Held, reshards_after_forward, shard_model
+from ekfac_dist.models.load.fsdp import ModelLayout, reshards_after_forward, shard_model
 from ekfac_dist.models.load.pretrained import load_model, loads_quantised, without_weights
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.models.sharding import agreeing, class_of, is_sharded, refuse_first_fsdp
@@ -24,13 +24,13 @@ _CPU = torch.device("cpu")
 
 
 def load(config: ModelConfig, world: World) -> nn.Module:
-    """The configured model, on each host's first worker first.
+    """Loads the configured model on every worker; on each host, the first worker before the others.
 
-    If the launcher's configuration says so it is sharded; worker 0 reads it then, for all.
+    If the launcher's configuration asks for sharding, rank 0 reads the weights for all workers.
 
     Raises:
-        ModelError: As `load_model` does; or it cannot be sharded, or be put on several devices.
-        LaunchError: It would be sharded by FSDP's first version, or with settings that are none.
+        ModelError: As `load_model`; or if the model cannot be sharded, or be spread over devices.
+        LaunchError: If the launcher asks for FSDP1, or its FSDP settings cannot be used.
     """
     with world.agree():
         if world.fsdp == 1:
@@ -60,12 +60,12 @@ def load(config: ModelConfig, world: World) -> nn.Module:
     model = world.main_first(
         lambda: load_model(config, _CPU) if world.is_main else without_weights(config)
     )
-    held = world.share(Held.by(model) if world.is_main else None)
-    assert held is not None
+    layout = world.share(ModelLayout.of(model) if world.is_main else None)
+    assert layout is not None
     with world.agree(together=(ModelError,)):
         return shard_model(
             model,
-            held,
+            layout,
             world.mesh(),
             world.broadcast_,
             is_main=world.is_main,
@@ -74,10 +74,10 @@ def load(config: ModelConfig, world: World) -> nn.Module:
 
 
 def unwrapped(model: nn.Module, world: World) -> nn.Module:
-    """A caller's model without Accelerate's containers, which speak to the others at each forward.
+    """The caller's model without Accelerate's wrappers, whose forwards are collectives.
 
     Raises:
-        ModelError: FSDP's first version has sharded it.
+        ModelError: If the model is sharded by FSDP1.
     """
     with world.agree():
         refuse_first_fsdp(model)
@@ -87,8 +87,12 @@ def unwrapped(model: nn.Module, world: World) -> nn.Module:
 def refuse_sharded(world: World, model: nn.Module | None = None) -> None:
     """Refuses to answer queries with a sharded model.
 
+    Args:
+        world: The workers.
+        model: The caller's model; None: the one that would be loaded.
+
     Raises:
-        ModelError: The launcher's configuration shards it, or it is sharded.
+        ModelError: If the model is sharded, or the launcher's configuration would shard it.
     """
     if is_sharded(model) if model is not None else world.fsdp > 0:
         raise ModelError(
@@ -101,31 +105,31 @@ def refuse_sharded(world: World, model: nn.Module | None = None) -> None:
 def model_fingerprints(
     model: nn.Module, modules: Sequence[TrackedModule], world: World
 ) -> Fingerprints:
-    """The fingerprints of a model that all workers hold.
+    """Fingerprints of the model that all workers hold, on every worker.
 
     Raises:
-        LaunchError: Workers hold different models.
+        LaunchError: If workers hold different models.
     """
-    beside = narrower_dtypes if world.is_main else (lambda name, tensor: ())
+    other_dtypes = narrower_dtypes if world.is_main else (lambda name, tensor: ())
     with agreeing(world, model):
-        found = fingerprints(model, modules, beside)
-    require_same_model(model, found, world)
-    return world.share(found)
+        own = fingerprints(model, modules, other_dtypes)
+    require_same_model(model, own, world)
+    return world.share(own)
 
 
-def require_same_model(model: nn.Module, found: Fingerprints, world: World) -> None:
-    """Refuses workers whose models differ, in a tracked module or anywhere else.
+def require_same_model(model: nn.Module, own: Fingerprints, world: World) -> None:
+    """Refuses workers whose models differ in a weight or in a setting.
 
     Args:
-        model: This worker's.
-        found: Its fingerprints.
+        model: This worker's model.
+        own: Its fingerprints.
         world: The workers.
 
     Raises:
-        LaunchError: They differ.
+        LaunchError: If they differ.
     """
-    world.require_same("model weights, by fingerprint,", found.tracked)
-    world.require_same("model weights outside the tracked modules, by fingerprint,", found.whole)
+    world.require_same("model weights, by fingerprint,", own.tracked)
+    world.require_same("model weights outside the tracked modules, by fingerprint,", own.whole)
     settings = {
         **dotted(configuration(model)),
         "class": class_of(model).__name__,

@@ -28,31 +28,31 @@ _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeEr
 
 
 def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
-    """The model, in the configured dtype, on `device`, in evaluation mode.
+    """Loads a model in the configured dtype on `device`, in evaluation mode.
 
     Only safetensors weights are read, and every parameter must come from them.
 
     Raises:
-        ModelError: It cannot be found or read, is no causal language model, has only pickled
-            weights, or lacks weights of its own.
+        ModelError: If the model cannot be found or read, is no causal language model, has only
+            pickled weights, or lacks some of its weights.
     """
     name, settings = load_settings(config)
     dtype: Any = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     quantised = config.quantization or getattr(settings, "quantization_config", None)
-    place: dict[str, Any] = {"device_map": {"": str(device)}} if quantised else {}
+    placement: dict[str, Any] = {"device_map": {"": str(device)}} if quantised else {}
     if config.device_map is not None:
-        place["device_map"] = config.device_map
+        placement["device_map"] = config.device_map
     if config.quantization is not None:
-        place["quantization_config"] = _quantization(config, dtype)
+        placement["quantization_config"] = _quantization(config, dtype)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
+            ignore_mismatched_sizes=True,  # refused below, with their names
             output_loading_info=True,
             **_origin(config),
-            **place,
+            **placement,
         )
     except safetensors.SafetensorError as error:
         raise ModelError(
@@ -61,44 +61,44 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
     except _LOAD_ERRORS as error:
         raise ModelError(f"Model {name} could not be loaded: {_brief(error)}.") from error
     model, report = loaded
-    absent = sorted(report["missing_keys"]) + sorted(str(k[0]) for k in report["mismatched_keys"])
-    if absent:
+    missing = sorted(report["missing_keys"]) + sorted(str(k[0]) for k in report["mismatched_keys"])
+    if missing:
         raise ModelError(
-            f"The weights of model {name} lack {len(absent)} of its parameters, or hold them in "
-            f"another shape, {absent[0]} among them; they would be random. Give the directory of "
+            f"The weights of model {name} lack {len(missing)} of its parameters, or hold them in "
+            f"another shape, {missing[0]} among them; they would be random. Give the directory of "
             "a whole causal language model."
         )
     _keep_weights(model)
     if config.adapter is not None:
         model = with_adapter(model, config.adapter, merge=config.merge_adapter)
-    return model.eval() if place else model.to(device).eval()
+    return model.eval() if placement else model.to(device).eval()
 
 
 def _keep_weights(model: Any) -> None:
-    """Keeps RWKV from halving its own weights as it runs; the numbers are the same."""
+    """Keeps RWKV from halving its own weights when it runs; its outputs are the same."""
     if hasattr(model.config, "rescale_every"):
         model.config.rescale_every = 0
 
 
 def loads_quantised(config: ModelConfig, *, with_weights: bool) -> bool:
-    """Whether a model is to be quantised, or was saved so.
+    """Whether a model will be quantised when loaded, or was saved quantised.
 
     Args:
-        config: Which model.
-        with_weights: Whether its weights are to be here too.
+        config: The model's configuration.
+        with_weights: Whether a local model without safetensors weights is refused.
 
     Raises:
-        ModelError: There is no such causal language model.
+        ModelError: If there is no such causal language model.
     """
     _, settings = load_settings(config, with_weights=with_weights)
     return bool(config.quantization or getattr(settings, "quantization_config", None))
 
 
 def without_weights(config: ModelConfig) -> nn.Module:
-    """The model as its configuration alone says, on the meta device; no weight is read.
+    """The model built from its configuration on the meta device; no weights are read.
 
     Raises:
-        ModelError: There is no such causal language model, or it cannot be built without weights.
+        ModelError: If there is no such causal language model, or it cannot be built so.
     """
     name, settings = load_settings(config, with_weights=False)
     dtype: Any = getattr(settings, "dtype", None) or torch.float32
@@ -118,10 +118,10 @@ def without_weights(config: ModelConfig) -> nn.Module:
 
 
 def _quantization(config: ModelConfig, dtype: Any) -> Any:
-    """What `transformers` is told of the quantisation.
+    """The quantisation settings for `transformers`.
 
     Raises:
-        ModelError: The library for it is not installed.
+        ModelError: If bitsandbytes is not installed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
@@ -136,13 +136,12 @@ def _quantization(config: ModelConfig, dtype: Any) -> Any:
 
 
 def load_tokenizer(config: ModelConfig) -> tuple[Any, str]:
-    """The model's tokenizer, and a fingerprint of what it does.
+    """The model's tokenizer, and a SHA-256 over its class, vocabulary and settings.
 
     Raises:
-        ModelError: There is no such causal language model, or it has no tokenizer that can be
-            loaded.
+        ModelError: If there is no such causal language model, or its tokenizer cannot be loaded.
     """
-    name, _ = load_settings(config)  # here already, before a long text is tokenised for nothing
+    name, _ = load_settings(config)  # fails before a long text is tokenised in vain
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **_origin(config))
     except _LOAD_ERRORS as error:
@@ -160,13 +159,13 @@ def load_tokenizer(config: ModelConfig) -> tuple[Any, str]:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """The longest input that the model's configuration allows; None where it sets no limit."""
+    """Longest input in tokens that the model's configuration allows; None if it sets no limit."""
     settings = getattr(model, "config", None)
     names = ["max_position_embeddings", "n_positions"]
     if getattr(settings, "is_encoder_decoder", False):
-        names = names[:1]  # T5's n_positions limits nothing: its positions are relative
-    told = [getattr(settings, name, None) for name in names]
-    limits = [limit for limit in told if isinstance(limit, int) and limit > 0][:1]
+        names = names[:1]  # T5's n_positions sets no limit: its positions are relative
+    values = [getattr(settings, name, None) for name in names]
+    limits = [limit for limit in values if isinstance(limit, int) and limit > 0][:1]
     for name, module in model.named_modules():
         is_positions = isinstance(module, nn.Embedding) and "position_embeddings" in name
         if is_positions and module.padding_idx is not None:  # RoBERTa's positions begin after it
@@ -175,21 +174,22 @@ def context_length(model: nn.Module) -> int | None:
 
 
 def _origin(config: ModelConfig) -> dict[str, Any]:
+    """Keyword arguments common to all `from_pretrained` calls."""
     return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
 
 
 def load_settings(config: ModelConfig, *, with_weights: bool = True) -> tuple[str, Any]:
-    """Refuses what is no causal language model, as far as can be told without its weights.
+    """Reads a model's configuration; refuses what is no causal language model.
 
     Args:
-        config: Which model.
-        with_weights: Whether a directory without safetensors weights is refused too.
+        config: The model's configuration in the run.
+        with_weights: Whether a directory without safetensors weights is refused, too.
 
     Returns:
-        The model's name, and its configuration.
+        The model's name, and its `transformers` configuration.
 
     Raises:
-        ModelError: It is refused, or not found.
+        ModelError: If the model is refused, or not found.
     """
     assert config.name is not None
     name = config.name
@@ -239,13 +239,14 @@ def _check_directory(name: str, with_weights: bool) -> None:
 
 
 def _hush_transformers() -> None:
-    """Keeps the library's own bars and load reports out of the output; errors are ours to tell."""
+    """Turns off the libraries' progress bars, load reports and warnings; errors are raised here."""
     transformers.utils.logging.disable_progress_bar()
     for library in ("transformers", "bitsandbytes"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="MatMul8bitLt")  # at every product
+    warnings.filterwarnings("ignore", message="MatMul8bitLt")  # warned at every product
 
 
 def _brief(error: BaseException) -> str:
+    """The first two lines of an error's text, in one line; else the error's class."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     return " ".join(lines[:2]).rstrip(" .,:;!") or type(error).__name__

@@ -143,7 +143,7 @@ def estimate_factors(
             tasks' examples hold, the task says.
         output: Directory of the factor store, seen by every worker; None keeps the factors in
             memory, on every worker. If it holds an unfinished run of the same arguments, model and
-            data, that is gone on with.
+            data, that run is resumed.
         modules: A glob of module names, or several; None for every MLP linear.
         labels: "sampled" from the model's softmax, or "data" for the data's own.
         seed: Seed of sampled labels.
@@ -158,7 +158,7 @@ def estimate_factors(
         keep_covariance: Store the raw covariance sums too.
         save_minutes: How often each worker saves the state of a pass under `output`; 0: after
             every step; None: never.
-        overwrite: Replace a factor store in `output` that cannot be gone on with, finished or of
+        overwrite: Replace a factor store in `output` that cannot be resumed, finished or of
             another run; it stays as it is until something of the new one is on the disk.
         progress: Show progress on worker 0.
         task: What the model is asked, and what its loss is: `MaskedLM()`,

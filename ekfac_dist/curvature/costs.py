@@ -16,7 +16,7 @@ MAX_BLOCKS = 8
 # Tokens in a step for each thread of a CPU. Two threads: 2,048 and 4,096 take the same time (hidden
 # 768, MLP 2048), 1,024 takes 3 % more, 512 takes 7 % more; and 2,048 take 1.9 GB instead of 2.9 GB.
 # Two workers of one thread are 1.9 times as fast as one with 1,024, 1.8 times with 2,048.
-STEP_OF_A_THREAD = 1024
+TOKENS_PER_THREAD = 1024
 
 
 def block_rows(size: int) -> int:
@@ -34,10 +34,10 @@ def step_tokens(batch_tokens: int, device: torch.device, threads: int | None = N
     """
     if device.type != "cpu":
         return batch_tokens
-    return min(batch_tokens, STEP_OF_A_THREAD * (threads or torch.get_num_threads()))
+    return min(batch_tokens, TOKENS_PER_THREAD * (threads or torch.get_num_threads()))
 
 
-def rotates_input_rows(num_rows: int, num_sequences: int, output_sizes: Sequence[int]) -> bool:
+def rotates_inputs(num_rows: int, num_sequences: int, output_sizes: Sequence[int]) -> bool:
     """Whether rotating the rows of a shared input costs less than rotating each module's matrix.
 
     Args:
@@ -48,7 +48,7 @@ def rotates_input_rows(num_rows: int, num_sequences: int, output_sizes: Sequence
     return num_rows <= num_sequences * sum(output_sizes)
 
 
-def rotates_output_rows(num_rows: int, num_sequences: int, input_size: int) -> bool:
+def rotates_output_gradients(num_rows: int, num_sequences: int, input_size: int) -> bool:
     """Whether rotating the rows of an output gradient costs less than rotating the matrix.
 
     Args:

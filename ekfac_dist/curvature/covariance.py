@@ -42,7 +42,7 @@ def add_outer_products_(sum_nn: Tensor, rows_Mi: Tensor, *, bias: bool) -> None:
         sum_nn[size, size] += num_rows
 
 
-def outer_product_rows_of_term(sizes: Iterable[int], device: torch.device) -> int:
+def outer_product_positions_per_term(sizes: Iterable[int], device: torch.device) -> int:
     """How many rows `add_outer_products_` adds to an element of any of some sums as one term.
 
     Args:
@@ -53,7 +53,7 @@ def outer_product_rows_of_term(sizes: Iterable[int], device: torch.device) -> in
         ((size - 1) % block_rows(size) + 1 for size in sizes if size),  # rows of the last block row
         default=1,
     )
-    return long_sums.rows_of_term(narrowest, device)
+    return long_sums.positions_per_term(narrowest, device)
 
 
 @cache

@@ -51,20 +51,20 @@ class LongSums(ABC):
     def _parts(self, name: str) -> list[Tensor]:
         """Views of the parts of a running sum that are summed."""
 
-    def shares(self, name: str, number: int, of_term: int = 1) -> Iterator[slice]:
+    def chunks(self, name: str, number: int, per_term: int = 1) -> Iterator[slice]:
         """Cuts what a sum is to take in where it has to be flushed; who iterates adds each share.
 
         Args:
             name: The sum.
             number: Rows, or sequences.
-            of_term: How many of them make a term; the last term of a share may have fewer.
+            per_term: How many of them make a term; the last term of a share may have fewer.
         """
         start = 0
         while start < number:
-            room = of_term * (self._flush_after - self.num_added[name])
+            room = per_term * (self._flush_after - self.num_added[name])
             share = slice(start, min(number, start + room))
             yield share
-            self.num_added[name] += -(-(share.stop - start) // of_term)
+            self.num_added[name] += -(-(share.stop - start) // per_term)
             if self.num_added[name] >= self._flush_after:
                 self._flush(name)
             start = share.stop
@@ -82,7 +82,7 @@ class LongSums(ABC):
 
     # -- what is saved of them ---------------------------------------------------------------------
 
-    def pieces(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Tensor]:
         """All that is summed so far, of both levels, by names that only this class reads."""
         first = {
             f"{name}/{number}": part
@@ -91,7 +91,7 @@ class LongSums(ABC):
         }
         return first | self._second
 
-    def take_up(self, piece: str, saved: Tensor) -> None:
+    def restore(self, piece: str, saved: Tensor) -> None:
         """Sets a piece of either level to what was saved of it."""
         rows = self._rows(piece, len(saved))
         if piece.startswith(SECOND):
@@ -121,7 +121,7 @@ class LongSums(ABC):
         return self._second[piece]
 
 
-def rows_of_term(side: int, device: torch.device) -> int:
+def positions_per_term(side: int, device: torch.device) -> int:
     """How many rows of a product are added to a running sum as one term.
 
     Args:

@@ -79,7 +79,7 @@ class SequenceGradients:
             start = rows.stop
 
 
-def multiplied_out(
+def query_matrices(
     left_QOr: Tensor, right_QIr: Tensor, scratch: ScratchBuffer
 ) -> Iterator[tuple[slice, Tensor]]:
     """U Vᵀ of every query, a few at a time.

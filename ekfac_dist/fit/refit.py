@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ekfac_dist.curvature import long_sums
 from ekfac_dist.curvature.blocks import Blocks, rotate_rows
-from ekfac_dist.curvature.costs import rotates_input_rows, rotates_output_rows
+from ekfac_dist.curvature.costs import rotates_inputs, rotates_output_gradients
 from ekfac_dist.curvature.refit import add_position_squares_, add_sequence_squares_
 from ekfac_dist.data.batches import Positions
 from ekfac_dist.fit.eigenbasis import Basis
@@ -71,7 +71,7 @@ class LambdaSums(long_sums.LongSums):
         acts = self._acts[module.input]
         vectors_OO = self._bases[module.output].eigenvectors
         vectors_II = self._bases[module.input].eigenvectors
-        rotates_output = self._per_token or rotates_output_rows(
+        rotates_output = self._per_token or rotates_output_gradients(
             batch.num_positions, len(batch.lengths), module.input_size
         )
         if rotates_output:
@@ -93,8 +93,8 @@ class LambdaSums(long_sums.LongSums):
 
     def _add_positions(self, module: TrackedModule, acts_MI: Tensor, rows_MO: Tensor) -> None:
         lambda_OI = self.sums[module.name]
-        of_term = long_sums.rows_of_term(min(lambda_OI.shape), lambda_OI.device)
-        for rows in self.shares(module.name, len(rows_MO), of_term):
+        per_term = long_sums.positions_per_term(min(lambda_OI.shape), lambda_OI.device)
+        for rows in self.chunks(module.name, len(rows_MO), per_term):
             add_position_squares_(lambda_OI, acts_MI[rows], rows_MO[rows])
 
     def _add_sequences(
@@ -106,7 +106,7 @@ class LambdaSums(long_sums.LongSums):
         **bases: Blocks | None,
     ) -> None:
         ends = list(itertools.accumulate(lengths, initial=0))
-        for some in self.shares(module.name, len(lengths)):
+        for some in self.chunks(module.name, len(lengths)):
             rows = slice(ends[some.start], ends[some.stop])
             add_sequence_squares_(
                 self.sums[module.name],
@@ -119,7 +119,7 @@ class LambdaSums(long_sums.LongSums):
 
     def _rotates_input(self, factor: str, batch: Positions) -> bool:
         sizes = [module.num_outputs for module in self._readers[factor]]
-        return self._per_token or rotates_input_rows(batch.num_positions, len(batch.lengths), sizes)
+        return self._per_token or rotates_inputs(batch.num_positions, len(batch.lengths), sizes)
 
     def _parts(self, name: str) -> list[Tensor]:
         return [self.sums[name]]

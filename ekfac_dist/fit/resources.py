@@ -13,7 +13,7 @@ import torch
 from ekfac_dist.config import FactorsConfig
 from ekfac_dist.curvature import covariance, long_sums
 from ekfac_dist.curvature.blocks import block_sizes, num_elements
-from ekfac_dist.curvature.costs import block_rows, rotates_input_rows, rotates_output_rows
+from ekfac_dist.curvature.costs import block_rows, rotates_inputs, rotates_output_gradients
 from ekfac_dist.curvature.eigenbasis import workspace_bytes
 from ekfac_dist.fit.groups import partition
 from ekfac_dist.models.capture.saved_tensors import StepMemory
@@ -55,12 +55,12 @@ class WorkerShare:
     sequences: int
     positions: int
 
-    def is_long(self, of_term: int) -> bool:
+    def is_long(self, per_term: int) -> bool:
         """Whether products of so many rows a term make enough terms for a flush.
 
         A step's last term may have fewer rows.
         """
-        return self.positions / of_term + self.steps >= long_sums.FLUSH_AFTER
+        return self.positions / per_term + self.steps >= long_sums.FLUSH_AFTER
 
 
 @dataclass(frozen=True)
@@ -234,12 +234,12 @@ def _second_levels(
     for factor, size in factor_sizes(group).items():
         columns = block_sizes(size, factors.blocks)
         columns[-1] -= factor in with_bias
-        of_term = covariance.outer_product_rows_of_term(columns, device)
-        levels["covariance"] += itemsize * _summed(size, factors.blocks) * share.is_long(of_term)
+        per_term = covariance.outer_product_positions_per_term(columns, device)
+        levels["covariance"] += itemsize * _summed(size, factors.blocks) * share.is_long(per_term)
     for module in group:
         if factors.refit == "per_token":
             sides = (module.num_outputs, module.input_size)
-            is_long = share.is_long(long_sums.rows_of_term(min(sides), device))
+            is_long = share.is_long(long_sums.positions_per_term(min(sides), device))
         else:
             is_long = factors.refit != "none" and share.sequences >= long_sums.FLUSH_AFTER
         levels["refit"] += itemsize * module.num_outputs * module.input_size * is_long
@@ -368,11 +368,11 @@ def _refit_pairs(
         tokens = num_tokens * routed.get(members[0].name, 1.0)
         size, outputs = members[0].input_size, [m.num_outputs for m in members]
         rows = math.ceil(tokens)
-        by_rows = per_token or rotates_input_rows(rows, 1, outputs)
+        by_rows = per_token or rotates_inputs(rows, 1, outputs)
         squares = num_elements(size, factors.blocks)
         pairs += (tokens if by_rows else sum(outputs)) * squares
         for num_outputs in outputs:
-            by_rows = per_token or rotates_output_rows(rows, 1, size)
+            by_rows = per_token or rotates_output_gradients(rows, 1, size)
             squares = num_elements(num_outputs, factors.blocks)
             pairs += (tokens if by_rows else size) * squares + tokens * num_outputs * size
     return pairs

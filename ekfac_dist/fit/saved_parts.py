@@ -34,10 +34,10 @@ class Sums(Protocol):
     def state(self) -> Mapping[str, Tensor]:
         """All that is summed so far, by name."""
 
-    def restore(self, piece: str, saved: Tensor) -> None:
+    def restore(self, key: str, saved: Tensor) -> None:
         """Sets a piece to what was saved of it."""
 
-    def add(self, piece: str, saved: Tensor) -> None:
+    def add(self, key: str, saved: Tensor) -> None:
         """Adds a saved piece of other sums of the same."""
 
 

@@ -65,8 +65,8 @@ function markOf(character) {
 
 const KEPT = { "\n": "\n", "\t": "\t" }; // also written after their mark, to keep the layout
 
-// Nodes of a text with marks for its invisible characters. With `inline`, line ends and tabs are only
-// marks.
+// Nodes of a text with marks for its invisible characters. With `inline`, line ends and tabs are
+// replaced by their marks.
 function visible(text, inline = false) {
   const nodes = [];
   let end = 0;

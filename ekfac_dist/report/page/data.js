@@ -8,8 +8,8 @@ const decoded = new Map();
 const KEPT_DECODED = 16;
 
 // The arrays of a pair (its index in `data.pairs`): token scores [L], module scores, layer scores,
-// and a function of (layer, token) that returns their score. Null for null, a sequence without token
-// scores.
+// and a function of (layer, token) that returns their score. Null for null, a sequence without
+// token scores.
 function detailsOf(pair) {
   if (pair === null) return null;
   if (decoded.has(pair)) return decoded.get(pair);

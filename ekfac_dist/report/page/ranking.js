@@ -149,8 +149,8 @@ function excerpt(tokens, detail) {
   ];
 }
 
-// The first `size` characters of the joined tokens from index `from` on, or the last ones of reversed
-// tokens; `cut` says whether there are more.
+// The first `size` characters of the joined tokens from index `from` on, or the last ones of
+// reversed tokens; `cut` says whether there are more.
 function ends(tokens, from, size, reversed = false) {
   const found = [];
   let length = 0;

@@ -17,15 +17,15 @@ from torch import Tensor
 Blocks = Sequence[Tensor]
 
 
-def block_sizes(size: int, number: int) -> list[int]:
+def block_sizes(size: int, num_blocks: int) -> list[int]:
     """Sizes of a factor's blocks. They differ by at most 1, larger ones first; none is empty.
 
     Args:
         size: n, the size of the factor.
-        number: B, the number of blocks; where n < B there are n blocks of size 1.
+        num_blocks: B; where n < B there are n blocks of size 1.
     """
-    number = min(number, size)
-    return [size // number + (k < size % number) for k in range(number)]
+    num_blocks = min(num_blocks, size)
+    return [size // num_blocks + (k < size % num_blocks) for k in range(num_blocks)]
 
 
 def bounds(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -36,9 +36,9 @@ def bounds(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
         start += size
 
 
-def num_elements(size: int, number: int) -> int:
+def num_elements(size: int, num_blocks: int) -> int:
     """Number of elements of all blocks of a factor together; arguments as for `block_sizes`."""
-    return sum(n**2 for n in block_sizes(size, number))
+    return sum(n**2 for n in block_sizes(size, num_blocks))
 
 
 def rotate_rows(
@@ -94,9 +94,9 @@ def _multiply_from_left(blocks: Blocks, matrix_OX: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
 
-def on(basis: Blocks, *where: Any) -> list[Tensor]:
-    """The blocks, each after `Tensor.to(*where)`; blocks already there are not copied."""
-    return [block.to(*where) for block in basis]
+def on(basis: Blocks, *target: Any) -> list[Tensor]:
+    """The blocks on a device or in a dtype, by `Tensor.to(*target)`; copied only if necessary."""
+    return [block.to(*target) for block in basis]
 
 
 def dense(basis: Blocks) -> Tensor:

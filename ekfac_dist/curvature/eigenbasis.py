@@ -125,8 +125,8 @@ def decompose(name: str, sum_nn: Tensor, count: int, device: torch.device) -> Ei
         zeros = torch.zeros(size, dtype=torch.float64)
         return Eigenbasis(torch.eye(size, dtype=torch.float64), zeros, 0.0, 0.0, 0.0, 0)
     if size == 1:
-        one = torch.ones(1, 1, dtype=torch.float64)
-        return Eigenbasis(one, matrix[0].clamp(min=0), 0.0, 0.0, 0.0, 0)
+        identity = torch.ones(1, 1, dtype=torch.float64)
+        return Eigenbasis(identity, matrix[0].clamp(min=0), 0.0, 0.0, 0.0, 0)
     matrix.div_(scale)
 
     other_device = torch.device("cpu")

@@ -22,7 +22,8 @@ from torch import Tensor
 # Terms between two flushes; tests/curvature/test_long_sums.py simulates the errors. Squares of
 # Gaussians come out 1e-7 low, terms with heavy tails (fourth powers of Gaussians, log-normal ones
 # with σ = 3) 1e-6; equal terms, which are all rounded alike, are off by 3e-5, by 6e-5 at most.
-# With fewer, shorter runs would hold a second level, and a GPU's bus would have more to carry.
+# With fewer terms, shorter runs would need a second level, and more would be copied between a GPU
+# and the host's memory.
 FLUSH_AFTER = 4096
 
 # Positions that matrix multiplication sums before it adds them to a running sum as one term. A GPU

@@ -197,9 +197,9 @@ def _train(
     model: LlamaForCausalLM, batches: Iterator[Tensor], schedule: _Schedule, show_progress: bool
 ) -> None:
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
         lr=schedule.learning_rate,
         betas=(0.9, 0.95),
     )

@@ -141,7 +141,7 @@ class Recording:
             for linear in linear_modules(module).values():
                 # Before all other hooks, which may replace the linear map's output.
                 handles.append(
-                    linear.register_forward_hook(self._hook, with_kwargs=True, prepend=True)
+                    linear.register_forward_hook(self._observe_hook, with_kwargs=True, prepend=True)
                 )
             yield
         finally:
@@ -200,5 +200,5 @@ class Recording:
         """How many calls of a linear map take gradients, within the last call of `func`."""
         return sum(call.module is module and call.edge is not None for call in self.linear_calls)
 
-    def _hook(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+    def _observe_hook(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         return self.observe(module, only_input(args, kwargs), output)

@@ -36,8 +36,10 @@ def answer_tables(path: str) -> str:
                 lines += [name, _sequences_table(shown), *_notes(shown), ""]
     if len(queries) > _QUERIES_SHOWN:
         lines += [f"… and {len(queries) - _QUERIES_SHOWN} more rows of scores", ""]
-    took = f"took          {manifest['seconds']:.1f} s on {_count(manifest['workers'], 'worker')}"
-    return "\n".join([*lines, *meaning(manifest), took, f"results       {visible(path)}"])
+    duration = (
+        f"took          {manifest['seconds']:.1f} s on {_count(manifest['workers'], 'worker')}"
+    )
+    return "\n".join([*lines, *meaning(manifest), duration, f"results       {visible(path)}"])
 
 
 def meaning(manifest: dict[str, Any]) -> list[str]:
@@ -52,7 +54,7 @@ def meaning(manifest: dict[str, Any]) -> list[str]:
 def _meaning_lines(manifest: dict[str, Any]) -> list[str]:
     factors, damping, scan = manifest["factors"], manifest["damping"], manifest["scan"]
     unit = " · mean(Λ) of each module" if damping["kind"] == "relative" else ", absolute"
-    others = ", ".join(f"{name}: {value}" for name, value in damping["modules"].items())
+    module_values = ", ".join(f"{name}: {value}" for name, value in damping["modules"].items())
     lines = [
         f"sign          {manifest['scores']['sign']}",
         f"scale         {manifest['scores']['scale']}",
@@ -60,7 +62,7 @@ def _meaning_lines(manifest: dict[str, Any]) -> list[str]:
         f"normalised    {manifest['scores']['normalize']}",
         f"fisher        {factors['fisher']} (labels: {factors['labels']}), refit: "
         f"{factors['refit']}, fitted on {factors['num_sequences']} sequences",
-        f"damping       {damping['value']}{unit}{f'; {others}' if others else ''}",
+        f"damping       {damping['value']}{unit}{f'; {module_values}' if module_values else ''}",
         *(f"model differs {sentence}" for sentence in manifest["model"].get("differs", ())),
         *(f"not compared  {sentence}" for sentence in manifest["model"].get("not_compared", ())),
     ]
@@ -93,10 +95,10 @@ def _count(number: int, noun: str) -> str:
 
 def _mean(values: list[float | None]) -> str:
     """Mean and minimum of the values that are not None, as text."""
-    known = [value for value in values if value is not None]
-    if not known:
+    numbers = [value for value in values if value is not None]
+    if not numbers:
         return "not known"
-    return f"{sum(known) / len(known):.3f} (least {min(known):.3f})"
+    return f"{sum(numbers) / len(numbers):.3f} (least {min(numbers):.3f})"
 
 
 def _query_heading(query: dict[str, Any]) -> list[str]:

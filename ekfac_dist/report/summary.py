@@ -22,8 +22,8 @@ def opening_lines(workers: Sequence[tuple[str, str, int]], backend: str) -> list
     """
     number = len(workers)
     lines = [f"workers       {number}, backend {backend}"]
-    for (host, device, threads), times in Counter(workers).items():
-        count = f"{times} × " if times > 1 else ""
+    for (host, device, threads), num_equal in Counter(workers).items():
+        count = f"{num_equal} × " if num_equal > 1 else ""
         lines.append(f"  on {host}: {count}{device}, {threads} thread{'s' * (threads > 1)}")
     return lines
 
@@ -100,8 +100,8 @@ def _memory_table(plan: Plan) -> str:
         "kept by the allocator": memory.retained,
     }
     if any(memory.second_levels.values()):
-        where = "" if memory.on_cpu else ", in the host's memory"
-        parts[f"second level of sums{where}"] = max(memory.second_levels.values())
+        place = "" if memory.on_cpu else ", in the host's memory"
+        parts[f"second level of sums{place}"] = max(memory.second_levels.values())
     rows = [[name, as_text(size)] for name, size in parts.items()]
     rows += [[f"at once, {stage}", as_text(size)] for stage, size in memory.passes.items()]
     return table(["memory of a worker", "bytes"], rows)

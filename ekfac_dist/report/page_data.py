@@ -38,8 +38,8 @@ class Ranked:
     Attributes:
         index: Index of the sequence in the data.
         score: The score that the list is sorted by, normalised if the run normalises.
-        share: The score's share of the sum of all the query's scores of the same sign; None where
-            that sum is zero.
+        share: The score divided by the sum of all the query's scores of its sign, with its sign;
+            after a scan, by the sum of the scan's scores, and None where that sum is zero.
         nats: The score in nats, to first order; None without the training set's size.
         note: Why the value in nats is impossible; None where it is possible.
         scan_score: Score in the low-rank scan, if sequences were scored again exactly after it.
@@ -66,9 +66,9 @@ class PageQuery:
         bottom: The most negative sequences.
         distribution: Distribution of all scores; of the scan's scores if there was a scan.
         spearman: Rank correlation of the scan's scores with exact scores, over sequences evenly
-            spread over the data; None without a scan.
+            spread over the data; None without a scan, or where it is not defined.
         overlap: Share of the exact lists that the scan's own lists contain, among the sequences
-            scored again; None where it is not informative.
+            scored again; None where no more sequences were scored again than are listed.
     """
 
     group: str | None

@@ -1,26 +1,27 @@
-"""Every error that a user can cause or mend, each raised with one whole sentence.
+"""Every error that a user can cause or fix.
 
-A message says what was wrong, what was given and what would do. The command line prints it without
-a traceback and exits with the error's status. Anything that is not a `UserError` is a defect of
-this package and keeps its traceback.
+A message is a whole sentence that says what was wrong, what was given and what would work. The
+command line prints it without a traceback and exits with the error's status. Anything that is not a
+`UserError` is a defect of this package and keeps its traceback.
 """
 
+# Exit statuses of a program: for a fault that the user can fix, and for a defect.
 MENDABLE = 2
 DEFECT = 1
 
 
 class UserError(Exception):
-    """A fault that the user can mend; its text is a sentence meant for them.
+    """A fault that the user can fix; its message is a sentence meant for them.
 
     Attributes:
-        status: The exit status of a program that it ends.
+        status: The exit status of a program that ends with it.
     """
 
     status = MENDABLE
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration or argument that cannot be what was meant."""
+    """A configuration or argument with an impossible value."""
 
 
 class ModelError(UserError):
@@ -28,7 +29,7 @@ class ModelError(UserError):
 
 
 class DataError(UserError):
-    """Data that cannot be read, or that holds nothing to learn from."""
+    """Data that cannot be read, or that has no usable sequence."""
 
 
 class OutputError(UserError):
@@ -36,11 +37,11 @@ class OutputError(UserError):
 
 
 class StoreError(UserError):
-    """A factor store that is missing, incomplete, damaged or of another model."""
+    """A directory of factors or results that is missing, incomplete, damaged or does not fit."""
 
 
 class NonFiniteError(UserError):
-    """NaN or infinity in an activation, a gradient or a factor."""
+    """NaN or infinity in an activation, a gradient, a loss or a factor."""
 
 
 class DecompositionError(UserError):
@@ -48,15 +49,15 @@ class DecompositionError(UserError):
 
 
 class LaunchError(UserError):
-    """Workers that were not started as the launcher's settings say."""
+    """Workers that were not started as the launcher's settings say, or not with equal settings."""
 
 
 class PeerError(UserError):
     """Another worker failed, and this one ends with it.
 
     Args:
-        message: Which worker, and the cause where it is known.
-        status: The cause's; 1 for a defect or a worker that was lost.
+        message: Which worker failed, and why where that is known.
+        status: The exit status of the failed worker; 1 for a defect or a lost worker.
     """
 
     def __init__(self, message: str, *, status: int = DEFECT) -> None:
@@ -65,16 +66,16 @@ class PeerError(UserError):
 
 
 class Preempted(UserError):
-    """A run that SIGTERM ended, after what it had done was stored; it can go on."""
+    """A run that SIGTERM ended after its progress was stored, so that it can be resumed."""
 
     status = 128 + 15
 
 
 def status_of(error: BaseException) -> int:
-    """The exit status of a program that an error ends."""
+    """The exit status of a program that ends with an error."""
     return error.status if isinstance(error, UserError) else DEFECT
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error, without its full stop, to be quoted in ours."""
+    """First line of another library's error without its full stop, for quoting in a message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

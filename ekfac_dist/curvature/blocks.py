@@ -1,9 +1,10 @@
-"""Block-diagonal factors: n coordinates as B blocks on the diagonal (Grosse et al. 2023, app. A).
+"""Block-diagonal factors: n coordinates cut into B diagonal blocks (Grosse et al. 2023, app. A).
 
     n = 10, B = 3      0 1 2 3 | 4 5 6 | 7 8 9
 
-What is between blocks is neither summed nor kept, so a factor takes 1/B of the memory and its
-decomposition 1/B² of the time. The bias coordinate is the last, and so in the last block.
+Covariances between coordinates of different blocks are neither summed nor stored, so a factor takes
+1/B of the memory and its decomposition 1/B² of the time. The bias coordinate is the last one, so it
+lies in the last block.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,44 +13,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# A block-diagonal matrix [n, n] as its square diagonal blocks, first to last.
 Blocks = Sequence[Tensor]
 
 
-def block_sizes(size: int, number: int) -> list[int]:
-    """Sizes of the blocks of a factor: about equal, the larger ones first; none is empty.
+def block_sizes(size: int, num_blocks: int) -> list[int]:
+    """Sizes of a factor's blocks. They differ by at most 1, larger ones first; none is empty.
 
     Args:
-        size: n.
-        number: B; a factor that is smaller has a block for each coordinate.
+        size: n, the size of the factor.
+        num_blocks: B; where n < B there are n blocks of size 1.
     """
-    number = min(number, size)
-    return [size // number + (k < size % number) for k in range(number)]
+    num_blocks = min(num_blocks, size)
+    return [size // num_blocks + (k < size % num_blocks) for k in range(num_blocks)]
 
 
 def bounds(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Where each block begins and ends."""
+    """First coordinate of each block and the coordinate after its last."""
     start = 0
     for size in sizes:
         yield start, start + size
         start += size
 
 
-def num_elements(size: int, number: int) -> int:
-    """Numbers in all blocks of a factor."""
-    return sum(n**2 for n in block_sizes(size, number))
+def num_elements(size: int, num_blocks: int) -> int:
+    """Number of elements of all blocks of a factor together; arguments as for `block_sizes`."""
+    return sum(n**2 for n in block_sizes(size, num_blocks))
 
 
 def rotate_rows(
     rows_Mi: Tensor, basis: Blocks, *, bias: bool = False, last: Tensor | None = None
 ) -> Tensor:
-    """Rows in the eigenbasis: x Q.
+    """X Q: each row of a matrix expressed in the eigenbasis.
 
     Args:
-        rows_Mi: Rows [..., M, i], in the eigenvectors' dtype; [M, i] where n = i + 1.
-        basis: The blocks of Q, n in all, eigenvectors in columns; n = i, or i + 1 where the bias
-            coordinate is left out of the rows.
-        bias: Whether x is the row with a 1 appended (which is never built).
-        last: The bias coordinate of each row [M, 1], if it is no 1.
+        rows_Mi: X without its bias coordinate [..., M, i], in the eigenvectors' dtype. Where
+            n = i + 1 it must have two dimensions.
+        basis: The blocks of Q, of size n together, eigenvectors in columns; n is i, or i + 1 where
+            the bias coordinate is left out of `rows_Mi`.
+        bias: Whether a 1 is appended to each row. The longer rows are never built.
+        last: The bias coordinate of each row [M, 1], if it is something other than 1.
 
     Returns:
         [..., M, n].
@@ -69,20 +72,20 @@ def rotate_rows(
 
 def rotate_columns(matrix_OX: Tensor, basis: Blocks) -> Tensor:
     """Qᵀ V for a matrix V [..., O, X], block by block."""
-    return _from_left([block.T for block in basis], matrix_OX)
+    return _multiply_from_left([block.T for block in basis], matrix_OX)
 
 
 def rotate_columns_back(matrix_OX: Tensor, basis: Blocks) -> Tensor:
     """Q V for a matrix V [..., O, X], block by block."""
-    return _from_left(basis, matrix_OX)
+    return _multiply_from_left(basis, matrix_OX)
 
 
 def rotate_rows_back(rows_Mn: Tensor, basis: Blocks) -> Tensor:
-    """Rows out of the eigenbasis: x Qᵀ for x [..., M, n], block by block."""
+    """X Qᵀ for a matrix X [..., M, n], block by block: undoes `rotate_rows`."""
     return rotate_rows(rows_Mn, [block.T for block in basis])
 
 
-def _from_left(blocks: Blocks, matrix_OX: Tensor) -> Tensor:
+def _multiply_from_left(blocks: Blocks, matrix_OX: Tensor) -> Tensor:
     places = bounds([len(block) for block in blocks])
     parts = [
         block @ matrix_OX[..., start:end, :]
@@ -91,11 +94,11 @@ def _from_left(blocks: Blocks, matrix_OX: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
 
-def on(basis: Blocks, *where: Any) -> list[Tensor]:
-    """The blocks where `Tensor.to` would have each; copies only what is not there already."""
-    return [block.to(*where) for block in basis]
+def on(basis: Blocks, *target: Any) -> list[Tensor]:
+    """The blocks on a device or in a dtype, by `Tensor.to(*target)`; copied only if necessary."""
+    return [block.to(*target) for block in basis]
 
 
 def dense(basis: Blocks) -> Tensor:
-    """The blocks as one matrix [n, n], zero between them."""
+    """The block-diagonal matrix [n, n], with zeros outside the blocks."""
     return basis[0] if len(basis) == 1 else torch.block_diag(*basis)

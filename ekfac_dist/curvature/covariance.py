@@ -1,8 +1,12 @@
-"""Running sums Σ x xᵀ, by their lower triangle.
+"""Running sums Σ x xᵀ, of which only the lower triangle is computed.
 
-A covariance is symmetric, so only block rows on and below the diagonal are multiplied: with k
-blocks that is (k + 1) / 2k of the full product's operations. The upper triangle of a running sum is
-meaningless until `mirror_` fills it, once, at the end.
+A covariance is symmetric, so each block row is multiplied only up to its diagonal block: with k
+block rows that takes (k + 1) / 2k of the full product's operations. The upper triangle of a running
+sum is meaningless until `mirror_` fills it, once, at the end.
+
+    k = 3      ■ · ·      ■ computed
+               ■ ■ ·      · copied by `mirror_`
+               ■ ■ ■
 """
 
 from collections.abc import Iterable
@@ -15,61 +19,64 @@ from ekfac_dist.curvature import long_sums
 from ekfac_dist.curvature.costs import block_rows
 
 
-def add_outer_products_(sum_nn: Tensor, rows_Mi: Tensor, *, bias: bool) -> None:
+def add_outer_products_(sum_nn: Tensor, vectors_Mi: Tensor, *, bias: bool) -> None:
     """Adds Σ_m x_m x_mᵀ to the lower triangle of a running sum, in place.
 
     Args:
         sum_nn: Running sum [n, n], float32 or float64; n = i, or i + 1 with a bias.
-        rows_Mi: Rows [M, i]; converted to the sum's dtype, or multiplied as if they were.
-        bias: Whether x is the row with a 1 appended. The 1 is never built: its products are the
-            rows' sum and their number.
+        vectors_Mi: The vectors at each position [M, i], of any float dtype; their products are
+            computed in the sum's dtype.
+        bias: Whether x is the vector with a 1 appended. The longer vectors are never built: the
+            products with the 1 are the vectors' sum, and M.
     """
-    num_rows, size = rows_Mi.shape
-    wide = rows_Mi.dtype != sum_nn.dtype == torch.float32
-    wide = wide and multiplies_wide(rows_Mi.device, rows_Mi.dtype)
+    num_positions, size = vectors_Mi.shape
+    wide = vectors_Mi.dtype != sum_nn.dtype == torch.float32
+    wide = wide and multiplies_wide(vectors_Mi.device, vectors_Mi.dtype)
     if not wide:
-        rows_Mi = rows_Mi.to(sum_nn.dtype)
+        vectors_Mi = vectors_Mi.to(sum_nn.dtype)
     step = block_rows(size)
     for start in range(0, size, step):
         end = min(start + step, size)
-        left, right, block = rows_Mi[:, start:end].T, rows_Mi[:, :end], sum_nn[start:end, :end]
+        left, right = vectors_Mi[:, start:end].T, vectors_Mi[:, :end]
+        block = sum_nn[start:end, :end]
         if wide:
             block.add_(torch.mm(left, right, out_dtype=torch.float32))
         else:
             block.addmm_(left, right)
     if bias:
-        sum_nn[size, :size] += rows_Mi.sum(0, dtype=sum_nn.dtype)
-        sum_nn[size, size] += num_rows
+        sum_nn[size, :size] += vectors_Mi.sum(0, dtype=sum_nn.dtype)
+        sum_nn[size, size] += num_positions
 
 
-def outer_product_rows_of_term(sizes: Iterable[int], device: torch.device) -> int:
-    """How many rows `add_outer_products_` adds to an element of any of some sums as one term.
+def outer_product_positions_per_term(sizes: Iterable[int], device: torch.device) -> int:
+    """How many positions `add_outer_products_` adds to an element of a sum as one term.
 
     Args:
-        sizes: Columns of the rows of each sum.
+        sizes: i of each sum; the smallest number of positions of any of them counts.
         device: Where the sums are.
     """
     narrowest = min(
         ((size - 1) % block_rows(size) + 1 for size in sizes if size),  # rows of the last block row
         default=1,
     )
-    return long_sums.rows_of_term(narrowest, device)
+    return long_sums.positions_per_term(narrowest, device)
 
 
 @cache
 def multiplies_wide(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a device gives products of 16-bit matrices in float32, with nothing rounded before.
+    """Whether a device multiplies 16-bit matrices into float32 without rounding in between.
 
-    A product of two 16-bit numbers is exact in float32, so this is the same sum as that of the
-    converted rows, at the speed of the 16-bit product. It is tried, once.
+    The product of two 16-bit values is exact in float32, so such a product equals that of the
+    matrices converted to float32, at the speed of the 16-bit one. Found out by one small product
+    for each device and dtype.
     """
-    one = 1 + torch.finfo(dtype).eps  # its square is not a number of this dtype
+    value = 1 + torch.finfo(dtype).eps  # its square is not representable in this dtype
     try:
-        rows = torch.full((16, 16), one, device=device, dtype=dtype)
-        product = torch.mm(rows.T, rows, out_dtype=torch.float32)
+        matrix = torch.full((16, 16), value, device=device, dtype=dtype)
+        product = torch.mm(matrix.T, matrix, out_dtype=torch.float32)
     except (RuntimeError, TypeError):  # no such kernel, or no such option
         return False
-    return bool((product == 16 * one**2).all())
+    return bool((product == 16 * value**2).all())
 
 
 def mirror_(sum_nn: Tensor) -> Tensor:

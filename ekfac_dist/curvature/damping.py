@@ -1,4 +1,4 @@
-"""How much is added to Λ before it is inverted: one number for each module."""
+"""Damping: the λ of each module that is added to its Λ before it is inverted."""
 
 import fnmatch
 import math
@@ -21,13 +21,13 @@ class Damping:
     §5.1.1, use.
 
     Args:
-        value: For every module that `modules` does not name; None if it must name all of them.
-        relative: Whether values are multiples of mean(Λ), or λ itself.
-        modules: Values for some modules, by name or glob; a name goes before globs, and the first
-            glob that matches before the others.
+        value: Value for every module that `modules` does not match; None if it matches all.
+        relative: Whether values are multiples of mean(Λ); if not, they are λ itself.
+        modules: Values by module name or glob. A module's own name takes precedence over globs;
+            among globs the first that matches counts.
 
     Raises:
-        ConfigError: A value is negative or no finite number.
+        ConfigError: If `modules` is no mapping, or a value is negative, not finite or no number.
     """
 
     value: float | None = DEFAULT
@@ -40,16 +40,22 @@ class Damping:
                 f"damping of modules is {self.modules!r}; it must give each a number, by name or "
                 "glob."
             )
-        given = [("damping", self.value)] if self.value is not None else []
-        given += [(f"damping of {name}", value) for name, value in self.modules.items()]
-        for what, value in given:
-            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or value < 0:
-                raise ConfigError(f"{what} is {value!r}; it must be a number of 0 or more.")
+        named_values = [("damping", self.value)] if self.value is not None else []
+        named_values += [(f"damping of {name}", value) for name, value in self.modules.items()]
+        for name, value in named_values:
+            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not is_number or not math.isfinite(value) or value < 0:
+                raise ConfigError(f"{name} is {value!r}; it must be a number of 0 or more.")
 
     @classmethod
     def of(cls, value: "float | Mapping[str, float] | Damping", relative: bool) -> "Damping":
-        """From a function's arguments: one value for all modules, or one for each."""
+        """The damping that a function's arguments ask for.
+
+        Args:
+            value: One value for all modules, a mapping of values by module name or glob, or a
+                `Damping`, which is returned unchanged.
+            relative: As for `Damping`.
+        """
         if isinstance(value, Damping):
             return value
         if isinstance(value, Mapping):
@@ -57,13 +63,13 @@ class Damping:
         return cls(value, relative)
 
     def require_used(self, names: Iterable[str]) -> None:
-        """Refuses a value that is no module's.
+        """Checks that every entry of `modules` matches a module.
 
         Args:
-            names: All modules.
+            names: Names of all tracked modules.
 
         Raises:
-            ConfigError: A name or glob of `modules` matches none of them.
+            ConfigError: If an entry matches none of them.
         """
         names = list(names)
         for glob in self.modules:
@@ -74,14 +80,14 @@ class Damping:
                 )
 
     def absolute(self, name: str, lambda_OI: Tensor) -> float:
-        """λ of one module.
+        """λ of one module, whether values are relative or absolute.
 
         Args:
             name: The module's name.
-            lambda_OI: Its Λ.
+            lambda_OI: The module's Λ.
 
         Raises:
-            ConfigError: There is no value for it.
+            ConfigError: If neither `modules` nor `value` has a value for the module.
         """
         value = self._value(name)
         return value * lambda_OI.double().mean().item() if self.relative else value

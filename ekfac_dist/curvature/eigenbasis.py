@@ -1,8 +1,12 @@
-"""The eigendecomposition of one factor, checked, with a ladder of retries.
+"""The eigendecomposition of one factor in float64, checked, and tried again if it fails.
 
-The ladder: finite check, symmetrise, trivial cases, scale, decompose in float64, check the result;
-on failure decompose the same matrix with its rows and columns reversed (the same problem by another
-path), then on another device; then `DecompositionError`.
+    sum / count ── finite? ── symmetrise ── zero or 1×1? ── scale ── decompose ── check
+                                                                        │ failed
+                              rows and columns reversed <───────────────┤
+                              on another device         <───────────────┤
+                              `DecompositionError`      <───────────────┘
+
+Reversing rows and columns gives the same eigenproblem, solved by other arithmetic.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,25 +17,26 @@ from torch import Tensor
 
 from ekfac_dist.errors import DecompositionError, NonFiniteError, first_line
 
-# LAPACK's 32-bit workspace size overflows here: measured, torch 2.13 CPU crashes the process.
+# Above this n LAPACK's 32-bit workspace size overflows: torch 2.13 was seen to crash the process.
 MAX_CPU_SIZE = 32_766
+# Largest residual, orthogonality and trace error of an accepted decomposition; see `Eigenbasis`.
 TOLERANCE = 1e-9
 
-# Rows of a decomposition's two products that are checked at a time.
+# Matrix rows of A − QΛQᵀ and QᵀQ − I that are computed at a time.
 _CHECKED_ROWS = 512
 
 
 @dataclass(frozen=True)
 class Eigenbasis:
-    """One factor's eigendecomposition and how good it is.
+    """Eigendecomposition A = QΛQᵀ of one factor, with its accuracy.
 
     Attributes:
-        eigenvectors: [n, n] float64, in columns.
-        eigenvalues: [n] float64, ascending, none negative.
-        residual: ‖A − QΛQᵀ‖ / ‖A‖, Frobenius; for an orthogonal Q it is ‖AQ − QΛ‖ / ‖A‖.
-        orthogonality: largest entry of |QᵀQ − I|.
+        eigenvectors: Q [n, n] float64, on the CPU, eigenvectors in columns.
+        eigenvalues: Diagonal of Λ [n] float64, ascending, none negative.
+        residual: ‖A − QΛQᵀ‖ / ‖A‖, Frobenius; for an orthogonal Q it equals ‖AQ − QΛ‖ / ‖A‖.
+        orthogonality: Largest entry of |QᵀQ − I|.
         trace_error: |Σλ − tr A| / tr A.
-        attempts: How many decompositions it took; 0 for a trivial case.
+        attempts: Number of decompositions that were tried; 0 for a zero or 1×1 factor.
     """
 
     eigenvectors: Tensor
@@ -43,31 +48,44 @@ class Eigenbasis:
 
     @property
     def checks(self) -> dict[str, float]:
-        """How good it is, by name."""
+        """The accuracy figures and the number of attempts, by name."""
         names = ("residual", "orthogonality", "trace_error", "attempts")
         return {name: getattr(self, name) for name in names}
 
 
 def header_of(checks: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """The worst of some decompositions' checks as strings, for a file's header."""
-    worst = {name: max(each[name] for each in checks) for name in checks[0]}
+    """The largest value of each check, as strings for the header of a file.
+
+    Args:
+        checks: `Eigenbasis.checks` of each block of a factor.
+    """
+    worst = {name: max(block[name] for block in checks) for name in checks[0]}
     attempts = str(int(worst.pop("attempts")))
     return {name: f"{value:.3e}" for name, value in worst.items()} | {"attempts": attempts}
 
 
 def workspace_bytes(size: int) -> int:
-    """Memory that one decomposition takes at its peak, beside the sum itself.
+    """Peak memory of one decomposition in bytes, without the sum that is decomposed.
 
-    A float64 copy, its eigenvectors, LAPACK's workspace of 2n² and more, the check's products.
+    It holds a float64 copy of the sum, the eigenvectors, LAPACK's workspace of 2n² elements and
+    more, and the products of the check.
+
+    Args:
+        size: n, the size of the factor.
     """
     return 6 * 8 * size**2
 
 
 def check_size(name: str, size: int, device: torch.device) -> None:
-    """Refuses a factor too large for the device's decomposition.
+    """Checks that a factor is not too large for the device.
+
+    Args:
+        name: The factor's name, for the error.
+        size: n, the size of the factor.
+        device: Where it is to be decomposed.
 
     Raises:
-        DecompositionError: n ≥ 32 767 on a CPU, where LAPACK would crash the process.
+        DecompositionError: If n ≥ 32 767 on a CPU, where LAPACK would crash the process.
     """
     if device.type == "cpu" and size > MAX_CPU_SIZE:
         raise DecompositionError(
@@ -77,24 +95,24 @@ def check_size(name: str, size: int, device: torch.device) -> None:
 
 
 def decompose(name: str, sum_nn: Tensor, count: int, device: torch.device) -> Eigenbasis:
-    """Decomposes sum / count.
+    """Decomposes the covariance sum / count in float64.
 
     Args:
         name: The factor's name, for errors.
-        sum_nn: Raw sum [n, n], whole (both triangles), any float dtype, on any device.
+        sum_nn: Raw sum [n, n] with both triangles filled, of any float dtype, on any device.
         count: Number of summed outer products, 1 or more.
-        device: Where to decompose first.
+        device: Where to decompose first; the last attempt uses another device where there is one.
 
     Returns:
-        Its eigenbasis, on the CPU.
+        The eigenbasis, on the CPU.
 
     Raises:
-        NonFiniteError: The sum holds NaN or infinity.
-        DecompositionError: Every attempt failed, or n is too large.
+        NonFiniteError: If the sum holds NaN or infinity.
+        DecompositionError: If no attempt reaches `TOLERANCE`, or n is too large for the device.
     """
     size = sum_nn.shape[0]
     check_size(name, size, device)
-    # The host's copy is kept: a failed call on a GPU can take the GPU's memory with it.
+    # The copy stays on the CPU: a failed call can leave a GPU's memory unusable.
     matrix = sum_nn.detach().to("cpu", torch.float64, copy=True)
     if not torch.isfinite(matrix).all():
         raise NonFiniteError(
@@ -107,29 +125,29 @@ def decompose(name: str, sum_nn: Tensor, count: int, device: torch.device) -> Ei
         zeros = torch.zeros(size, dtype=torch.float64)
         return Eigenbasis(torch.eye(size, dtype=torch.float64), zeros, 0.0, 0.0, 0.0, 0)
     if size == 1:
-        one = torch.ones(1, 1, dtype=torch.float64)
-        return Eigenbasis(one, matrix[0].clamp(min=0), 0.0, 0.0, 0.0, 0)
+        identity = torch.ones(1, 1, dtype=torch.float64)
+        return Eigenbasis(identity, matrix[0].clamp(min=0), 0.0, 0.0, 0.0, 0)
     matrix.div_(scale)
 
-    other = torch.device("cpu")
+    other_device = torch.device("cpu")
     if device.type == "cpu" and torch.cuda.is_available():
-        other = torch.device("cuda")
+        other_device = torch.device("cuda")
     failures: list[str] = []
-    for attempt, (where, backwards) in enumerate(
-        ((device, False), (device, True), (other, False)), start=1
+    for attempt, (tried_device, is_reversed) in enumerate(
+        ((device, False), (device, True), (other_device, False)), start=1
     ):
         try:
-            check_size(name, size, where)
-            values, vectors = _eigh(matrix, where, backwards)
+            check_size(name, size, tried_device)
+            values, vectors = _eigh(matrix, tried_device, is_reversed)
         except (RuntimeError, DecompositionError) as error:
-            failures.append(f"on {where}: {first_line(error)}")
+            failures.append(f"on {tried_device}: {first_line(error)}")
             continue
         checks = _check(matrix, values, vectors)
         if max(checks) <= TOLERANCE:
             return Eigenbasis(vectors.cpu(), values.cpu().clamp(min=0) * scale, *checks, attempt)
         failures.append(
-            f"on {where}: residual {checks[0]:.1e}, orthogonality {checks[1]:.1e}, trace error "
-            f"{checks[2]:.1e}, over {TOLERANCE:.0e}"
+            f"on {tried_device}: residual {checks[0]:.1e}, orthogonality {checks[1]:.1e}, "
+            f"trace error {checks[2]:.1e}, over {TOLERANCE:.0e}"
         )
     raise DecompositionError(
         f"The factor {name} (n = {size}) could not be decomposed: {'; '.join(failures)}. More data "
@@ -137,9 +155,9 @@ def decompose(name: str, sum_nn: Tensor, count: int, device: torch.device) -> Ei
     )
 
 
-def _eigh(matrix: Tensor, device: torch.device, backwards: bool) -> tuple[Tensor, Tensor]:
+def _eigh(matrix: Tensor, device: torch.device, is_reversed: bool) -> tuple[Tensor, Tensor]:
     on_device = matrix.to(device)
-    if not backwards:
+    if not is_reversed:
         values, vectors = torch.linalg.eigh(on_device)
         return values, vectors
     values, vectors = torch.linalg.eigh(on_device.flip((0, 1)))
@@ -149,12 +167,12 @@ def _eigh(matrix: Tensor, device: torch.device, backwards: bool) -> tuple[Tensor
 def _check(matrix: Tensor, values: Tensor, vectors: Tensor) -> tuple[float, float, float]:
     """Residual, orthogonality and trace error of a decomposition; NaN counts as infinite.
 
-    A − QΛQᵀ and QᵀQ − I are symmetric, so of each the lower half is computed, in block rows, which
-    need no matrix of the whole size.
+    A − QΛQᵀ and QᵀQ − I are symmetric, so only their lower triangles are computed, in block rows,
+    and no further [n, n] matrix is held.
     """
     matrix = matrix.to(vectors.device)
     size = len(values)
-    squares, off = values.new_zeros(()), values.new_zeros(())
+    squares, deviation = values.new_zeros(()), values.new_zeros(())
     for start in range(0, size, _CHECKED_ROWS):
         end = min(start + _CHECKED_ROWS, size)
         product = (vectors[start:end] * values) @ vectors[:end].T
@@ -162,11 +180,11 @@ def _check(matrix: Tensor, values: Tensor, vectors: Tensor) -> tuple[float, floa
         squares += 2 * square.sum() - square[:, start:].sum()
         gram = vectors[:, start:end].T @ vectors[:, :end]
         gram[:, start:].diagonal().sub_(1)
-        off = torch.maximum(off, gram.abs_().max())
+        deviation = torch.maximum(deviation, gram.abs_().max())
     trace = matrix.trace()
     trace_error = (values.sum() - trace).abs() / trace.abs().clamp(
         min=torch.finfo(trace.dtype).tiny
     )
-    checks = torch.stack([squares.sqrt() / matrix.norm(), off, trace_error])
+    checks = torch.stack([squares.sqrt() / matrix.norm(), deviation, trace_error])
     first, second, third = checks.nan_to_num(nan=torch.inf).tolist()
     return first, second, third

@@ -16,13 +16,13 @@ from ekfac_dist.errors import ConfigError
 def kfac_lambda(
     values_O: Tensor, values_I: Tensor, num_positions: int, num_sequences: int
 ) -> Tensor:
-    """Λ of plain K-FAC, M/N · λ_S λ_Aᵀ, in the scale of the refitted one.
+    """Λ of plain K-FAC, M/N · λ_S λ_Aᵀ, in the same scale as corrected eigenvalues.
 
     Args:
-        values_O: λ_S [O].
-        values_I: λ_A [I].
-        num_positions: M, positions counted.
-        num_sequences: N, sequences.
+        values_O: λ_S [O], eigenvalues of the output factor.
+        values_I: λ_A [I], eigenvalues of the input factor.
+        num_positions: M, the number of counted positions.
+        num_sequences: N, the number of sequences.
 
     Returns:
         [O, I], in the arguments' dtype.
@@ -41,13 +41,13 @@ def rotate_back(matrix_OI: Tensor, basis_OO: Blocks, basis_II: Blocks) -> Tensor
 
 
 def apply(matrix_OI: Tensor, basis_OO: Blocks, basis_II: Blocks, lambda_OI: Tensor) -> Tensor:
-    """E V.
+    """E V = Q_S [Λ ∘ (Q_Sᵀ V Q_A)] Q_Aᵀ.
 
     Args:
         matrix_OI: V [..., O, I], weight-shaped.
         basis_OO: The blocks of Q_S, eigenvectors in columns.
         basis_II: The blocks of Q_A, eigenvectors in columns.
-        lambda_OI: Λ.
+        lambda_OI: Λ [O, I].
 
     Returns:
         [..., O, I].
@@ -62,7 +62,7 @@ def solve(matrix_OI: Tensor, basis_OO: Blocks, basis_II: Blocks, damped_OI: Tens
         matrix_OI: V [..., O, I], weight-shaped.
         basis_OO: The blocks of Q_S, eigenvectors in columns.
         basis_II: The blocks of Q_A, eigenvectors in columns.
-        damped_OI: Λ + λ, from `damped`; not changed.
+        damped_OI: Λ + λ [O, I], from `damped`.
 
     Returns:
         [..., O, I].
@@ -71,18 +71,20 @@ def solve(matrix_OI: Tensor, basis_OO: Blocks, basis_II: Blocks, damped_OI: Tens
 
 
 def damped(lambda_OI: Tensor, damping: float) -> Tensor:
-    """Λ + λ, which can be divided by.
+    """Λ + λ, checked to be invertible.
 
     Args:
-        lambda_OI: Λ; not changed.
+        lambda_OI: Λ [O, I].
         damping: λ, absolute, 0 or more.
 
+    Returns:
+        [O, I], a new tensor.
+
     Raises:
-        ConfigError: There is no damping, and Λ is zero somewhere, be it but for rounding: there is
-            no inverse.
+        ConfigError: If λ is 0 and an entry of Λ is 0 to rounding, so that there is no inverse.
     """
     damped_OI = lambda_OI + damping
-    # Λ sums squares of rotated gradients, each as exact as rounding lets it be.
+    # Λ sums squares of rotated gradients; their own rounding errors enter it squared.
     rounding = 0.0 if damping else torch.finfo(lambda_OI.dtype).eps * max(lambda_OI.shape)
     if not bool((damped_OI > rounding**2 * damped_OI.max()).all()):
         raise ConfigError(

@@ -1,12 +1,15 @@
 """Running sums of very many terms in float32, in two levels.
 
 A float32 sum loses, or gains, up to half a unit of its last place with each term: sums of squared
-Gaussians come out 2 % low after 10⁷ terms. So a running sum takes in only so many terms. It is then
-flushed: added into a second sum by an addition whose rounding error is computed exactly (TwoSum:
-Knuth, The Art of Computer Programming, vol. 2, sec. 4.2.2), and left with that error. Nothing is
-lost at a flush; what is left are the errors of the terms between two of them.
+Gaussians come out 2 % low after 10⁷ terms. So a running sum takes in a limited number of terms and
+is then flushed: it is added to a second sum by an addition whose rounding error is computed exactly
+(TwoSum: Knuth, The Art of Computer Programming, vol. 2, sec. 4.2.2), and starts again from that
+error. A flush itself loses nothing; what remains are the errors of the terms between two flushes.
 
-The second level lies in the host's memory, from the first flush on. float64 sums have none.
+    terms ──> running sum (device) ── every FLUSH_AFTER terms ──> second level (host memory)
+                      ^───────────── rounding error ─────────────────┘
+
+The second level exists from the first flush on. float64 sums have none.
 """
 
 import sys
@@ -19,27 +22,35 @@ from torch import Tensor
 # Terms between two flushes; tests/curvature/test_long_sums.py simulates the errors. Squares of
 # Gaussians come out 1e-7 low, terms with heavy tails (fourth powers of Gaussians, log-normal ones
 # with σ = 3) 1e-6; equal terms, which are all rounded alike, are off by 3e-5, by 6e-5 at most.
-# With fewer, shorter runs would hold a second level, and a GPU's bus would have more to carry.
+# With fewer terms, shorter runs would need a second level, and more would be copied between a GPU
+# and the host's memory.
 FLUSH_AFTER = 4096
 
-# A GPU adds a product of M rows to a running sum at once. A CPU's library (oneMKL in torch 2.13)
-# adds it some 200 rows at a time, or each row by itself where a side of the sum is shorter than 12.
-_ROWS_OF_TERM = 128
+# Positions that matrix multiplication sums before it adds them to a running sum as one term. A GPU
+# adds the product over all M positions at once. A CPU's library (oneMKL in torch 2.13) adds it some
+# 200 positions at a time, or each by itself where a side of the sum is shorter than 12.
+_POSITIONS_PER_TERM = 128
 _NARROW = 16
 
-SECOND = "/second/"  # what names of the second level begin with; no module's name begins so
+SECOND = "/second/"  # prefix of the second level's state keys; no module's name begins so
 _BLOCK = 2**20  # elements that are flushed at a time
 
 
 class LongSums(ABC):
     """Running sums by name, each with a second level once it has many terms.
 
+    A running sum may consist of several tensors, its parts. Its state is saved as tensors with the
+    keys
+
+        {name}/{part}                          a part of the running sum
+        /second/{name}/{part}/{first row}      the second level of a block of rows of a part
+
     Args:
-        names: What the sums are called.
-        dtype: float32 or float64.
+        names: Names of the sums.
+        dtype: Their dtype, float32 or float64.
 
     Attributes:
-        num_added: Terms of each sum since its last flush.
+        num_added: Number of terms of each sum since its last flush.
     """
 
     def __init__(self, names: Iterable[str], dtype: torch.dtype) -> None:
@@ -49,25 +60,30 @@ class LongSums(ABC):
 
     @abstractmethod
     def _parts(self, name: str) -> list[Tensor]:
-        """Views of the parts of a running sum that are summed."""
+        """Views of the matrices that a running sum consists of; they may leave out unused areas."""
 
-    def shares(self, name: str, number: int, of_term: int = 1) -> Iterator[slice]:
-        """Cuts what a sum is to take in where it has to be flushed; who iterates adds each share.
+    def chunks(self, name: str, number: int, per_term: int = 1) -> Iterator[slice]:
+        """Splits items into chunks between which the sum is flushed when it is due.
+
+        The caller has to add each chunk to the running sum before it asks for the next.
 
         Args:
-            name: The sum.
-            number: Rows, or sequences.
-            of_term: How many of them make a term; the last term of a share may have fewer.
+            name: The sum that the items are added to.
+            number: Number of items: positions or sequences.
+            per_term: How many items make one term; the last term of a chunk may have fewer.
+
+        Yields:
+            The items' slice of each chunk.
         """
         start = 0
         while start < number:
-            room = of_term * (self._flush_after - self.num_added[name])
-            share = slice(start, min(number, start + room))
-            yield share
-            self.num_added[name] += -(-(share.stop - start) // of_term)
+            most_items = per_term * (self._flush_after - self.num_added[name])
+            chunk = slice(start, min(number, start + most_items))
+            yield chunk
+            self.num_added[name] += -(-(chunk.stop - start) // per_term)
             if self.num_added[name] >= self._flush_after:
                 self._flush(name)
-            start = share.stop
+            start = chunk.stop
 
     def _flush(self, name: str) -> None:
         self.num_added[name] = 0
@@ -76,85 +92,91 @@ class LongSums(ABC):
                 add_exactly_(self._second_of(f"{SECOND}{name}/{number}/{start}", rows), rows)
 
     def fold(self) -> None:
-        """Adds the second level back into the running sums, and gives it up."""
+        """Adds the second level back into the running sums and frees its memory."""
         while self._second:
             self.add(*self._second.popitem())
 
-    # -- what is saved of them ---------------------------------------------------------------------
+    # -- saving and restoring ----------------------------------------------------------------------
 
-    def pieces(self) -> dict[str, Tensor]:
-        """All that is summed so far, of both levels, by names that only this class reads."""
-        first = {
+    def state(self) -> dict[str, Tensor]:
+        """Everything summed so far, in both levels, by state key; not copied."""
+        running = {
             f"{name}/{number}": part
             for name in self.num_added
             for number, part in enumerate(self._parts(name))
         }
-        return first | self._second
+        return running | self._second
 
-    def take_up(self, piece: str, saved: Tensor) -> None:
-        """Sets a piece of either level to what was saved of it."""
-        rows = self._rows(piece, len(saved))
-        if piece.startswith(SECOND):
-            self._second_of(piece, rows).copy_(saved)
+    def restore(self, key: str, saved: Tensor) -> None:
+        """Sets the tensor with a state key to its saved value."""
+        rows = self._rows(key, len(saved))
+        if key.startswith(SECOND):
+            self._second_of(key, rows).copy_(saved)
         else:
             rows.copy_(saved)
 
-    def add(self, piece: str, saved: Tensor) -> None:
-        """Adds a piece of either level of other sums of the same to the running sums."""
-        rows = self._rows(piece, len(saved))
+    def add(self, key: str, saved: Tensor) -> None:
+        """Adds a saved tensor of either level, of other sums of the same shapes, to a running sum.
+
+        Args:
+            key: State key of the saved tensor.
+            saved: The saved tensor.
+        """
+        rows = self._rows(key, len(saved))
         rows.add_(saved.to(rows.device))
 
-    def _rows(self, piece: str, number: int) -> Tensor:
-        """What a piece of either level is a part of, in the running sums."""
-        if piece.startswith(SECOND):
-            piece, start = piece.removeprefix(SECOND).rsplit("/", 1)
+    def _rows(self, key: str, number: int) -> Tensor:
+        """The matrix rows of a running sum that a state key of either level stands for."""
+        if key.startswith(SECOND):
+            key, start = key.removeprefix(SECOND).rsplit("/", 1)
         else:
             start = "0"
-        name, part = piece.rsplit("/", 1)
+        name, part = key.rsplit("/", 1)
         return self._parts(name)[int(part)][int(start) : int(start) + number]
 
-    def _second_of(self, piece: str, rows: Tensor) -> Tensor:
-        """A piece of the second level, zero if it is new; pinned, for a GPU to reach it."""
-        if piece not in self._second:
+    def _second_of(self, key: str, rows: Tensor) -> Tensor:
+        """A tensor of the second level, zero if it is new; pinned where the sums are on a GPU."""
+        if key not in self._second:
             shape, dtype = rows.shape, rows.dtype
-            self._second[piece] = torch.zeros(shape, dtype=dtype, pin_memory=rows.is_cuda)
-        return self._second[piece]
+            self._second[key] = torch.zeros(shape, dtype=dtype, pin_memory=rows.is_cuda)
+        return self._second[key]
 
 
-def rows_of_term(side: int, device: torch.device) -> int:
-    """How many rows of a product are added to a running sum as one term.
+def positions_per_term(side: int, device: torch.device) -> int:
+    """How many positions of a matrix product are added to a running sum as one term.
 
     Args:
         side: The shorter side of the sum.
-        device: Where it is computed.
+        device: Where the product is computed.
     """
     if device.type != "cpu":
         return sys.maxsize
-    return 1 if side < _NARROW else _ROWS_OF_TERM
+    return 1 if side < _NARROW else _POSITIONS_PER_TERM
 
 
 def add_exactly_(total: Tensor, rest: Tensor) -> None:
-    """Adds the second of two tensors to the first, and leaves the rounding error in the second.
+    """Adds `rest` to `total`, and replaces `rest` by the rounding error; both in place.
 
-    Where the sum overflows, the error is NaN.
+    Afterwards total + rest is exactly what it was before. Where the sum overflows, the error is
+    NaN.
 
     Args:
-        total: Becomes the rounded sum.
+        total: Becomes the rounded sum; on any device.
         rest: Of the same shape and dtype, on the device that computes; becomes what was rounded
-            away, so that total + rest is what it was.
+            away.
     """
     before = total.to(rest.device)
     after = before + rest
-    taken = after - before
-    rest.sub_(taken).add_(before - (after - taken))
+    added = after - before
+    rest.sub_(added).add_(before - (after - added))
     total.copy_(after)
 
 
 def _row_blocks(part: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """A matrix in blocks of rows of about `_BLOCK` elements, with the number of their first row.
+    """Yields (first row, rows) of a matrix, in blocks of about `_BLOCK` elements.
 
-    No larger, for scratch memory is as large, and so that allocators which round pinned memory up
-    to a power of two waste little.
+    Blocks are small because scratch memory is as large as one of them, and because allocators that
+    round pinned memory up to a power of two then waste little.
     """
     step = max(1, _BLOCK // part.shape[1])
     for start in range(0, part.shape[0], step):

@@ -3,14 +3,14 @@
 For one module a sequence's gradient is G_n = Σ_t g_t a_tᵀ [O, I], and its score for query q is
 ⟨P_q, G_n⟩ = Σ_t g_tᵀ P_q a_t. In multiply-add pairs, for a sequence of T positions and Q queries:
 
-    by sequence     form G_n once, then Q products of matrices          (T + Q)·O·I
-    by position     the bilinear form at each position                  T·Q·O·I
-    low rank        P_q = U_q V_qᵀ of rank r, at each position          T·Q·r·(O + I)
-    multiplied out  P_q from U_q and V_q once a batch, by sequence      (T + Q)·O·I, and Q·r·O·I
+    by sequence     form G_n once, then take Q inner products             (T + Q)·O·I
+    by position     take the bilinear form at each position               T·Q·O·I
+    low rank        the same with P_q = U_q V_qᵀ of rank r                T·Q·r·(O + I)
+    rebuilt         form P_q from U_q and V_q once a batch, by sequence   (T + Q)·O·I, and Q·r·O·I
 
 So scores of whole sequences are computed by sequence unless the rank is low and the queries are
-few; scores of positions have no such choice. Everything here is in whichever basis the arguments
-share: the parameters' own, or the eigenbasis.
+few; scores of single positions allow no such choice. All arguments of a function must be in the
+same basis, either the parameters' own or the eigenbasis.
 """
 
 import math
@@ -19,35 +19,43 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# Memory of the gradients that are held at a time.
+# Most memory, in bytes, of the gradients that are formed at a time.
 GRADIENT_BYTES = 2**28
 
-# Of the subspace iteration: dimensions beyond the rank, and products with the matrix and back.
+# Subspace iteration in `low_rank`: dimensions beyond the rank, and number of iterations.
 _OVERSAMPLING = 8
 _ITERATIONS = 2
 
 
-def with_bias(rows_Mi: Tensor) -> Tensor:
-    """Input rows with the bias coordinate, a 1, appended: [M, i + 1]."""
-    return torch.nn.functional.pad(rows_Mi, (0, 1), value=1.0)
+def with_bias(acts_Mi: Tensor) -> Tensor:
+    """Inputs with the bias coordinate, a 1, appended: [M, i + 1]."""
+    return torch.nn.functional.pad(acts_Mi, (0, 1), value=1.0)
 
 
 class ScratchBuffer:
-    """Memory that is used again: fresh memory costs as much as a fifth of what fills it."""
+    """One allocation that is reused for temporary tensors, and grows to the largest of them.
+
+    Allocating anew takes up to a fifth as long as the computation that fills the memory.
+    """
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
 
     def of(self, like: Tensor, *size: int) -> Tensor:
-        """A tensor of some size, whose content is whatever was there."""
-        number = math.prod(size)
-        if self._buffer is None or self._buffer.numel() < number:
-            self._buffer = like.new_empty(number)
-        return self._buffer[:number].view(size)
+        """An uninitialised tensor in the buffer, which overwrites the tensor returned before.
+
+        Args:
+            like: A tensor with the dtype and on the device wanted; the same in every call.
+            *size: The tensor's shape.
+        """
+        num_elements = math.prod(size)
+        if self._buffer is None or self._buffer.numel() < num_elements:
+            self._buffer = like.new_empty(num_elements)
+        return self._buffer[:num_elements].view(size)
 
 
 class SequenceGradients:
-    """Makes the gradients of sequences, a few at a time, in memory that is used again."""
+    """Forms the gradients of sequences, a few at a time, in a scratch buffer."""
 
     def __init__(self) -> None:
         self._scratch = ScratchBuffer()
@@ -58,52 +66,56 @@ class SequenceGradients:
         """G_n = Σ_t g_t a_tᵀ of every sequence.
 
         Args:
-            acts_MI: Input rows, sequence after sequence.
-            grads_MO: Output-gradient rows, likewise.
-            lengths: Rows of each sequence; they sum to M.
+            acts_MI: Inputs at each position, sequence after sequence, with the bias coordinate.
+            grads_MO: Output gradients at each position, in the same order.
+            lengths: Positions of each sequence; they sum to M.
 
         Yields:
-            (which sequences, their gradients [n, O, I]); the next ones overwrite them.
+            (slice of the sequences, their gradients [n, O, I]), n of them at a time. Each tensor
+            is overwritten when the next one is asked for.
         """
         num_inputs, num_outputs = acts_MI.shape[1], grads_MO.shape[1]
         step = max(1, GRADIENT_BYTES // (num_inputs * num_outputs * acts_MI.element_size()))
         start = 0
         for first in range(0, len(lengths), step):
-            part = lengths[first : first + step]
-            rows = slice(start, start + sum(part))
-            acts_nTI = _by_sequence(acts_MI[rows], part)
-            grads_nTO = _by_sequence(grads_MO[rows], part)
-            gradients_nOI = self._scratch.of(acts_MI, len(part), num_outputs, num_inputs)
+            few_lengths = lengths[first : first + step]
+            positions = slice(start, start + sum(few_lengths))
+            acts_nTI = _padded_by_sequence(acts_MI[positions], few_lengths)
+            grads_nTO = _padded_by_sequence(grads_MO[positions], few_lengths)
+            gradients_nOI = self._scratch.of(acts_MI, len(few_lengths), num_outputs, num_inputs)
             torch.bmm(grads_nTO.transpose(1, 2), acts_nTI, out=gradients_nOI)
-            yield slice(first, first + len(part)), gradients_nOI
-            start = rows.stop
+            yield slice(first, first + len(few_lengths)), gradients_nOI
+            start = positions.stop
 
 
-def multiplied_out(
+def query_matrices(
     left_QOr: Tensor, right_QIr: Tensor, scratch: ScratchBuffer
 ) -> Iterator[tuple[slice, Tensor]]:
-    """U Vᵀ of every query, a few at a time.
+    """P = U Vᵀ of every query, a few at a time, in a scratch buffer.
 
     Args:
         left_QOr: U of each query.
         right_QIr: V of each query.
-        scratch: Where they are put.
+        scratch: Buffer that holds the matrices.
 
     Yields:
-        (which queries, their matrices [q, O, I]); the next ones overwrite them.
+        (slice of the queries, their matrices [q, O, I]), q of them at a time. Each tensor is
+        overwritten when the next one is asked for.
     """
     num_queries, num_outputs, _ = left_QOr.shape
     num_inputs = right_QIr.shape[1]
     step = max(1, GRADIENT_BYTES // (num_inputs * num_outputs * left_QOr.element_size()))
     for first in range(0, num_queries, step):
-        some = slice(first, min(first + step, num_queries))
-        matrices_qOI = scratch.of(left_QOr, some.stop - first, num_outputs, num_inputs)
-        torch.bmm(left_QOr[some], right_QIr[some].transpose(1, 2), out=matrices_qOI)
-        yield some, matrices_qOI
+        queries = slice(first, min(first + step, num_queries))
+        matrices_qOI = scratch.of(left_QOr, queries.stop - first, num_outputs, num_inputs)
+        torch.bmm(left_QOr[queries], right_QIr[queries].transpose(1, 2), out=matrices_qOI)
+        yield queries, matrices_qOI
 
 
 def low_rank_by_position(left_QOr: Tensor, right_QIr: Tensor, lengths: Sequence[int]) -> bool:
-    """Whether scores of sequences cost less at each position than by multiplying out.
+    """Whether sequence scores of low-rank queries cost no more by position than rebuilt.
+
+    See the module's table for the two costs.
 
     Args:
         left_QOr: U of each query.
@@ -111,14 +123,14 @@ def low_rank_by_position(left_QOr: Tensor, right_QIr: Tensor, lengths: Sequence[
         lengths: Positions of each sequence of the batch.
     """
     num_queries, num_outputs, rank = left_QOr.shape
-    num_inputs, positions = right_QIr.shape[1], sum(lengths)
-    by_position = positions * num_queries * rank * (num_outputs + num_inputs)
-    products = positions + num_queries * (len(lengths) + rank)
-    return by_position <= products * num_outputs * num_inputs
+    num_inputs, num_positions = right_QIr.shape[1], sum(lengths)
+    by_position = num_positions * num_queries * rank * (num_outputs + num_inputs)
+    num_products = num_positions + num_queries * (len(lengths) + rank)
+    return by_position <= num_products * num_outputs * num_inputs
 
 
 def position_scores(query_OI: Tensor, acts_MI: Tensor, grads_MO: Tensor) -> Tensor:
-    """g_tᵀ P a_t at every position: [M]."""
+    """g_tᵀ P a_t for one query, at every position: [M]."""
     return ((acts_MI @ query_OI.T) * grads_MO).sum(-1)
 
 
@@ -127,31 +139,40 @@ def low_rank_position_scores(
 ) -> Tensor:
     """g_tᵀ U Vᵀ a_t for every query, at every position: [Q, M]."""
     num_queries, _, rank = left_QOr.shape
-    room = grads_MO.element_size() * rank * max(1, len(grads_MO))
-    step = max(1, GRADIENT_BYTES // room)
-    found = []
+    query_bytes = grads_MO.element_size() * rank * max(1, len(grads_MO))
+    step = max(1, GRADIENT_BYTES // query_bytes)
+    scores = []
     for first in range(0, num_queries, step):
-        some = slice(first, first + step)
-        left = grads_MO @ left_QOr[some].transpose(0, 1).flatten(1)
-        right = acts_MI @ right_QIr[some].transpose(0, 1).flatten(1)
-        found.append(left.mul_(right).view(len(grads_MO), -1, rank).sum(-1).T)
-    return torch.cat(found)
+        queries = slice(first, first + step)
+        left = grads_MO @ left_QOr[queries].transpose(0, 1).flatten(1)
+        right = acts_MI @ right_QIr[queries].transpose(0, 1).flatten(1)
+        scores.append(left.mul_(right).view(len(grads_MO), -1, rank).sum(-1).T)
+    return torch.cat(scores)
 
 
 def sum_by_sequence(scores_QM: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Sums of positions' scores over each sequence: [Q, n]."""
-    return torch.stack([part.sum(-1) for part in scores_QM.split(list(lengths), -1)], -1)
+    """Sums of position scores over each of n sequences: [Q, n].
+
+    Args:
+        scores_QM: Scores at each position, sequence after sequence.
+        lengths: Positions of each sequence; they sum to M.
+    """
+    return torch.stack([scores.sum(-1) for scores in scores_QM.split(list(lengths), -1)], -1)
 
 
 def low_rank(matrix_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U [O, r] and V [I, r] such that U Vᵀ is nearly the best approximation of that rank.
+    """U [O, r] and V [I, r] such that U Vᵀ is nearly the best approximation of rank r.
 
-    Subspace iteration from a random start (Halko et al. 2011, algorithm 4.4), the start being the
-    same each time; exact where the rank is the matrix's own.
+    Subspace iteration from a random start (Halko et al. 2011, algorithm 4.4). The start is seeded
+    by shape and rank, so results repeat. Exact where the matrix has rank r; from r = min(O, I) / 4
+    on a full singular value decomposition is used instead.
 
     Args:
         matrix_OI: The matrix.
         rank: r, at most min(O, I).
+
+    Raises:
+        ValueError: If `rank` is larger than min(O, I).
     """
     num_rows, num_columns = matrix_OI.shape
     if rank > min(matrix_OI.shape):
@@ -175,9 +196,9 @@ def _orthogonal(matrix: Tensor) -> Tensor:
     return torch.linalg.qr(matrix).Q
 
 
-def _by_sequence(rows_MX: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Rows as [n, T, X], with rows of zeros after the end of a shorter sequence."""
+def _padded_by_sequence(vectors_MX: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The vectors of n sequences as [n, T, X], shorter sequences padded with zeros."""
     longest = max(lengths)
     if min(lengths) == longest:
-        return rows_MX.view(len(lengths), longest, -1)
-    return torch.nn.utils.rnn.pad_sequence(list(rows_MX.split(list(lengths))), batch_first=True)
+        return vectors_MX.view(len(lengths), longest, -1)
+    return torch.nn.utils.rnn.pad_sequence(list(vectors_MX.split(list(lengths))), batch_first=True)

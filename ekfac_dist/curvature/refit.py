@@ -1,16 +1,18 @@
-"""Corrected eigenvalues: sums of (Q_Sᵀ G_n Q_A)∘² over sequences, or over positions.
+"""Eigenvalue correction: sums of (Q_Sᵀ G_n Q_A)∘² over sequences, or over positions.
 
-Both sides of G_n = Σ_t g_t a_tᵀ must be rotated once, and each can be rotated before the sum over
-positions is taken (its rows) or after (the matrix G_n). Per sequence of T positions, in
-multiply–add pairs:
+Both sides of G_n = Σ_t g_t a_tᵀ must be rotated once. Each can be rotated before the sum over
+positions (the vectors a_t or g_t) or after it (the matrix G_n). Costs per sequence of T positions,
+in multiply–add pairs:
 
-    input side, rows     T·I²  (once for all modules that share the input)    matrix   O·I²
-    output side, rows    T·O²                                                 matrix   I·O²
-    the sum itself       T·I·O either way
+                      before the sum                          after the sum
+    input side        T·I², once for all modules that         O·I²
+                      share the input
+    output side       T·O²                                    I·O²
+    the sum itself    T·I·O                                   T·I·O
 
 The two choices are independent and each is exact, so each side takes the cheaper one. Where every
-sequence has one position, both sides' rows are rotated and the sum is one product of squares, as it
-is for positions.
+sequence has one position, both sides are rotated before, and the sum becomes one product of
+squares, as it is for sums over positions.
 """
 
 from collections.abc import Sequence
@@ -35,12 +37,12 @@ def add_sequence_squares_(
 
     Args:
         lambda_OI: Running sum [O, I].
-        acts_MI: Input rows, sequence after sequence: already in the eigenbasis [M, I] where
+        acts_MI: Inputs at each position, sequence after sequence: in the eigenbasis [M, I] where
             `basis_II` is None, else as captured, without the bias coordinate.
-        grads_MO: Output-gradient rows [M, O]; already in the eigenbasis where `basis_OO` is None.
-        lengths: Number of rows of each sequence; they sum to M.
-        basis_II: The blocks of Q_A, if the input side is still to be rotated.
-        basis_OO: The blocks of Q_S, if the output side is still to be rotated.
+        grads_MO: Output gradients at each position, in the eigenbasis where `basis_OO` is None.
+        lengths: Positions of each sequence; they sum to M.
+        basis_II: The blocks of Q_A; None if the inputs are rotated already.
+        basis_OO: The blocks of Q_S; None if the output gradients are rotated already.
         bias: Whether the module has a bias (used only with `basis_II`).
     """
     if basis_II is None and basis_OO is None and max(lengths, default=0) <= 1:
@@ -68,7 +70,7 @@ def add_position_squares_(lambda_OI: Tensor, acts_MI: Tensor, grads_MO: Tensor) 
 
     Args:
         lambda_OI: Running sum [O, I].
-        acts_MI: Input rows in the eigenbasis [M, I].
-        grads_MO: Output-gradient rows in the eigenbasis [M, O].
+        acts_MI: Inputs at each position in the eigenbasis.
+        grads_MO: Output gradients at each position in the eigenbasis.
     """
     lambda_OI.addmm_(grads_MO.square().T, acts_MI.square())

@@ -1,8 +1,8 @@
-"""Three queries about the standard library's code, and the modules that their answers come from.
+"""Three queries in the style of standard library modules, and the modules of their top texts.
 
-Nobody can say beforehand which text taught a model what; but whoever reads these queries knows
-where in the library to look. Their modules have the same names in every Python, and rows among the
-first of the corpus.
+It is not known beforehand which training texts influence a completion most, but a reader of these
+queries knows which modules to expect. Those modules have the same names in every Python version,
+and texts among the first of the corpus.
 """
 
 import textwrap
@@ -14,8 +14,8 @@ from ekfac_dist.influence import results
 from ekfac_dist.influence.results import ResultsReader
 from ekfac_dist.report.tables import table
 
-# In the manner of decimal (its source is _pydecimal), of urllib.parse, and of xml.dom.minidom; but
-# no text of the corpus holds these lines.
+# In the style of decimal (whose source is _pydecimal), urllib.parse and xml.dom.minidom. No text of
+# the corpus contains these lines.
 QUERIES = [
     {
         "prompt": "    >>> ExtendedContext.multiply(Decimal('1.5'), Decimal('3'))\n",
@@ -42,46 +42,48 @@ QUERIES = [
     },
 ]
 
-ROWS_SHOWN = 5
+TEXTS_SHOWN = 5
 _QUERY_WIDTH = 96
 _TEXT_WIDTH = 56
 
 
 def answers_with_modules(paths: DemoPaths) -> str:
-    """The most positive texts of each query, with the modules that they come from.
+    """Tables of each query's most positive texts and the modules that these come from.
 
     Args:
-        paths: The demo's directory; its corpus and its scores are whole.
+        paths: The demo's directory, with finished corpus and scores.
 
     Raises:
-        DataError: The corpus cannot be read.
-        StoreError: The scores cannot.
+        DataError: If the corpus cannot be read.
+        StoreError: If the scores cannot be read.
     """
-    rows = read_corpus(paths.corpus)
+    corpus = read_corpus(paths.corpus)
     reader = ResultsReader(paths.scores)
     top = reader.lines(results.TOP)
     blocks = []
     for query in reader.lines(results.QUERIES):
-        listed = [line for line in top if line["query"] == query["query"]][:ROWS_SHOWN]
-        found = [rows[line["index"]] for line in listed]  # a row's index is its line in the file
+        shown = [line for line in top if line["query"] == query["query"]][:TEXTS_SHOWN]
+        rows = [corpus[line["index"]] for line in shown]
         cells = [
             [row.module, row.kind, f"{line['score']:+.4g}", f"{line['share']:+.2%}"]
-            for row, line in zip(found, listed, strict=True)
+            for row, line in zip(rows, shown, strict=True)
         ]
-        texts = [_short(row.text, _TEXT_WIDTH) for row in found]
+        texts = [_shortened(row.text, _TEXT_WIDTH) for row in rows]
         (member,) = query["members"]
         blocks.append(
-            f"query {query['query']}   {_in_a_line(member)}\n"
+            f"query {query['query']}   {_query_text(member)}\n"
             + textwrap.indent(table(["module", "kind", "score", "share"], cells, last=texts), "  ")
         )
     return "\n\n".join(blocks)
 
 
-def _in_a_line(member: dict[str, Any]) -> str:
-    prompt, completion = (_short(member[name], _QUERY_WIDTH) for name in ("prompt", "completion"))
+def _query_text(member: dict[str, Any]) -> str:
+    """Prompt and completion of a query, each on one line."""
+    prompt = _shortened(member["prompt"], _QUERY_WIDTH)
+    completion = _shortened(member["completion"], _QUERY_WIDTH)
     return f"{prompt}\n      →   {completion}"
 
 
-def _short(text: str, width: int) -> str:
-    """One line's worth of a text."""
+def _shortened(text: str, width: int) -> str:
+    """A text with white space collapsed, cut between words to at most `width` characters."""
     return textwrap.shorten(text, width, placeholder=" …")

@@ -1,4 +1,4 @@
-"""Other commands of this package, started by the demo as a person would start them."""
+"""Starts other commands of this package as subprocesses, as a user would start them."""
 
 import signal
 import subprocess
@@ -8,36 +8,38 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PROGRAM = (sys.executable, "-m", "ekfac_dist")
-END_SECONDS = 30.0
+END_SECONDS = 30.0  # wait for a terminated command before it is killed
 
 
-def launched(accelerate_config: Path, command: str, config: Path) -> list[str]:
-    """The line that runs a command on several workers of this machine.
+def launch_line(accelerate_config: Path, command: str, config: Path) -> list[str]:
+    """The command line that runs a command on several workers of this machine.
 
     Args:
-        accelerate_config: Configuration of Accelerate's launcher.
+        accelerate_config: File with the configuration of Accelerate's launcher.
         command: estimate or query.
-        config: Configuration of the command.
+        config: File with the configuration of the command.
     """
     launch = [*PROGRAM, "launch", "--config_file", str(accelerate_config)]
     return [*launch, command, "--config", str(config)]
 
 
 def call(step: str, command: Sequence[str]) -> int:
-    """Runs a command to its end, its output going where ours goes.
+    """Runs a command to its end; it inherits standard output and standard error.
+
+    If this process is interrupted, the command is terminated too.
 
     Args:
-        step: How a sentence about its failure calls it.
+        step: Name of the command, for the message about its failure.
         command: Program and arguments.
 
     Returns:
-        Its exit status; as a shell has it, if a signal ended it.
+        The exit status; 128 + N if signal N ended the command, as in a shell.
     """
     process = subprocess.Popen(command)
     try:
         status = process.wait()
     except BaseException:
-        process.terminate()  # which the launcher passes on to its workers
+        process.terminate()  # the launcher passes this on to its workers
         try:
             process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
@@ -56,13 +58,13 @@ def call(step: str, command: Sequence[str]) -> int:
 
 @contextmanager
 def ends_its_children() -> Iterator[None]:
-    """Makes a polite end of this process (SIGTERM) an exception, so that children end with it."""
+    """Context in which SIGTERM raises an exception, so that `call` ends its command as well."""
 
-    def leave(number: int, frame: object) -> None:
+    def exit_with_signal(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    previous_handler = signal.signal(signal.SIGTERM, exit_with_signal)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)

@@ -1,4 +1,4 @@
-"""The configurations that the demo writes for its commands, and what they have made already."""
+"""The configurations that the demo writes, and checks whether their results exist already."""
 
 import json
 from typing import Any
@@ -34,7 +34,7 @@ HEADER = """\
 
 
 def estimate_config(paths: DemoPaths, settings: DemoSettings) -> EstimateConfig:
-    """The configuration that the demo's factors are fitted with."""
+    """The configuration of `estimate`."""
     return EstimateConfig(
         model=ModelConfig(name=str(paths.model)),
         data=DataConfig(
@@ -48,7 +48,7 @@ def estimate_config(paths: DemoPaths, settings: DemoSettings) -> EstimateConfig:
 
 
 def query_config(paths: DemoPaths, settings: DemoSettings) -> QueryConfig:
-    """The configuration of the demo's queries: model and data are those of the factors."""
+    """The configuration of `query`, which takes model and data from the factors."""
     return QueryConfig(
         factors=str(paths.factors),
         queries=str(paths.queries),
@@ -58,15 +58,15 @@ def query_config(paths: DemoPaths, settings: DemoSettings) -> QueryConfig:
 
 
 def write_configs(paths: DemoPaths, settings: DemoSettings, workers: int) -> None:
-    """Writes every configuration, and the queries.
+    """Writes all configurations and the queries.
 
     Args:
-        paths: Where to; the directory is there.
-        settings: What the demo makes.
+        paths: The demo's directory, which must exist.
+        settings: Settings of the demo.
         workers: Number of workers.
 
     Raises:
-        OutputError: One cannot be written.
+        OutputError: If a file cannot be written.
     """
     write_whole(paths.accelerate_config, [ACCELERATE_CONFIG.format(workers=workers).encode()])
     for file, config in (
@@ -80,7 +80,7 @@ def write_configs(paths: DemoPaths, settings: DemoSettings, workers: int) -> Non
 
 
 def is_whole_store(paths: DemoPaths, settings: DemoSettings) -> bool:
-    """Whether the factor store is finished, and of this very configuration."""
+    """Whether the factor store is complete and was fitted with these settings."""
     try:
         StoreReader(paths.factors)
     except StoreError:
@@ -89,25 +89,26 @@ def is_whole_store(paths: DemoPaths, settings: DemoSettings) -> bool:
 
 
 def is_store_of(paths: DemoPaths, settings: DemoSettings) -> bool:
-    """Whether there is a factor store, finished or not, of this very configuration."""
+    """Whether a factor store with these settings exists, complete or unfinished."""
     try:
-        found = read_manifest(paths.factors).get("config")
+        stored = read_manifest(paths.factors).get("config")
     except StoreError:
         return False
-    return found == _plain(estimate_config(paths, settings))
+    return stored == _as_json(estimate_config(paths, settings))
 
 
 def is_whole_answer(paths: DemoPaths, settings: DemoSettings) -> bool:
-    """Whether the scores are finished, of this very configuration, and of these very queries."""
+    """Whether the scores are complete, with these settings and of the demo's queries."""
     try:
         reader = ResultsReader(paths.scores)
-        members = [one for row in reader.lines(results.QUERIES) for one in row["members"]]
+        members = [member for line in reader.lines(results.QUERIES) for member in line["members"]]
     except StoreError:
         return False
-    asked = [{name: member[name] for name in ("prompt", "completion")} for member in members]
-    return reader.manifest["config"] == _plain(query_config(paths, settings)) and asked == QUERIES
+    queries = [{name: member[name] for name in ("prompt", "completion")} for member in members]
+    same_config = reader.manifest["config"] == _as_json(query_config(paths, settings))
+    return same_config and queries == QUERIES
 
 
-def _plain(config: EstimateConfig | QueryConfig) -> Any:
-    """The configuration as it comes back from JSON."""
+def _as_json(config: EstimateConfig | QueryConfig) -> Any:
+    """The configuration as it is read back from JSON."""
     return json.loads(json.dumps(config.as_dict()))

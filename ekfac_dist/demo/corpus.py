@@ -1,8 +1,8 @@
-"""A corpus that every machine already has: Python's own standard library.
+"""A text corpus that is on every machine: the source of Python's own standard library.
 
-Its modules' sources, split into top-level functions and classes, and their documentation strings
-become rows {"text", "module", "kind"} of a JSONL file. The same Python gives the same bytes. This
-module reads and writes files; it knows no model and no tokenizer.
+The library's top-level functions and classes, and its documentation strings, become rows {"text",
+"module", "kind"} of a JSONL file. The same Python version gives the same bytes. This module reads
+and writes files; it knows no model and no tokenizer.
 """
 
 import ast
@@ -22,8 +22,8 @@ from ekfac_dist.runtime.files import write_whole
 
 Kind = Literal["source", "doc"]
 
-# Not the library itself (installed packages, tests, tools with a life of their own), or data tables
-# in the shape of code.
+# Folders with something other than the library's code: installed packages, tests, separate tools,
+# and data tables written as code.
 SKIPPED_FOLDERS = frozenset(
     {
         "__pycache__",
@@ -40,9 +40,10 @@ SKIPPED_FOLDERS = frozenset(
         "turtledemo",
     }
 )
-# The build's own settings: they differ between machines with the same Python.
+# Build settings, which differ between machines with the same Python version.
 SKIPPED_PREFIXES = ("_sysconfigdata",)
 
+# Limits of a row's text.
 MIN_CHARACTERS = 60
 MAX_CHARACTERS = 1200
 HELD_OUT_SHARE = 1 / 32
@@ -52,12 +53,13 @@ Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Row:
-    """One text of the corpus.
+    """One text of the corpus, a line of its file.
 
     Attributes:
-        text: The text itself.
+        text: The text.
         module: Dotted name of the module that it comes from.
-        kind: source: a function or class, or a part of one; doc: a documentation string.
+        kind: "source" for a function or class or a part of one; "doc" for a documentation string or
+            a part of one.
     """
 
     text: str
@@ -66,18 +68,18 @@ class Row:
 
 
 def write_corpus(path: str | Path, stdlib: str | Path | None = None) -> int:
-    """Writes the corpus as JSONL, whole or not at all.
+    """Writes the corpus as JSONL, completely or not at all.
 
     Args:
-        path: The file to write; its folder is there.
-        stdlib: Folder of the sources; None: the running Python's standard library.
+        path: The file to write; its folder must exist.
+        stdlib: Folder of the sources; None for the running Python's standard library.
 
     Returns:
         The number of rows.
 
     Raises:
-        DataError: The folder holds no Python source that gives a row.
-        OutputError: The file cannot be written.
+        DataError: If the folder has no Python source that gives a row.
+        OutputError: If the file cannot be written.
     """
     rows = corpus_rows(stdlib)
     lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
@@ -86,13 +88,13 @@ def write_corpus(path: str | Path, stdlib: str | Path | None = None) -> int:
 
 
 def read_corpus(path: str | Path) -> list[Row]:
-    """The rows of a file that `write_corpus` wrote, in order.
+    """Reads the rows of a file written by `write_corpus`, in order.
 
     Args:
         path: The file.
 
     Raises:
-        DataError: It cannot be read, or a line is no such row.
+        DataError: If the file cannot be read, or a line is no such row.
     """
     rows = []
     try:
@@ -107,16 +109,16 @@ def read_corpus(path: str | Path) -> list[Row]:
 
 
 def corpus_rows(stdlib: str | Path | None = None) -> list[Row]:
-    """Every row of the corpus, no text twice.
+    """All rows of the corpus, without duplicate texts.
 
-    They come in the order of a hash of their texts, so that the first rows of any number are a fair
-    sample of all modules, and a row keeps its place among the others when some are added.
+    They are sorted by a hash of their texts, so that any number of first rows is a fair sample of
+    all modules, and the order of rows does not change when others are added.
 
     Args:
-        stdlib: Folder of the sources; None: the running Python's standard library.
+        stdlib: Folder of the sources; None for the running Python's standard library.
 
     Raises:
-        DataError: The folder holds no Python source that gives a row.
+        DataError: If the folder has no Python source that gives a row.
     """
     folder = Path(stdlib or sysconfig.get_path("stdlib"))
     by_digest: dict[bytes, Row] = {}
@@ -134,29 +136,29 @@ def corpus_rows(stdlib: str | Path | None = None) -> list[Row]:
 def split_by_module(
     rows: Iterable[Row], share: float = HELD_OUT_SHARE
 ) -> tuple[list[Row], list[Row]]:
-    """Parts training rows from held-out ones by whole modules.
+    """Splits rows into training and held-out rows, keeping each module on one side.
 
-    A documentation string is a row of its own and lies inside a source row too; both are on the
-    same side only if the module is.
+    A documentation string is a row and also part of a source row. Splitting by module makes sure
+    that the two are not on different sides.
 
     Args:
         rows: Rows of a corpus.
-        share: About which share of all modules to hold out, from 0 to 1.
+        share: Approximate share of the modules to hold out, from 0 to 1.
 
     Returns:
-        (training rows, held-out rows), each in the order given.
+        (training rows, held-out rows), each in the order of `rows`.
     """
-    kept: list[Row] = []
+    training: list[Row] = []
     held_out: list[Row] = []
     for row in rows:
         digest = hashlib.sha256(row.module.encode()).digest()
         is_held_out = int.from_bytes(digest[:4], "big") < share * 2**32
-        (held_out if is_held_out else kept).append(row)
-    return kept, held_out
+        (held_out if is_held_out else training).append(row)
+    return training, held_out
 
 
 def _source_files(folder: Path) -> Iterator[Path]:
-    """Python files below `folder`, in a fixed order, leaving skipped folders unvisited."""
+    """Yields the Python files below a folder in a fixed order, except those in skipped folders."""
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(set(folders) - SKIPPED_FOLDERS)
         for name in sorted(files):
@@ -175,7 +177,7 @@ def _rows_of_file(file: Path, module: str) -> Iterator[Row]:
             source = opened.read()
         tree = ast.parse(source)
     except (SyntaxError, UnicodeDecodeError):
-        return  # templates and the like, that only look like modules
+        return  # a template or the like, which only looks like a module
     for text in _docstrings(tree):
         for part in _cut(text):
             yield Row(part, module, "doc")
@@ -189,13 +191,13 @@ def _docstrings(tree: ast.Module) -> Iterator[str]:
         if isinstance(node, Documented):
             text = ast.get_docstring(node, clean=False)
             if text:
-                # An escape in a string can stand for half a surrogate pair, which UTF-8 cannot.
+                # An escape can give a lone surrogate, which cannot be encoded in UTF-8.
                 yield inspect.cleandoc(text).encode(errors="replace").decode()
 
 
 def _definitions(tree: ast.Module, source: str) -> Iterator[str]:
-    """Source of each top-level function and class, decorators included."""
-    # Not splitlines(): it cuts at form feeds too, which `ast` does not count as lines.
+    """Yields the source of each top-level function and class, with its decorators."""
+    # Not splitlines(), which also splits at form feeds; `ast` does not count those as lines.
     lines = source.split("\n")
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -204,19 +206,19 @@ def _definitions(tree: ast.Module, source: str) -> Iterator[str]:
 
 
 def _cut(text: str) -> Iterator[str]:
-    """Parts of a text of reasonable size; what is too short, or no text for people, is left out."""
+    """Yields parts of a text within the limits of size; parts outside them are left out."""
     part: list[str] = []
     for line in text.split("\n"):
         while part and _length([*part, line]) > MAX_CHARACTERS:
             end = _best_end(part)
-            yield from _if_reasonable(part[:end])
+            yield from _within_limits(part[:end])
             part = part[end:]
         part.append(line)
-    yield from _if_reasonable(part)
+    yield from _within_limits(part)
 
 
 def _best_end(lines: list[str]) -> int:
-    """Where to cut: after the last blank line of the second half, else after the last line."""
+    """Number of lines to cut after: up to the last blank line of the second half, else all."""
     for end in range(len(lines), len(lines) // 2, -1):
         if not lines[end - 1].strip():
             return end
@@ -227,9 +229,10 @@ def _length(lines: list[str]) -> int:
     return sum(len(line) + 1 for line in lines)
 
 
-def _if_reasonable(lines: list[str]) -> Iterator[str]:
+def _within_limits(lines: list[str]) -> Iterator[str]:
+    """Yields the joined lines if their size is within the limits."""
     part = "\n".join(lines).strip("\n").rstrip()
-    # One line longer than a whole part is data rather than text.
+    # A single line above the upper limit is data rather than text.
     if len(part.strip()) >= MIN_CHARACTERS and len(part) <= MAX_CHARACTERS:
         yield part
 

@@ -1,6 +1,6 @@
-"""The demo's directory: what it is made with, where in it everything lies, and whose it is.
+"""The demo's directory: its settings, the paths in it, and the marker that it is a demo's.
 
-    demo.json        whose directory this is, and what its contents were made with
+    demo.json        marks a demo's directory, and has the settings of its contents
     corpus.jsonl     text                               (`demo.corpus`)
     model/           tokenizer and model                (`demo.model`)
     accelerate.yaml  how many workers
@@ -8,10 +8,10 @@
     factors/         the factor store                   (`ekfac-dist estimate`)
     queries.jsonl    three queries                      (`demo.answers`)
     query.yaml       configuration of `query`
-    scores/          the queries' answers               (`ekfac-dist query`)
-    report.html      a page to look at them in          (`ekfac-dist report`)
+    scores/          the queries' scores                (`ekfac-dist query`)
+    report.html      a page that shows them             (`ekfac-dist report`)
 
-This module writes the marker and removes what is out of date; it makes none of the rest.
+This module writes the marker and removes contents of other settings; other modules make the rest.
 """
 
 import json
@@ -30,16 +30,16 @@ FORMAT = "ekfac_dist/demo/1"
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """What the demo makes; other settings give another demo, made from the start.
+    """Settings of the demo. A directory made with others is emptied and made anew.
 
     Args:
         vocab_size: Size of the tokenizer's vocabulary.
         shape: Sizes of the model.
-        training_seconds: Time budget of the model's training; None: `max_steps` alone.
-        max_steps: Most steps of it.
-        max_sequences: How many texts to fit factors on, and to score.
-        max_tokens: Where those are cut.
-        batch_tokens: Token budget of a batch, per worker.
+        training_seconds: Time limit of the model's training in seconds; None for `max_steps` only.
+        max_steps: Largest number of training steps.
+        max_sequences: Number of texts that factors are fitted on and that are scored.
+        max_tokens: Length in tokens that these are cut to.
+        batch_tokens: Largest number of tokens in a batch of one worker.
     """
 
     vocab_size: int = 4096
@@ -53,7 +53,7 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class DemoPaths:
-    """Where in its directory the demo keeps what.
+    """Paths of all files and folders in the demo's directory.
 
     Args:
         directory: The demo's directory.
@@ -63,12 +63,12 @@ class DemoPaths:
 
     @property
     def marker(self) -> Path:
-        """Says that the directory is a demo's, and what its contents were made with."""
+        """Marks the directory as a demo's and has the settings of its contents."""
         return self.directory / "demo.json"
 
     @property
     def corpus(self) -> Path:
-        """The text."""
+        """The corpus."""
         return self.directory / "corpus.jsonl"
 
     @property
@@ -103,34 +103,36 @@ class DemoPaths:
 
     @property
     def scores(self) -> Path:
-        """The queries' answers."""
+        """The results of `query`."""
         return self.directory / "scores"
 
     @property
     def report(self) -> Path:
-        """The page to look at them in."""
+        """The report of the scores."""
         return self.directory / "report.html"
 
 
 def claim(paths: DemoPaths, settings: DemoSettings) -> None:
-    """Marks the directory as this demo's, after clearing away another demo's parts.
+    """Marks the directory as this demo's, after removing the contents of a demo of other settings.
 
     Args:
-        paths: The directory; one that holds anything else is never touched.
-        settings: What the demo makes.
+        paths: The directory; created if it does not exist. One that is neither empty nor a demo's
+            is not changed.
+        settings: Settings of the demo.
 
     Raises:
-        OutputError: It holds something else, or cannot be made or written.
+        OutputError: If the directory is neither empty nor a demo's, or cannot be created or
+            written.
     """
-    wanted = {
+    marker = {
         "format": FORMAT,
         "python": platform.python_version(),
         "settings": json.loads(json.dumps(asdict(settings))),
     }
-    found = _read_marker(paths)
-    if found == wanted:
+    existing_marker = _read_marker(paths)
+    if existing_marker == marker:
         return
-    if found is not None:
+    if existing_marker is not None:
         print(f"{paths.directory} holds a demo with other settings; it is made anew.", flush=True)
         remove(paths.report, paths.scores, paths.factors, paths.model, paths.corpus)
     try:
@@ -139,14 +141,14 @@ def claim(paths: DemoPaths, settings: DemoSettings) -> None:
         raise OutputError(
             f"{paths.directory} cannot be made: {error.strerror or error}. Give another directory."
         ) from error
-    write_whole(paths.marker, [json.dumps(wanted, indent=1).encode(), b"\n"])
+    write_whole(paths.marker, [json.dumps(marker, indent=1).encode(), b"\n"])
 
 
 def remove(*paths: Path) -> None:
-    """Removes files and whole directories, those of them that are there.
+    """Removes files and directories with their contents; paths that do not exist are ignored.
 
     Raises:
-        OutputError: One cannot be removed.
+        OutputError: If one cannot be removed.
     """
     for path in paths:
         try:
@@ -159,7 +161,7 @@ def remove(*paths: Path) -> None:
 
 
 def _read_marker(paths: DemoPaths) -> dict[str, Any] | None:
-    """What the directory's contents were made with; None for a new or empty directory."""
+    """The content of the directory's marker; None for a new or empty directory."""
     try:
         if not paths.directory.exists() or not any(paths.directory.iterdir()):
             return None

@@ -1,7 +1,8 @@
-"""A tokenizer and a small Llama, trained here and now on the texts that are given.
+"""Trains a tokenizer and a small Llama model on given texts.
 
-The model is no toy in its parts (attention, gated MLPs, a byte-level BPE tokenizer with special
-tokens, safetensors on disk); it is only small. This module knows no corpus and no factors.
+The model has the parts of a full-sized one (attention, gated MLPs, a byte-level BPE tokenizer with
+special tokens, safetensors on disk); it is only smaller. This module knows no corpus and no
+factors.
 """
 
 import math
@@ -22,8 +23,8 @@ from ekfac_dist.runtime.progress import Progress
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 WARMUP_STEPS = 20
-FINAL_LEARNING_RATE_SHARE = 0.05
-HELD_OUT_BLOCKS = 32
+FINAL_LEARNING_RATE_SHARE = 0.05  # of the highest learning rate
+HELD_OUT_BLOCKS = 32  # most blocks that the reported losses are computed on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class ModelShape:
         mlp: Width inside an MLP block.
         layers: Number of layers.
         heads: Number of attention heads; it divides `hidden`.
-        context: Longest sequence in tokens, and the length of the blocks trained on.
+        context: Longest sequence in tokens, and length of the training blocks.
     """
 
     hidden: int = 192
@@ -47,13 +48,13 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Training:
-    """What a training did.
+    """Summary of a training run.
 
     Attributes:
         loss_from: Mean loss on held-out text before the first step, in nats per token.
-        loss_to: The same after the last step.
-        steps: Steps taken.
-        seconds: Time that the steps took.
+        loss_to: Mean loss on held-out text after the last step, in nats per token.
+        steps: Number of steps.
+        seconds: Duration of the steps in seconds.
     """
 
     loss_from: float
@@ -66,11 +67,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedT
     """Trains a byte-level BPE tokenizer, which puts a BOS token before every text.
 
     Args:
-        texts: Text to learn the merges from.
-        vocab_size: Size of the vocabulary, the 256 bytes and 3 special tokens included.
+        texts: Texts to learn the merges from.
+        vocab_size: Size of the vocabulary, including the 256 bytes and 3 special tokens.
 
     Raises:
-        ConfigError: The vocabulary is too small for the bytes and the special tokens.
+        ConfigError: If the vocabulary is too small for the bytes and the special tokens.
     """
     if vocab_size < 259:
         raise ConfigError(
@@ -115,28 +116,28 @@ def train_model(
     seed: int = 0,
     show_progress: bool = True,
 ) -> Training:
-    """Trains a model from nothing and saves it, with its tokenizer, whole or not at all.
+    """Trains a model from random weights and saves it with its tokenizer.
 
-    With `seconds=None` the same arguments give the same model on the same machine; with a time
-    budget the number of steps is the machine's.
+    The directory is complete if it exists. With `seconds=None` equal arguments give equal models on
+    the same machine; with a time limit the number of steps depends on the machine's speed.
 
     Args:
-        directory: Where to save; it must not exist.
-        tokenizer: Tokenizer of `train_tokenizer`.
+        directory: Directory to save to; it must not exist.
+        tokenizer: A tokenizer from `train_tokenizer`.
         texts: Texts to train on.
-        held_out: Texts that the reported losses are of.
-        shape: Sizes of the model; None: the defaults.
-        seconds: Time budget of the steps; None: no such limit.
-        max_steps: Most steps to take.
-        batch_blocks: Blocks of `shape.context` tokens per step.
-        learning_rate: Highest learning rate of AdamW, after warm-up and before decay.
+        held_out: Texts that the reported losses are computed on.
+        shape: Sizes of the model; None for the defaults.
+        seconds: Time limit of the steps in seconds; None for no limit.
+        max_steps: Largest number of steps.
+        batch_blocks: Blocks of `shape.context` tokens in a step.
+        learning_rate: Highest learning rate of AdamW, reached after warm-up.
         seed: Seed of the initial weights and of the order of the blocks.
-        show_progress: Whether to show a bar.
+        show_progress: Whether to show a progress bar.
 
     Raises:
-        ConfigError: `max_steps` is below 1.
-        DataError: There is too little text for one batch, or for one held-out block.
-        OutputError: The directory exists or cannot be written.
+        ConfigError: If `max_steps` is below 1.
+        DataError: If there is too little text for one batch, or for one held-out block.
+        OutputError: If the directory exists or cannot be written.
     """
     directory = Path(directory)
     shape = shape or ModelShape()
@@ -164,7 +165,7 @@ def train_model(
 
 
 class _Schedule:
-    """How far training is, by steps or by time, whichever is further."""
+    """Progress and learning rate of training, which ends at a number of steps or a time limit."""
 
     def __init__(self, learning_rate: float, seconds: float | None, max_steps: int) -> None:
         self.learning_rate = learning_rate
@@ -180,29 +181,30 @@ class _Schedule:
 
     @property
     def share_done(self) -> float:
-        by_time = self.elapsed / self.seconds if self.seconds is not None else 0.0
-        return min(1.0, max(self.steps / self.max_steps, by_time))
+        """Fraction of training that is done, by steps or by time, whichever is larger."""
+        time_share = self.elapsed / self.seconds if self.seconds is not None else 0.0
+        return min(1.0, max(self.steps / self.max_steps, time_share))
 
     @property
     def rate(self) -> float:
-        """The learning rate of the next step: linear warm-up, then half a cosine down."""
-        warm = min(1.0, (self.steps + 1) / WARMUP_STEPS)
-        down = 0.5 * (1 + math.cos(math.pi * self.share_done))
-        return self.learning_rate * warm * max(down, FINAL_LEARNING_RATE_SHARE)
+        """The learning rate of the next step: linear warm-up and cosine decay."""
+        warmup = min(1.0, (self.steps + 1) / WARMUP_STEPS)
+        decay = 0.5 * (1 + math.cos(math.pi * self.share_done))
+        return self.learning_rate * warmup * max(decay, FINAL_LEARNING_RATE_SHARE)
 
 
 def _train(
     model: LlamaForCausalLM, batches: Iterator[Tensor], schedule: _Schedule, show_progress: bool
 ) -> None:
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
         lr=schedule.learning_rate,
         betas=(0.9, 0.95),
     )
     model.train()
-    # Whole thousandths, because how many steps fit into the time is not known beforehand.
+    # Progress in thousandths, because the number of steps within the time limit is not known.
     with Progress(
         "training", total=1000, unit="‰", show_rate=False, enabled=show_progress
     ) as progress:
@@ -250,7 +252,7 @@ def _mean_loss(model: LlamaForCausalLM, blocks_BT: Tensor) -> float:
 def _packed_blocks(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], context: int
 ) -> Tensor:
-    """All texts' tokens end to end, each closed by EOS, cut into blocks [B, context]."""
+    """The texts' tokens, an EOS after each text, joined and cut into blocks [B, context]."""
     if not texts:
         return torch.empty(0, context, dtype=torch.long)
     ids: list[int] = []
@@ -261,18 +263,18 @@ def _packed_blocks(
 
 
 def _batches(blocks_BT: Tensor, batch_blocks: int, seed: int) -> Iterator[Tensor]:
-    """Batches of blocks in a new random order each time round, without end."""
+    """Yields batches of blocks without end, in a new random order in each epoch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(blocks_BT), generator=generator)
-        for chosen in order.split(batch_blocks):
-            if len(chosen) == batch_blocks:
-                yield blocks_BT[chosen]
+        for indices in order.split(batch_blocks):
+            if len(indices) == batch_blocks:
+                yield blocks_BT[indices]
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seeds torch for a block and puts the caller's random state back after it."""
+    """Context in which torch is seeded; restores the caller's random state at its end."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -280,7 +282,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _whole_or_not_at_all(directory: Path) -> Iterator[Path]:
-    """Gives a block a partial directory to fill, which takes its name when the block is done."""
+    """Context with a temporary directory, which is renamed to the given one at its end."""
     partial = directory.with_name(f".{directory.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed

@@ -208,7 +208,7 @@ class _SavedState(PassState):
             if name == LOSS:
                 self.loss = tensor.item()
             else:
-                self._sums.take_up(name, tensor)
+                self._sums.restore(name, tensor)
         self._sums.counts.update(part.counts)
         self._sums.num_added.update(part.num_added)
         self.steps = self._saved_steps = part.steps

@@ -8,7 +8,11 @@ from torch import Tensor
 from ekfac_dist.curvature import long_sums
 from ekfac_dist.curvature.blocks import block_sizes, bounds
 from ekfac_dist.curvature.costs import block_rows
-from ekfac_dist.curvature.covariance import add_outer_products_, mirror_, outer_product_rows_of_term
+from ekfac_dist.curvature.covariance import (
+    add_outer_products_,
+    mirror_,
+    outer_product_positions_per_term,
+)
 from ekfac_dist.data.batches import Positions
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
 from ekfac_dist.runtime.processes import World
@@ -57,10 +61,10 @@ class CovarianceSums(long_sums.LongSums):
     def _add(self, factor: str, vectors_Mi: Tensor) -> None:
         blocks, num_columns = self.sums[factor], vectors_Mi.shape[1]
         places = list(bounds([len(block) for block in blocks]))
-        of_term = outer_product_rows_of_term(
+        per_term = outer_product_positions_per_term(
             [min(end, num_columns) - start for start, end in places], blocks[0].device
         )
-        for share in self.shares(factor, len(vectors_Mi), of_term):
+        for share in self.chunks(factor, len(vectors_Mi), per_term):
             for block, (start, end) in zip(blocks, places, strict=True):
                 # The last coordinate is the bias's, where the vectors lack it.
                 bias = end > num_columns

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ekfac_dist.config import FactorsConfig
 from ekfac_dist.curvature.blocks import block_sizes, num_elements
-from ekfac_dist.curvature.costs import rotates_input_rows, rotates_output_rows
+from ekfac_dist.curvature.costs import rotates_inputs, rotates_output_gradients
 from ekfac_dist.fit.sizes import summed_elements
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
 
@@ -96,11 +96,11 @@ def _refit_multiply_adds(
         tokens = num_tokens * routed.get(modules[0].name, 1.0)
         size, output_sizes = modules[0].input_size, [m.num_outputs for m in modules]
         rows = math.ceil(tokens)
-        by_rows = per_token or rotates_input_rows(rows, 1, output_sizes)
+        by_rows = per_token or rotates_inputs(rows, 1, output_sizes)
         squares = num_elements(size, factors.blocks)
         multiply_adds += (tokens if by_rows else sum(output_sizes)) * squares
         for num_outputs in output_sizes:
-            by_rows = per_token or rotates_output_rows(rows, 1, size)
+            by_rows = per_token or rotates_output_gradients(rows, 1, size)
             squares = num_elements(num_outputs, factors.blocks)
             multiply_adds += (tokens if by_rows else size) * squares + tokens * num_outputs * size
     return multiply_adds

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ekfac_dist.curvature import long_sums
 from ekfac_dist.curvature.blocks import Blocks, rotate_rows
-from ekfac_dist.curvature.costs import rotates_input_rows, rotates_output_rows
+from ekfac_dist.curvature.costs import rotates_inputs, rotates_output_gradients
 from ekfac_dist.curvature.refit import add_position_squares_, add_sequence_squares_
 from ekfac_dist.data.batches import Positions
 from ekfac_dist.fit.eigenbasis import Basis
@@ -67,7 +67,7 @@ class LambdaSums(PairObserver[Positions], long_sums.LongSums):
         """Adds a batch's squares to the module's sum."""
         vectors_OO = self._bases[module.output].eigenvectors
         vectors_II = self._bases[module.input].eigenvectors
-        rotates_output = self._per_token or rotates_output_rows(
+        rotates_output = self._per_token or rotates_output_gradients(
             positions.num_positions, len(positions.lengths), module.input_size
         )
         if rotates_output:
@@ -86,8 +86,8 @@ class LambdaSums(PairObserver[Positions], long_sums.LongSums):
 
     def _add_positions(self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor) -> None:
         lambda_OI = self.sums[module.name]
-        of_term = long_sums.rows_of_term(min(lambda_OI.shape), lambda_OI.device)
-        for share in self.shares(module.name, len(grads_MO), of_term):
+        per_term = long_sums.positions_per_term(min(lambda_OI.shape), lambda_OI.device)
+        for share in self.chunks(module.name, len(grads_MO), per_term):
             add_position_squares_(lambda_OI, acts_MI[share], grads_MO[share])
 
     def _add_sequences(
@@ -99,7 +99,7 @@ class LambdaSums(PairObserver[Positions], long_sums.LongSums):
         **bases: Blocks | None,
     ) -> None:
         starts = list(itertools.accumulate(lengths, initial=0))
-        for share in self.shares(module.name, len(lengths)):
+        for share in self.chunks(module.name, len(lengths)):
             rows = slice(starts[share.start], starts[share.stop])
             add_sequence_squares_(
                 self.sums[module.name],
@@ -111,7 +111,7 @@ class LambdaSums(PairObserver[Positions], long_sums.LongSums):
             )
 
     def _rotates_input(self, factor: str, positions: Positions) -> bool:
-        return self._per_token or rotates_input_rows(
+        return self._per_token or rotates_inputs(
             positions.num_positions, len(positions.lengths), self._output_sizes[factor]
         )
 

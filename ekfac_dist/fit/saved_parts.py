@@ -31,10 +31,10 @@ class Sums(Protocol):
     counts: dict[str, int]
     num_added: dict[str, int]
 
-    def pieces(self) -> Mapping[str, Tensor]:
+    def state(self) -> Mapping[str, Tensor]:
         """All sums so far, by name."""
 
-    def take_up(self, piece: str, saved: Tensor) -> None:
+    def restore(self, piece: str, saved: Tensor) -> None:
         """Overwrites a piece with its saved values."""
 
     def add(self, piece: str, saved: Tensor) -> None:
@@ -151,7 +151,7 @@ def write_part(
             f"{directory} cannot be made: {error.strerror or error}. Give an output directory that "
             "can be written and has room."
         ) from error
-    held = {**sums.pieces(), LOSS: torch.tensor(loss, dtype=torch.float64)}
+    held = {**sums.state(), LOSS: torch.tensor(loss, dtype=torch.float64)}
     bundles = {f"{k}.safetensors": bundle for k, bundle in enumerate(_bundles(held))}
     bundles[_NUMBERS] = {"numbers": torch.tensor(numbers, dtype=torch.int64)}
     try:

@@ -26,13 +26,13 @@ class WorkerShare:
     sequences: int
     positions: int
 
-    def is_long(self, rows_of_term: int) -> bool:
+    def is_long(self, positions_per_term: int) -> bool:
         """Whether sums over positions have enough terms to be flushed into a second level.
 
         Args:
-            rows_of_term: Positions that are added as one term; a step's last term may have fewer.
+            positions_per_term: Positions that make one term; the last of a step may have fewer.
         """
-        return self.positions / rows_of_term + self.steps >= long_sums.FLUSH_AFTER
+        return self.positions / positions_per_term + self.steps >= long_sums.FLUSH_AFTER
 
 
 def itemsize(factors: FactorsConfig) -> int:
@@ -85,12 +85,12 @@ def second_level_bytes(
     for factor, size in factor_sizes(group).items():
         columns = block_sizes(size, factors.blocks)
         columns[-1] -= factor in with_bias
-        is_long = share.is_long(covariance.outer_product_rows_of_term(columns, device))
+        is_long = share.is_long(covariance.outer_product_positions_per_term(columns, device))
         levels["covariance"] += bytes_each * summed_elements(size, factors.blocks) * is_long
     for module in group:
         if factors.refit == "per_token":
             sides = (module.num_outputs, module.input_size)
-            is_long = share.is_long(long_sums.rows_of_term(min(sides), device))
+            is_long = share.is_long(long_sums.positions_per_term(min(sides), device))
         else:
             is_long = factors.refit != "none" and share.sequences >= long_sums.FLUSH_AFTER
         levels["refit"] += bytes_each * module.num_outputs * module.input_size * is_long

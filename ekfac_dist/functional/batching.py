@@ -11,13 +11,13 @@ from ekfac_dist.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Cuts:
-    """How arguments are cut into batches.
+class Batching:
+    """How the arguments of `func` are cut into batches.
 
     Attributes:
-        in_dims: The dimension of each argument that runs over examples; None: it is not cut.
-        batch_size: Examples of a batch. If no argument is cut, those of the one call of `func`.
-        max_iter: Most batches; None for all.
+        in_dims: Each argument's dimension over examples; None for an argument that is not cut.
+        batch_size: Examples in a batch. If no argument is cut, the examples in the single call.
+        max_iter: Largest number of batches; None for all.
     """
 
     in_dims: tuple[int | None, ...]
@@ -32,26 +32,27 @@ class Cuts:
         batch_size: int,
         max_iter: int | None,
         uncut: int | None,
-    ) -> "Cuts":
-        """Checks how arguments shall be cut.
+    ) -> "Batching":
+        """Checks and completes the user's settings.
 
         Args:
-            num_arguments: How many `func` takes.
-            in_dims: As given; None cuts each along its first dimension.
-            batch_size: As given.
-            max_iter: As given.
-            uncut: Number of the argument that holds flat parameters, never cut unless `in_dims`
-                says so.
+            num_arguments: Number of arguments of `func`.
+            in_dims: Dimension of each argument, or one for all; None for the first of each.
+            batch_size: As for the class.
+            max_iter: As for the class.
+            uncut: Index of the argument with the flat parameters, which is cut only if `in_dims`
+                says so; None if there is none.
 
         Raises:
-            ConfigError: One of them cannot be meant.
+            ConfigError: If a number is not a whole number of 1 or more, or `in_dims` does not have
+                one integer or None for each argument.
         """
-        _require_whole("batch_size", batch_size)
+        _require_positive_integer("batch_size", batch_size)
         if max_iter is not None:
-            _require_whole("max_iter", max_iter)
+            _require_positive_integer("max_iter", max_iter)
             max_iter = int(max_iter)
         if in_dims is None:
-            dims = tuple(None if number == uncut else 0 for number in range(num_arguments))
+            dims = tuple(None if index == uncut else 0 for index in range(num_arguments))
         elif isinstance(in_dims, int):
             dims = (in_dims,) * num_arguments
         else:
@@ -69,17 +70,18 @@ class Cuts:
 
     @property
     def cuts_nothing(self) -> bool:
-        """Whether `func` is called once, with everything."""
+        """Whether no argument is cut, so that `func` is called once."""
         return all(dim is None for dim in self.in_dims)
 
     def batches(self, x: Sequence[Any]) -> "Batches":
-        """Arguments as batches.
+        """Batching arguments into batches.
 
         Args:
-            x: The arguments.
+            x: The arguments of `func`.
 
         Raises:
-            ConfigError: They have no such dimension, or unequal or no examples.
+            ConfigError: If there are too many or too few of them, one cannot be cut along its
+                dimension, or they have unequal numbers of examples, or none.
         """
         if len(x) != len(self.in_dims):
             raise ConfigError(
@@ -87,12 +89,12 @@ class Cuts:
                 "all, as one tuple."
             )
         sizes = {
-            f"x[{number}] of shape {list(tensor.shape)} along dimension {dim}": tensor.shape[dim]
-            for number, (tensor, dim) in enumerate(zip(x, self.in_dims, strict=True))
-            if dim is not None and _has_dimension(number, tensor, dim)
+            f"x[{index}] of shape {list(tensor.shape)} along dimension {dim}": tensor.shape[dim]
+            for index, (tensor, dim) in enumerate(zip(x, self.in_dims, strict=True))
+            if dim is not None and _require_dimension(index, tensor, dim)
         }
         if len(set(sizes.values())) > 1:
-            counts = "; ".join(f"{what} has {size}" for what, size in sizes.items())
+            counts = "; ".join(f"{argument} has {size}" for argument, size in sizes.items())
             raise ConfigError(
                 f"x is of unequal numbers of examples: {counts}. Each must have as many, or None "
                 "in in_dims if it is not to be cut."
@@ -107,13 +109,13 @@ class Cuts:
 
 @dataclass(frozen=True)
 class Batches:
-    """Arguments of `func`, batch by batch.
+    """The arguments of `func`, batch by batch.
 
     Attributes:
         x: All arguments.
-        in_dims: As for `Cuts`.
-        batch_size: As for `Cuts`.
-        num_examples: N, examples in all batches.
+        in_dims: As for `Batching`.
+        batch_size: As for `Batching`.
+        num_examples: N, the number of examples in all batches together.
     """
 
     x: tuple[Any, ...]
@@ -122,7 +124,7 @@ class Batches:
     num_examples: int
 
     def __iter__(self) -> Iterator[tuple[tuple[Any, ...], int]]:
-        """Yields (arguments, number of examples) of every batch."""
+        """Yields (arguments, number of examples) of each batch."""
         for start in range(0, self.num_examples, self.batch_size):
             size = min(self.batch_size, self.num_examples - start)
             arguments = tuple(
@@ -132,20 +134,20 @@ class Batches:
             yield arguments, size
 
 
-def _require_whole(what: str, number: Any) -> None:
+def _require_positive_integer(name: str, number: Any) -> None:
     if not isinstance(number, numbers.Integral) or isinstance(number, bool) or number < 1:
-        raise ConfigError(f"{what} is {number!r}; it must be a whole number of 1 or more.")
+        raise ConfigError(f"{name} is {number!r}; it must be a whole number of 1 or more.")
 
 
-def _has_dimension(number: int, value: Any, dim: int) -> bool:
+def _require_dimension(index: int, value: Any, dim: int) -> bool:
     if not isinstance(value, Tensor):
         raise ConfigError(
-            f"x[{number}] is a {type(value).__name__}; only tensors can be cut into batches. Make "
+            f"x[{index}] is a {type(value).__name__}; only tensors can be cut into batches. Make "
             "it one (torch.as_tensor), or give None for it in in_dims if func is to have it whole."
         )
     if not -value.ndim <= dim < value.ndim:
         raise ConfigError(
-            f"x[{number}] has shape {list(value.shape)} and no dimension {dim} to cut along; "
+            f"x[{index}] has shape {list(value.shape)} and no dimension {dim} to cut along; "
             "give another in in_dims, or None."
         )
     return True

@@ -1,4 +1,7 @@
-"""The two passes over `func`: covariances, their eigenbases, and Λ, by the package's own sums."""
+"""Fits EK-FAC factors in two passes over `func`: covariances and eigenbases, then Λ.
+
+The running sums and the decomposition are those that language models are fitted with.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,11 +23,11 @@ from ekfac_dist.models.capture.prepare import precisely
 
 @dataclass(frozen=True)
 class Fit:
-    """Factors of every recorded module, and where the modules' parameters stand.
+    """The fitted factors of every recorded module.
 
     Attributes:
-        layout: All parameters.
-        factors: By module name.
+        layout: The order and shapes of all parameters.
+        factors: The factors, by module name.
     """
 
     layout: Layout
@@ -42,52 +45,53 @@ def fit_caches(
     """Fits EK-FAC factors to what `func` records (Grosse et al. 2023, eq. 16–20).
 
     Args:
-        func: Returns the losses of a batch.
-        batches: The arguments.
+        func: Takes a batch's arguments and returns its losses [examples · t].
+        batches: The arguments, batch by batch; iterated twice.
         caches: The caches that `func` fills.
-        model: The model whose parameters are meant, where it is known.
+        model: The model whose parameters vectors have; None if it has to be found from the caches.
         progress: Whether to show progress.
 
     Raises:
-        ConfigError, ModelError: `func` returns or records what cannot be used.
-        NonFiniteError: NaN or infinity was met.
-        DecompositionError: A factor could not be decomposed.
+        ConfigError: If `func` returns something other than such losses.
+        ModelError: If what it records cannot be used.
+        NonFiniteError: If a loss, an input or a gradient is NaN or infinite.
+        DecompositionError: If a covariance cannot be decomposed.
     """
     calls = Calls(func, batches, caches, model)
     with calls.recorded():
         covariance: CovarianceSums | None = None
-        for rows in calls.each("covariance", progress):
+        for captures in calls.captures("covariance", progress):
             if covariance is None:
                 covariance = CovarianceSums(calls.modules, calls.dtype, calls.device)
-            _add(covariance, rows)
+            _add_captures(covariance, captures)
         assert covariance is not None
         covariance.fold()
         covariance.finish()
         bases = {}
-        for name, (total,) in covariance.sums.items():
-            basis = decompose(name, total, covariance.counts[name], calls.device)
-            bases[name] = Basis([total.copy_(basis.eigenvectors)], basis.eigenvalues)
+        for name, (sum_nn,) in covariance.sums.items():
+            basis = decompose(name, sum_nn, covariance.counts[name], calls.device)
+            bases[name] = Basis([sum_nn.copy_(basis.eigenvectors)], basis.eigenvalues)
         lambdas = LambdaSums(
             calls.modules, bases, per_token=False, dtype=calls.dtype, device=calls.device
         )
-        for rows in calls.each("refit", progress):
-            _add(lambdas, rows)
+        for captures in calls.captures("refit", progress):
+            _add_captures(lambdas, captures)
         lambdas.fold()
     factors = {
-        m.name: ModuleFactors(
-            bases[m.output].eigenvectors,
-            bases[m.input].eigenvectors,
-            lambdas.sums[m.name] / batches.num_examples,
+        module.name: ModuleFactors(
+            bases[module.output].eigenvectors,
+            bases[module.input].eigenvectors,
+            lambdas.sums[module.name] / batches.num_examples,
         )
-        for m in calls.modules
+        for module in calls.modules
     }
     return Fit(calls.layout, factors)
 
 
-def _add(sums: CovarianceSums | LambdaSums, rows: Sequence[ModuleCapture]) -> None:
-    with torch.no_grad(), precisely(rows[0].acts_Mi.device):
-        for each in rows:
-            if each.module.leads:
-                sums.on_input(each.module, each.acts_Mi, each.positions)
-        for each in rows:
-            sums.on_gradient(each.module, each.grads_MO, each.positions)
+def _add_captures(sums: CovarianceSums | LambdaSums, captures: Sequence[ModuleCapture]) -> None:
+    with torch.no_grad(), precisely(captures[0].acts_Mi.device):
+        for capture in captures:
+            if capture.module.leads:
+                sums.on_input(capture.module, capture.acts_Mi, capture.positions)
+        for capture in captures:
+            sums.on_gradient(capture.module, capture.grads_MO, capture.positions)

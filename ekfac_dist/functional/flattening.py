@@ -1,4 +1,4 @@
-"""A model's parameters as one flat vector, for functions of them."""
+"""A model's parameters as one flat vector, and functions that take them so."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from ekfac_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Flattened:
-    """What `flatten_func` knows of a function that it decorated.
+    """What `flatten_func` attaches to a decorated function, as its attribute `flattened`.
 
     Attributes:
         model: The model whose parameters are flattened.
-        param_num: Which argument they are.
+        param_num: Index of the positional argument that holds them.
     """
 
     model: nn.Module
@@ -25,16 +25,17 @@ class Flattened:
 
 
 def flatten_params(params: Mapping[str, Tensor] | nn.Module | Iterable[Tensor]) -> Tensor:
-    """Parameters, one after another, as one vector.
+    """Concatenates parameters into one vector, in their order.
 
     Args:
-        params: By name, as of `dict(model.named_parameters())`, or a list of them, or the model.
+        params: A mapping by name such as `dict(model.named_parameters())`, an iterable of tensors,
+            or the model.
 
     Returns:
-        [sum of their sizes]; gradients flow through it.
+        Vector [P], P being the parameters' number of elements; gradients flow through it.
 
     Raises:
-        ConfigError: There are none, or some are no tensors.
+        ConfigError: If there are none, or one is no tensor.
     """
     if isinstance(params, nn.Module):
         params = list(params.parameters())
@@ -56,17 +57,18 @@ def flatten_params(params: Mapping[str, Tensor] | nn.Module | Iterable[Tensor]) 
 def flatten_func(
     model: nn.Module, param_num: int = 0
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates a function of a model's parameters by name, so that it takes them flat.
+    """Decorates a function of a model's named parameters, so that it takes them as a flat vector.
 
-    The function gets {name: tensor}, as `torch.func.functional_call` takes them. It can be
-    differentiated and mapped by `torch.func`.
+    The function itself receives {name: tensor}, as `torch.func.functional_call` expects. Transforms
+    of `torch.func` can be applied to the decorated function.
 
     Args:
-        model: The model; its parameters' names, shapes and order are what counts.
-        param_num: Which positional argument holds the parameters.
+        model: The model; only its parameters' names, shapes and order matter.
+        param_num: Index of the positional argument that holds the parameters.
 
     Raises:
-        ConfigError: `model` is no module, or there can be no such argument.
+        ConfigError: If `model` is no module or `param_num` no whole number of 0 or more; when the
+            function is called, if the argument is missing or of another shape.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"The model of flatten_func is a {type(model).__name__}; give a module.")
@@ -81,9 +83,9 @@ def flatten_func(
                     f"The function was called with {len(args)} positional arguments; argument "
                     f"{param_num} has to be the flat parameters."
                 )
-            given = list(args)
-            given[param_num] = _by_name(given[param_num], model)
-            return function(*given, **kwargs)
+            arguments = list(args)
+            arguments[param_num] = _by_name(arguments[param_num], model)
+            return function(*arguments, **kwargs)
 
         flattened.flattened = Flattened(model, param_num)  # type: ignore[attr-defined]
         return flattened
@@ -92,12 +94,13 @@ def flatten_func(
 
 
 def _by_name(flat: Any, model: nn.Module) -> dict[str, Tensor]:
+    """Splits a flat vector into a model's parameters, as views of it."""
     named = dict(model.named_parameters())
     sizes = [parameter.numel() for parameter in named.values()]
     if not isinstance(flat, Tensor) or flat.shape != (sum(sizes),):
-        given = list(flat.shape) if isinstance(flat, Tensor) else type(flat).__name__
+        shape = list(flat.shape) if isinstance(flat, Tensor) else type(flat).__name__
         raise ConfigError(
-            f"The flat parameters have shape {given}; {type(model).__name__} has {sum(sizes)} "
+            f"The flat parameters have shape {shape}; {type(model).__name__} has {sum(sizes)} "
             f"parameters, so it must be [{sum(sizes)}]."
         )
     parts = flat.split(sizes)

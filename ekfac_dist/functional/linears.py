@@ -1,4 +1,4 @@
-"""Caches that hooks fill, for models whose forwards stay as they are."""
+"""Caches that hooks fill, for models whose forwards are not rewritten."""
 
 import fnmatch
 import sys
@@ -9,16 +9,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from ekfac_dist.errors import ConfigError, ModelError
-from ekfac_dist.functional.caches import MLPCache, is_aside, keep
+from ekfac_dist.functional.caches import MLPCache, is_without_gradients, retain_or_clear
 from ekfac_dist.models.find.mlp_blocks import Anatomy
 from ekfac_dist.models.modules import linear_modules, only_input
 
 
 class LinearCaches(list[MLPCache]):
-    """A list of caches, and the hooks that fill them; also a context that ends with them removed.
+    """A list of caches with the hooks that fill them; as a context, it removes them at its end.
 
     Attributes:
-        names: Names of the linear maps of each cache.
+        names: Names of each cache's linear maps.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class LinearCaches(list[MLPCache]):
         self._handles: list[Any] = []
 
     def remove(self) -> None:  # type: ignore[override]
-        """Takes the hooks off the model; the caches are empty afterwards."""
+        """Removes the hooks from the model and empties the caches."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -47,28 +47,29 @@ class LinearCaches(list[MLPCache]):
 
 
 def cache_linears(model: nn.Module, modules: str | Sequence[str] | None = None) -> LinearCaches:
-    """Caches that are filled whenever a model runs, by hooks: no forward is rewritten.
+    """Adds hooks to a model that record its linear maps whenever it runs.
 
-    Of a Hugging Face transformer, be it wrapped, there is a cache for each MLP block, with all of
-    the block's linear maps (`nn.Linear` and `Conv1D`); of any other model, one cache with all
-    linear maps.
+    A Hugging Face transformer, also inside a wrapper, gets one cache for each MLP block, with all
+    of the block's linear maps (`nn.Linear` and `Conv1D`). Any other model gets one cache with all
+    of its linear maps.
 
     Args:
         model: The model. The hooks stay until `remove` is called, or the context ends.
-        modules: Glob of linear maps' names, or several: only these are cached.
+        modules: A glob, or several, of the names of the linear maps to record; None for those
+            above.
 
     Returns:
-        The caches, a list that can be given as `mlp_cache`.
+        The caches, a list that can be passed as `mlp_cache`.
 
     Raises:
-        ConfigError: `model` is no module, or a glob matches no linear map.
-        ModelError: There is no linear map, or a transformer has no MLP block.
+        ConfigError: If `model` is no module, or a glob matches no linear map.
+        ModelError: If there is no linear map, or a transformer has no MLP block.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"cache_linears was given a {type(model).__name__}; give a module.")
     anatomy = Anatomy(model) if _has_transformer(model) else None
     blocks: dict[str, list[str]] = {}
-    for name in _chosen(model, modules, anatomy):
+    for name in _chosen_linears(model, modules, anatomy):
         blocks.setdefault(anatomy.place(name).block if anatomy else "", []).append(name)
     caches = LinearCaches()
     for block, names in blocks.items():
@@ -86,14 +87,14 @@ def cache_linears(model: nn.Module, modules: str | Sequence[str] | None = None) 
 
 
 def _has_transformer(model: nn.Module) -> bool:
-    # Whoever has one has imported this, which takes seconds; nobody else should have to.
+    # A model of transformers implies that this is imported; importing it here would take seconds.
     modeling = sys.modules.get("transformers.modeling_utils")
     return modeling is not None and any(
         isinstance(part, modeling.PreTrainedModel) for part in model.modules()
     )
 
 
-def _chosen(
+def _chosen_linears(
     model: nn.Module, globs: str | Sequence[str] | None, anatomy: Anatomy | None
 ) -> list[str]:
     linears, kind = linear_modules(model), type(model).__name__
@@ -107,7 +108,7 @@ def _chosen(
                 f"instance {next(iter(linears))!r}."
             )
         return names
-    wanted: set[str] = set()
+    matching: set[str] = set()
     for glob in [globs] if isinstance(globs, str) else globs:
         matched = fnmatch.filter(linears, glob)
         if not matched:
@@ -115,38 +116,41 @@ def _chosen(
                 f"{glob!r} matches none of the {len(linears)} linear maps of {kind}, such as "
                 f"{next(iter(linears))!r}."
             )
-        wanted |= set(matched)
-    return [name for name in linears if name in wanted]
+        matching |= set(matched)
+    return [name for name in linears if name in matching]
 
 
 class _Hooks:
-    """The hooks of one cache; a deep copy of the model has copies, with a cache of its own."""
+    """The hooks that fill one cache.
+
+    A class, not functions, so that a deep copy of the model copies them with a cache of their own.
+    """
 
     def __init__(self, cache: MLPCache) -> None:
         self.cache = cache
-        self._seen: set[nn.Module] = set()
+        self._recorded: set[nn.Module] = set()
 
     def begin(self, block: nn.Module, args: Any) -> None:
-        if not self._passes_by():
+        if not self._keeps_pairs():
             self.cache.clear()
-            self._seen.clear()
+            self._recorded.clear()
 
     def record(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        given = only_input(args, kwargs)
+        inputs = only_input(args, kwargs)
         recording = self.cache.recording
         if recording is not None:
-            output = recording.see(module, given, output)
-        if self._passes_by():
+            output = recording.observe(module, inputs, output)
+        if self._keeps_pairs():
             return output
-        if module in self._seen:  # another forward, though the block as a whole was not called
+        if module in self._recorded:  # a new forward that did not call the block as a whole
             self.begin(module, args)
-        self._seen.add(module)
-        self.cache.input_hidden_pairs.append((given, output))
+        self._recorded.add(module)
+        self.cache.input_hidden_pairs.append((inputs, output))
         if recording is None:
-            keep(self.cache)
+            retain_or_clear(self.cache)
         return output
 
-    def _passes_by(self) -> bool:
-        """Whether this forward leaves what an earlier one of the same call recorded."""
+    def _keeps_pairs(self) -> bool:
+        """Whether this forward is to keep the pairs of an earlier forward of the same call."""
         pairs = self.cache.input_hidden_pairs
-        return is_aside(self.cache) and any(hidden.requires_grad for _, hidden in pairs)
+        return is_without_gradients(self.cache) and any(hidden.requires_grad for _, hidden in pairs)

@@ -1,4 +1,9 @@
-"""Which parameters the recorded pairs belong to, and where those stand among all of them."""
+"""Identifies the module and the parameters of each recorded pair.
+
+A pair is matched by its hidden vector to the call of the linear map that returned it, and that
+linear map to its name in the model. Hidden vectors that are no linear map's output are accepted
+only from caches attached to no module; their weights get names of their own.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +15,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ekfac_dist.errors import ModelError
 from ekfac_dist.functional.caches import KEY, MLPCache
-from ekfac_dist.functional.recording import Recording, Use
+from ekfac_dist.functional.recording import LinearCall, Recording
 from ekfac_dist.functional.vectors import Layout
 from ekfac_dist.models.modules import (
     LINEAR,
@@ -23,63 +28,65 @@ from ekfac_dist.models.modules import (
 
 @dataclass(frozen=True)
 class RecordedPair:
-    """One recorded pair, and the call of a linear map that it is.
+    """One recorded pair, with the call of the linear map that it was recorded from.
 
     Attributes:
-        cache: Number of its cache.
-        number: Its number in the cache.
+        cache: Index of its cache.
+        index: Its index in the cache.
         input: The linear map's input [..., I], without the bias coordinate.
-        hidden: Its output [..., O].
-        use: The call; None if no Linear or Conv1D gave the hidden vector.
-        counted: The cache's rows that count.
-        leader: Number, among all pairs, of the first that reads the same input.
+        hidden: The linear map's output [..., O].
+        call: The call; None if no Linear or Conv1D returned the hidden vector.
+        counted: The cache's mask of counted positions.
+        leader: Index, among the pairs of all caches, of the first pair of this cache with the same
+            input.
     """
 
     cache: int
-    number: int
+    index: int
     input: Tensor
     hidden: Tensor
-    use: Use | None
+    call: LinearCall | None
     counted: Tensor | None
     leader: int
 
     @property
     def edge(self) -> GradientEdge | None:
-        """Where the hidden vector's gradient arrives; None if it takes none."""
-        if self.use is not None:
-            return self.use.edge
+        """The gradient edge of the hidden vector; None if it takes no gradient."""
+        if self.call is not None:
+            return self.call.edge
         return get_gradient_edge(self.hidden) if self.hidden.requires_grad else None
 
     @property
-    def kind(self) -> tuple[Any, ...]:
-        """What has to be the same in every call of `func`."""
-        module = None if self.use is None else id(self.use.module)
+    def signature(self) -> tuple[Any, ...]:
+        """What must be equal in every call of `func`: cache, module, I, O and leader."""
+        module = None if self.call is None else id(self.call.module)
         return self.cache, module, self.input.shape[-1], self.hidden.shape[-1], self.leader
 
     def __str__(self) -> str:
-        return f"Pair {self.number} of mlp_cache[{self.cache}]"
+        return f"Pair {self.index} of mlp_cache[{self.cache}]"
 
 
 def recorded_pairs(caches: Sequence[MLPCache], recording: Recording) -> list[RecordedPair]:
-    """The pairs of the last call of `func`.
+    """The pairs that all caches recorded in the last call of `func`.
 
     Raises:
-        ModelError: A cache has none, or something else than pairs of tensors; or a pair is not all
-            of what passed through its linear map.
+        ModelError: If a cache has none, or something other than pairs of tensors; or if a pair's
+            linear map was called more than once, had another input, or had its input overwritten.
     """
     pairs: list[RecordedPair] = []
     for c, cache in enumerate(caches):
         first = len(pairs)
         if not cache.input_hidden_pairs:
             raise _nothing_recorded(c, cache, recording)
-        for number, (given, hidden) in enumerate(cache.collect_states()):
-            use = recording.use_of(hidden)
+        for index, (inputs, hidden) in enumerate(cache.collect_states()):
+            call = recording.call_with_output(hidden)
             leader = next(
-                (k for k in range(first, len(pairs)) if _share(pairs[k].use, use)), len(pairs)
+                (k for k in range(first, len(pairs)) if _share_input(pairs[k].call, call)),
+                len(pairs),
             )
-            pair = RecordedPair(c, number, given, hidden, use, cache.counted, leader)
-            if use is not None:
-                _require_one_use(pair, use, recording)
+            pair = RecordedPair(c, index, inputs, hidden, call, cache.counted, leader)
+            if call is not None:
+                _require_single_call(pair, call, recording)
             pairs.append(pair)
     return pairs
 
@@ -90,16 +97,19 @@ def identify(
     recording: Recording,
     model: nn.Module | None,
 ) -> tuple[tuple[TrackedModule, ...], Layout]:
-    """The module of each pair, and the layout of all parameters.
+    """Finds the module of each pair, and the layout of all parameters.
 
     Args:
-        pairs: What was recorded.
-        caches: The caches.
-        recording: Which modules filled them.
-        model: The model whose parameters are meant, where that is known.
+        pairs: The pairs of the first call of `func`.
+        caches: The caches that hold them.
+        recording: The observed calls of linear maps and the modules that fill the caches.
+        model: The model whose parameters vectors have; None if it has to be found from the caches.
+
+    Returns:
+        The modules in the order of the pairs, and the layout of the model's parameters.
 
     Raises:
-        ModelError: A pair is no linear map's, or one's whose parameters are not its own; or a
+        ModelError: If a pair does not belong to a linear map with parameters of its own, or a
             linear map was recorded twice.
     """
     roots = _roots(caches, recording, model)
@@ -107,21 +117,21 @@ def identify(
     shapes: dict[str, torch.Size] = {}
     tied: set[str] = set()
     for prefix, root in roots:
-        for name, module in root.named_modules():
-            names.setdefault(id(module), prefix + name)
+        for name, submodule in root.named_modules():
+            names.setdefault(id(submodule), prefix + name)
         shapes |= {prefix + name: p.shape for name, p in root.named_parameters()}
         for shared in all_parameter_names(root).values():
             tied.update(prefix + name for name in shared if len(shared) > 1)
-    found: list[TrackedModule] = []
+    modules: list[TrackedModule] = []
     for pair in pairs:
-        if pair.use is not None:
-            module = _module_of_use(pair, names, found, model)
+        if pair.call is not None:
+            module = _module_of_call(pair, names, modules, model)
         elif (
             model is None
             and caches[pair.cache].model is None
             and not _owner(caches[pair.cache], recording)
         ):
-            module = _module_of_weight(pair)
+            module = _module_without_call(pair)
             shapes[f"{module.name}.weight"] = torch.Size((module.num_outputs, module.num_inputs))
         else:
             raise ModelError(
@@ -130,53 +140,54 @@ def identify(
                 "output, before the activation, and take hooks off that change it."
             )
         _require_own_parameters(module, shapes, tied)
-        found.append(module)
-    repeated = {m.name for k, m in enumerate(found) if m.name in {o.name for o in found[:k]}}
+        modules.append(module)
+    repeated = {m.name for k, m in enumerate(modules) if m.name in {o.name for o in modules[:k]}}
     if repeated:
         raise ModelError(
             f"Module {min(repeated)} was recorded twice in one call of func; its calls share one "
             "weight and cannot be told apart. Record it once, on the whole batch. (Two caches of "
             "one model record it twice.)"
         )
-    order = {name: number for number, name in enumerate(shapes)}
-    in_order = sorted(found, key=lambda module: order[module.parameters[0]])
-    return tuple(found), Layout(shapes, tuple(in_order))
+    order = {name: index for index, name in enumerate(shapes)}
+    in_order = sorted(modules, key=lambda module: order[module.parameters[0]])
+    return tuple(modules), Layout(shapes, tuple(in_order))
 
 
 def _owner(cache: MLPCache, recording: Recording) -> nn.Module | None:
-    """The module whose forward fills a cache."""
+    """The module whose decorated forward fills a cache; None if there is none."""
     return recording.owners.get(id(cache))
 
 
-def _nothing_recorded(number: int, cache: MLPCache, recording: Recording) -> ModelError:
+def _nothing_recorded(index: int, cache: MLPCache, recording: Recording) -> ModelError:
     if cache.model is None and _owner(cache, recording) is None:
         return ModelError(
-            f"mlp_cache[{number}] recorded no pair: it is attached to nothing that func runs. "
+            f"mlp_cache[{index}] recorded no pair: it is attached to nothing that func runs. "
             f"Attach it with setattr(module, KEY, cache), KEY being {KEY!r}, to a module whose "
             "class's forward is decorated with manual; or make caches with cache_linears(model)."
         )
     return ModelError(
-        f"mlp_cache[{number}] recorded no pair: func does not run its module, or the forward ran "
+        f"mlp_cache[{index}] recorded no pair: func does not run its module, or the forward ran "
         "without appending (input, hidden vector) of each linear map to input_hidden_pairs, or its "
         "hooks were removed, or added after torch.compile had compiled it."
     )
 
 
-def _require_one_use(pair: RecordedPair, use: Use, recording: Recording) -> None:
-    given, version = use.input
-    if recording.times(use.module) > 1:
+def _require_single_call(pair: RecordedPair, call: LinearCall, recording: Recording) -> None:
+    """Checks that a pair is all that passed through its linear map, unchanged since."""
+    inputs, version = call.input
+    if recording.num_calls(call.module) > 1:
         raise ModelError(
-            f"{pair}: its linear map ({given.shape[-1]} → {pair.hidden.shape[-1]}) was used more "
+            f"{pair}: its linear map ({inputs.shape[-1]} → {pair.hidden.shape[-1]}) was used more "
             "than once in one call of func; its uses share one weight and cannot be told apart. "
             "Have func call the model once, on the whole batch."
         )
-    same_shape = given.shape == pair.input.shape
-    if given is not pair.input and not (same_shape and torch.equal(given, pair.input)):
+    same_shape = inputs.shape == pair.input.shape
+    if inputs is not pair.input and not (same_shape and torch.equal(inputs, pair.input)):
         raise ModelError(
             f"{pair} has another input {list(pair.input.shape)} than its linear map was called "
-            f"with, {list(given.shape)}; record what the linear map was given."
+            f"with, {list(inputs.shape)}; record what the linear map was given."
         )
-    if given._version != version:
+    if inputs._version != version:
         raise ModelError(
             f"{pair}: its input was written to after the linear map had read it, so what it was is "
             "lost; do without the operation in place."
@@ -186,7 +197,10 @@ def _require_one_use(pair: RecordedPair, use: Use, recording: Recording) -> None
 def _roots(
     caches: Sequence[MLPCache], recording: Recording, model: nn.Module | None
 ) -> list[tuple[str, nn.Module]]:
-    """The modules whose parameters are meant, each with what its parameters' names begin with."""
+    """The modules whose parameters vectors have, each with the prefix of its parameters' names.
+
+    Without a model these are the outermost modules that fill caches.
+    """
     if model is not None:
         return [("", model)]
     owners = [cache.model or _owner(cache, recording) for cache in caches]
@@ -195,33 +209,41 @@ def _roots(
     outer = [owner for owner in unique if id(owner) not in inner]
     if len(outer) == 1:
         return [("", outer[0])]
-    return [(f"{number}.", owner) for number, owner in enumerate(outer)]
+    return [(f"{index}.", owner) for index, owner in enumerate(outer)]
 
 
-def _module_of_weight(pair: RecordedPair) -> TrackedModule:
-    """A weight without a bias and without a module, which a cache that is nobody's recorded."""
-    name = f"mlp_cache[{pair.cache}].{pair.number}"
+def _module_without_call(pair: RecordedPair) -> TrackedModule:
+    """A linear map without a bias, named after the cache, which is attached to no module."""
+    name = f"mlp_cache[{pair.cache}].{pair.index}"
     sizes = pair.input.shape[-1], pair.hidden.shape[-1]
     return TrackedModule(name, LINEAR, *sizes, False, f"{name}.input", f"{name}.output")
 
 
-def _module_of_use(
+def _module_of_call(
     pair: RecordedPair,
     names: Mapping[int, str],
-    found: Sequence[TrackedModule],
+    earlier: Sequence[TrackedModule],
     model: nn.Module | None,
 ) -> TrackedModule:
-    use = pair.use
-    assert use is not None
-    described = describe(use.module)
+    """The linear map that was called.
+
+    Args:
+        pair: The pair.
+        names: Name of every module of the model, by the module's `id`.
+        earlier: The modules of the pairs before this one.
+        model: The model, for an error.
+    """
+    call = pair.call
+    assert call is not None
+    described = describe(call.module)
     assert described is not None
-    if id(use.module) not in names:
+    if id(call.module) not in names:
         raise ModelError(
-            f"{pair} is of a {type(use.module).__name__} that does not belong to "
+            f"{pair} is of a {type(call.module).__name__} that does not belong to "
             f"{type(model).__name__}, the model whose parameters func takes."
         )
-    name = names[id(use.module)]
-    leader = name if pair.leader == len(found) else found[pair.leader].name
+    name = names[id(call.module)]
+    leader = name if pair.leader == len(earlier) else earlier[pair.leader].name
     return TrackedModule(name, *described, f"{leader}.input", f"{name}.output")
 
 
@@ -242,9 +264,9 @@ def _require_own_parameters(
         )
 
 
-def _share(one: Use | None, other: Use | None) -> bool:
-    """Whether two linear maps read one tensor, and both or neither have a bias."""
-    if one is None or other is None:
+def _share_input(first: LinearCall | None, second: LinearCall | None) -> bool:
+    """Whether two linear maps read the same tensor, and both or neither have a bias."""
+    if first is None or second is None:
         return False
-    biases = [use.module.bias is not None for use in (one, other)]
-    return biases[0] == biases[1] and same_tensor(one.input, other.input)
+    biases = [call.module.bias is not None for call in (first, second)]
+    return biases[0] == biases[1] and same_tensor(first.input, second.input)

@@ -1,10 +1,11 @@
-"""What a call of `func` did: every linear map's input, output, and place in the graph of gradients.
+"""Observes linear maps while `func` runs: their inputs, outputs and gradient edges.
 
-A cache has tensors only. Which parameters they belong to is known because the linear maps were
-looked at while they ran: a pair is the call whose output it has. The place in the graph is noted
-before anything that comes after, an activation in place included, can move it.
+A cache holds tensors only. To find the parameters that a pair belongs to, every linear map is
+observed while it runs, and a pair is matched to the call that returned its hidden vector. The
+output's gradient edge (its place in the autograd graph) is read at once, before a later operation,
+such as an activation in place, can change it.
 
-Every module that a call runs is put into evaluation mode first, so that nothing drops out.
+Every module that runs is put into evaluation mode first, so that dropout is off.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,46 +23,49 @@ from ekfac_dist.models.capture.prepare import precisely
 from ekfac_dist.models.modules import linear_modules, only_input
 
 
-def lives_in_a_transform(tensor: Tensor) -> bool:
-    """Whether a tensor is one of `torch.func`'s own, which end with its transform."""
+def is_in_transform(tensor: Tensor) -> bool:
+    """Whether a tensor was made inside a transform of `torch.func` and is invalid after it."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 @torch.no_grad()
-def maps_linearly(module: Any, given: Tensor, output: Tensor) -> bool:
-    """Whether a linear map's output is its weight times its input, plus its bias."""
+def maps_linearly(module: Any, inputs: Tensor, output: Tensor) -> bool:
+    """Whether a linear map's output is its weight times its input plus its bias, to rounding."""
     weight_OI = module.weight.mT if isinstance(module, Conv1D) else module.weight
-    shape = (output.shape[-1], given.shape[-1])
+    shape = (output.shape[-1], inputs.shape[-1])
     if weight_OI.shape != shape or not weight_OI.is_floating_point():
         return False
-    # An input of another dtype than the weight has been converted, as by autocast.
-    dtype = torch.promote_types(given.dtype, weight_OI.dtype)
-    with precisely(given.device):
-        mapped = given.to(dtype) @ weight_OI.to(dtype).T
+    # Autocast converts an input whose dtype differs from the weight's.
+    dtype = torch.promote_types(inputs.dtype, weight_OI.dtype)
+    with precisely(inputs.device):
+        expected = inputs.to(dtype) @ weight_OI.to(dtype).T
         if module.bias is not None:
-            mapped = mapped + module.bias
-    difference = (mapped - output).norm()
-    allowed = rounding(given, weight_OI, output) * (mapped.norm() + output.norm())
-    return not bool(difference > allowed)
+            expected = expected + module.bias
+    difference = (expected - output).norm()
+    tolerance = relative_tolerance(inputs, weight_OI, output)
+    return not bool(difference > tolerance * (expected.norm() + output.norm()))
 
 
-def rounding(*tensors: Tensor) -> float:
-    """The square root of the coarsest rounding that went in; a GPU may multiply more coarsely."""
+def relative_tolerance(*tensors: Tensor) -> float:
+    """The square root of the largest machine epsilon of some tensors' dtypes.
+
+    On a GPU it is at least that of 10 mantissa bits, the precision of TF32.
+    """
     eps = [torch.finfo(tensor.dtype).eps for tensor in tensors]
     return max(*eps, 2.0**-10 if tensors[0].is_cuda else 0.0) ** 0.5
 
 
 @dataclass(frozen=True)
-class Use:
-    """One call of a linear map.
+class LinearCall:
+    """One observed call of a linear map.
 
     Attributes:
         module: The linear map.
-        input: What it was called with, and that tensor's version then.
-        output: What it gave.
-        edge: Where the output's gradient arrives; None if it takes none.
-        weight: The weight that it had: a function of flat parameters has others than the module's.
-        is_linear: Whether the output was seen to be W a + b; None if it was not looked at.
+        input: Its input [..., I], and the version counter of that tensor at the call.
+        output: Its output [..., O].
+        edge: The gradient edge of the output; None if it takes no gradient.
+        weight: The weight used in the call. With flat parameters it is not the module's own one.
+        is_linear: Whether the output is W a + b; None if that was not checked.
     """
 
     module: nn.Module
@@ -73,68 +77,71 @@ class Use:
 
 
 class Recording:
-    """Looks at linear maps while `ihvp_at_x_ekfac` fits.
+    """Observes linear maps while `ihvp_at_x_ekfac` fits.
 
     Attributes:
-        owners: By cache, the module whose decorated forward filled it.
-        uses: Every call of a linear map within the last call of `func`, in order.
+        owners: The module whose decorated forward fills a cache, by the cache's `id`.
+        linear_calls: Every call of a linear map within the last call of `func`, in order.
     """
 
     def __init__(self) -> None:
         self.owners: dict[int, nn.Module] = {}
-        self.uses: list[Use] = []
-        self._open = False
-        self._closely = False
-        self._modes: dict[int, tuple[nn.Module, bool]] = {}
+        self.linear_calls: list[LinearCall] = []
+        self._is_open = False
+        self._checks_linearity = False
+        self._in_training: dict[int, nn.Module] = {}
 
     @contextmanager
-    def evaluating(self, known: Iterable[nn.Module]) -> Iterator[None]:
-        """Within it every module that runs is in evaluation mode; after it all are as they were.
+    def evaluating(self, models: Iterable[nn.Module]) -> Iterator[None]:
+        """Context in which every module that runs is in evaluation mode; restores modes at its end.
 
         Args:
-            known: Models that will run; they are put into evaluation mode at once.
+            models: Models known to run, which are put into evaluation mode at once.
         """
         handle = nn.modules.module.register_module_forward_pre_hook(self._evaluate)
         try:
-            for model in known:
-                for part in model.modules():
-                    self._evaluate(part)
+            for model in models:
+                for module in model.modules():
+                    self._evaluate(module)
             yield
         finally:
             handle.remove()
-            for part, mode in self._modes.values():
-                part.training = mode
-            self._modes.clear()
+            for module in self._in_training.values():
+                module.training = True
+            self._in_training.clear()
 
     def _evaluate(self, module: nn.Module, args: Any = ()) -> None:
         if module.training:
-            self._modes.setdefault(id(module), (module, True))
+            self._in_training.setdefault(id(module), module)
             module.training = False
 
     @contextmanager
-    def call(self, *, closely: bool) -> Iterator[None]:
-        """Within it, one call of `func` is looked at; a forward repeated later is not.
+    def call(self, *, checks_linearity: bool) -> Iterator[None]:
+        """Context of one call of `func`, whose linear maps are listed in `linear_calls`.
+
+        Forwards after its end, such as those of gradient checkpointing, are not listed.
 
         Args:
-            closely: Whether to see to it that linear maps are linear, which costs as much as them.
+            checks_linearity: Whether to check that outputs are W a + b, which costs as much as the
+                linear maps themselves.
         """
-        self.uses.clear()
-        self._open = True
-        self._closely = closely
+        self.linear_calls.clear()
+        self._is_open = True
+        self._checks_linearity = checks_linearity
         try:
             yield
         finally:
-            self._open = False
+            self._is_open = False
 
     @contextmanager
     def watching(self, module: nn.Module) -> Iterator[None]:
-        """Within it, every linear map of a module is looked at."""
+        """Context with hooks on every linear map inside a module, which observe its calls."""
         handles = []
         try:
-            for part in linear_modules(module).values():
-                # First of all hooks: another's may give an output that is not the linear map's.
+            for linear in linear_modules(module).values():
+                # Before all other hooks, which may replace the linear map's output.
                 handles.append(
-                    part.register_forward_hook(self._hook, with_kwargs=True, prepend=True)
+                    linear.register_forward_hook(self._observe_hook, with_kwargs=True, prepend=True)
                 )
             yield
         finally:
@@ -142,29 +149,29 @@ class Recording:
                 handle.remove()
 
     @contextmanager
-    def of(self, module: nn.Module, cache: object) -> Iterator[None]:
-        """Within it, a module's forward fills a cache."""
+    def filling(self, module: nn.Module, cache: object) -> Iterator[None]:
+        """Context of a module's decorated forward, which fills a cache."""
         self.owners[id(cache)] = module
         with self.watching(module):
             yield
 
-    def see(self, module: nn.Module, given: Tensor, output: Tensor) -> Tensor:
-        """Looks at one call.
+    def observe(self, module: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
+        """Records one call of a linear map.
 
         Args:
             module: The linear map.
-            given: Its input.
-            output: Its output.
+            inputs: Its input [..., I].
+            output: Its output [..., O].
 
         Returns:
-            The output to go on with. It is another tensor where the output takes no gradient yet
-            (it becomes the graph's start, so parameters may be frozen), or is a view, which an
-            activation in place would cut out of the graph.
+            The output that the forward has to continue with. It is a new tensor where the output
+            takes no gradient yet (it becomes a leaf of the graph, so parameters may be frozen), or
+            is a view, which an activation in place would cut out of the graph.
 
         Raises:
-            ModelError: The call is inside a transform of `torch.func`.
+            ModelError: If the call is inside a transform of `torch.func`.
         """
-        if lives_in_a_transform(output):
+        if is_in_transform(output):
             raise ModelError(
                 "func calls the model inside a transform of torch.func (vmap, grad, …), where "
                 "hidden vectors cannot be recorded; call it on the whole batch instead."
@@ -176,20 +183,22 @@ class Recording:
             elif output._is_view():
                 output = output.clone()
             edge = get_gradient_edge(output)
-        if self._open and not any(use.output is output for use in self.uses):
-            part: Any = module
-            is_linear = maps_linearly(part, given, output) if self._closely else None
-            read = (given, given._version)
-            self.uses.append(Use(module, read, output, edge, part.weight, is_linear))
+        if self._is_open and not any(call.output is output for call in self.linear_calls):
+            linear: Any = module
+            is_linear = maps_linearly(linear, inputs, output) if self._checks_linearity else None
+            versioned = (inputs, inputs._version)
+            self.linear_calls.append(
+                LinearCall(module, versioned, output, edge, linear.weight, is_linear)
+            )
         return output
 
-    def use_of(self, hidden: Tensor) -> Use | None:
-        """The call that gave a hidden vector; None if no linear map did."""
-        return next((use for use in self.uses if use.output is hidden), None)
+    def call_with_output(self, hidden: Tensor) -> LinearCall | None:
+        """The call that returned a hidden vector; None if no linear map did."""
+        return next((call for call in self.linear_calls if call.output is hidden), None)
 
-    def times(self, module: nn.Module) -> int:
-        """How often a linear map was called so that gradients flow through it."""
-        return sum(use.module is module and use.edge is not None for use in self.uses)
+    def num_calls(self, module: nn.Module) -> int:
+        """How many calls of a linear map take gradients, within the last call of `func`."""
+        return sum(call.module is module and call.edge is not None for call in self.linear_calls)
 
-    def _hook(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        return self.see(module, only_input(args, kwargs), output)
+    def _observe_hook(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        return self.observe(module, only_input(args, kwargs), output)

@@ -1,7 +1,7 @@
 """Vectors in the space of the parameters: flat, stacked, or one tensor for each parameter.
 
-However a vector comes, it is read as {parameter's name: tensor [..., *shape]}, solved module by
-module, and given back as it came.
+A vector of any of these forms is converted to {parameter's name: tensor [..., *shape]}, solved
+module by module, and converted back to its form.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,20 +12,21 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.errors import ConfigError, NonFiniteError
-from ekfac_dist.functional.recording import lives_in_a_transform
+from ekfac_dist.functional.recording import is_in_transform
 from ekfac_dist.models.modules import CONV1D, TrackedModule
 
+# Maps a module and its part of a vector [..., O, I], the bias last, to another such part.
 Solve = Callable[[TrackedModule, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Slot:
-    """What one tensor of a list stands for: a parameter, or a module's weight and bias together.
+    """What one tensor of a list holds: a parameter, or a module's weight and bias together.
 
     Attributes:
-        names: The parameter's name, or those of a weight and its bias.
+        names: Name of the parameter, or of a weight and its bias.
         shape: Shape of the tensor's last dimensions.
-        module: The module whose weight and bias they are.
+        module: The module of the weight and bias; None for a single parameter.
     """
 
     names: tuple[str, ...]
@@ -33,29 +34,29 @@ class Slot:
     module: TrackedModule | None = None
 
     def fits(self, tensor: Tensor) -> bool:
-        """Whether a tensor ends in the slot's shape."""
+        """Whether a tensor's last dimensions have the slot's shape."""
         return _ends_in(tensor, self.shape)
 
-    def parted(self, tensor: Tensor) -> dict[str, Tensor]:
-        """The parameters that a tensor holds."""
+    def parameters_of(self, tensor: Tensor) -> dict[str, Tensor]:
+        """The slot's parameters, by name, from its tensor."""
         if self.module is None:
             return {self.names[0]: tensor}
-        return part(self.module, tensor)
+        return split_weight_and_bias(self.module, tensor)
 
-    def joined(self, named: Mapping[str, Tensor]) -> Tensor:
-        """The tensor that holds the parameters."""
+    def tensor_of(self, named: Mapping[str, Tensor]) -> Tensor:
+        """The slot's tensor, from parameters by name."""
         if self.module is None:
             return named[self.names[0]]
-        return join(self.module, named)
+        return join_weight_and_bias(self.module, named)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The parameters in their order, and which of them belong to modules that have factors.
+    """The order and shapes of all parameters, and the modules that have factors.
 
     Attributes:
-        shapes: Shape of every parameter, by name.
-        modules: The modules with factors, in the order of their weights.
+        shapes: Shape of every parameter, by name, in the model's order.
+        modules: The modules that have factors, in the order of their weights.
     """
 
     shapes: Mapping[str, torch.Size]
@@ -66,25 +67,29 @@ class Layout:
 
         Args:
             v: The vector: flat [..., P]; a list of tensors, one for each parameter, or one for each
-                recorded parameter; or a mapping of them by name. A weight may have its bias as its
-                last column, [..., O, I]. Leading dimensions stack several vectors.
-            solve: From a module and its part [..., O, I], the bias last, to another such.
+                recorded parameter; or a mapping of them by name. In a list, a weight and its bias
+                may be one tensor [..., O, I] with the bias in the last column. Leading dimensions
+                stack several vectors.
+            solve: The function.
 
         Returns:
-            The result, in v's structure, and the names of the parameters in it that no module with
-            factors has, where it is zero.
+            The result in v's structure, and the names of v's parameters that belong to no module
+            with factors, for which the result is zero.
 
         Raises:
-            ConfigError: It is no such vector.
-            NonFiniteError: It holds NaN or infinity.
+            ConfigError: If v has none of these forms.
+            NonFiniteError: If v holds NaN or infinity in a module's part.
         """
         if isinstance(v, Tensor):
-            solved, zeros = self._solve(self._split(v), solve)
-            parts = [solved[n].reshape(*v.shape[:-1], s.numel()) for n, s in self.shapes.items()]
+            solved, zeros = self._solve_named(self._split_flat(v), solve)
+            parts = [
+                solved[name].reshape(*v.shape[:-1], shape.numel())
+                for name, shape in self.shapes.items()
+            ]
             return torch.cat(parts, -1), zeros
         if isinstance(v, Mapping):
             self._require_names(v)
-            return self._solve(v, solve)
+            return self._solve_named(v, solve)
         if not isinstance(v, Sequence) or isinstance(v, str):
             raise ConfigError(
                 f"v is a {type(v).__name__}; give a flat tensor, a list of weight-shaped tensors, "
@@ -93,23 +98,24 @@ class Layout:
         slots = self._slots(v)
         named: dict[str, Tensor] = {}
         for slot, tensor in zip(slots, v, strict=True):
-            named |= slot.parted(tensor)
-        solved, zeros = self._solve(named, solve)
-        joined = [slot.joined(solved) for slot in slots]
+            named |= slot.parameters_of(tensor)
+        solved, zeros = self._solve_named(named, solve)
+        joined = [slot.tensor_of(solved) for slot in slots]
         return (tuple(joined) if isinstance(v, tuple) else joined), zeros
 
-    def _solve(
+    def _solve_named(
         self, named: Mapping[str, Tensor], solve: Solve
     ) -> tuple[dict[str, Tensor], list[str]]:
-        leads = {
+        """As `solve`, for a mapping of tensors by parameter name."""
+        stacks = {
             name: list(tensor.shape[: tensor.ndim - len(self.shapes[name])])
             for name, tensor in named.items()
         }
-        first = next(iter(leads))
-        other = next((name for name in leads if leads[name] != leads[first]), None)
+        first = next(iter(stacks))
+        other = next((name for name in stacks if stacks[name] != stacks[first]), None)
         if other is not None:
             raise ConfigError(
-                f"v stacks {leads[first]} vectors in {first} and {leads[other]} in {other}; all "
+                f"v stacks {stacks[first]} vectors in {first} and {stacks[other]} in {other}; all "
                 "its tensors must have the same leading dimensions."
             )
         owners = {name: module for module in self.modules for name in module.parameters}
@@ -119,25 +125,27 @@ class Layout:
             if name in solved:
                 continue
             if name in owners:
-                for own in owners[name].parameters:
-                    _require_finite(own, named[own])
-                solved |= part(owners[name], solve(owners[name], join(owners[name], named)))
+                module = owners[name]
+                for own_name in module.parameters:
+                    _require_finite_part(own_name, named[own_name])
+                solved_OI = solve(module, join_weight_and_bias(module, named))
+                solved |= split_weight_and_bias(module, solved_OI)
             else:
                 solved[name] = torch.zeros_like(tensor)
                 zeros.append(name)
         return {name: solved[name] for name in named}, zeros
 
-    def _split(self, flat: Tensor) -> dict[str, Tensor]:
+    def _split_flat(self, flat: Tensor) -> dict[str, Tensor]:
         sizes = [shape.numel() for shape in self.shapes.values()]
         if not flat.ndim or flat.shape[-1] != sum(sizes) or not flat.is_floating_point():
             raise ConfigError(
-                f"v has shape {list(flat.shape)} and dtype {_called(flat.dtype)}; a flat vector "
-                f"has length {sum(sizes)}, one number for each parameter ({self._first_names()}), "
-                f"and a stack of them has shape [number, {sum(sizes)}]."
+                f"v has shape {list(flat.shape)} and dtype {_dtype_name(flat.dtype)}; a flat "
+                f"vector has length {sum(sizes)}, one number for each parameter "
+                f"({self._first_names()}), and a stack of them has shape [number, {sum(sizes)}]."
             )
         return {
-            name: piece.reshape(*flat.shape[:-1], *shape)
-            for (name, shape), piece in zip(self.shapes.items(), flat.split(sizes, -1), strict=True)
+            name: part.reshape(*flat.shape[:-1], *shape)
+            for (name, shape), part in zip(self.shapes.items(), flat.split(sizes, -1), strict=True)
         }
 
     def _require_names(self, v: Mapping[str, Any]) -> None:
@@ -163,41 +171,47 @@ class Layout:
                 )
 
     def _slots(self, v: Sequence[Any]) -> list[Slot]:
-        """What each tensor of a list stands for: all parameters, or the recorded ones alone."""
+        """The slot of each tensor of a list, which has all parameters or only the recorded ones."""
         recorded = [name for module in self.modules for name in module.parameters]
         for names in (list(self.shapes), recorded):
-            slots = self._match(v, names)
+            slots = self._matching_slots(v, names)
             if slots is not None:
                 return slots
-        wanted = ", ".join(f"{name} {list(self.shapes[name])}" for name in recorded)
+        expected = ", ".join(f"{name} {list(self.shapes[name])}" for name in recorded)
         more = "" if len(recorded) == len(self.shapes) else ", or one for every parameter"
         raise ConfigError(
             f"v is a list of {len(v)}: {', '.join(map(_described, v)) or 'nothing'}. It must have, "
-            f"in this order, a tensor for each of {wanted} (a bias beside its weight, or as the "
+            f"in this order, a tensor for each of {expected} (a bias beside its weight, or as the "
             f"last column of one tensor, outputs × inputs + 1){more}; or stacks of them."
         )
 
-    def _match(self, v: Sequence[Any], names: Sequence[str]) -> list[Slot] | None:
-        merged = {
-            f"{m.name}.weight": Slot(m.parameters, (m.num_outputs, m.input_size), m)
-            for m in self.modules
-            if m.bias
+    def _matching_slots(self, v: Sequence[Any], names: Sequence[str]) -> list[Slot] | None:
+        """Slots for parameters in this order that fit the tensors; None if there are none.
+
+        A weight with a bias takes one tensor or two, whichever fits.
+        """
+        with_bias = {
+            f"{module.name}.weight": Slot(
+                module.parameters, (module.num_outputs, module.input_size), module
+            )
+            for module in self.modules
+            if module.bias
         }
         slots: list[Slot] = []
-        done: set[str] = set()
+        matched: set[str] = set()
         for name in names:
-            if name in done:
+            if name in matched:
                 continue
             if len(slots) == len(v):
                 return None
             tensor = v[len(slots)]
             choices = [Slot((name,), tuple(self.shapes[name]))]
-            choices += [merged[name]] if name in merged else []
+            choices += [with_bias[name]] if name in with_bias else []
             slot = next((s for s in choices if isinstance(tensor, Tensor) and s.fits(tensor)), None)
             if slot is None:
                 return None
             slots.append(slot)
-            done.update(slot.names)
+            matched.update(slot.names)
         return slots if len(slots) == len(v) else None
 
     def _first_names(self) -> str:
@@ -205,8 +219,8 @@ class Layout:
         return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
 
 
-def join(module: TrackedModule, named: Mapping[str, Tensor]) -> Tensor:
-    """A module's weight [..., O, I], with its bias as the last column, from its parameters."""
+def join_weight_and_bias(module: TrackedModule, named: Mapping[str, Tensor]) -> Tensor:
+    """A module's weight with its bias as the last column [..., O, I], from its parameters."""
     names = module.parameters
     weight = named[names[0]]
     if module.kind == CONV1D:
@@ -214,29 +228,30 @@ def join(module: TrackedModule, named: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([weight, named[names[1]].unsqueeze(-1)], -1) if module.bias else weight
 
 
-def part(module: TrackedModule, matrix_OI: Tensor) -> dict[str, Tensor]:
-    """A module's parameters, as they are shaped, from a weight with its bias as the last column."""
+def split_weight_and_bias(module: TrackedModule, matrix_OI: Tensor) -> dict[str, Tensor]:
+    """A module's parameters in their own shapes, from its weight with the bias as last column."""
     names = module.parameters
     weight = matrix_OI[..., : module.num_inputs]
     if module.kind == CONV1D:
         weight = weight.mT
-    parts = {names[0]: weight}
+    parameters = {names[0]: weight}
     if module.bias:
-        parts[names[1]] = matrix_OI[..., -1]
-    return parts
+        parameters[names[1]] = matrix_OI[..., -1]
+    return parameters
 
 
-def _require_finite(name: str, tensor: Tensor) -> None:
-    if not lives_in_a_transform(tensor) and not tensor.isfinite().all():
+def _require_finite_part(name: str, tensor: Tensor) -> None:
+    if not is_in_transform(tensor) and not tensor.isfinite().all():
         raise NonFiniteError(f"v holds NaN or infinity in its part for {name}.")
 
 
 def _ends_in(tensor: Tensor, shape: Sequence[int]) -> bool:
-    lead = tensor.ndim - len(shape)
-    return lead >= 0 and tensor.shape[lead:] == tuple(shape) and tensor.is_floating_point()
+    num_leading = tensor.ndim - len(shape)
+    ends_so = num_leading >= 0 and tensor.shape[num_leading:] == tuple(shape)
+    return ends_so and tensor.is_floating_point()
 
 
-def _called(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 

@@ -75,7 +75,7 @@ class LowRankGradients:
 
     def matrices(self, scratch: products.ScratchBuffer) -> Iterator[tuple[slice, Tensor]]:
         """(which rows, their U Vᵀ [q, O, I]), a few at a time."""
-        return products.multiplied_out(self.left_QOr, self.right_QIr, scratch)
+        return products.query_matrices(self.left_QOr, self.right_QIr, scratch)
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""What people are shown: tables, and a store's inspection."""
+"""Output for people: terminal tables, a store's inspection with plots, and the HTML report."""

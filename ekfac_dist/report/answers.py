@@ -1,4 +1,4 @@
-"""What `query` says at its end: what the scores are, and the ends of each row."""
+"""The summary that `query` prints: what the scores mean, and each query's strongest sequences."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,19 +8,19 @@ from ekfac_dist.influence.results import ResultsReader
 from ekfac_dist.report.tables import table
 from ekfac_dist.runtime.terminal import visible
 
-_ROWS_SHOWN = 5
+_SEQUENCES_SHOWN = 5
 _QUERIES_SHOWN = 10
 _TEXT_WIDTH = 60
 
 
 def answer_tables(path: str) -> str:
-    """A query run's results, for a terminal.
+    """A query run's results as text for a terminal.
 
     Args:
         path: The directory of results.
 
     Raises:
-        StoreError: It is no whole directory of results.
+        StoreError: If it is no complete directory of results.
     """
     reader = ResultsReader(path)
     manifest = reader.manifest
@@ -28,30 +28,33 @@ def answer_tables(path: str) -> str:
     ends = [reader.lines(results.TOP), reader.lines(results.BOTTOM)]
     lines = [""]
     for query in queries[:_QUERIES_SHOWN]:
-        lines += [*_query_lines(query), ""]
-        for name, listed in zip(("most positive", "most negative"), ends, strict=True):
-            mine = [line for line in listed if line["query"] == query["query"]][:_ROWS_SHOWN]
-            if mine:
-                lines += [name, _listed_table(mine), *_notes(mine), ""]
+        lines += [*_query_heading(query), ""]
+        for name, ranked in zip(("most positive", "most negative"), ends, strict=True):
+            shown = [line for line in ranked if line["query"] == query["query"]]
+            shown = shown[:_SEQUENCES_SHOWN]
+            if shown:
+                lines += [name, _sequences_table(shown), *_notes(shown), ""]
     if len(queries) > _QUERIES_SHOWN:
         lines += [f"… and {len(queries) - _QUERIES_SHOWN} more rows of scores", ""]
-    took = f"took          {manifest['seconds']:.1f} s on {_count(manifest['workers'], 'worker')}"
-    return "\n".join([*lines, *meaning(manifest), took, f"results       {visible(path)}"])
+    duration = (
+        f"took          {manifest['seconds']:.1f} s on {_count(manifest['workers'], 'worker')}"
+    )
+    return "\n".join([*lines, *meaning(manifest), duration, f"results       {visible(path)}"])
 
 
 def meaning(manifest: dict[str, Any]) -> list[str]:
-    """What a run's scores mean: sign, scale, Fisher, damping, and how good its scan was.
+    """Lines that say what a run's scores mean: sign, scale, Fisher, damping, accuracy of the scan.
 
     Args:
-        manifest: Of a directory of results.
+        manifest: Manifest of a directory of results.
     """
-    return list(map(visible, _meaning(manifest)))
+    return list(map(visible, _meaning_lines(manifest)))
 
 
-def _meaning(manifest: dict[str, Any]) -> list[str]:
+def _meaning_lines(manifest: dict[str, Any]) -> list[str]:
     factors, damping, scan = manifest["factors"], manifest["damping"], manifest["scan"]
     unit = " · mean(Λ) of each module" if damping["kind"] == "relative" else ", absolute"
-    others = ", ".join(f"{name}: {value}" for name, value in damping["modules"].items())
+    module_values = ", ".join(f"{name}: {value}" for name, value in damping["modules"].items())
     lines = [
         f"sign          {manifest['scores']['sign']}",
         f"scale         {manifest['scores']['scale']}",
@@ -59,7 +62,7 @@ def _meaning(manifest: dict[str, Any]) -> list[str]:
         f"normalised    {manifest['scores']['normalize']}",
         f"fisher        {factors['fisher']} (labels: {factors['labels']}), refit: "
         f"{factors['refit']}, fitted on {factors['num_sequences']} sequences",
-        f"damping       {damping['value']}{unit}{f'; {others}' if others else ''}",
+        f"damping       {damping['value']}{unit}{f'; {module_values}' if module_values else ''}",
         *(f"model differs {sentence}" for sentence in manifest["model"].get("differs", ())),
         *(f"not compared  {sentence}" for sentence in manifest["model"].get("not_compared", ())),
     ]
@@ -77,41 +80,42 @@ def _meaning(manifest: dict[str, Any]) -> list[str]:
 
 
 def rescored(scan: Mapping[str, Any]) -> str:
-    """What was scored again after a low-rank scan.
+    """Phrase that says which sequences were scored exactly after a low-rank scan.
 
     Args:
-        scan: That entry of the manifest.
+        scan: The entry `scan` of the manifest.
     """
     where = "either end" if "bottom" in scan["ends"] else "the top end"
     return f"{scan['rescored']:,} at {where} and {scan['rescored']:,} spread over the data"
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _mean(values: list[float | None]) -> str:
-    """Mean and least of what is known."""
-    known = [value for value in values if value is not None]
-    if not known:
+    """Mean and minimum of the values that are not None, as text."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
         return "not known"
-    return f"{sum(known) / len(known):.3f} (least {min(known):.3f})"
+    return f"{sum(numbers) / len(numbers):.3f} (least {min(numbers):.3f})"
 
 
-def _query_lines(query: dict[str, Any]) -> list[str]:
+def _query_heading(query: dict[str, Any]) -> list[str]:
+    """Number of the query, or name of the group, and the first of its queries' texts."""
     name = ""
     if query["group"] is not None:
         name = f" ({visible(query['group'])}: {len(query['members'])} queries summed)"
     lines = [f"query {query['query']}{name}"]
     for member in query["members"][:3]:
-        prompt = f"{_short(member['prompt'])} → " if member["prompt"] else ""
-        lines.append(f"  {prompt}{_short(member['completion'])}")
+        prompt = f"{_on_one_line(member['prompt'])} → " if member["prompt"] else ""
+        lines.append(f"  {prompt}{_on_one_line(member['completion'])}")
         lines.append(f"  −log p {member['nats']:.2f}")
     return lines
 
 
-def _listed_table(lines: list[dict[str, Any]]) -> str:
-    """A list's sequences; with nats where the training set's size was given."""
+def _sequences_table(lines: list[dict[str, Any]]) -> str:
+    """Table of ranked sequences, with scores in nats where the training set's size is known."""
     with_nats = lines[0]["nats"] is not None
     header = ["index", "score", "share", *(["nats, first order"] if with_nats else [])]
     cells = []
@@ -120,15 +124,15 @@ def _listed_table(lines: list[dict[str, Any]]) -> str:
         cells.append([str(line["index"]), f"{line['score']:+.4g}", share])
         if with_nats:
             cells[-1].append(f"{line['nats']:+.3g}{' !' if 'note' in line else '  '}")
-    return table(header, cells, last=[_short(line["text"]) for line in lines])
+    return table(header, cells, last=[_on_one_line(line["text"]) for line in lines])
 
 
 def _notes(lines: list[dict[str, Any]]) -> list[str]:
-    """What is marked in a list: the note of its first line that has one, for they are the same."""
+    """The note that explains the mark "!"; all marked lines of a list have the same one."""
     return [f"! {line['note']}" for line in lines if "note" in line][:1]
 
 
-def _short(text: str) -> str:
-    """One line's worth of a text."""
+def _on_one_line(text: str) -> str:
+    """A text with white space collapsed, cut to `_TEXT_WIDTH` characters."""
     flat = visible(" ".join(text.split()))
     return flat if len(flat) <= _TEXT_WIDTH else flat[: _TEXT_WIDTH - 1] + "…"

@@ -1,8 +1,9 @@
-"""What is in a factor store, and how healthy it is."""
+"""Inspection of a factor store: verification, a summary of every module, plots of spectra."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +21,12 @@ from ekfac_dist.runtime.terminal import visible
 
 @dataclass(frozen=True)
 class Spectra:
-    """One module's eigenvalues, float64.
+    """One module's eigenvalues, float64, on the CPU.
 
     Attributes:
-        values_I: λ_A [I].
-        values_O: λ_S [O].
-        lambda_OI: Λ [O, I].
+        values_I: λ_A [I], eigenvalues of the input factor.
+        values_O: λ_S [O], eigenvalues of the output factor.
+        lambda_OI: Λ [O, I], corrected eigenvalues.
     """
 
     values_I: Tensor
@@ -34,36 +35,44 @@ class Spectra:
 
 
 def verify_store(path: str | Path, say: Callable[[str], None]) -> None:
-    """Checks every file of a store.
+    """Compares every file of a store with its size and checksum in the manifest.
 
     Args:
         path: The store's directory.
-        say: Takes a line for people.
+        say: Called with each line of output.
 
     Raises:
-        StoreError: A file is missing, damaged, changed or foreign; each was named before.
+        StoreError: If a file is missing, damaged, changed or does not belong to the store; a line
+            of output names each of them before.
     """
     reader = StoreReader(path)
-    bad = good = 0
+    num_bad = num_good = 0
     for file, fault in reader.verify():
         if fault is None:
-            good += 1
+            num_good += 1
         else:
-            bad += 1
+            num_bad += 1
             say(f"BAD  {file} {fault}")
-    if bad:
-        raise StoreError(f"{path}: {bad} of {good + bad} files are bad; fit the factors again.")
-    say(f"verified      {good} files, {as_text(reader.total_bytes())}: all as they were written")
+    if num_bad:
+        raise StoreError(
+            f"{path}: {num_bad} of {num_good + num_bad} files are bad; fit the factors again."
+        )
+    say(
+        f"verified      {num_good} files, {as_text(reader.total_bytes())}: all as they were written"
+    )
 
 
 def inspect_store(path: str | Path) -> str:
-    """The store's summary: how it was made, and a line for each module.
+    """A store's summary as text: how it was made, and a table row for each module.
+
+    Args:
+        path: The store's directory.
 
     Raises:
-        StoreError: The store is missing, incomplete or damaged.
+        StoreError: If the store is missing, incomplete or damaged.
     """
     try:
-        return _summary(path)
+        return _store_summary(StoreReader(path))
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(
             f"{path}: the manifest or a file's header lacks something, or holds something else: "
@@ -71,64 +80,26 @@ def inspect_store(path: str | Path) -> str:
         ) from error
 
 
-def _summary(path: str | Path) -> str:
-    reader = StoreReader(path)
+def _store_summary(reader: StoreReader) -> str:
     factors = Factors(reader)
-    manifest = reader.manifest
-    data, fisher, model = manifest["data"], manifest["fisher"], manifest["model"]
-    coverage = manifest["coverage"]
-    kind = FISHER_NAMES[fisher["labels"]]
-    rows = []
-    for name, module in factors.modules.items():
-        spectra = _spectra(reader, factors, name)
-        headers = [reader.header(eigenbasis_file(f)) for f in (module.input, module.output)]
-        count = int(headers[0]["count"])
-        kfac = kfac_lambda(spectra.values_O, spectra.values_I, count, data["num_sequences"])
-        rows.append(
-            [
-                name,
-                f"{module.num_outputs}×{module.input_size}{' (bias)' if module.bias else ''}",
-                "" if module.leads else "shared",
-                str(count),
-                f"{effective_rank(spectra.values_I):.1f}",
-                f"{effective_rank(spectra.values_O):.1f}",
-                f"{effective_rank(spectra.lambda_OI):.0f}",
-                f"{spectra.lambda_OI.mean().item():.2e}",
-                f"{departure(spectra.lambda_OI, kfac):.3f}",
-                f"{max(float(h['residual']) for h in headers):.0e}",
-            ]
-        )
-    tracked, of_mlp = coverage["tracked_parameters"], coverage["tracked_mlp_parameters"]
-    about = [
-        f"model         {model['name']} ({model['class']}, {model['dtype']})",
-        f"data          {data['source']}: {data['num_sequences']} sequences, "
-        f"{data['num_positions']} counted positions, {data['num_labels']} labels",
-        f"fisher        labels: {fisher['labels']} ({kind}), seed {fisher['seed']}, "
-        f"refit: {fisher['refit']}",
-        f"coverage      {tracked} parameters tracked: "
-        f"{of_mlp / max(1, coverage['mlp_parameters']):.1%} of the MLP's, "
-        f"{tracked / max(1, coverage['model_parameters']):.1%} of all",
-        *(f"not tracked   {name}: {why}" for name, why in coverage["skipped"].items()),
-        f"store         {as_text(reader.total_bytes())}, {len(manifest['files'])} files",
+    store_lines = _store_lines(reader)
+    header = [
+        "module",
+        "O×I",
+        "input",
+        "count",
+        "rank A",
+        "rank S",
+        "rank Λ",
+        "mean Λ",
+        "Λ−KFAC",
+        "residual",
     ]
+    rows = [_module_row(reader, factors, name) for name in factors.modules]
     lines = [
-        *map(visible, about),
+        *map(visible, store_lines),
         "",
-        table(
-            [
-                "module",
-                "O×I",
-                "input",
-                "count",
-                "rank A",
-                "rank S",
-                "rank Λ",
-                "mean Λ",
-                "Λ−KFAC",
-                "residual",
-            ],
-            rows,
-        ),
+        table(header, rows),
         "",
         "rank: effective, exp of the entropy of the eigenvalues. Λ−KFAC: ‖Λ − M/N·λ_S λ_Aᵀ‖ / ‖Λ‖.",
         "residual: the larger ‖A − QΛQᵀ‖/‖A‖ of the module's two factors, in float64, before Q is",
@@ -137,16 +108,57 @@ def _summary(path: str | Path) -> str:
     return "\n".join(lines)
 
 
+def _store_lines(reader: StoreReader) -> list[str]:
+    """Model, data, Fisher, coverage and size of a store."""
+    manifest = reader.manifest
+    data, fisher, model = manifest["data"], manifest["fisher"], manifest["model"]
+    coverage = manifest["coverage"]
+    fisher_name = FISHER_NAMES[fisher["labels"]]
+    tracked, tracked_mlp = coverage["tracked_parameters"], coverage["tracked_mlp_parameters"]
+    return [
+        f"model         {model['name']} ({model['class']}, {model['dtype']})",
+        f"data          {data['source']}: {data['num_sequences']} sequences, "
+        f"{data['num_positions']} counted positions, {data['num_labels']} labels",
+        f"fisher        labels: {fisher['labels']} ({fisher_name}), seed {fisher['seed']}, "
+        f"refit: {fisher['refit']}",
+        f"coverage      {tracked} parameters tracked: "
+        f"{tracked_mlp / max(1, coverage['mlp_parameters']):.1%} of the MLP's, "
+        f"{tracked / max(1, coverage['model_parameters']):.1%} of all",
+        *(f"not tracked   {name}: {why}" for name, why in coverage["skipped"].items()),
+        f"store         {as_text(reader.total_bytes())}, {len(manifest['files'])} files",
+    ]
+
+
+def _module_row(reader: StoreReader, factors: Factors, name: str) -> list[str]:
+    """A module's row of the summary's table."""
+    module, spectra = factors.modules[name], _spectra(reader, factors, name)
+    headers = [reader.header(eigenbasis_file(f)) for f in (module.input, module.output)]
+    count, num_sequences = int(headers[0]["count"]), reader.manifest["data"]["num_sequences"]
+    kfac_OI = kfac_lambda(spectra.values_O, spectra.values_I, count, num_sequences)
+    return [
+        name,
+        f"{module.num_outputs}×{module.input_size}{' (bias)' if module.bias else ''}",
+        "" if module.leads else "shared",
+        str(count),
+        f"{effective_rank(spectra.values_I):.1f}",
+        f"{effective_rank(spectra.values_O):.1f}",
+        f"{effective_rank(spectra.lambda_OI):.0f}",
+        f"{spectra.lambda_OI.mean().item():.2e}",
+        f"{departure(spectra.lambda_OI, kfac_OI):.3f}",
+        f"{max(float(header['residual']) for header in headers):.0e}",
+    ]
+
+
 def plot_spectra(path: str | Path, file: str | Path) -> None:
     """Draws every module's eigenvalues of A, S and Λ, largest first, on logarithmic axes.
 
     Args:
         path: The store's directory.
-        file: The image to write; its ending chooses the format.
+        file: The image to write; its suffix chooses the format.
 
     Raises:
-        ConfigError: matplotlib is not installed, or the ending is no image format.
-        OutputError: The image cannot be written.
+        ConfigError: If matplotlib is not installed, or the suffix is no image format.
+        OutputError: If the image cannot be written.
     """
     try:
         import matplotlib
@@ -163,41 +175,51 @@ def plot_spectra(path: str | Path, file: str | Path) -> None:
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     axes = figure.subplots(1, 3)
     colors = colormaps["viridis"]
-    number = len(factors.modules)
+    num_modules = len(factors.modules)
     for k, name in enumerate(factors.modules):
         spectra = _spectra(reader, factors, name)
-        color = colors(k / max(1, number - 1))
-        shown = (spectra.values_I, spectra.values_O, spectra.lambda_OI)
-        for axis, values in zip(axes, shown, strict=True):
-            ordered = values.flatten().sort(descending=True).values
-            ordered = ordered[ordered > 0]
-            # A million points draw as well by a thousand, evenly spaced on the logarithmic axis.
-            picks = torch.logspace(0, torch.log10(torch.tensor(max(1, len(ordered)))).item(), 1000)
-            picks = picks.long().clamp(1, max(1, len(ordered))).unique() - 1
-            if len(ordered):
-                axis.plot(picks + 1, ordered[picks], color=color, label=name, linewidth=1)
+        color = colors(k / max(1, num_modules - 1))
+        module_values = (spectra.values_I, spectra.values_O, spectra.lambda_OI)
+        for axis, values in zip(axes, module_values, strict=True):
+            _draw_spectrum(axis, values, color, name)
     for axis, title in zip(axes, ("A (inputs)", "S (output gradients)", "Λ (refit)"), strict=True):
         axis.set(xscale="log", yscale="log", title=title, xlabel="rank of the eigenvalue")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("eigenvalue")
-    handles, labels = axes[0].get_legend_handles_labels()
-    if number <= 16:
-        figure.legend(handles, labels, loc="outside right upper", fontsize=7)
-    else:
-        picked = [0, number // 2, number - 1]
-        figure.legend(
-            [handles[k] for k in picked],
-            [labels[k] for k in picked],
-            loc="outside right upper",
-            fontsize=7,
-            title="first, middle, last",
-        )
+    _add_legend(figure, axes[0], num_modules)
     try:
         figure.savefig(file, dpi=120)
     except ValueError as error:
         raise ConfigError(f"--plot {file}: {error}.") from error
     except OSError as error:
         raise OutputError(f"--plot {file} cannot be written: {error.strerror or error}.") from error
+
+
+def _draw_spectrum(axis: Any, values: Tensor, color: Any, name: str) -> None:
+    """Draws a module's positive eigenvalues on a matplotlib axis, largest first."""
+    ordered = values.flatten().sort(descending=True).values
+    ordered = ordered[ordered > 0]
+    # A thousand points, evenly spaced on the logarithmic axis, look the same as a million.
+    ranks = torch.logspace(0, torch.log10(torch.tensor(max(1, len(ordered)))).item(), 1000)
+    indices = ranks.long().clamp(1, max(1, len(ordered))).unique() - 1
+    if len(ordered):
+        axis.plot(indices + 1, ordered[indices], color=color, label=name, linewidth=1)
+
+
+def _add_legend(figure: Any, axis: Any, num_modules: int) -> None:
+    """Adds a legend that names all modules, or the first, middle and last of many."""
+    handles, labels = axis.get_legend_handles_labels()
+    if num_modules <= 16:
+        figure.legend(handles, labels, loc="outside right upper", fontsize=7)
+        return
+    named = [0, num_modules // 2, num_modules - 1]
+    figure.legend(
+        [handles[k] for k in named],
+        [labels[k] for k in named],
+        loc="outside right upper",
+        fontsize=7,
+        title="first, middle, last",
+    )
 
 
 def _spectra(reader: StoreReader, factors: Factors, name: str) -> Spectra:

@@ -1,9 +1,9 @@
-"""The report: one HTML file that shows a `query` run's results, without a network.
+"""The report: a single HTML file that shows a `query` run's results and loads nothing else.
 
-Text from data never becomes markup, nor reorders what stands beside it. Jinja escapes what it
-places, with unsafe characters made visible; everything else lies in two islands that no browser
-executes, one of JSON and one of base64, and the page's script makes text nodes of it. The file's
-content security policy allows its own style and script and no other thing.
+Text from data never becomes markup, and never reorders the text beside it. Jinja escapes what it
+inserts, with unsafe characters made visible. Everything else is stored in two script elements that
+browsers do not execute, data islands of JSON and of base64, from which the page's script makes text
+nodes. The file's content security policy allows its own style and script and nothing else.
 """
 
 import base64
@@ -26,27 +26,27 @@ from ekfac_dist.runtime.terminal import visible
 if TYPE_CHECKING:
     from jinja2 import Template
 
-# One script, in the order in which its parts need each other.
+# Files that are joined into the page's script; each may use those before it.
 SCRIPTS = ("base.js", "data.js", "ranking.js", "sequence.js", "layers.js", "spread.js", "page.js")
 
-Facts = list[tuple[str, str]]
+Facts = list[tuple[str, str]]  # (name, value) as shown
 
 
 def write_report(results: str | Path, output: str | Path) -> None:
-    """Writes the page of a run's results: one HTML file that needs nothing beside it.
+    """Writes the report of a run's results as a single HTML file.
 
     Args:
         results: The output directory of a `query` run.
-        output: The file to write; it must not exist, its folder must.
+        output: The file to write; it must not exist, and its directory must.
 
     Raises:
-        ConfigError: jinja2 is not installed.
-        OutputError: The file exists, or cannot be written.
-        StoreError: The results are missing, incomplete or changed, or do not fit each other.
+        ConfigError: If jinja2 is not installed.
+        OutputError: If the file exists, or cannot be written.
+        StoreError: If the results are missing, incomplete, changed or inconsistent.
     """
     template = _template()
     output = Path(output)
-    _check_output(output)
+    _require_new_file(output)
     reader = ResultsReader(results)
     try:
         content = _page(template, reader.manifest, page_data(reader))
@@ -55,19 +55,19 @@ def write_report(results: str | Path, output: str | Path) -> None:
             f"{results}: a file lacks something, or holds something else: "
             f"{type(error).__name__} {error}. Run `query` again."
         ) from error
-    # A lone half of a surrogate pair can stand in JSON; in UTF-8 it cannot.
+    # A lone surrogate can occur in JSON, but cannot be encoded in UTF-8.
     write_whole(output, [content.encode("utf-8", errors="xmlcharrefreplace")])
 
 
 def island(value: Any) -> str:
-    """JSON that can stand in a <script>: pure ASCII, without a character that HTML reads."""
+    """JSON for a <script> element: ASCII only, without characters that are special in HTML."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
-def _check_output(output: Path) -> None:
+def _require_new_file(output: Path) -> None:
     if os.path.lexists(output):
         raise OutputError(f"output {output} exists already; give another file, or remove it.")
     folder = output.absolute().parent
@@ -91,27 +91,27 @@ def _template() -> "Template":
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_visible,
+        finalize=_with_visible_characters,
     )
-    return environment.from_string(_part("page.html.j2"))
+    return environment.from_string(_page_file("page.html.j2"))
 
 
-def _visible(value: Any) -> Any:
-    """What the template places: text without characters that act on what stands beside it."""
+def _with_visible_characters(value: Any) -> Any:
+    """A value that the template inserts; unsafe characters of a plain string are made visible."""
     from markupsafe import Markup
 
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _part(name: str) -> str:
+def _page_file(name: str) -> str:
     return (resources.files("ekfac_dist.report") / "page" / name).read_text(encoding="utf-8")
 
 
 def _page(template: "Template", manifest: Mapping[str, Any], data: PageData) -> str:
     from markupsafe import Markup
 
-    style = _part("page.css")
-    script = "\n".join(["(() => {", '"use strict";', *map(_part, SCRIPTS), "})();"])
+    style = _page_file("page.css")
+    script = "\n".join(["(() => {", '"use strict";', *map(_page_file, SCRIPTS), "})();"])
     return template.render(
         manifest=manifest,
         data=data,
@@ -136,7 +136,7 @@ def _policy_hash(text: str) -> str:
 
 
 def _facts(manifest: Mapping[str, Any]) -> Facts:
-    """What a score means, in a few words each; shown at the top."""
+    """What the scores mean, in a few words each, for the top of the page."""
     factors, damping, scan = manifest["factors"], manifest["damping"], manifest["scan"]
     labels = {"sampled": f"labels sampled, seed {factors['seed']}", "data": "the data's labels"}
     value = f"{damping['value']:g}"
@@ -148,12 +148,12 @@ def _facts(manifest: Mapping[str, Any]) -> Facts:
         ("Fisher", f"{factors['fisher']} ({labels.get(factors['labels'], factors['labels'])})"),
         ("Damping", strength),
         ("Normalisation", NORMALIZE_NAMES.get(normalize, normalize)),
-        ("Gradients", _scan(scan)),
+        ("Gradients", _gradients_text(scan)),
         *([] if size is None else [("Training size", f"{size:,}")]),
     ]
 
 
-def _scan(scan: Mapping[str, Any]) -> str:
+def _gradients_text(scan: Mapping[str, Any]) -> str:
     if scan["rank"] is None:
         return "exact"
     if not scan["rescored"]:
@@ -162,16 +162,16 @@ def _scan(scan: Mapping[str, Any]) -> str:
 
 
 def _settings(manifest: Mapping[str, Any]) -> list[tuple[str, Facts]]:
-    """Everything that the manifest says, in groups."""
+    """All entries of the manifest, in groups."""
     damping, scan = manifest["damping"], manifest["scan"]
-    with_queries = ("spearman", "spearman_top", "overlap")  # which stand beside each query
+    per_query = ("spearman", "spearman_top", "overlap")  # shown beside each query instead
     run = ("top_k", "bottom_k", "per_token", "workers", "seconds")
     groups = {
         "Model": manifest["model"],
         "Factors": {k: v for k, v in manifest["factors"].items() if not isinstance(v, dict)},
         "Data": manifest["data"],
         "Scores": manifest["scores"],
-        "Scan": {name: value for name, value in scan.items() if name not in with_queries},
+        "Scan": {name: value for name, value in scan.items() if name not in per_query},
         "Damping": {"kind": damping["kind"], "value": damping["value"], **damping["modules"]},
         "λ of each module": damping["absolute"],
         "Run": {name: manifest[name] for name in run},
@@ -179,7 +179,7 @@ def _settings(manifest: Mapping[str, Any]) -> list[tuple[str, Facts]]:
         "Configuration": manifest["config"],
     }
     return [
-        (title, [(name, _plain(value)) for name, value in _flat(group).items()])
+        (title, [(name, _value_text(value)) for name, value in _flat(group).items()])
         for title, group in groups.items()
     ]
 
@@ -195,7 +195,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _plain(value: Any) -> str:
+def _value_text(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, float):

@@ -1,7 +1,7 @@
-"""What the report's page holds: the results of a `query` run, made small enough to inline.
+"""The data of the report's page: a `query` run's results, packed to be stored inside the page.
 
-Every number about scores is worked out here and in `spread`; the page only draws. Knows results and
-JSON; no HTML.
+All statistics of scores are computed here and in `spread`; the page's script only draws. Knows
+results and JSON, but no HTML.
 """
 
 import base64
@@ -25,22 +25,25 @@ from ekfac_dist.influence.results import (
 )
 from ekfac_dist.report.spread import CARRIED, Distribution, carriers, distribution
 
-FEW_TOKENS = 5  # no more tokens than these are few,
-FEW_OF_POSITIONS = 0.1  # nor more than this part of the sequence
+# A score rests on few tokens if at most so many carry nearly all of it, and at most this fraction
+# of the sequence.
+FEW_TOKENS = 5
+FEW_OF_POSITIONS = 0.1
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """One list of one query, as columns: entry r is the sequence of rank r + 1.
+    """One ranked list of one query, as columns: entry r belongs to the sequence of rank r + 1.
 
     Attributes:
-        index: Row in the data.
-        score: As ranked, normalised if the run normalises.
-        share: Of the sum of all of the query's scores of its sign; None where there are none.
-        nats: To first order; None without the training set's size.
-        note: Why a value in nats cannot be; None: it can.
-        scan_score: Of the first stage, where there were two.
-        pair: Place among the pairs with token scores; None has none.
+        index: Index of the sequence in the data.
+        score: The score that the list is sorted by, normalised if the run normalises.
+        share: The score divided by the sum of all the query's scores of its sign, with its sign;
+            after a scan, by the sum of the scan's scores, and None where that sum is zero.
+        nats: The score in nats, to first order; None without the training set's size.
+        note: Why the value in nats is impossible; None where it is possible.
+        scan_score: Score in the low-rank scan, if sequences were scored again exactly after it.
+        pair: Index in `PageData.pairs`; None for a sequence without token scores.
     """
 
     index: list[int]
@@ -54,17 +57,18 @@ class Ranked:
 
 @dataclass(frozen=True)
 class PageQuery:
-    """One row of the scores.
+    """One query, or a group of queries whose gradients are summed.
 
     Attributes:
-        group: Name of the group that the row is the sum of.
-        members: Its queries, as in the results.
+        group: Name of the group; None for a single query.
+        members: The query or the group's queries, as in the results.
         top: The most positive sequences.
-        bottom: The most negative ones.
-        distribution: Of all its scores; of the scan's where there was one.
-        spearman: Rank correlation of the scan with exact scores, over sequences spread evenly.
-        overlap: Share of the exact lists that the scan's own lists hold, among what was scored
-            again; None where that says nothing.
+        bottom: The most negative sequences.
+        distribution: Distribution of all scores; of the scan's scores if there was a scan.
+        spearman: Rank correlation of the scan's scores with exact scores, over sequences evenly
+            spread over the data; None without a scan, or where it is not defined.
+        overlap: Share of the exact lists that the scan's own lists contain, among the sequences
+            scored again; None where no more sequences were scored again than are listed.
     """
 
     group: str | None
@@ -78,15 +82,16 @@ class PageQuery:
 
 @dataclass(frozen=True)
 class PagePair:
-    """One sequence's token scores for one query. `Arrays` says what is at `start`.
+    """Where one sequence's token scores for one query are in `PageData.arrays`, and a summary.
 
     Attributes:
-        start: Of its base64 text, in characters, among all.
-        length: Of that text.
-        positions: L.
+        start: First character of its base64 text.
+        length: Number of characters of that text.
+        positions: L, the sequence's number of positions.
         carriers: The fewest tokens that hold `CARRIED` of Σ|token score|.
-        few: Whether they are few.
-        strongest: First position of the tokens, read together, with the largest |score|.
+        few: Whether these are few; see `FEW_TOKENS`.
+        strongest: First position of the run of tokens with the largest |sum of scores|. Tokens of a
+            run can be read only together, such as the bytes of one character.
     """
 
     start: int
@@ -99,23 +104,24 @@ class PagePair:
 
 @dataclass(frozen=True)
 class PageData:
-    """All that the page draws from.
+    """All data of the page.
 
     Attributes:
-        queries: The rows of the scores.
-        sequences: Tokens of the listed sequences, by their row in the data; "" is one that is read
-            together with those before it.
-        pairs: Where their token scores are.
-        arrays: Base64 of each pair's arrays, one after the other, padded each by itself. Little
-            endian: token scores float32 [L], module scores float32 [modules], then float32 m and
-            int8 q [layers, L] with layer_token_score ≈ m·sign(q)·(q/127)².
-        layers: Names, in model order.
-        modules: Names.
-        module_layers: Number of each module's layer.
-        training_size: What divides a raw score to give nats; None: no nats are given.
-        normalize: How scores are normalised; "none".
-        scan_rank: Of the gradients that all scores come from; None is exact. The lists' own scores
-            are exact where they have a `scan_score` too.
+        queries: The queries and groups, in the order of the score rows.
+        sequences: Token texts of the listed sequences, by index in the data; "" for a token whose
+            text is part of an earlier one's.
+        pairs: The pairs of query and sequence that have token scores.
+        arrays: Base64 of each pair's arrays, each encoded and padded separately and then joined.
+            Little endian: token scores float32 [L], module scores float32 [modules], then float32 m
+            and int8 q [layers, L], with layer_token_score ≈ m·sign(q)·(q/127)².
+        layers: Names of the layers, in model order.
+        modules: Names of the modules.
+        module_layers: Index of each module's layer.
+        training_size: The training set's size, by which a raw score is divided to give nats; None
+            if nats are not shown.
+        normalize: Name of the normalisation of scores, or "none".
+        scan_rank: Rank of the gradients that all scores were computed from; None if they are exact.
+            Scores in lists that have a `scan_score` too are exact.
         carried: `CARRIED`.
     """
 
@@ -132,51 +138,52 @@ class PageData:
     carried: float = CARRIED
 
     def json(self) -> dict[str, Any]:
-        """Everything but the arrays, for the page's island of JSON."""
-        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del plain["arrays"]
+        """Everything except the arrays, as types that JSON has."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del fields["arrays"]
         for name in ("queries", "pairs"):
-            plain[name] = [dataclasses.asdict(one) for one in plain[name]]
-        return plain
+            fields[name] = [dataclasses.asdict(entry) for entry in fields[name]]
+        return fields
 
 
 def page_data(reader: ResultsReader) -> PageData:
-    """Reads a run's results for the page.
+    """Reads a run's results and packs them for the page.
 
     Args:
         reader: The results.
 
     Raises:
-        StoreError: Two files of the results do not fit each other, or a score is not finite.
+        StoreError: If files of the results are inconsistent, or a score is not finite.
     """
     manifest = reader.manifest
     layers: list[str] = list(manifest["layers"])
     modules: dict[str, str] = manifest["modules"]
     scores_QN = reader.tensors(SCORES)["scores"]
-    rows = reader.lines(QUERIES)
-    if scores_QN.ndim != 2 or len(scores_QN) != len(rows) or not scores_QN.numel():
+    query_lines = reader.lines(QUERIES)
+    num_queries = len(query_lines)
+    if scores_QN.ndim != 2 or len(scores_QN) != num_queries or not scores_QN.numel():
         raise StoreError(
             f"{reader.path}: {SCORES} holds scores of shape {list(scores_QN.shape)} and {QUERIES} "
-            f"{len(rows)} rows; one row of scores for each is needed. Run `query` again."
+            f"{num_queries} rows; one row of scores for each is needed. Run `query` again."
         )
     if not scores_QN.isfinite().all():
         raise StoreError(f"{reader.path}: {SCORES} holds NaN or infinity. Run `query` again.")
-    sequences = {row["index"]: row["tokens"] for row in reader.lines(SEQUENCES)}
-    places, pairs, arrays = _details(reader, sequences, len(layers), len(modules))
-    top = _by_query(reader.lines(TOP), len(rows))
-    bottom = _by_query(reader.lines(BOTTOM), len(rows))
+    sequences = {line["index"]: line["tokens"] for line in reader.lines(SEQUENCES)}
+    pair_indices, pairs, arrays = _packed_details(reader, sequences, len(layers), len(modules))
+    top = _by_query(reader.lines(TOP), num_queries)
+    bottom = _by_query(reader.lines(BOTTOM), num_queries)
     scan, training_size = manifest["scan"], manifest["scores"]["training_size"]
     queries = [
         PageQuery(
-            group=row["group"],
-            members=row["members"],
-            top=_ranked(q, top[q], places, sequences, training_size is not None),
-            bottom=_ranked(q, bottom[q], places, sequences, training_size is not None),
+            group=line["group"],
+            members=line["members"],
+            top=_ranked(q, top[q], pair_indices, sequences, training_size is not None),
+            bottom=_ranked(q, bottom[q], pair_indices, sequences, training_size is not None),
             distribution=distribution(scores_QN[q]),
             spearman=scan["spearman"][q] if scan["rescored"] else None,
             overlap=scan["overlap"][q] if scan["rescored"] else None,
         )
-        for q, row in enumerate(rows)
+        for q, line in enumerate(query_lines)
     ]
     return PageData(
         queries=queries,
@@ -193,17 +200,17 @@ def page_data(reader: ResultsReader) -> PageData:
 
 
 def _by_query(lines: Sequence[dict[str, Any]], number: int) -> list[list[dict[str, Any]]]:
-    """Each query's lines, in the order of their ranks."""
-    found: list[list[dict[str, Any]]] = [[] for _ in range(number)]
+    """The lines of each of a number of queries, sorted by rank."""
+    lists: list[list[dict[str, Any]]] = [[] for _ in range(number)]
     for line in lines:
-        found[line["query"]].append(line)
-    return [sorted(one, key=lambda line: line["rank"]) for one in found]
+        lists[line["query"]].append(line)
+    return [sorted(ranked, key=lambda line: line["rank"]) for ranked in lists]
 
 
 def _ranked(
     query: int,
     lines: Sequence[dict[str, Any]],
-    places: Mapping[tuple[int, int], int],
+    pair_indices: Mapping[tuple[int, int], int],
     sequences: Mapping[int, list[str]],
     in_nats: bool,
 ) -> Ranked:
@@ -218,17 +225,17 @@ def _ranked(
         nats=[line["nats"] for line in lines] if in_nats else None,
         note=[line.get("note") for line in lines],
         scan_score=[line["scan_score"] for line in lines] if two_stage else None,
-        pair=[places.get((query, line["index"])) for line in lines],
+        pair=[pair_indices.get((query, line["index"])) for line in lines],
     )
 
 
-def _details(
+def _packed_details(
     reader: ResultsReader, sequences: Mapping[int, list[str]], num_layers: int, num_modules: int
 ) -> tuple[dict[tuple[int, int], int], list[PagePair], str]:
-    """Where each (query, sequence) is among the pairs; the pairs; their arrays."""
+    """Index of each (query, sequence) among the pairs; the pairs; their arrays as base64."""
     if not reader.has(DETAILS):
         return {}, [], ""
-    # NumPy: thousands of small arrays, which torch's threads would only slow down.
+    # NumPy, because the arrays are thousands of small ones, which torch's threads only slow down.
     details = {name: tensor.numpy() for name, tensor in reader.tensors(DETAILS).items()}
     keys = list(zip(details["pair_query"].tolist(), details["pair_index"].tolist(), strict=True))
     offsets = details["offsets"].tolist()
@@ -252,7 +259,7 @@ def _details(
                 f"{reader.path}: sequence {keys[p][1]} has {len(tokens)} tokens and "
                 f"{len(scores_T)} token scores; there must be one score fewer than tokens."
             )
-        part = _packed(
+        part = _base64_arrays(
             scores_T, details["module_scores"][p], details["layer_token_scores"][:, begin:end]
         )
         count = carriers(scores_T)
@@ -272,19 +279,19 @@ def _details(
 
 
 def _strongest(tokens: Sequence[str], scores_T: np.ndarray) -> int:
-    """Where the run of tokens with the largest |sum of scores| begins; 0 if there are no tokens."""
+    """First position of the run of tokens with the largest |sum of scores|; 0 without tokens."""
     if not len(tokens):
         return 0
     starts = [t for t, text in enumerate(tokens) if text or t == 0]
     return starts[int(np.abs(np.add.reduceat(scores_T, starts)).argmax())]
 
 
-def _packed(
+def _base64_arrays(
     token_scores_T: np.ndarray, module_scores: np.ndarray, layer_scores_LT: np.ndarray
 ) -> str:
     sizes_LT = np.abs(layer_scores_LT)
     limit = sizes_LT.max(initial=0.0)
-    # On a square root's scale 8 bits keep two digits of the small values too, which are the many.
+    # Most values are small; on a square-root scale 8 bits keep two digits of them as well.
     roots_LT = np.copysign(np.sqrt(sizes_LT / (limit or 1.0)), layer_scores_LT)
     content = [
         token_scores_T.astype("<f4").tobytes(),

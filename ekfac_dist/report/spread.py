@@ -1,4 +1,4 @@
-"""How scores are spread over sequences, and one score over its tokens: numbers for the report.
+"""Statistics for the report: how scores are spread over sequences, and a score over its tokens.
 
 Pure functions of arrays; knows no files and no page.
 """
@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CARRIED = 0.9  # of Σ|token score|: the part that is "nearly all of a score"
-TAILS = (0.001, 0.01, 0.1)
-NUM_BINS = 60
-CURVE_POINTS = 80
+CARRIED = 0.9  # share of Σ|token score| that counts as nearly all of a score
+TAILS = (0.001, 0.01, 0.1)  # fractions of the scored sequences
+NUM_BINS = 60  # of the histogram
+CURVE_POINTS = 80  # of each curve of score by rank
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Tail:
     """How much of the influence the strongest sequences hold.
 
     Attributes:
-        fraction: Of the scored sequences.
-        count: That many sequences, rounded up.
-        positive: The share of the sum of all positive scores that the `count` highest hold; None
-            without a positive score.
-        negative: The same of the negative ones.
+        fraction: Fraction of the scored sequences.
+        count: The number of sequences that this is, rounded up.
+        positive: Share of the sum of all positive scores that the `count` highest scores hold; None
+            if no score is positive.
+        negative: The same for the negative scores and the `count` lowest.
     """
 
     fraction: float
@@ -39,15 +39,22 @@ class Distribution:
     """How one query's scores are spread over all scored sequences.
 
     Attributes:
-        number: Of scores; `num_positive` and `num_negative` of them have a sign.
-        mean: Of all scores, like `median`, `deviation` (the standard one), `least` and `most`.
-        first_edge: Of the histogram's first bin. Zero is an edge, unless all scores are equal.
-        bin_width: Of each of its bins.
-        counts: Of scores in each bin.
-        tails: For each fraction of `TAILS`.
-        positive_curve: (rank, score) of the positive scores, highest first, at ranks that are even
-            on a logarithmic axis.
-        negative_curve: (rank, -score) of the negative ones, lowest first.
+        number: Number of scores.
+        num_positive: Number of positive scores.
+        num_negative: Number of negative scores.
+        mean: Mean of all scores.
+        median: Their median.
+        deviation: Their standard deviation.
+        least: The lowest score.
+        most: The highest score.
+        first_edge: Left edge of the histogram's first bin. Zero is an edge of a bin, unless all
+            scores are equal.
+        bin_width: Width of each bin.
+        counts: Number of scores in each bin.
+        tails: One tail for each fraction of `TAILS`.
+        positive_curve: (rank, score) of positive scores, highest first, at ranks evenly spaced on a
+            logarithmic axis.
+        negative_curve: (rank, -score) of negative scores, lowest first.
     """
 
     number: int
@@ -67,10 +74,10 @@ class Distribution:
 
 
 def distribution(scores_N: Tensor) -> Distribution:
-    """How scores are spread.
+    """The distribution of one query's scores.
 
     Args:
-        scores_N: Scores [N], finite, N > 0.
+        scores_N: Scores of N > 0 sequences, all finite.
     """
     ordered = scores_N.double().sort(descending=True).values
     number = len(ordered)
@@ -99,11 +106,14 @@ def distribution(scores_N: Tensor) -> Distribution:
 
 
 def carriers(token_scores_T: np.ndarray, share: float = CARRIED) -> int:
-    """The fewest tokens whose |score| make up a share of Σ|score|; 0 if every score is 0.
+    """The fewest tokens whose |score| together make up a share of Σ|score|.
 
     Args:
-        token_scores_T: A sequence's scores [T], one for each position.
-        share: Between 0 and 1.
+        token_scores_T: A sequence's token scores, one for each position.
+        share: The share, between 0 and 1.
+
+    Returns:
+        The number of tokens; 0 if every score is 0.
     """
     sums = np.sort(np.abs(token_scores_T.astype(np.float64)))[::-1].cumsum()
     if not len(sums) or not sums[-1]:
@@ -113,7 +123,10 @@ def carriers(token_scores_T: np.ndarray, share: float = CARRIED) -> int:
 
 def _tail(fraction: float, number: int, positive: Tensor, negative: Tensor) -> Tail:
     count = math.ceil(fraction * number)
-    shares = [float(x[:count].sum() / x.sum()) if len(x) else None for x in (positive, negative)]
+    shares = [
+        float(sizes[:count].sum() / sizes.sum()) if len(sizes) else None
+        for sizes in (positive, negative)
+    ]
     return Tail(fraction, count, *shares)
 
 

@@ -1,4 +1,4 @@
-"""What `estimate` says: who works, at the start, and what it took, at the end."""
+"""What `estimate` and `plan` print: workers, modules, the plan, and the summary of a run."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,34 +14,34 @@ from ekfac_dist.runtime.terminal import visible
 
 
 def opening_lines(workers: Sequence[tuple[str, str, int]], backend: str) -> list[str]:
-    """The workers that there really are.
+    """Lines that list the workers that were really started, by host and device.
 
     Args:
-        workers: Host, device and number of threads of each.
+        workers: Host, device and number of threads of each worker.
         backend: Name of the process group's backend.
     """
     number = len(workers)
     lines = [f"workers       {number}, backend {backend}"]
-    for (host, device, threads), times in Counter(workers).items():
-        count = f"{times} × " if times > 1 else ""
+    for (host, device, threads), num_equal in Counter(workers).items():
+        count = f"{num_equal} × " if num_equal > 1 else ""
         lines.append(f"  on {host}: {count}{device}, {threads} thread{'s' * (threads > 1)}")
     return lines
 
 
 def modules_table(discovery: Discovery) -> str:
-    """Every tracked module with its size and what it shares an input with, and what is left out.
+    """Table of the tracked modules with sizes and shared inputs, and the modules left out.
 
     Args:
-        discovery: What is tracked.
+        discovery: The modules found in the model.
     """
-    rows, shared = [], []
+    rows, input_notes = [], []
     for module in discovery.modules:
         size = f"{module.num_outputs} × {module.num_inputs}{' + 1' if module.bias else ''}"
         rows.append([module.name, module.kind, size, f"{module.num_parameters:,}"])
         leader = module.input.removesuffix(".input")
-        shared.append("" if module.leads else f"input shared with {leader}")
+        input_notes.append("" if module.leads else f"input shared with {leader}")
     lines = [
-        table(["module", "kind", "outputs × inputs", "parameters"], rows, shared),
+        table(["module", "kind", "outputs × inputs", "parameters"], rows, input_notes),
         "",
         f"coverage      {coverage_line(discovery)}",
     ]
@@ -51,24 +51,43 @@ def modules_table(discovery: Discovery) -> str:
 
 
 def plan_table(plan: Plan) -> str:
-    """What a run would need, and whether it can be had.
+    """The memory, disk space and time that a run would need, and whether it fits.
 
     Args:
         plan: The plan.
     """
-    many = f"{plan.workers} workers, " if plan.workers > 1 else ""
+    return "\n".join(
+        [
+            *_plan_lines(plan),
+            "",
+            _memory_table(plan),
+            "",
+            _disk_table(plan),
+            "",
+            _time_table(plan),
+            "",
+            _verdict(plan),
+        ]
+    )
+
+
+def _plan_lines(plan: Plan) -> list[str]:
+    """Model, modules, workers, partitions and data of a planned run."""
+    num_workers = f"{plan.workers} workers, " if plan.workers > 1 else ""
     coverage = plan.discovery.coverage
-    lines = [
+    return [
         f"model         {visible(plan.model)}, {coverage.model_parameters:,} parameters",
         f"tracked       {coverage_line(plan.discovery)}",
         *(visible(f"not tracked   {name}: {why}") for name, why in coverage.skipped.items()),
-        f"workers       {many}{as_text(plan.free_bytes)} of memory each ({plan.device})",
+        f"workers       {num_workers}{as_text(plan.free_bytes)} of memory each ({plan.device})",
         f"partitions    {len(plan.groups)}, a pair of passes each"
         + (", the fewest that fit" if plan.is_chosen and plan.fits else ""),
         f"data          {plan.num_sequences:,} sequences of {plan.num_tokens} tokens, in steps of "
         f"{plan.step_tokens}",
-        "",
     ]
+
+
+def _memory_table(plan: Plan) -> str:
     memory = plan.memory
     parts = {
         "program": memory.process,
@@ -81,34 +100,38 @@ def plan_table(plan: Plan) -> str:
         "kept by the allocator": memory.retained,
     }
     if any(memory.second_levels.values()):
-        where = "" if memory.on_cpu else ", in the host's memory"
-        parts[f"second level of sums{where}"] = max(memory.second_levels.values())
+        place = "" if memory.on_cpu else ", in the host's memory"
+        parts[f"second level of sums{place}"] = max(memory.second_levels.values())
     rows = [[name, as_text(size)] for name, size in parts.items()]
     rows += [[f"at once, {stage}", as_text(size)] for stage, size in memory.passes.items()]
-    lines += [table(["memory of a worker", "bytes"], rows), ""]
+    return table(["memory of a worker", "bytes"], rows)
+
+
+def _disk_table(plan: Plan) -> str:
     disk = plan.disk
     sizes = {"store": disk.store, "sums that do not stay": disk.sums, "saved states": disk.states}
     rows = [[name, as_text(size)] for name, size in sizes.items() if size]
-    lines += [table(["disk", "bytes"], [*rows, ["the most at a time", as_text(disk.peak)]]), ""]
-    done = {
+    rows.append(["the most at a time", as_text(disk.peak)])
+    return table(["disk", "bytes"], rows)
+
+
+def _time_table(plan: Plan) -> str:
+    work = {
         "covariance": plan.operations.covariance,
         "eigenbasis": plan.operations.eigenbasis,
         "refit": plan.operations.refit,
     }
-    took = plan.seconds
+    seconds = plan.seconds
     rows = [
-        [stage, f"{operations / 1e12:,.1f}", "" if took is None else clock(took[stage])]
-        for stage, operations in done.items()
+        [stage, f"{operations / 1e12:,.1f}", "" if seconds is None else clock(seconds[stage])]
+        for stage, operations in work.items()
     ]
-    lines += [table(["stage", "10¹² operations", "time"], rows)]
-    if took is None or plan.rate is None:
-        lines.append("Give the workers' speed, --gflops, for the time.")
+    if seconds is None or plan.rate is None:
+        note = "Give the workers' speed, --gflops, for the time."
     else:
-        lines.append(
-            f"At {plan.rate / 1e9:,.0f} GFLOP/s of each worker; {clock(sum(took.values()))} in all."
-        )
-    lines += ["", _verdict(plan)]
-    return "\n".join(lines)
+        total = clock(sum(seconds.values()))
+        note = f"At {plan.rate / 1e9:,.0f} GFLOP/s of each worker; {total} in all."
+    return f"{table(['stage', '10¹² operations', 'time'], rows)}\n{note}"
 
 
 def _verdict(plan: Plan) -> str:
@@ -127,23 +150,23 @@ def _verdict(plan: Plan) -> str:
 
 
 def closing_table(summary: FitSummary, output: str) -> str:
-    """What each stage took, and what came of it.
+    """The time, speed and loss of each stage, peak memory, and the store that was written.
 
     Args:
-        summary: The run.
+        summary: Measurements of the run.
         output: The store's directory.
     """
-    tokens = int(summary.sequences.num_positions.sum())
+    num_tokens = int(summary.sequences.num_positions.sum())
     rows = []
     stages = [stage for stage, seconds in summary.seconds.items() if seconds]
     for stage in stages:
         seconds = summary.seconds[stage]
-        passes = stage in summary.losses
-        rate = f"{tokens * summary.num_groups / max(seconds, 1e-9):,.0f}" if passes else ""
-        loss = f"{summary.losses[stage]:.4f}" if passes else ""
+        is_pass = stage in summary.losses
+        rate = f"{num_tokens * summary.num_groups / max(seconds, 1e-9):,.0f}" if is_pass else ""
+        loss = f"{summary.losses[stage]:.4f}" if is_pass else ""
         rows.append([stage, f"{seconds:.1f}", rate, loss])
-    whole = sum(summary.seconds.values())
-    rows.append(["all", f"{whole:.1f}", "", ""])
+    total_seconds = sum(summary.seconds.values())
+    rows.append(["all", f"{total_seconds:.1f}", "", ""])
     size = StoreReader(output).total_bytes()
     peaks = ", ".join(f"{as_text(peak)} ({place})" for place, peak in summary.peak_bytes.items())
     return "\n".join(

@@ -8,14 +8,14 @@ from ekfac_dist.runtime.terminal import visible
 def table(
     header: Sequence[str], rows: Sequence[Sequence[str]], last: Sequence[str] | None = None
 ) -> str:
-    """Columns as wide as they need to be; the first aligned left, the others right.
+    """A table with columns as wide as their cells, the first aligned left, the others right.
 
-    Every cell is one line: what is unsafe on a terminal is shown.
+    Cells are made safe for a terminal by `visible`, line ends included.
 
     Args:
-        header: A word for each column.
-        rows: Cells, one for each column.
-        last: What follows each row.
+        header: Heading of each column.
+        rows: Cells of each row, one for each column.
+        last: Text after the last column of each row, not aligned; None for none.
     """
     cells = [[visible(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[k]) for row in cells) for k in range(len(header))]

@@ -1,1 +1,1 @@
-"""What a run stands on: processes, files, progress, memory. Knows no model, no mathematics."""
+"""Processes, files, locks, progress and memory of a run. Knows no model and no mathematics."""

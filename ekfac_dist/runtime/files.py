@@ -1,4 +1,4 @@
-"""Files that are whole if they exist, and the same bytes for the same content."""
+"""Writes files so that each is complete if it exists, and equal content gives equal bytes."""
 
 import hashlib
 import json
@@ -18,11 +18,12 @@ def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Writes a file under a temporary name, flushes it to the disk, and renames it.
 
     Args:
-        path: The file; its folder is there.
-        parts: Its content, piece after piece.
+        path: The file; its directory must exist. An existing file is replaced.
+        parts: The content, in consecutive parts.
 
     Raises:
-        OutputError: It cannot be written; nothing is left of it, and what was there stays.
+        OutputError: If it cannot be written. An existing file is then unchanged, and no temporary
+            file remains.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -39,12 +40,12 @@ def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
             "can be written and has room."
         ) from error
     finally:
-        with suppress(OSError):  # it is there only if the writing failed
+        with suppress(OSError):  # it exists only if writing failed
             temporary.unlink()
 
 
 def flush_directory(path: Path) -> None:
-    """Flushes to the disk what a directory's files are called."""
+    """Flushes a directory's entries to the disk, so that renamed files keep their names."""
     directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -56,7 +57,10 @@ def write_listed(path: Path, parts: list[bytes | memoryview]) -> dict[str, Any]:
     """Writes a file as `write_whole` does.
 
     Returns:
-        What a manifest lists of it: its bytes and sha256.
+        The file's entry in a manifest, {"bytes": size, "sha256": hexadecimal digest}.
+
+    Raises:
+        OutputError: As for `write_whole`.
     """
     write_whole(path, parts)
     digest = hashlib.sha256()
@@ -66,7 +70,7 @@ def write_listed(path: Path, parts: list[bytes | memoryview]) -> dict[str, Any]:
 
 
 def is_as_listed(path: Path, listed: Mapping[str, Any]) -> bool:
-    """Whether a file is there with the size and the checksum that `write_listed` gave."""
+    """Whether a file exists with the size and checksum of its entry, from `write_listed`."""
     return (
         path.is_file()
         and path.stat().st_size == listed["bytes"]
@@ -77,24 +81,28 @@ def is_as_listed(path: Path, listed: Mapping[str, Any]) -> bool:
 def safetensors_parts(
     tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
 ) -> list[bytes | memoryview]:
-    """A safetensors file's content: the same tensors and strings are the same bytes, always.
+    """The content of a safetensors file; equal tensors and strings always give equal bytes.
 
     Args:
-        tensors: What it holds; moved to the CPU and made contiguous.
-        header: Strings for its header, which are put in order; `save` leaves theirs to chance.
+        tensors: The tensors by name, on any device and contiguous or not.
+        header: Strings for the header's metadata. They are sorted here, because the order that
+            `save` writes them in varies.
+
+    Returns:
+        The content in consecutive parts, for `write_whole`.
     """
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = save(on_cpu, metadata=dict(header) if header else None)
     size = int.from_bytes(content[:8], "little")
-    written = json.loads(content[8 : 8 + size])
-    if "__metadata__" in written:
-        written["__metadata__"] = dict(sorted(written["__metadata__"].items()))
-    text = json.dumps(written, separators=(",", ":")).encode()
+    fields = json.loads(content[8 : 8 + size])
+    if "__metadata__" in fields:
+        fields["__metadata__"] = dict(sorted(fields["__metadata__"].items()))
+    text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return [len(text).to_bytes(8, "little"), text, memoryview(content)[8 + size :]]
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

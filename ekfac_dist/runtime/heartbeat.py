@@ -1,14 +1,15 @@
-"""A worker that is stopped, or whose host is lost, is noticed and named by the others.
+"""A heartbeat between workers, by which a stopped worker or a lost host is noticed and named.
 
-A worker that fails says so, and one that ends closes its connections; one that is stopped does
-neither, and the others would wait for it in their next collective. So each worker counts up a
-number in the key-value store, from a thread, and watches the next worker's. The patience is counted
-in beats of the watcher's own, so a pause of all of them at once is none.
+A worker that fails announces it, and one that exits closes its connections. A worker that is
+stopped does neither, and the others would wait for it in their next collective. So a thread of each
+worker regularly increases a counter in the key-value store, its beat, and watches the next worker's
+counter:
 
     worker 0 ── watches ──> 1 ──> 2 ──> 0
 
-Whatever a worker's main thread does, its beats tell that it lives. So within a heartbeat workers
-wait for each other's work without limit; see `World.wait_for_all`.
+Silence is measured in beats of the watching worker, so that a pause of all workers at once counts
+as none. Beats go on whatever the main thread does, so with a heartbeat workers may wait for each
+other's work without limit; see `World.wait_for_all`.
 """
 
 import json
@@ -25,91 +26,99 @@ from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.terminal import show, visible
 
 BEAT_SECONDS = 3.0
-BEATS = 18
+BEATS = 18  # beats without a sign after which a worker counts as lost
 
 
 @contextmanager
 def heartbeat(
     world: World, beat_seconds: float = BEAT_SECONDS, *, owns_process: bool = True
 ) -> Iterator[None]:
-    """Within it a worker that does not answer for a while ends the program of all others.
+    """Context in which a worker that stays silent for `BEATS` beats ends all other workers.
 
-    A program that owns its process may have a main thread that is waiting where nothing reaches it,
-    so the process is ended, with status 1, after one of the workers has said why. In somebody's own
-    script the others' next wait raises `PeerError` instead.
+    The command line's main thread may be waiting in a call that cannot be interrupted, so its
+    process is ended, with status 1, after one of the workers has printed why. In a user's own
+    script the next wait for other workers raises `PeerError` instead.
 
     Args:
         world: The workers.
-        beat_seconds: How often each gives a sign; it may leave out a few.
-        owns_process: Whether the process may be ended.
+        beat_seconds: Seconds between two beats of a worker.
+        owns_process: Whether the process may be ended: true for the command line, false in a
+            user's script.
     """
     if world.size == 1:
         yield
         return
-    over = threading.Event()
-    arguments = (world, beat_seconds, over, owns_process)
+    is_over = threading.Event()
+    arguments = (world, beat_seconds, is_over, owns_process)
     threading.Thread(target=_beat, args=arguments, daemon=True).start()
     try:
         with world.watched():
             yield
     except BaseException as error:
-        if not owns_process and not was_agreed(error):  # a program says so where it ends
+        if not owns_process and not was_agreed(error):  # the command line announces it itself
             world.announce_failure(error)
         raise
     finally:
-        over.set()
+        is_over.set()
 
 
-def _beat(world: World, beat_seconds: float, over: threading.Event, owns_process: bool) -> None:
+def _beat(world: World, beat_seconds: float, is_over: threading.Event, owns_process: bool) -> None:
+    """The thread of one worker: writes its own beats and watches the next worker's."""
     store = world.key_value_store()
     store.set_timeout(timedelta(seconds=BEATS * beat_seconds))
     watched = (world.rank + 1) % world.size
-    own, other = f"ekfac_dist/beat/{world.rank}", f"ekfac_dist/beat/{watched}"
-    number, seen, missed, told = 0, b"", 0, 0
-    while not over.wait(beat_seconds):
-        number += 1
+    own_key, watched_key = f"ekfac_dist/beat/{world.rank}", f"ekfac_dist/beat/{watched}"
+    own_beats, last_beat = 0, b""
+    missed = 0  # own beats since the watched worker's last one
+    since_failure = 0  # own beats since a failure was announced
+    while not is_over.wait(beat_seconds):
+        own_beats += 1
         try:
-            store.set(own, str(number))
-            found = store.get(other) if store.check([other]) else b""
-            failure = _failure(world, store)
+            store.set(own_key, str(own_beats))
+            beat = store.get(watched_key) if store.check([watched_key]) else b""
+            failure = _announced_failure(world, store)
         except RuntimeError:
-            # It has gone with its worker, whose end the others notice by themselves; or with its
+            # The store is gone: with its worker, whose end the main threads notice, or with its
             # host.
-            if not owns_process or over.wait(BEATS * beat_seconds):
-                return  # a script's main thread meets the same where it waits
-            _end(world, None, "The host of the workers' key-value store does not answer")
-        missed = missed + 1 if found == seen else 0
-        seen = found
+            if not owns_process or is_over.wait(BEATS * beat_seconds):
+                return  # in a script the main thread gets the same error where it waits
+            _end_process(world, None, "The host of the workers' key-value store does not answer")
+        missed = missed + 1 if beat == last_beat else 0
+        last_beat = beat
         if missed >= BEATS:
             silence = f"{BEATS * beat_seconds:.0f} seconds"
-            said = f"worker {watched} of {world.size} has not answered for {silence}"
-            said += ": it was stopped, or its host or its network is lost"
+            message = f"worker {watched} of {world.size} has not answered for {silence}"
+            message += ": it was stopped, or its host or its network is lost"
             if owns_process:
-                _end(world, store, said)
+                _end_process(world, store, message)
             with suppress(RuntimeError):
-                world.announce_failure(PeerError(said), store)
+                world.announce_failure(PeerError(message), store)
             missed = 0
         if not owns_process:
             continue
-        told = 0 if failure is None else told + 1
-        if failure is not None and told >= BEATS:  # some main thread is kept from hearing of it
+        since_failure = 0 if failure is None else since_failure + 1
+        if failure is not None and since_failure >= BEATS:  # the main thread has not ended on it
             rank, message, status = failure
             if rank == world.rank:
                 show(visible(f"ekfac-dist: error: {world.who}: {message}"), error=True)
-            if rank == world.rank or told > BEATS:  # who has failed speaks first
+            if rank == world.rank or since_failure > BEATS:  # the failed worker prints first
                 os._exit(status)
 
 
-def _failure(world: World, store: Any) -> tuple[int, str, int] | None:
-    """What a worker has announced, its rank and status with it; a preempted one has not failed."""
+def _announced_failure(world: World, store: Any) -> tuple[int, str, int] | None:
+    """Rank, message and exit status of a worker that announced a failure.
+
+    None if there is none; a preempted worker has not failed.
+    """
     if not store.check([world.failure_key]):
         return None
     rank, message, status = json.loads(store.get(world.failure_key))
     return None if status == Preempted.status else (rank, message, status)
 
 
-def _end(world: World, store: Any, said: str) -> NoReturn:
+def _end_process(world: World, store: Any, message: str) -> NoReturn:
+    """Ends the process, after printing the message if no other worker has done so."""
     with suppress(Exception):
-        if store is None or world.announce_failure(PeerError(said), store):
-            show(visible(f"ekfac-dist: error: {said}"), error=True)
+        if store is None or world.announce_failure(PeerError(message), store):
+            show(visible(f"ekfac-dist: error: {message}"), error=True)
     os._exit(DEFECT)

@@ -1,9 +1,9 @@
-"""A run's journal: a line for everything that is done, appended and flushed to the disk.
+"""A run's journal: a file with a line for each finished step, appended and flushed to the disk.
 
     0f3a… {"file": "covariance/a.safetensors", "bytes": 4194424, "sha256": "…"}
 
-A line begins with the start of its own SHA-256. What a killed run leaves is a whole number of lines
-and perhaps the beginning of one more, which is cut off when the journal is opened again.
+A line begins with the first digits of its record's SHA-256. A killed run leaves complete lines and
+possibly the beginning of one more, which is cut off when the journal is opened again.
 """
 
 import hashlib
@@ -20,18 +20,19 @@ _DIGITS = 16
 
 
 class Journal:
-    """The journal of the run in a directory; made with its first record.
+    """The journal of the run in a directory. Its file is created with the first record.
 
     Args:
-        directory: Where it lies.
-        advice: What an error advises against a damaged one.
+        directory: The run's output directory.
+        advice: Sentence for the error about a damaged journal.
 
     Attributes:
-        records: What it holds, in order.
+        path: The journal's file.
+        records: All records, in order.
 
     Raises:
-        StoreError: A line that is not the last is damaged.
-        OutputError: It cannot be read or written.
+        StoreError: If a line other than an incomplete last one is damaged.
+        OutputError: If the file cannot be read or truncated.
     """
 
     def __init__(self, directory: Path, advice: str = "Begin the run anew: --overwrite.") -> None:
@@ -44,16 +45,16 @@ class Journal:
             if self._size < len(content):
                 os.truncate(self.path, self._size)
         except OSError as error:
-            raise self._cannot(error) from error
+            raise self._output_error(error) from error
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Adds a record; it is on the disk when this returns.
+        """Adds a record and flushes it to the disk.
 
         Raises:
-            OutputError: It cannot be written; the journal is as it was.
+            OutputError: If it cannot be written; the journal is then unchanged.
         """
         text = json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
-        line = _digest(text) + b" " + text + b"\n"
+        line = _line_digest(text) + b" " + text + b"\n"
         try:
             with self.path.open("ab") as file:
                 file.write(line)
@@ -61,34 +62,34 @@ class Journal:
                 os.fsync(file.fileno())
         except OSError as error:
             if self.path.exists():
-                os.truncate(self.path, self._size)  # needs no room
-            raise self._cannot(error) from error
+                os.truncate(self.path, self._size)  # works on a full disk too
+            raise self._output_error(error) from error
         self._size += len(line)
         self.records.append(dict(record))
 
     def _read(self, content: bytes) -> int:
-        """Takes every whole line; gives the size of what is whole."""
+        """Reads the complete lines into `records` and returns their size in bytes."""
         lines = content.split(b"\n")
         size = 0
         for number, line in enumerate(lines[:-1], start=1):
             digest, _, text = line.partition(b" ")
-            if digest != _digest(text):
+            if digest != _line_digest(text):
                 if number < len(lines) - 1 or lines[-1]:
                     raise StoreError(
                         f"{self.path} is damaged in line {number}; what its run has done cannot be "
                         f"told. {self._advice}"
                     )
-                break  # the last line: it was being written
+                break  # the last line, whose writing was interrupted
             self.records.append(json.loads(text))
             size += len(line) + 1
         return size
 
-    def _cannot(self, error: OSError) -> OutputError:
+    def _output_error(self, error: OSError) -> OutputError:
         return OutputError(
             f"{self.path} cannot be written: {error.strerror or error}. Give an output directory "
             "that can be written and has room."
         )
 
 
-def _digest(text: bytes) -> bytes:
+def _line_digest(text: bytes) -> bytes:
     return hashlib.sha256(text).hexdigest()[:_DIGITS].encode()

@@ -1,8 +1,8 @@
-"""Starting workers with Accelerate's launcher, and ending as they end.
+"""Starts workers with Accelerate's launcher and passes on their exit status.
 
-`accelerate launch` itself ends with status 1 and its own traceback whatever the workers' status
-was. Called from here, a sentence that a worker has said is the last word, and its status the
-status of the whole.
+`accelerate launch` itself exits with status 1 and a traceback of its own, whatever the workers'
+status was. Started from here, nothing is printed after a worker's error message, and the exit
+status is that worker's.
 """
 
 import argparse
@@ -13,68 +13,42 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
+from typing import TYPE_CHECKING
 
 from ekfac_dist.errors import MENDABLE, ConfigError, Preempted
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 _COMMANDS = ("estimate", "query")
 
 
 def launch_workers(arguments: Sequence[str]) -> int:
-    """Runs a command of this package under Accelerate's launcher.
+    """Runs a command of this package on several workers, under Accelerate's launcher.
 
     Args:
         arguments: The launcher's own options, then the command and its options.
 
     Returns:
-        0, or the exit status of the first worker that failed: 2 where it has said why, 143 where
-        SIGTERM ended it, 1 for any other; 128 + N if signal N ended the launcher.
+        0 if all workers succeeded, else the exit status of the first worker that failed: 2 where it
+        has printed an error, 143 where SIGTERM ended it, 1 for any other failure; 128 + N if signal
+        N ended the launcher.
 
     Raises:
-        ConfigError: There is no command to run, or the launcher refuses its options.
+        ConfigError: If there is no command to run, the launcher refuses its options or its
+            configuration, or the workers cannot be launched.
     """
-    from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.commands.launch import launch_command
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if not any(command in arguments for command in _COMMANDS):
-        raise ConfigError(
-            "launch is given no command to run; write the launcher's options first, then "
-            f"{' or '.join(_COMMANDS)} and its options."
-        )
-    complaint = io.StringIO()
-    try:
-        with redirect_stderr(complaint):
-            options = launch_command_parser().parse_args(list(arguments))
-    except SystemExit as left:
-        if not left.code:
-            raise  # help, which was asked for
-        reason = complaint.getvalue().strip().rpartition("error: ")[2]
-        raise ConfigError(f"The launcher refuses its options: {reason}.") from left
-    if options.training_script not in _COMMANDS:
-        raise ConfigError(
-            f"launch can run {', '.join(_COMMANDS)}, not {options.training_script!r}."
-        )
-    options.training_script_args = [options.training_script, *options.training_script_args]
-    options.training_script = "ekfac_dist"
-    options.module = True
-    if options.config_file is not None:
-        _complete(options)
-    # The launcher's log repeats, as an error of its own, what the worker has said already.
+    options = _parsed_options(arguments)
+    # The launcher's log repeats, as an error of its own, what the worker has printed already.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         launch_command(options)
     except ChildFailedError as error:
-        # One that a signal ended is the cause of the others' ends, whichever was seen first.
-        rank, failure = min(
-            error.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp)
-        )
-        if failure.exitcode in (MENDABLE, Preempted.status):
-            return failure.exitcode
-        cause = f"ended with status {failure.exitcode}"
-        if failure.exitcode < 0:
-            cause = f"was ended by {failure.signal_name()}"
-        print(f"ekfac-dist: error: worker {rank} {cause}", file=sys.stderr, flush=True)
-        return 1
+        return _status_of_failed_worker(error)
     except SignalException as error:
         print(f"ekfac-dist: ended by {error.sigval.name}", file=sys.stderr, flush=True)
         return 128 + error.sigval
@@ -85,11 +59,62 @@ def launch_workers(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _complete(options: argparse.Namespace) -> None:
-    """Hands on two things that the launcher itself leaves out: use_cpu, and enough threads.
+def _parsed_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """The launcher's options, which make each worker run `python -m ekfac_dist COMMAND …`."""
+    from accelerate.commands.launch import launch_command_parser
+
+    if not any(command in arguments for command in _COMMANDS):
+        raise ConfigError(
+            "launch is given no command to run; write the launcher's options first, then "
+            f"{' or '.join(_COMMANDS)} and its options."
+        )
+    parser_output = io.StringIO()
+    try:
+        with redirect_stderr(parser_output):
+            options = launch_command_parser().parse_args(list(arguments))
+    except SystemExit as exit_request:
+        if not exit_request.code:
+            raise  # the user asked for help
+        reason = parser_output.getvalue().strip().rpartition("error: ")[2]
+        raise ConfigError(f"The launcher refuses its options: {reason}.") from exit_request
+    if options.training_script not in _COMMANDS:
+        raise ConfigError(
+            f"launch can run {', '.join(_COMMANDS)}, not {options.training_script!r}."
+        )
+    options.training_script_args = [options.training_script, *options.training_script_args]
+    options.training_script = "ekfac_dist"
+    options.module = True
+    if options.config_file is not None:
+        _complete_options(options)
+    return options
+
+
+def _status_of_failed_worker(error: "ChildFailedError") -> int:
+    """The exit status that the first worker to fail gives the launcher."""
+    # A worker that a signal ended is the cause of the others' ends, whichever was noticed first.
+    rank, failure = min(
+        error.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp)
+    )
+    if failure.exitcode in (MENDABLE, Preempted.status):
+        return failure.exitcode
+    cause = f"ended with status {failure.exitcode}"
+    if failure.exitcode < 0:
+        cause = f"was ended by {failure.signal_name()}"
+    print(f"ekfac-dist: error: worker {rank} {cause}", file=sys.stderr, flush=True)
+    return 1
+
+
+def _complete_options(options: argparse.Namespace) -> None:
+    """Passes on two settings that the launcher itself leaves out: `use_cpu`, and CPU threads.
+
+    Each worker gets an equal part of its machine's CPUs as threads, unless the user has set a
+    number.
 
     Args:
-        options: The launcher's options, which name its configuration.
+        options: The launcher's options, with a configuration file; changed in place.
+
+    Raises:
+        ConfigError: If the configuration file does not exist or cannot be used.
     """
     from accelerate.commands.config.config_args import load_config_from_file
 
@@ -106,5 +131,5 @@ def _complete(options: argparse.Namespace) -> None:
     if uses_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     if options.num_cpu_threads_per_process is None and "OMP_NUM_THREADS" not in os.environ:
-        workers_here = max(1, workers // max(1, machines))
-        options.num_cpu_threads_per_process = max(1, len(os.sched_getaffinity(0)) // workers_here)
+        local_workers = max(1, workers // max(1, machines))
+        options.num_cpu_threads_per_process = max(1, len(os.sched_getaffinity(0)) // local_workers)

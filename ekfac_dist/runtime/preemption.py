@@ -1,7 +1,8 @@
-"""SIGTERM, by which schedulers announce that a machine will be taken away.
+"""Handles SIGTERM, with which schedulers announce that a machine will be taken away.
 
-Within `deferred` it is only noted, and whoever works asks `requested` where there is something to
-save; anywhere else it ends the process at once, with the same status.
+Inside the context `deferred` the signal is only noted: the work goes on until it reaches a point at
+which its state is saved, and there it checks `requested`. Outside of it the signal ends the process
+at once. The exit status is the same, that of `Preempted`.
 """
 
 import os
@@ -20,13 +21,13 @@ _is_requested = False
 
 
 def install() -> None:
-    """Handles SIGTERM from now on; for a program that owns its process, in its main thread."""
+    """Installs the handler of SIGTERM; only for the command line, in its main thread."""
     signal.signal(signal.SIGTERM, _on_signal)
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Within it SIGTERM is noted; what has to be done comes first."""
+    """Context in which SIGTERM is only noted; see `requested`."""
     global _is_deferred
     _is_deferred = True
     try:
@@ -36,22 +37,26 @@ def deferred() -> Iterator[None]:
 
 
 def requested() -> bool:
-    """Whether SIGTERM has come."""
+    """Whether SIGTERM has been received."""
     return _is_requested
 
 
 def end_if_requested() -> None:
-    """Ends the work if SIGTERM has come; all that is done is stored.
+    """Ends the run if SIGTERM has been received; to be called when everything done is stored.
 
     Raises:
-        Preempted: It has.
+        Preempted: If SIGTERM has been received.
     """
     if _is_requested:
         raise ended("what is done is stored")
 
 
 def ended(stored: str) -> Preempted:
-    """The error that ends the work, with what is stored in words."""
+    """The error that ends a run after SIGTERM.
+
+    Args:
+        stored: Clause that says what is stored.
+    """
     return Preempted(f"Ended by SIGTERM; {stored}: {_AGAIN}.")
 
 

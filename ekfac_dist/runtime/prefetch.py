@@ -1,4 +1,4 @@
-"""Work for the host, done in a thread while the device, or the caller, is at what came before."""
+"""Prefetching: a thread prepares the next items while the caller works on the current one."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,19 +10,23 @@ U = TypeVar("U")
 
 
 def prefetch(make: Callable[[T], U], items: Iterable[T], depth: int = 2) -> Iterator[U]:
-    """Makes something of each item, in order, up to `depth` of them before they are asked for.
+    """Yields make(item) for each item, in order, computed in a thread ahead of its use.
 
-    An error comes where its item would have; what was not asked for by then is dropped.
+    Args:
+        make: Prepares one item. Its error is raised where its result would have been yielded.
+        items: The items.
+        depth: Largest number of results that are prepared ahead. Those left when the iteration ends
+            early are dropped.
     """
     with ThreadPoolExecutor(1) as thread:
-        waiting: deque[Future[U]] = deque()
+        futures: deque[Future[U]] = deque()
         try:
             for item in items:
-                waiting.append(thread.submit(make, item))
-                if len(waiting) > depth:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                futures.append(thread.submit(make, item))
+                if len(futures) > depth:
+                    yield futures.popleft().result()
+            while futures:
+                yield futures.popleft().result()
         finally:
-            for future in waiting:
+            for future in futures:
                 future.cancel()

@@ -1,7 +1,7 @@
-"""Progress of long work: a bar on a terminal, a line now and then in a log file.
+"""Progress of long work: a bar on a terminal, a line every `LOG_SECONDS` in a log file.
 
-Worker 0 alone shows it. Its own share stands for the whole: shards are balanced by tokens, so the
-rates shown are its own, scaled to all workers.
+Only worker 0 shows it. Batches are balanced between workers by tokens, so its share of the work
+stands for all: the rates shown are its own, scaled to all workers.
 """
 
 import sys
@@ -20,7 +20,7 @@ def _rate(per_second: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """A number of seconds for people: 1:02:03."""
+    """A number of seconds as hours, minutes and seconds, such as 1:02:03."""
     return str(timedelta(seconds=round(seconds)))
 
 
@@ -30,17 +30,22 @@ def show_line(name: str, text: str) -> None:
 
 
 class Progress:
-    """Shows how far one stage of work is.
+    """Shows the progress of one stage of a run.
 
     Args:
-        name: What is being done.
-        total: Whole amount of work in units proportional to time.
+        name: Name of the stage.
+        total: This worker's amount of work, in units proportional to time.
         unit: Name of the unit, in the plural.
-        num_sequences: Number of sequences in `total`, where sequences are what is worked on.
-        whole: All workers' `total` and `num_sequences`; the shown rates are scaled to them.
-        enabled: False on every worker but the first.
-        show_rate: Whether the rate in `unit` says something to people.
+        num_sequences: Number of sequences in `total`; None if the stage does not process sequences.
+        whole: `total` and `num_sequences` of all workers together, which the shown rates are scaled
+            to; None for this worker's own.
+        enabled: Whether to show anything; false on every worker but the first.
+        show_rate: Whether to show units per second, which is of no use for abstract units.
         stream: Where to show it; standard error by default.
+
+    Attributes:
+        done: Amount of work finished.
+        sequences_done: Number of sequences finished.
     """
 
     def __init__(
@@ -91,7 +96,7 @@ class Progress:
             return
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.unit = self._describe(now)  # whatever stands there is what the bar ends in
+            self._bar.unit = self._describe(now)  # the text after the bar, by its bar_format
             self._bar.update(amount)
         elif now - self._last_line >= LOG_SECONDS:
             self._last_line = now
@@ -107,8 +112,8 @@ class Progress:
             scale = self.whole[0] / self.total if self.total else 1.0
             parts.append(f"{_rate(scale * self.done / seconds)} {self.unit}/s")
         if 0 < self.done < self.total:
-            left = seconds * (self.total - self.done) / self.done
-            parts.append(f"{clock(left)} left")
+            seconds_left = seconds * (self.total - self.done) / self.done
+            parts.append(f"{clock(seconds_left)} left")
         else:
             parts.append(clock(seconds))
         return ", ".join(parts)

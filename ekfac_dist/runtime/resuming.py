@@ -1,4 +1,4 @@
-"""Whether an unfinished run in an output directory is the same run."""
+"""Checks that an unfinished run in an output directory is the one that is to be resumed."""
 
 import json
 import math
@@ -11,49 +11,52 @@ from ekfac_dist.errors import OutputError
 
 
 def require_same_config(
-    path: Path, found: Any, config: Mapping[str, Any], *, may_change: Iterable[str], advice: str
+    path: Path, stored: Any, config: Mapping[str, Any], *, may_change: Iterable[str], advice: str
 ) -> None:
-    """Refuses to go on with an unfinished run of another configuration.
+    """Checks that an unfinished run has the same configuration.
 
     Args:
-        path: The run's output.
-        found: The configuration that its manifest has.
+        path: The run's output directory.
+        stored: The configuration in its manifest.
         config: The configuration now.
         may_change: Dotted names of the fields that may differ.
-        advice: What would do.
+        advice: Clause for the error that says what the user can do.
 
     Raises:
-        OutputError: They differ; the fields are named with both values.
+        OutputError: If other fields differ; the first of them are named with both values.
     """
-    before, now = dotted(found), dotted(json.loads(json.dumps(config)))
+    before, now = dotted(stored), dotted(json.loads(json.dumps(config)))
     for field in may_change:
         before.pop(field, None)
         now.pop(field, None)
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if changed:
-        told = ", ".join(f"{n} {before.get(n)!r} (now {now.get(n)!r})" for n in changed[:4])
+        differences = ", ".join(
+            f"{name} {before.get(name)!r} (now {now.get(name)!r})" for name in changed[:4]
+        )
         raise OutputError(
-            f"output {path} holds another run, unfinished and of another configuration: {told}"
-            f"{', …' if len(changed) > 4 else ''}; {advice}."
+            f"output {path} holds another run, unfinished and of another configuration: "
+            f"{differences}{', …' if len(changed) > 4 else ''}; {advice}."
         )
 
 
 def require_same_beginning(
-    path: Path, found: Any, begins: Mapping[str, Any], *, advice: str
+    path: Path, stored: Any, begins: Mapping[str, Any], *, advice: str
 ) -> None:
-    """Refuses to go on with an unfinished run that began with something else.
+    """Checks that an unfinished run started from the same model, data and other inputs.
 
     Args:
-        path: The run's output.
-        found: What its manifest says that it began with.
-        begins: What this run begins with, by name: texts, numbers, or groups of them. Fractions
-            are compared to rounding, for they may come from another machine.
-        advice: What would do.
+        path: The run's output directory.
+        stored: The inputs that its manifest lists.
+        begins: The inputs of this run by name, such as fingerprints: strings, numbers, or nested
+            mappings of them. Floats are compared to rounding, since another machine may have
+            computed them.
+        advice: Clause for the error that says what the user can do.
 
     Raises:
-        OutputError: Something differs, and is named with both values.
+        OutputError: If an input differs; it is named with both values.
     """
-    before, now = dotted(found if isinstance(found, dict) else {}), dotted(begins)
+    before, now = dotted(stored if isinstance(stored, dict) else {}), dotted(begins)
     for name in {**before, **now}:
         old, new = before.get(name), now.get(name)
         if isinstance(old, float) and isinstance(new, float):
@@ -63,10 +66,10 @@ def require_same_beginning(
         if not is_same:
             raise OutputError(
                 f"output {path} holds a run that is unfinished and began with another {name} "
-                f"({_short(old)}, now {_short(new)}); {advice}."
+                f"({_abbreviated(old)}, now {_abbreviated(new)}); {advice}."
             )
 
 
-def _short(value: object) -> str:
+def _abbreviated(value: object) -> str:
     text = str(value)
     return f"{text[:12]}…" if len(text) > 40 else text

@@ -1,4 +1,4 @@
-"""What all workers of a run must have been given alike: its settings, and the software."""
+"""Checks that all workers of a run have the same settings and software versions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.software import NUMERIC_SOFTWARE, software
 
-# Where something is may differ from host to host; what is there is compared by its content.
+# Settings whose paths may differ between hosts. What lies there is compared by content, elsewhere.
 PATHS = (
     "model.name",
     "model.adapter",
@@ -21,27 +21,30 @@ PATHS = (
 def require_same_settings(
     world: World, settings: Mapping[str, Any], what: str = "settings"
 ) -> None:
-    """Refuses workers of different settings, or software, before they do any work.
+    """Checks that all workers have the same settings and software, before they do any work.
 
     Args:
         world: The workers.
-        settings: Whatever the run depends on, by name; of paths only whether they are given.
-        what: What these are called in the error.
+        settings: All settings that the run depends on, by name. Of those in `PATHS` only whether
+            they are given is compared.
+        what: Name of the settings in the error.
 
     Raises:
-        LaunchError: They differ, on every worker; the first setting is named with both values.
+        LaunchError: If they differ, on every worker; the first difference is named with both
+            values.
     """
     versions = software()
     world.require_same(
         what,
         {
-            **{name: _compared(name, value) for name, value in settings.items()},
+            **{name: _without_path(name, value) for name, value in settings.items()},
             "the launcher's fsdp_version": world.fsdp,
             **{f"the version of {name}": versions[name] for name in NUMERIC_SOFTWARE},
         },
     )
 
 
-def _compared(name: str, value: Any) -> Any:
+def _without_path(name: str, value: Any) -> Any:
+    """A setting's value; "given" in place of a path."""
     is_path = name in PATHS and isinstance(value, str)
     return "given" if is_path else value

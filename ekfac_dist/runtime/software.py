@@ -1,12 +1,12 @@
-"""Versions of the packages that results depend on."""
+"""Versions of the packages that results depend on, for manifests and comparisons."""
 
 import importlib.metadata
 
 _SOFTWARE = ("ekfac_dist", "torch", "transformers", "accelerate", "safetensors")
-# Those that numbers depend on.
+# Packages whose version can change numerical results; all workers must have the same.
 NUMERIC_SOFTWARE = ("ekfac_dist", "torch", "transformers")
 
 
 def software() -> dict[str, str]:
-    """Versions of the packages that a result depends on."""
+    """The installed versions, by package name."""
     return {name: importlib.metadata.version(name) for name in _SOFTWARE}

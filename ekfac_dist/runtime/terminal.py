@@ -1,41 +1,41 @@
-"""Text for people's terminals, in which nothing that was read from data, files or names commands.
+"""Prints text on a terminal without letting characters from data or file names control it.
 
-Control characters and escape sequences can recolour, move and retitle what stands on a terminal,
-and bidirectional overrides reorder it. They are shown instead. What scripts need stays: joiners,
-and marks of direction.
+Control characters and escape sequences can recolour, move or retitle what a terminal shows, and
+bidirectional overrides can reorder it, so visible symbols are printed in their place. Joiners and
+directional marks stay, since many writing systems need them.
 """
 
 import re
 import sys
 
-# C0 and C1 controls with DEL; embeddings, overrides and isolates; halves of surrogate pairs, which
-# stand for bytes of a file's name that are no text, and which no terminal can be sent.
+# C0 and C1 controls with DEL; bidirectional embeddings, overrides and isolates; lone surrogates,
+# which stand for undecodable bytes of a file name and cannot be encoded for a terminal.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_OF_LAYOUT = re.compile("([\n\t])")
+_LAYOUT = re.compile("([\n\t])")
 _MARKS = {"\n": "↵", "\t": "→", "\x7f": "␡"}
 
 
 def visible(text: str) -> str:
-    """One line in which unsafe characters, line ends among them, are seen and have no effect.
+    """Text as a single line, with unsafe characters replaced by visible symbols.
 
     Args:
-        text: Text from anywhere.
+        text: Any text.
 
     Returns:
-        The text with C0 controls as their pictures (an escape is ␛), the end of a line as ↵, a tab
-        as →, and other unsafe characters by their code, as U+202E.
+        The text with C0 controls as their control pictures (an escape is ␛), a line end as ↵, a
+        tab as →, and other unsafe characters as their code, such as U+202E.
     """
-    return _UNSAFE.sub(lambda found: _mark(found[0]), text)
+    return _UNSAFE.sub(lambda match: _mark(match[0]), text)
 
 
 def show(text: str, *, error: bool = False) -> None:
-    """Prints text whose line ends and tabs are this program's own; all else is made `visible`.
+    """Prints text; line ends and tabs take effect, other unsafe characters are made `visible`.
 
     Args:
         text: One or more lines.
-        error: Whether they go to standard error.
+        error: Whether to print to standard error instead of standard output.
     """
-    parts = [part if part in ("\n", "\t") else visible(part) for part in _OF_LAYOUT.split(text)]
+    parts = [part if part in ("\n", "\t") else visible(part) for part in _LAYOUT.split(text)]
     print("".join(parts), file=sys.stderr if error else sys.stdout, flush=True)
 
 

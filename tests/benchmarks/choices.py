@@ -94,8 +94,8 @@ def check_orders(rows, length, size_I, size_O):
     taken = [
         "rows" if rows_are_cheaper else "G"
         for rows_are_cheaper in (
-            costs.rotates_input_rows(len(acts), count, [size_O]),
-            costs.rotates_output_rows(len(acts), count, size_I),
+            costs.rotates_inputs(len(acts), count, [size_O]),
+            costs.rotates_output_gradients(len(acts), count, size_I),
         )
     ]
     rows.append([f"{length}, {size_I}, {size_O}", *cells, ", ".join(taken)])
@@ -104,7 +104,7 @@ def check_orders(rows, length, size_I, size_O):
 def one_step(tokens, threads, answers):
     """One covariance pass in a process of its own."""
     torch.set_num_threads(threads)
-    costs.STEP_OF_A_THREAD = tokens
+    costs.TOKENS_PER_THREAD = tokens
     model = Shape(768, 2048, 4, 4096).model(256)
     data = make_rows(64, (256, 256), 4096, torch.Generator().manual_seed(1))
     factors = estimate_factors(model, data, labels="data", refit="none", batch_tokens=tokens)

@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from ekfac_dist.curvature import long_sums
-from ekfac_dist.curvature.covariance import add_outer_products_, mirror_, outer_product_rows_of_term
+from ekfac_dist.curvature.covariance import (
+    add_outer_products_,
+    mirror_,
+    outer_product_positions_per_term,
+)
 from ekfac_dist.curvature.long_sums import FLUSH_AFTER, SECOND, LongSums, add_exactly_
 
 CPU = torch.device("cpu")
@@ -28,7 +32,7 @@ class Matrices(LongSums):
             super().__init__(sums, next(iter(sums.values())).dtype)
 
     def add_term(self, name: str, term: torch.Tensor) -> None:
-        for _ in self.shares(name, 1):
+        for _ in self.chunks(name, 1):
             self.sums[name] += term
 
     def _parts(self, name: str) -> list[torch.Tensor]:
@@ -46,7 +50,7 @@ def bias(terms: Callable[[int], np.ndarray], number: int, flush_after: int) -> n
     drawn = terms(number)
     sums = Matrices({"a": torch.zeros(1, drawn.shape[1])}, flush_after)
     exact = drawn.sum(0, dtype=np.float64)
-    for share in sums.shares("a", number):
+    for share in sums.chunks("a", number):
         add_one_by_one_(sums.sums["a"][0], drawn[share])
     sums.fold()
     return sums.sums["a"][0].double().numpy() / exact - 1
@@ -80,11 +84,11 @@ def test_products_are_summed_between_flushes_with_little_bias(size: int):
     """Whatever a CPU's library makes of a product's rows, one after the other or many at once."""
     torch.manual_seed(0)
     sums, exact = Matrices({"a": torch.zeros(size, size)}), torch.zeros(size, size).double()
-    plain, of_term = torch.zeros(size, size), outer_product_rows_of_term([size], CPU)
+    plain, per_term = torch.zeros(size, size), outer_product_positions_per_term([size], CPU)
     rows = torch.randn(10_000, size)
     rows[:, 0] = 0.7
     for _ in range(20):
-        for share in sums.shares("a", len(rows), of_term):
+        for share in sums.chunks("a", len(rows), per_term):
             add_outer_products_(sums.sums["a"], rows[share], bias=False)
         add_outer_products_(plain, rows, bias=False)
         exact += rows.double().T @ rows.double()
@@ -94,7 +98,7 @@ def test_products_are_summed_between_flushes_with_little_bias(size: int):
         return ((mirror_(total).double() - exact).diagonal() / exact.diagonal()).abs().max().item()
 
     assert error(sums.sums["a"]) < 7e-5
-    assert error(plain) > 3e-4 or of_term > 1
+    assert error(plain) > 3e-4 or per_term > 1
 
 
 def test_a_flush_loses_nothing():
@@ -124,10 +128,10 @@ def test_a_flush_in_blocks_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch)
         sums = Matrices({"a": torch.zeros(10, 7)}, 2)
         for term in terms:
             sums.add_term("a", term)
-        assert len(sums.pieces()) == 1 + {2**20: 1, 21: 4, 1: 10}[block]
+        assert len(sums.state()) == 1 + {2**20: 1, 21: 4, 1: 10}[block]
         sums.fold()
         found.append(sums.sums["a"])
-        assert list(sums.pieces()) == ["a/0"]
+        assert list(sums.state()) == ["a/0"]
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
     assert torch.allclose(found[0], terms.sum(0), atol=1e-5)
@@ -135,21 +139,21 @@ def test_a_flush_in_blocks_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch)
 
 def test_there_is_no_second_level_before_the_first_flush_nor_in_float64():
     short, wide = (Matrices({"a": torch.zeros(1, 1, dtype=d)}, 5) for d in (None, torch.float64))
-    assert [*short.shares("a", 4), *wide.shares("a", 10**9)] == [slice(0, 4), slice(0, 10**9)]
-    assert list(short.pieces()) == list(wide.pieces()) == ["a/0"]
+    assert [*short.chunks("a", 4), *wide.chunks("a", 10**9)] == [slice(0, 4), slice(0, 10**9)]
+    assert list(short.state()) == list(wide.state()) == ["a/0"]
     short.add_term("a", torch.ones(1))
-    assert list(short.pieces()) == ["a/0", f"{SECOND}a/0/0"]
+    assert list(short.state()) == ["a/0", f"{SECOND}a/0/0"]
 
 
 def test_what_a_sum_takes_in_is_cut_where_it_is_flushed():
     sums = Matrices({"a": torch.zeros(1, 1), "b": torch.zeros(1, 1)}, 4)
-    assert list(sums.shares("a", 3)) == [slice(0, 3)]
-    assert list(sums.shares("b", 1)) == [slice(0, 1)]
-    assert list(sums.shares("a", 7)) == [slice(0, 1), slice(1, 5), slice(5, 7)]
+    assert list(sums.chunks("a", 3)) == [slice(0, 3)]
+    assert list(sums.chunks("b", 1)) == [slice(0, 1)]
+    assert list(sums.chunks("a", 7)) == [slice(0, 1), slice(1, 5), slice(5, 7)]
     assert sums.num_added == {"a": 2, "b": 1}
-    assert list(sums.shares("a", 50, 10)) == [slice(0, 20), slice(20, 50)]
+    assert list(sums.chunks("a", 50, 10)) == [slice(0, 20), slice(20, 50)]
     assert sums.num_added == {"a": 3, "b": 1}
-    assert list(sums.shares("a", 9, 10)) == [slice(0, 9)]
+    assert list(sums.chunks("a", 9, 10)) == [slice(0, 9)]
     assert sums.num_added == {"a": 0, "b": 1}
 
 
@@ -165,12 +169,12 @@ def test_saved_pieces_are_taken_up_as_they_are_and_added_to_others():
     def copied(pieces: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in pieces.items()}
 
-    saved = copied(summed(2).pieces())
+    saved = copied(summed(2).state())
     again = Matrices({"a": torch.zeros(3, 2), "b": torch.zeros(1, 4)}, 2)
     for name, tensor in reversed(saved.items()):
-        again.take_up(name, tensor)
-    assert again.pieces().keys() == saved.keys()
-    assert all(torch.equal(again.pieces()[name], saved[name]) for name in saved)
+        again.restore(name, tensor)
+    assert again.state().keys() == saved.keys()
+    assert all(torch.equal(again.state()[name], saved[name]) for name in saved)
     short = summed(10)  # it has no second level of its own
     for name, tensor in saved.items():
         short.add(name, tensor)

@@ -23,7 +23,7 @@ def test_workers_share_the_cores(monkeypatch, tmp_path, cores, workers, threads)
         num_machines=None,
         num_cpu_threads_per_process=None,
     )
-    launcher._complete(options)
+    launcher._complete_options(options)
     assert options.num_cpu_threads_per_process == threads
     assert os.environ["ACCELERATE_USE_CPU"] == "true"
 

@@ -1,5 +1,5 @@
-// What every part needs: nodes, numbers, text whose invisible characters show, and the tooltip.
-// Text from data reaches the page only as text nodes and attribute values.
+// Helpers of all other files: DOM nodes, number formats, text with its invisible characters shown,
+// the tooltip and the colours. Text from data reaches the page only as text nodes and attributes.
 
 const byId = (id) => document.getElementById(id);
 
@@ -24,7 +24,7 @@ function draw(tag, attributes = {}, ...children) {
 const grouped = new Intl.NumberFormat("en-US");
 const compact = new Intl.NumberFormat("en-US", { notation: "compact", maximumSignificantDigits: 3 });
 
-// A number with its sign, in as many significant digits as asked for: +12.34, −0.00123, +1.2e−7.
+// A number with its sign and a given number of significant digits: +12.34, −0.00123, +1.2e−7.
 function signed(value, digits = 4) {
   if (value === 0) return "0";
   return (value > 0 ? "+" : "−") + unsigned(Math.abs(value), digits);
@@ -42,7 +42,7 @@ function unsigned(size, digits = 4) {
 const percent = (share) =>
   share > 0 && share < 1e-4 ? "< 0.01 %" : `${Number((100 * share).toPrecision(3))} %`;
 
-// A share with its score's sign; a dash where there is none.
+// A share in percent with the sign of its score; a dash for null.
 function signedShare(share) {
   if (share === null) return "–";
   const size = percent(Math.abs(share));
@@ -51,8 +51,8 @@ function signedShare(share) {
 
 const plural = (number, word) => `${grouped.format(number)} ${word}${number === 1 ? "" : "s"}`;
 
-// Characters that would not be seen, or that would reorder what is: line ends, tabs, controls,
-// zero-width and bidirectional marks. Joiners stay: scripts and emoji need them.
+// Characters that are invisible or reorder other text: line ends, tabs, controls, zero-width and
+// bidirectional marks. Joiners stay, since writing systems and emoji need them.
 const HIDDEN = /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/gu;
 
 function markOf(character) {
@@ -63,9 +63,10 @@ function markOf(character) {
   return `U+${code.toString(16).toUpperCase().padStart(4, "0")}`;
 }
 
-const KEPT = { "\n": "\n", "\t": "\t" }; // what is drawn after its mark, to keep the layout
+const KEPT = { "\n": "\n", "\t": "\t" }; // also written after their mark, to keep the layout
 
-// Nodes for a text in which nothing is invisible. `inline` keeps it on one line.
+// Nodes of a text with marks for its invisible characters. With `inline`, line ends and tabs are
+// replaced by their marks.
 function visible(text, inline = false) {
   const nodes = [];
   let end = 0;
@@ -79,19 +80,19 @@ function visible(text, inline = false) {
   return nodes;
 }
 
-// The same as plain text, for labels that are read aloud.
+// The same as a string, for labels that screen readers speak.
 const spelled = (text) =>
   text.trim() === "" && text !== ""
     ? text.replace(/ /g, "␣").replace(HIDDEN, markOf)
     : text.replace(HIDDEN, markOf);
 
-// -- the tooltip: one for the page, beside whatever is pointed at or reached with the keyboard -----
+// -- the tooltip: the page has one, beside the element under the pointer or keyboard focus ---------
 
 const tooltip = {
   box: byId("tooltip"),
   place: null,
 
-  // `place` gives the rectangle that it stands beside, in the window.
+  // `place` returns the rectangle to stand beside, in window coordinates.
   show(place, ...content) {
     this.place = place;
     this.box.replaceChildren(...content);
@@ -122,7 +123,7 @@ const tooltip = {
 
 addEventListener("scroll", () => tooltip.move(), { capture: true, passive: true });
 
-// The beginning of a long text, for the tooltip.
+// The first `size` characters of a text, for the tooltip.
 function brief(text, size = 60) {
   const characters = [...text.slice(0, 2 * size)];
   const cut = characters.length > size || text.length > 2 * size;
@@ -139,7 +140,7 @@ const say = (text) => {
   byId("live").textContent = text;
 };
 
-// -- colour: the signs' two hues, deeper for larger values; none at zero ---------------------------
+// -- colour: one hue for each sign, deeper for larger values, none at zero -------------------------
 
 const colour = {
   root: false,
@@ -156,7 +157,7 @@ const colour = {
     const text = getComputedStyle(document.documentElement).getPropertyValue(`--${name}`);
     return text.trim().split(/\s+/).map(Number);
   },
-  // The value whose colour is that deep.
+  // The value whose colour has a given depth, from −1 to 1.
   valueAt(depth, limit) {
     return limit * (this.root ? depth * Math.abs(depth) : depth);
   },

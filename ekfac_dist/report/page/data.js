@@ -1,4 +1,4 @@
-// The results, as report/page_data.py packed them. Arrays are decoded when a sequence is shown.
+// The results, as packed by report/page_data.py. Arrays are decoded when their sequence is shown.
 
 const data = JSON.parse(byId("data").textContent);
 const arrays = byId("arrays").textContent;
@@ -7,8 +7,9 @@ const inNats = data.training_size !== null;
 const decoded = new Map();
 const KEPT_DECODED = 16;
 
-// Token scores [L], module scores, layer scores, and the value of a layer at a token; null where
-// the run kept no token scores for this sequence.
+// The arrays of a pair (its index in `data.pairs`): token scores [L], module scores, layer scores,
+// and a function of (layer, token) that returns their score. Null for null, a sequence without
+// token scores.
 function detailsOf(pair) {
   if (pair === null) return null;
   if (decoded.has(pair)) return decoded.get(pair);
@@ -38,8 +39,8 @@ function detailsOf(pair) {
   return details;
 }
 
-// Tokens that can be read only together are a run: its text stands at the first, "" at the others.
-// The first token of each run, and the run of each token.
+// Runs are tokens that can be read only together: the first has their text, the others have "".
+// Returns the index of each run's first token, and of each token the index of its run.
 function runsOf(tokens) {
   const starts = [];
   const of = tokens.map((text, t) => {
@@ -49,7 +50,7 @@ function runsOf(tokens) {
   return { starts, of };
 }
 
-// A layer's name without what all of them begin with: model.layers.11 is 11.
+// Names of layers without their common prefix: 11 for model.layers.11.
 const shortNames = (() => {
   const names = data.layers;
   if (names.length < 2) return names.map((name) => name.split(".").pop());

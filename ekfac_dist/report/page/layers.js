@@ -1,4 +1,4 @@
-// The chosen sequence by layer: a bar for each, and beside it each layer's score at each token.
+// The chosen sequence by layer: a bar for each layer's score, and a map of layers × tokens.
 
 const layers = {
   bars: byId("bars"),
@@ -6,7 +6,7 @@ const layers = {
   canvas: byId("map").querySelector("canvas"),
   cross: byId("map").querySelector(".cross"),
   axis: byId("map").querySelector(".axis"),
-  cell: null, // [layer, token] that the keyboard is at
+  cell: null, // [layer, token] under the keyboard focus
   bar: 0,
 
   rowHeight: Math.max(9, Math.min(22, Math.floor(440 / data.layers.length))),
@@ -50,7 +50,7 @@ const layers = {
     );
   },
 
-  // One device pixel shows the largest of the tokens that fall on it.
+  // Each device pixel shows the largest absolute score of the tokens that fall on it.
   drawMap() {
     if (!sequence.details) return;
     const positions = sequence.tokens.length - 1;
@@ -100,7 +100,7 @@ const layers = {
     this.axis.replaceChildren(...ticks);
   },
 
-  // Frames a cell, or so many whole columns where no layer is given.
+  // Draws a frame around a cell, or around `number` whole columns where `layer` is null.
   mark(layer, token, number = 1) {
     this.cross.hidden = token === null || token >= sequence.tokens.length - 1;
     if (this.cross.hidden) return;

@@ -1,4 +1,4 @@
-// What is chosen, the address that says it, and the keys.
+// The state of the page: the chosen query and sequence, the address that has them, and the keys.
 
 const state = { query: 0, list: "top", place: -1 };
 const phone = matchMedia("(max-width: 860px)");
@@ -212,7 +212,7 @@ addEventListener("keydown", (event) => {
   const typing = event.target.closest("input, select, textarea");
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === "Escape") {
-    if (event.target === byId("filter") && byId("filter").value) return; // it clears the field
+    if (event.target === byId("filter") && byId("filter").value) return; // Escape clears the filter
     event.preventDefault();
     close();
     return;

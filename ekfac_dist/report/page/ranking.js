@@ -1,13 +1,13 @@
-// The ranked list. Only the rows that can be seen are in the document, so a thousand cost no more
-// than ten.
+// The ranked list. Only the visible rows are in the document, so a list of a thousand is drawn as
+// fast as one of ten. A `place` is an index in the query's list.
 
 const ranking = {
   box: byId("rows"),
   space: byId("canvas-rows"),
-  list: null, // the query's list, as columns
+  list: null, // the query's list, as columns (`Ranked` in report/page_data.py)
   positive: true,
-  shown: [], // places in the list that pass the filter
-  chosen: -1, // a place in the list
+  shown: [], // places that pass the filter
+  chosen: -1, // place of the chosen sequence
   drawn: new Map(),
   most: 0,
   texts: new Map(),
@@ -55,7 +55,7 @@ const ranking = {
     const first = Math.max(0, Math.floor(this.box.scrollTop / height) - 4);
     const last = Math.ceil((this.box.scrollTop + this.box.clientHeight) / height) + 4;
     const wanted = new Set(this.shown.slice(first, last));
-    if (this.shown.includes(this.chosen)) wanted.add(this.chosen); // what the focus points at stays
+    if (this.shown.includes(this.chosen)) wanted.add(this.chosen); // the focused row stays in the document
     for (const [place, row] of this.drawn) {
       if (wanted.has(place)) continue;
       row.remove();
@@ -116,7 +116,7 @@ const ranking = {
     this.box.setAttribute("aria-activedescendant", `row-${place}`);
   },
 
-  // The place that many rows further, within the list.
+  // The place a number of rows below the chosen one (above if negative), within the list.
   further(rows) {
     const line = this.shown.indexOf(this.chosen);
     const next = line < 0 ? 0 : Math.max(0, Math.min(this.shown.length - 1, line + rows));
@@ -132,10 +132,10 @@ const badge = ({ carriers }) =>
   make("span", { class: "badge", title: `${plural(carriers, "token")} hold ${percent(data.carried)} of it` },
     plural(carriers, "token"));
 
-// The mark of a value in nats that cannot be.
+// Mark for an impossible value in nats, with the reason as its title.
 const beyond = (note) => (note === null ? null : make("span", { class: "beyond", title: note }, " !"));
 
-// A piece of the text around its strongest token, or its beginning.
+// The text around its strongest token; the beginning of the text where that is not known.
 function excerpt(tokens, detail) {
   const piece = (text) => visible(text, true);
   if (!detail) return piece(ends(tokens, 0, 220).text);
@@ -149,7 +149,8 @@ function excerpt(tokens, detail) {
   ];
 }
 
-// The first so many characters of the tokens from one on; of reversed tokens, the last ones.
+// The first `size` characters of the joined tokens from index `from` on, or the last ones of
+// reversed tokens; `cut` says whether there are more.
 function ends(tokens, from, size, reversed = false) {
   const found = [];
   let length = 0;

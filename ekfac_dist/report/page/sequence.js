@@ -1,13 +1,13 @@
-// The chosen sequence: what is known of it, and its tokens as a heat map.
+// The chosen sequence: its scores, and its tokens as a heat map.
 
 const sequence = {
   box: byId("tokens"),
   tokens: [],
   runs: { starts: [], of: [] },
   details: null,
-  layer: null, // colours the tokens; null is all layers together
-  active: -1, // the token that the keyboard or the pointer is at
-  toNats: null, // nats per unit of score, where the training set's size is known
+  layer: null, // the layer whose scores colour the tokens; null for the sum of all
+  active: -1, // index of the token under the pointer or keyboard focus
+  toNats: null, // nats per unit of score; null without the training set's size
 
   show(list, place, positive) {
     const index = list.index[place];
@@ -47,12 +47,12 @@ const sequence = {
     layers.show();
   },
 
-  // A score in nats, as a fact; null where the run has none.
+  // A score in nats as (name, value); null without the training set's size.
   inNats(score, digits = 3) {
     return inNats ? ["Nats, first order", signed(score * this.toNats, digits)] : null;
   },
 
-  // The run of a token: its first one, the first one after it, its text and its node.
+  // Of token t's run: its first token, the token after its last, its text and its node.
   start(t) {
     return this.runs.starts[this.runs.of[t]];
   },
@@ -104,7 +104,7 @@ const sequence = {
         "which tokens and layers its score comes from.";
   },
 
-  // The score of the run that begins there.
+  // The score of the run that begins at a token.
   value(start) {
     let sum = 0;
     for (let t = start; t < Math.min(this.end(start), this.tokens.length - 1); t += 1) {
@@ -136,7 +136,7 @@ const sequence = {
     );
   },
 
-  // Points at a token's run: the tooltip beside it, its columns in the layers' map.
+  // Marks a token's run, shows the tooltip beside it, and marks its columns in the layers' map.
   point(token) {
     this.unpoint();
     if (!this.details || token < 0 || token >= this.tokens.length) return;
@@ -184,7 +184,7 @@ const sequence = {
     layers.mark(null, null);
   },
 
-  // Points at a token and brings it into view, for the keyboard.
+  // As `point`, and scrolls the token into view; for the keyboard.
   read(t) {
     if (!this.details) return;
     if (document.activeElement !== this.box) this.box.focus({ preventScroll: true });
@@ -193,7 +193,7 @@ const sequence = {
     tooltip.move();
   },
 
-  // The run nearest above (-1) or below (1) the active one, by its first token.
+  // The first token of the run nearest to the active one in the line above (-1) or below (1).
   nextLine(step) {
     const from = this.node(this.active).getClientRects()[0];
     const { starts, of } = this.runs;

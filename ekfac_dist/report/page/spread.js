@@ -1,4 +1,4 @@
-// How the scores of all sequences are spread: a histogram, scores by rank, and the tails' shares.
+// The distribution of all sequences' scores: a histogram, scores by rank, and the tails' shares.
 
 const spread = {
   query: null,
@@ -36,7 +36,8 @@ const spread = {
     const most = Math.log10(Math.max(...d.counts, 1)) + 0.3;
     const end = d.first_edge + d.bin_width * d.counts.length;
     const x = (value) => plot.left + ((value - d.first_edge) / (end - d.first_edge)) * plot.width;
-    // A single sequence stands a third of a decade high: log 1 is 0 and would not be seen.
+    // Bars are 0.3 decades higher than log10(count), or those of a single sequence would have no
+    // height.
     const y = (count) => plot.bottom - (count ? (Math.log10(count) + 0.3) / most : 0) * plot.height;
     for (let power = 0; 10 ** power <= Math.max(...d.counts); power += 1) {
       plot.grid(y(10 ** power), compact.format(10 ** power));
@@ -73,7 +74,7 @@ const spread = {
     }
     const values = points.map((point) => Math.log10(point[1]));
     const high = Math.ceil(Math.max(...values));
-    const lowest = Math.max(Math.floor(Math.min(...values)), high - 6); // six decades are enough
+    const lowest = Math.max(Math.floor(Math.min(...values)), high - 6); // at most six decades
     const low = Math.min(lowest, high - 1);
     const ranks = Math.max(1, Math.log10(Math.max(...points.map((point) => point[0]))));
     const x = (rank) => plot.left + (Math.log10(rank) / ranks) * plot.width;
@@ -128,7 +129,7 @@ function share(value, name) {
   return [make("span", { class: "value" }, value === null ? "–" : `${(100 * value).toFixed(1)} %`), make("span", { class: "track" }, bar)];
 }
 
-// An empty plot with room for its labels.
+// An empty plot with margins for its labels.
 function frame(width, height) {
   const svg = draw("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img" });
   const [left, top, bottom] = [38, 10, height - 22];

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from workshop import rewrite_manifest
 
 from ekfac_dist.errors import OutputError, StoreError
-from ekfac_dist.factors import layout as store_module
+from ekfac_dist.factors import reader as store_module
 from ekfac_dist.factors.layout import (
     CHECKSUM,
     FOLDERS,

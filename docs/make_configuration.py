@@ -3,7 +3,7 @@
     .venv/bin/python docs/make_configuration.py           writes the page
     .venv/bin/python docs/make_configuration.py --print   prints it
 
-Names, defaults and meanings come from the dataclasses in ekfac_dist/config.py and their docstrings,
+Names, defaults and meanings come from the dataclasses in ekfac_dist/config/ and their docstrings,
 which are the one place for them. Only the text between the tables is written here.
 """
 
@@ -25,7 +25,7 @@ HEAD = """\
 
 *What can be set for `estimate`, `plan` and `query`, how, and what is set by default.*
 
-<!-- Made by docs/make_configuration.py from ekfac_dist/config.py; do not edit this page. -->
+<!-- Made by docs/make_configuration.py from ekfac_dist/config/; do not edit this page. -->
 
 A configuration is a YAML file. Every field can also be given, or overridden, on the command line by
 its dotted name:

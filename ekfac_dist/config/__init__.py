@@ -1,0 +1,47 @@
+"""The configuration of a run: plain dataclasses that check themselves.
+
+Every field has one meaning, one default, and one help text, its docstring here. A value that cannot
+be meant raises `ConfigError`; types are checked by the command line's parser.
+"""
+
+from ekfac_dist.config.checks import require_pass_settings, require_positive
+from ekfac_dist.config.estimate import (
+    DataConfig,
+    EstimateConfig,
+    FactorsConfig,
+    Labels,
+    ModelConfig,
+    PlanConfig,
+)
+from ekfac_dist.config.fields import dotted, field_types
+from ekfac_dist.config.query import (
+    DEFAULT_TOP_K,
+    DampingConfig,
+    Normalize,
+    PerToken,
+    QueryConfig,
+    QueryDataConfig,
+    QueryModelConfig,
+    ScoresConfig,
+)
+
+__all__ = [
+    "DEFAULT_TOP_K",
+    "DampingConfig",
+    "DataConfig",
+    "EstimateConfig",
+    "FactorsConfig",
+    "Labels",
+    "ModelConfig",
+    "Normalize",
+    "PerToken",
+    "PlanConfig",
+    "QueryConfig",
+    "QueryDataConfig",
+    "QueryModelConfig",
+    "ScoresConfig",
+    "dotted",
+    "field_types",
+    "require_pass_settings",
+    "require_positive",
+]

@@ -1,0 +1,225 @@
+"""The configuration of `estimate`, and that of `plan`."""
+
+import dataclasses
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from ekfac_dist.config.checks import (
+    require_choice,
+    require_given,
+    require_pass_settings,
+    require_positive,
+)
+from ekfac_dist.errors import ConfigError
+
+Dtype = Literal["float64", "float32", "bfloat16", "float16", "auto"]
+Quantization = Literal["8bit", "4bit"]
+Labels = Literal["sampled", "data"]
+DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
+Refit = Literal["per_sequence", "per_token", "none"]
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which model, and which of its modules.
+
+    Args:
+        name: Hub id or local directory of a causal language model with safetensors weights.
+        revision: Hub revision (branch, tag or commit).
+        dtype: Of weights and activations; auto: that of the stored weights.
+        modules: Globs of names of modules to track, such as '*.mlp.*'; null: every MLP linear,
+            or an adapter's matrices on them.
+        adapter: Hub id or local directory of a PEFT LoRA adapter for the model.
+        merge_adapter: Merge the adapter and track the merged weights, not its own matrices.
+        quantization: Load linear weights in 8bit or 4bit (bitsandbytes); null: as stored.
+        device_map: How Accelerate spreads a single worker's model over devices; null: all on one.
+        trust_remote_code: Run Python code that comes with the model.
+    """
+
+    name: str | None = None
+    revision: str | None = None
+    dtype: Dtype = "float32"
+    modules: list[str] | None = None
+    adapter: str | None = None
+    merge_adapter: bool = False
+    quantization: Quantization | None = None
+    device_map: DeviceMap | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.quantization is not None:
+            require_choice("model.quantization", self.quantization, ("8bit", "4bit"))
+        if self.device_map is not None:
+            require_choice("model.device_map", self.device_map, get_args(DeviceMap))
+        require_choice(
+            "model.dtype", self.dtype, ("float64", "float32", "bfloat16", "float16", "auto")
+        )
+        if self.modules is not None and not self.modules:
+            raise ConfigError(
+                "model.modules is an empty list; give at least one glob, or null for every MLP "
+                "linear."
+            )
+        if self.merge_adapter and self.adapter is None:
+            raise ConfigError("model.merge_adapter is given without model.adapter; give both.")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Which text, and how much of it.
+
+    Args:
+        source: A .jsonl, .json, .csv, .parquet or .txt file, a saved `datasets` directory, or a
+            hub id.
+        subset: Which subset of a hub data set that has several.
+        split: Which split of the source.
+        text: Column that holds the text.
+        prompt: Column of a text that comes before it and whose tokens carry no label.
+        max_tokens: Longer sequences are cut to this many tokens, and counted.
+        max_sequences: Use only the first so many sequences; null: all.
+    """
+
+    source: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    text: str = "text"
+    prompt: str | None = None
+    max_tokens: int = 512
+    max_sequences: int | None = None
+
+    def __post_init__(self) -> None:
+        require_positive("data.max_tokens", self.max_tokens)
+        if self.max_tokens < 2:
+            raise ConfigError(
+                "data.max_tokens is 1; a sequence needs 2 tokens or more, one to read and one to "
+                "predict."
+            )
+        if self.max_sequences is not None:
+            require_positive("data.max_sequences", self.max_sequences)
+
+
+@dataclass(kw_only=True)
+class FactorsConfig:
+    """What is fitted.
+
+    Args:
+        labels: sampled: from the model's own softmax (true Fisher); data: the data's own labels
+            (empirical Fisher).
+        seed: Seed of the sampled labels.
+        refit: Kind of Λ: per_sequence; per_token (faster, approximate); or none (K-FAC).
+        accumulate: Precision of every running sum, float32 or float64.
+        eigen: Who decomposes factors: worker 0 alone, or every worker a share (sharded).
+        partitions: Groups of modules, with a pair of passes over the data each: more of them take
+            less memory and more time; auto: the fewest that fit into memory.
+        blocks: Diagonal blocks of each factor, for very large dimensions; 1: factors are whole.
+        keep_covariance: Store the raw covariance sums too; they about double the disk.
+    """
+
+    labels: Labels = "sampled"
+    seed: int = 0
+    refit: Refit = "per_sequence"
+    accumulate: Literal["float32", "float64"] = "float32"
+    eigen: Literal["rank0", "sharded"] = "rank0"
+    partitions: int | Literal["auto"] = "auto"
+    blocks: int = 1
+    keep_covariance: bool = True
+
+    def __post_init__(self) -> None:
+        require_choice("factors.labels", self.labels, ("sampled", "data"))
+        require_choice("factors.refit", self.refit, ("per_sequence", "per_token", "none"))
+        require_choice("factors.accumulate", self.accumulate, ("float32", "float64"))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"factors.seed is {self.seed!r}; it must be a whole number.")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"factors.seed is {self.seed}; it must be from 0 to 2^63 - 1.")
+        if self.partitions != "auto":
+            require_positive("factors.partitions", self.partitions)
+        require_choice("factors.eigen", self.eigen, ("rank0", "sharded"))
+        require_positive("factors.blocks", self.blocks)
+
+
+@dataclass(kw_only=True)
+class EstimateConfig:
+    """A whole run of `estimate`.
+
+    Args:
+        model: Which model.
+        data: Which text.
+        factors: What is fitted.
+        batch_tokens: Most tokens in a batch, per worker and step, padding included; on a CPU not
+            more than 1024 a thread.
+        save_minutes: Minutes between savings of an unfinished pass's sums; 0: after every step;
+            null: never.
+        output: Directory of the factor store.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    factors: FactorsConfig = field(default_factory=FactorsConfig)
+    batch_tokens: int = 4096
+    save_minutes: float | None = 10.0
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        self._check()
+        names = {"model.name": self.model.name, "data.source": self.data.source}
+        require_given({**names, "output": self.output})
+
+    def _check(self) -> None:
+        require_pass_settings(self.batch_tokens, self.save_minutes)
+        # A shell expands ~ only where it sees it: not in a YAML file, nor behind --output=.
+        self.model.name = os.path.expanduser(self.model.name or "")
+        self.data.source = os.path.expanduser(self.data.source or "")
+        self.output = os.path.expanduser(self.output or "")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole configuration as plain nested dictionaries."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(kw_only=True)
+class PlanConfig(EstimateConfig):
+    """What `plan` looks into: a run of `estimate`, and the machines that it would have.
+
+    Args:
+        workers: Number of workers; null: one for each GPU of this machine, or one.
+        device_memory: Memory of each worker's GPU, such as 80GiB; null: what is free on this
+            machine.
+        fsdp: Plan for weights that are sharded over the workers, as with
+            launch/accelerate/fsdp.yaml.
+        sequences: Number of sequences in the data; null: data.max_sequences, or 1000.
+        gflops: Speed of each worker at products of float32 matrices, in GFLOP/s; null: measured on
+            this machine.
+    """
+
+    workers: int | None = None
+    device_memory: str | None = None
+    fsdp: bool = False
+    sequences: int | None = None
+    gflops: float | None = None
+
+    def __post_init__(self) -> None:
+        self._check()
+        require_given({"model.name": self.model.name})
+        for name in ("workers", "sequences"):
+            if getattr(self, name) is not None:
+                require_positive(name, getattr(self, name))
+        if self.gflops is not None and not 0 < self.gflops < math.inf:
+            raise ConfigError(f"gflops is {self.gflops!r}; it must be a finite number above 0.")
+        self.memory_bytes  # noqa: B018 - refused now, if it is to be
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`device_memory` as a number."""
+        if self.device_memory is None:
+            return None
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?) *([kMGT]?)(i?)B?", self.device_memory.strip())
+        if not found or not float(found[1]):
+            raise ConfigError(
+                f"device_memory is {self.device_memory!r}; give a number above 0 and its unit, "
+                "such as 80GiB or 24GB."
+            )
+        number, unit, binary = found.groups()
+        return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(unit or " "))

@@ -1,0 +1,230 @@
+"""The configuration of `query`."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_args
+
+from ekfac_dist.config.checks import require_choice, require_count, require_given, require_positive
+from ekfac_dist.config.estimate import DataConfig, DeviceMap, Dtype, ModelConfig, Quantization
+from ekfac_dist.config.fields import field_types
+from ekfac_dist.errors import ConfigError
+
+T = TypeVar("T")
+Normalize = Literal["none", "cosine", "relatif_l", "relatif_theta"]
+PerToken = Literal["none", "top", "all"]
+
+DEFAULT_RANK = 32
+DEFAULT_TOP_K = 20
+
+
+@dataclass(kw_only=True)
+class QueryModelConfig:
+    """Which model answers; what is null is as it was when the factors were fitted.
+
+    Args:
+        name: Hub id or local directory.
+        revision: Hub revision (branch, tag or commit).
+        dtype: Of weights and activations: float64, float32, bfloat16, float16 or auto.
+        adapter: Hub id or local directory of a PEFT LoRA adapter.
+        quantization: Quantise linear weights to 8bit or 4bit when they are loaded.
+        device_map: How Accelerate spreads the model of a single worker over its devices; null: all
+            on one device, however it was fitted.
+        trust_remote_code: Run Python code that comes with the model; never taken from a store.
+        allow_changes: Answer even with a model that differs from the fitted one outside the
+            tracked modules; the results say in what.
+    """
+
+    name: str | None = None
+    revision: str | None = None
+    dtype: Dtype | None = None
+    adapter: str | None = None
+    quantization: Quantization | None = None
+    device_map: DeviceMap | None = None
+    trust_remote_code: bool = False
+    allow_changes: bool = False
+
+    def over(self, fitted: Mapping[str, Any]) -> ModelConfig:
+        """What is given, over what the factors were fitted with."""
+        fitted = {**fitted, "device_map": None}  # it is of the machine, not of the model
+        given = _given(self)
+        del given["allow_changes"]  # it is of the comparison, not of the model
+        model = _over(ModelConfig, fitted, given)
+        require_given({"model.name": model.name})
+        return model
+
+
+@dataclass(kw_only=True)
+class QueryDataConfig:
+    """Which training sequences are scored.
+
+    Without `source` they are those that the factors were fitted on, and what is null is as it was
+    then; with it, what is null has the default that it has in `estimate`.
+
+    Args:
+        source: A file, a saved `datasets` directory, or a hub id.
+        subset: Which subset of a hub data set that has several.
+        split: Which split of the source.
+        text: Column that holds the text.
+        prompt: Column of a text that comes before it and whose tokens carry no label.
+        max_tokens: Longer sequences are cut to this many tokens.
+        max_sequences: Use only the first so many sequences.
+    """
+
+    source: str | None = None
+    subset: str | None = None
+    split: str | None = None
+    text: str | None = None
+    prompt: str | None = None
+    max_tokens: int | None = None
+    max_sequences: int | None = None
+
+    def over(self, fitted: Mapping[str, Any]) -> DataConfig:
+        """What is given, over what the factors were fitted on, or over the defaults."""
+        data = _over(DataConfig, fitted if self.source is None else {}, _given(self))
+        require_given({"data.source": data.source})
+        data.source = os.path.expanduser(data.source or "")
+        return data
+
+
+def _over(config_class: type[T], fitted: Mapping[str, Any], given: Mapping[str, Any]) -> T:
+    unknown = [name for name in fitted if name not in field_types(config_class)]
+    if unknown:
+        raise ConfigError(
+            f"The factors' manifest has a configuration with {', '.join(map(str, unknown))}, which "
+            "this version does not know; use the version that fitted them, or fit them again."
+        )
+    return config_class(**{**fitted, **given})
+
+
+def _given(config: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(config).items() if value is not None}
+
+
+@dataclass(kw_only=True)
+class DampingConfig:
+    """The damping λ of each module.
+
+    Args:
+        value: λ of every module: a multiple of mean(Λ) of the module or, with relative false, λ
+            itself.
+        relative: Whether values are multiples of the module's mean(Λ).
+        modules: Other values for some modules, by name or glob; a name goes before globs, and the
+            first glob that matches before the others.
+    """
+
+    value: float = 0.1
+    relative: bool = True
+    modules: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class ScoresConfig:
+    """Which scores are computed, and how they are shown.
+
+    Args:
+        normalize: What scores are divided by, against sequences that score high for every query:
+            none; cosine (both norms in the inner product of (F + λ)⁻¹); relatif_l (the root of
+            the sequence's self-influence) or relatif_theta (the norm of (F + λ)⁻¹ times its
+            gradient), both of RelatIF.
+        top_k: Length of each query's list of the most positive sequences; null: 20.
+        bottom_k: Length of its list of the most negative; null: as top_k.
+        per_token: Which sequences get a score for each of their positions: the listed ones (top),
+            all, or none.
+        per_module: Store the scores of each module too.
+        per_layer: Store the scores of each layer too.
+        self_influence: Store each training sequence's influence on itself.
+        low_rank: Whether the scan of the data uses query gradients of low rank, which take less
+            memory and give approximate scores; null: only if a rank is given.
+        rank: The rank of those gradients; null: 32.
+        rescore: After a scan of low rank, score so many sequences at either end of it again,
+            exactly, and as many spread evenly over the data, to tell how good the scan was.
+        candidates: Score only these sequences: a list of their indices in the data, from 0, or a
+            file of them (JSON, or an index in each line).
+        training_size: Number of sequences that the model was trained on, if it was trained on this
+            data: then scores are given in nats too, to first order; null: no nats.
+        query_memory_gb: Each worker's budget for query gradients, in GB (10⁹ bytes); queries that
+            do not fit are answered in several blocks, with one scan of the data each.
+    """
+
+    normalize: Normalize = "none"
+    top_k: int | None = None
+    bottom_k: int | None = None
+    per_token: PerToken = "top"
+    per_module: bool = False
+    per_layer: bool = False
+    self_influence: bool = False
+    low_rank: bool | None = None
+    rank: int | None = None
+    rescore: int = 0
+    candidates: list[int] | str | None = None
+    training_size: int | None = None
+    query_memory_gb: float = 4.0
+
+    def __post_init__(self) -> None:
+        require_choice("scores.normalize", self.normalize, get_args(Normalize))
+        require_choice("scores.per_token", self.per_token, get_args(PerToken))
+        for name in ("top_k", "rank", "training_size"):
+            value = getattr(self, name)
+            if value is not None:
+                require_positive(f"scores.{name}", value)
+        if self.bottom_k is not None:
+            require_count("scores.bottom_k", self.bottom_k)
+        require_count("scores.rescore", self.rescore)
+        if self.rank is not None and self.low_rank is False:
+            raise ConfigError(
+                f"scores.rank is {self.rank}, but scores.low_rank is false; give one of them."
+            )
+        if self.rescore and self.effective_rank is None:
+            raise ConfigError(
+                "scores.rescore is given, but scores are exact already; give scores.rank too, or "
+                "neither."
+            )
+        memory = self.query_memory_gb
+        if not isinstance(memory, (int, float)) or not 0 < memory < math.inf:
+            raise ConfigError(
+                f"scores.query_memory_gb is {memory!r}; it must be a finite number above 0."
+            )
+
+    @property
+    def effective_rank(self) -> int | None:
+        """The rank of the scan's query gradients; None: they are whole."""
+        return self.rank or (DEFAULT_RANK if self.low_rank else None)
+
+
+@dataclass(kw_only=True)
+class QueryConfig:
+    """A whole run of `query`.
+
+    Args:
+        factors: Directory of the factor store.
+        queries: A .jsonl file of queries; each line has "prompt" and "completion", or "text".
+            Lines with the same "group" are summed into one query.
+        model: Which model; by default the one that the factors were fitted for.
+        data: Which training sequences; by default those that the factors were fitted on.
+        damping: The damping λ.
+        scores: Which scores.
+        batch_tokens: Largest number of tokens in a batch, per worker and step, padding included.
+        output: Directory of the results.
+    """
+
+    factors: str | None = None
+    queries: str | None = None
+    model: QueryModelConfig = field(default_factory=QueryModelConfig)
+    data: QueryDataConfig = field(default_factory=QueryDataConfig)
+    damping: DampingConfig = field(default_factory=DampingConfig)
+    scores: ScoresConfig = field(default_factory=ScoresConfig)
+    batch_tokens: int = 4096
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        require_positive("batch_tokens", self.batch_tokens)
+        require_given({name: getattr(self, name) for name in ("factors", "queries", "output")})
+        for name in ("factors", "queries", "output"):
+            setattr(self, name, os.path.expanduser(getattr(self, name)))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole configuration as plain nested dictionaries."""
+        return dataclasses.asdict(self)

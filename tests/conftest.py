@@ -3,12 +3,7 @@
 import atexit
 import os
 import shutil
-import sys
 import tempfile
-from pathlib import Path
-
-TESTS = Path(__file__).parent
-sys.path.insert(0, str(TESTS))  # `import workshop` from any test
 
 # Nothing is looked up on a hub, and no cache outlives the session or is shared with the user's own.
 _caches = tempfile.mkdtemp(prefix="ekfac_dist-tests-")
@@ -19,6 +14,10 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
 )
+
+import pytest  # noqa: E402
+
+pytest.register_assert_rewrite("helpers.refusals")
 
 import torch  # noqa: E402 - only now that the caches are set
 

@@ -15,7 +15,7 @@ import datasets
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from refusals import (
+from helpers.refusals import (
     BINARY,
     SAID,
     Case,
@@ -25,9 +25,7 @@ from refusals import (
     require_refusal,
     table,
 )
-from safetensors.torch import load_file, save_file
-from transformers import MambaConfig
-from workshop import (
+from helpers.workshop import (
     CONTEXT,
     VOCABULARY,
     save_tiny,
@@ -37,6 +35,8 @@ from workshop import (
     write_jsonl,
     write_yaml,
 )
+from safetensors.torch import load_file, save_file
+from transformers import MambaConfig
 
 from ekfac_dist import cli, load_factors
 

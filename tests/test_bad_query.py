@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from refusals import (
+from helpers.refusals import (
     BINARY,
     PROMPT_SECONDS,
     SAID,
@@ -25,18 +25,15 @@ from refusals import (
     contents,
     in_this_process,
     on_real_workers,
+    on_two_workers_in_turn,
     require_refusal,
     require_sentence,
     table,
 )
-from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from workshop import (
+from helpers.workshop import (
     CONTEXT,
     VOCABULARY,
     rewrite_manifest,
-    run_workers,
     save_tiny_gpt2,
     save_tiny_llama,
     texts,
@@ -44,6 +41,9 @@ from workshop import (
     write_jsonl,
     write_yaml,
 )
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ekfac_dist import Factors, InfluenceScores, cli, influence_scores, load_factors
 from ekfac_dist.errors import ConfigError, DataError, StoreError, UserError
@@ -1079,21 +1079,14 @@ def test_one_worker_refuses(case: Case, setting: Setting, capfd: pytest.CaptureF
 
 
 def refused_by_two_workers(cases: list[Case], directory: Path, good: Good) -> None:
-    """Requires that two workers refuse each of these in turn, and then still answer a good query.
-
-    One launch serves all: workers that have refused together are still in step.
-    """
+    """Requires that two workers refuse each of these in turn, and then still answer a good query."""
     settings = [Setting(directory / str(number), good) for number in range(len(cases) + 1)]
     for case, setting in zip(cases, settings, strict=False):
         case.spoil(setting)
-    runs = directory / "runs.json"
-    runs.write_text(json.dumps([setting.arguments() for setting in settings]))
+    runs = [setting.arguments() for setting in settings]
     before = [contents(setting.directory) for setting in settings]
     shared = contents(good.directory)
-    script = Path(__file__).with_name("worker_refusals.py")
-    done = run_workers(script, 2, runs, directory, timeout=5 * PROMPT_SECONDS)
-    assert done.returncode == 0, done.stderr
-    ends = [json.loads((directory / f"{rank}.json").read_text()) for rank in (0, 1)]
+    ends = on_two_workers_in_turn(runs, directory, timeout=5 * PROMPT_SECONDS)
     for number, case in enumerate(cases):
         (status, said), (other_status, other_said) = (mine[number] for mine in ends)
         assert status == other_status, f"{case.name}: {said} {other_said}"

@@ -7,11 +7,9 @@ import sys
 
 import pytest
 import torch
-from dense import dense_modules, relative
-from refusals import in_this_process
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from workshop import (
+from helpers.dense import dense_modules, relative
+from helpers.refusals import in_this_process
+from helpers.workshop import (
     run_cli,
     save_tiny_gpt2,
     save_tiny_llama,
@@ -19,6 +17,8 @@ from workshop import (
     write_jsonl,
     write_yaml,
 )
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ekfac_dist.factors.layout import CHECKSUM, MANIFEST, manifest_checksum
 from ekfac_dist.runtime.terminal import visible

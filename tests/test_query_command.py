@@ -8,11 +8,18 @@ import sys
 
 import pytest
 import torch
-from dense import relative
-from dense_scores import DenseScores
+from helpers.dense import relative
+from helpers.dense_scores import DenseScores
+from helpers.workshop import (
+    run_cli,
+    save_tiny_gpt2,
+    save_tiny_llama,
+    texts,
+    write_jsonl,
+    write_yaml,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from workshop import run_cli, save_tiny_gpt2, save_tiny_llama, texts, write_jsonl, write_yaml
 
 from ekfac_dist.runtime.terminal import visible
 

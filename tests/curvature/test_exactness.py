@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from dense import relative
+from helpers.dense import relative
 from torch import nn
 
 from ekfac_dist.curvature import kronecker

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from task_models import bert, classified_examples, masked_examples, t5, translated_examples
+from helpers.task_models import bert, classified_examples, masked_examples, t5, translated_examples
 from transformers import BertForSequenceClassification
 
 README = Path(__file__).parents[2] / "README.md"

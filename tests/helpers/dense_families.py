@@ -2,11 +2,10 @@
 
 from functools import partial
 
-from dense import dense_experts, dense_modules, sequence_loss
-from networks import shifted
-
 from ekfac_dist.models.capture.experts import fused_experts
 from ekfac_dist.models.modules import EXPERT
+from helpers.dense import dense_experts, dense_modules, sequence_loss
+from helpers.networks import shifted
 
 
 def dense_of(model, factors, data):

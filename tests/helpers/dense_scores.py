@@ -1,8 +1,9 @@
 """Influence by dense matrices: gᵀ (E + λ)⁻¹ g' with E and every gradient from plain autograd."""
 
 import torch
-from dense import dense_modules
-from networks import shifted
+
+from helpers.dense import dense_modules
+from helpers.networks import shifted
 
 
 class DenseScores:

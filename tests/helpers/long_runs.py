@@ -10,9 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
-from workshop import cpu_launcher_config
 
 from ekfac_dist.factors.layout import MANIFEST
+from helpers.workshop import cpu_launcher_config
 
 # By which file a run is seen to have come to a stage.
 STAGES = {

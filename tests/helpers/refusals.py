@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
-from workshop import run_cli
 
 from ekfac_dist import cli
+from helpers.workshop import run_cli, run_workers
 
 PROMPT_SECONDS = 60
 SAID = "ekfac-dist: error: "
@@ -126,3 +126,25 @@ def on_real_workers(arguments: list[str], workers: int) -> tuple[int, str, str]:
     """The same of a command run in processes of its own."""
     done = run_cli(arguments, workers, timeout=PROMPT_SECONDS)
     return done.returncode, done.stdout, done.stderr
+
+
+def on_two_workers_in_turn(
+    runs: list[Any], directory: Path, timeout: float
+) -> list[list[tuple[int, str]]]:
+    """Exit status and standard error of commands that two workers run one after another.
+
+    One launch serves all: workers that have refused together are still in step.
+
+    Args:
+        runs: Command lines, or lists of one for each worker.
+        directory: Where the workers write how each ended.
+        timeout: Seconds for all of it.
+
+    Returns:
+        Of each worker, the ends in the runs' order.
+    """
+    (directory / "runs.json").write_text(json.dumps(runs))
+    script = Path(__file__).with_name("worker_refusals.py")
+    done = run_workers(script, 2, directory / "runs.json", directory, timeout=timeout)
+    assert done.returncode == 0, done.stderr
+    return [json.loads((directory / f"{rank}.json").read_text()) for rank in (0, 1)]

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
-from workshop import write_jsonl
+
+from helpers.workshop import write_jsonl
 
 Writer = Callable[[Path, list[str]], object]
 

@@ -43,6 +43,7 @@ from transformers import (
 
 from ekfac_dist.factors.layout import CHECKSUM, MANIFEST, manifest_checksum
 
+TESTS = Path(__file__).parents[1]
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 VOCABULARY = 321  # no multiple of anything
 CONTEXT = 128
@@ -292,12 +293,21 @@ def run_workers(
     env: Mapping[str, str] | None = None,
     cwd: str | Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a Python script on CPU workers with `accelerate launch`; see `run_cli`."""
+    """Runs a Python script on CPU workers with `accelerate launch`; see `run_cli`.
+
+    It can import from `helpers`.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         launcher = cpu_launcher_config(Path(temporary, "launcher.yaml"), workers)
         command = [sys.executable, "-m", "accelerate.commands.launch"]
         command += ["--config_file", str(launcher), str(script), *map(str, arguments)]
-        return _run(command, timeout, env, cwd)
+        return _run(command, timeout, {**with_helpers(), **(env or {})}, cwd)
+
+
+def with_helpers() -> dict[str, str]:
+    """The variable by which a Python process of its own can import from `helpers`."""
+    paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def start_without_launcher(
@@ -319,6 +329,7 @@ def start_without_launcher(
         "MASTER_PORT": str(port),
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
+        **with_helpers(),
     }
     return [
         subprocess.Popen(

@@ -1,7 +1,7 @@
 """One linear layer, squared error: influence is a derivative that has a closed form."""
 
 import torch
-from dense import relative
+from helpers.dense import relative
 
 from ekfac_dist.curvature import kronecker
 from ekfac_dist.curvature.eigenbasis import decompose

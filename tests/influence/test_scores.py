@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from dense import relative
-from dense_scores import DenseScores
-from networks import KINDS, build, examples
+from helpers.dense import relative
+from helpers.dense_scores import DenseScores
+from helpers.networks import KINDS, build, examples
 from torch import Tensor
 
 from ekfac_dist import Factors, estimate_factors, influence_scores

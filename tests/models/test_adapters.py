@@ -5,15 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import peft
 import pytest
 import torch
-from dense import dense_influence, dense_modules, relative
-from networks import build, examples, shifted
+from helpers.dense import dense_influence, dense_modules, relative
+from helpers.networks import build, examples, shifted
+from helpers.workshop import run_cli, save_tiny_llama, texts, with_helpers, write_jsonl
 from transformers import AutoModelForCausalLM
-from workshop import run_cli, save_tiny_llama, texts, write_jsonl
 
 from ekfac_dist import estimate_factors, influence_scores, load_factors
 from ekfac_dist.errors import ModelError, StoreError
@@ -203,13 +202,13 @@ def test_an_adapter_on_the_hub_is_looked_at_as_well(tmp_path, monkeypatch):
     settings["target_modules"] = ["gate_proj", "down_proj"]
     (snapshot / "adapter_config.json").write_text(json.dumps(settings))
     code = (
-        "from networks import build; from ekfac_dist.models.load.adapters import with_adapter;"
+        "from helpers.networks import build;"
+        "from ekfac_dist.models.load.adapters import with_adapter;"
         "with_adapter(build('llama'), 'me/lora', merge=False)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
-        cwd=Path(__file__).parents[1],
+        env={**os.environ, **with_helpers(), "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=120,

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from dense import relative, sequence_loss, weight_gradient
-from networks import CONFIGS, KINDS, VOCAB, build, examples, shifted
+from helpers.dense import relative, sequence_loss, weight_gradient
+from helpers.networks import CONFIGS, KINDS, VOCAB, build, examples, shifted
 from torch import nn
 
 from ekfac_dist import estimate_factors

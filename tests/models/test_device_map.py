@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from long_runs import content
-from workshop import run_cli, save_tiny_llama, texts, write_jsonl
+from helpers.long_runs import content
+from helpers.workshop import run_cli, save_tiny_llama, texts, write_jsonl
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.config import ModelConfig, QueryModelConfig

@@ -1,8 +1,8 @@
 import pytest
 import torch
+from helpers.networks import CONFIGS, build
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import CONFIGS, build
 from torch import nn
 
 from ekfac_dist.errors import ModelError

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 import transformers
-from families import config_classes, tiny_config, tiny_model
+from helpers.families import config_classes, tiny_config, tiny_model
 
 from ekfac_dist.errors import ModelError
 from ekfac_dist.models.capture.hooks import prepared

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from dense import relative
-from networks import build, examples, shifted
-from scipy_free import chi_square_p_value
+from helpers.dense import relative
+from helpers.networks import build, examples, shifted
+from helpers.scipy_free import chi_square_p_value
 
 from ekfac_dist.data.sequences import collate, from_examples
 from ekfac_dist.models.capture.labels import (

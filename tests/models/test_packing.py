@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from dense import dense_E, relative
-from families import tiny_model
-from networks import build
+from helpers.dense import dense_E, relative
+from helpers.families import tiny_model
+from helpers.networks import build
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.data.batches import NO_LABEL

@@ -7,11 +7,11 @@ import accelerate
 import peft
 import pytest
 import torch
-from dense import relative
-from networks import build, examples
+from helpers.dense import relative
+from helpers.networks import build, examples
+from helpers.workshop import run_cli, save_tiny, texts, tiny_llama_config, write_jsonl
 from torch import nn
 from transformers import AutoModelForCausalLM
-from workshop import run_cli, save_tiny, texts, tiny_llama_config, write_jsonl
 
 from ekfac_dist import estimate_factors, influence_scores, load_factors
 from ekfac_dist.config import ModelConfig

@@ -6,9 +6,9 @@ import functools
 import numpy as np
 import pytest
 import torch
-from dense import DenseModule, dense_E, dense_influence, dense_modules, relative
-from families import tiny_model
-from networks import shifted
+from helpers.dense import DenseModule, dense_E, dense_influence, dense_modules, relative
+from helpers.families import tiny_model
+from helpers.networks import shifted
 from torch import nn
 
 from ekfac_dist import MaskedLM, estimate_factors, influence_scores

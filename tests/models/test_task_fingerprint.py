@@ -7,7 +7,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from networks import build, examples
+from helpers.networks import build, examples
 
 from ekfac_dist import CausalLM, MaskedLM, Task, estimate_factors, influence_scores, load_factors
 from ekfac_dist.errors import StoreError

@@ -5,8 +5,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from dense import dense_influence, dense_of_losses, drawn_targets, relative
-from task_models import (
+from helpers.dense import dense_influence, dense_of_losses, drawn_targets, relative
+from helpers.task_models import (
     VOCAB,
     bart,
     bert,
@@ -16,6 +16,7 @@ from task_models import (
     tiny,
     translated_examples,
 )
+from helpers.workshop import run_cli, write_jsonl
 from torch import nn
 from transformers import (
     AlbertConfig,
@@ -28,7 +29,6 @@ from transformers import (
     SwitchTransformersConfig,
     SwitchTransformersForConditionalGeneration,
 )
-from workshop import run_cli, write_jsonl
 
 import ekfac_dist
 from ekfac_dist import (
@@ -310,7 +310,7 @@ class SecondSegment(Task):
 
 def test_a_task_of_ones_own_needs_a_forward_alone():
     torch.manual_seed(0)
-    from networks import build
+    from helpers.networks import build
 
     model = build("gpt2")
     draw = np.random.default_rng(0)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.workshop import rewrite_manifest
 from safetensors.torch import load_file, save_file
-from workshop import rewrite_manifest
 
 from ekfac_dist.errors import OutputError, StoreError
 from ekfac_dist.factors import layout as store_module

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from dense import dense_E, dense_lambda, dense_modules, relative
-from dense_scores import DenseScores
-from networks import KINDS, build, examples, shifted
+from helpers.dense import dense_E, dense_lambda, dense_modules, relative
+from helpers.dense_scores import DenseScores
+from helpers.networks import KINDS, build, examples, shifted
+from helpers.workshop import rewrite_manifest
 from safetensors import safe_open
-from workshop import rewrite_manifest
 
 from ekfac_dist import estimate_factors, influence_scores, load_factors
 from ekfac_dist.curvature.blocks import block_sizes, num_elements

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import build, examples
+from helpers.networks import build, examples
 
 from ekfac_dist import estimate_factors, load_factors
 from ekfac_dist.errors import StoreError

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from dense import dense_E, relative
-from dense_families import dense_of
-from families import WITH_EXPERTS, config_classes, tiny_config, tiny_model
-from networks import examples
+from helpers.dense import dense_E, relative
+from helpers.dense_families import dense_of
+from helpers.families import WITH_EXPERTS, config_classes, tiny_config, tiny_model
+from helpers.networks import examples
+from helpers.workshop import VOCABULARY, run_cli, save_tiny, texts, write_jsonl
 from safetensors import safe_open
 from torch import nn
-from workshop import VOCABULARY, run_cli, save_tiny, texts, write_jsonl
 
 from ekfac_dist import estimate_factors, influence_scores, load_factors
 from ekfac_dist.errors import ModelError

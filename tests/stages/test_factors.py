@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from dense import dense_E, dense_modules, relative
-from networks import KINDS, build, examples, shifted
+from helpers.dense import dense_E, dense_modules, relative
+from helpers.networks import KINDS, build, examples, shifted
 
 from ekfac_dist import estimate_factors, load_factors
 from ekfac_dist.curvature.damping import Damping

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense import dense_modules, relative
-from families import PLAIN, WITH_EXPERTS, config_classes, tiny_model
-from networks import examples, shifted
+from helpers.dense import dense_modules, relative
+from helpers.families import PLAIN, WITH_EXPERTS, config_classes, tiny_model
+from helpers.networks import examples, shifted
 from safetensors import safe_open
 
 from ekfac_dist import estimate_factors

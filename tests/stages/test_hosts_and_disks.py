@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from dense import dense_E, relative
-from long_runs import STAGES, arguments, content, running, wait_for
+from helpers.dense import dense_E, relative
+from helpers.long_runs import STAGES, arguments, content, running, wait_for
+from helpers.workshop import run_cli, write_yaml
 from test_kills import setting  # a fixture
-from workshop import run_cli, write_yaml
 
 from ekfac_dist import load_factors
 

@@ -4,8 +4,8 @@ import hashlib
 
 import pytest
 import torch
-from dense import dense_E, relative
-from networks import KINDS, VOCAB, build, examples
+from helpers.dense import dense_E, relative
+from helpers.networks import KINDS, VOCAB, build, examples
 
 from ekfac_dist import estimate_factors, load_factors
 

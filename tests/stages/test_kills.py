@@ -11,9 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from dense import dense_E, relative
-from long_runs import STAGES, arguments, content, family, running, wait_for, worker
-from workshop import run_cli, save_tiny_llama, texts, write_jsonl
+from helpers.dense import dense_E, relative
+from helpers.long_runs import STAGES, arguments, content, family, running, wait_for, worker
+from helpers.workshop import run_cli, save_tiny_llama, texts, write_jsonl
 
 from ekfac_dist import load_factors
 from ekfac_dist.factors.layout import FOLDERS, MANIFEST

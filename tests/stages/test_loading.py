@@ -4,8 +4,8 @@ import json
 
 import pytest
 from datasets import Dataset
-from rewriting import REWRITERS, rewrite_with_time_restored
-from workshop import save_tiny_llama, texts, tiny_tokenizer, write_jsonl
+from helpers.rewriting import REWRITERS, rewrite_with_time_restored
+from helpers.workshop import save_tiny_llama, texts, tiny_tokenizer, write_jsonl
 
 from ekfac_dist.config import DataConfig, EstimateConfig, FactorsConfig, ModelConfig, QueryConfig
 from ekfac_dist.data.sequences import from_examples

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import build, examples
+from helpers.networks import build, examples
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.errors import NonFiniteError

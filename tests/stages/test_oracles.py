@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from dense import dense_E, dense_modules, drawn_targets, relative
-from networks import CONFIGS, KINDS, build, examples, shifted
+from helpers.dense import dense_E, dense_modules, drawn_targets, relative
+from helpers.networks import CONFIGS, KINDS, build, examples, shifted
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.models.capture.labels import REFIT_PASS, uniforms

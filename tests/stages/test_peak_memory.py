@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from workshop import VOCABULARY, run_cli, save_tiny, texts, write_jsonl
+from helpers.workshop import VOCABULARY, run_cli, save_tiny, texts, write_jsonl
 
 pytestmark = pytest.mark.slow
 

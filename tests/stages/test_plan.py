@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from families import PLAIN, WITH_EXPERTS, tiny_model
-from networks import CONFIGS, build, examples
-from workshop import run_cli, save_tiny_gpt2, save_tiny_llama, texts, write_jsonl
+from helpers.families import PLAIN, WITH_EXPERTS, tiny_model
+from helpers.networks import CONFIGS, build, examples
+from helpers.workshop import run_cli, save_tiny_gpt2, save_tiny_llama, texts, write_jsonl
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.config import FactorsConfig, ModelConfig, PlanConfig

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_model
-from networks import CONFIGS, build, examples
-from workshop import run_workers
+from helpers.families import tiny_model
+from helpers.networks import CONFIGS, build, examples
+from helpers.workshop import run_workers
 
 from ekfac_dist import estimate_factors, load_factors
 from ekfac_dist.errors import OutputError, StoreError

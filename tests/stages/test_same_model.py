@@ -8,10 +8,10 @@ import peft
 import pytest
 import torch
 import transformers
-from networks import build, examples
+from helpers.networks import build, examples
+from helpers.workshop import rewrite_manifest
 from torch import nn
 from transformers import AutoModelForCausalLM
-from workshop import rewrite_manifest
 
 from ekfac_dist import estimate_factors, influence_scores, load_factors
 from ekfac_dist.errors import StoreError

@@ -1,21 +1,18 @@
 """Every setting of every command is compared between workers, by name; paths are not."""
 
-import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from refusals import SAID
-from safetensors.torch import load_file, save_file
-from workshop import (
+from helpers.refusals import SAID, on_two_workers_in_turn
+from helpers.workshop import (
     rewrite_manifest,
     run_cli,
-    run_workers,
     save_tiny_llama,
     texts,
     write_jsonl,
 )
+from safetensors.torch import load_file, save_file
 
 from ekfac_dist.config import (
     DataConfig,
@@ -30,7 +27,6 @@ from ekfac_dist.runtime import same_settings as agreement
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.same_settings import PATHS, require_same_settings
 
-TESTS = Path(__file__).parents[1]
 ESTIMATE = EstimateConfig(
     model=ModelConfig(name="m", adapter="a"), data=DataConfig(source="d"), output="o"
 )
@@ -120,11 +116,7 @@ def ends_of(root, runs):
     output = root / f"ends-{next(iter(runs))}"
     output.mkdir()
     lines = [[list(map(str, one)) for one in ranks] for ranks in runs.values()]
-    (output / "runs.json").write_text(json.dumps(lines))
-    script = TESTS / "worker_refusals.py"
-    done = run_workers(script, 2, output / "runs.json", output, timeout=240)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads((output / f"{rank}.json").read_text()) for rank in (0, 1)]
+    found = on_two_workers_in_turn(lines, output, timeout=240)
     return {name: (found[0][k], found[1][k]) for k, name in enumerate(runs)}
 
 

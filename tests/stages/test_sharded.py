@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 import transformers
-from dense import dense_E, relative
-from families import tiny_config
-from long_runs import arguments, content, running, wait_for, worker
-from networks import build
-from safetensors.torch import load_file, save_file
-from worker_sharded import FITS
-from workshop import (
+from helpers.dense import dense_E, relative
+from helpers.families import tiny_config
+from helpers.long_runs import arguments, content, running, wait_for, worker
+from helpers.networks import build
+from helpers.workshop import (
     VOCABULARY,
     run_cli,
     run_workers,
@@ -22,6 +20,8 @@ from workshop import (
     texts,
     write_jsonl,
 )
+from safetensors.torch import load_file, save_file
+from worker_sharded import FITS
 
 from ekfac_dist import load_factors
 from ekfac_dist.errors import ModelError

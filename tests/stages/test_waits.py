@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from long_runs import content
+from helpers.long_runs import content
+from helpers.workshop import run_workers
 from worker_slow import FITS
-from workshop import run_workers
 
 HERE = Path(__file__).parent
 

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dense import dense_E, dense_influence, relative
-from dense_families import dense_of
-from families import tiny_model
-from workshop import run_workers
+from helpers.dense import dense_E, dense_influence, relative
+from helpers.dense_families import dense_of
+from helpers.families import tiny_model
+from helpers.workshop import run_workers
 
 from ekfac_dist import estimate_factors, influence_scores, load_factors
 from ekfac_dist.errors import Preempted

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense import dense_E, relative
+from helpers.dense import dense_E, relative
+from helpers.workshop import run_workers
 from worker_fits import FITS
-from workshop import run_workers
 
 from ekfac_dist import load_factors
 from ekfac_dist.errors import StoreError

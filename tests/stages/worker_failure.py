@@ -5,13 +5,10 @@ worker_failure.py OUTPUT EIGEN: worker 0's, which decomposes all, or the last on
 
 import os
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from accelerate import PartialState
-from networks import build, examples
+from helpers.networks import build, examples
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.errors import UserError

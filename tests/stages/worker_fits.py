@@ -3,14 +3,11 @@
 import sys
 from pathlib import Path
 
-from accelerate import Accelerator
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
-from networks import build, examples
-from task_models import t5, translated_examples
-from workshop import leave
+from accelerate import Accelerator
+from helpers.networks import build, examples
+from helpers.task_models import t5, translated_examples
+from helpers.workshop import leave
 
 from ekfac_dist import Seq2SeqLM, estimate_factors
 

@@ -7,11 +7,9 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from accelerate import PartialState
-from networks import build, examples
-from workshop import leave
+from helpers.networks import build, examples
+from helpers.workshop import leave
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.errors import StoreError

@@ -4,11 +4,9 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
 from accelerate import Accelerator
-from networks import build, examples
+from helpers.networks import build, examples
 
 from ekfac_dist import CausalLM, estimate_factors
 from ekfac_dist.errors import UserError

@@ -7,13 +7,10 @@ as the journal of the new run begins; or once its manifest is in place.
 import os
 import signal
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from accelerate import Accelerator
-from networks import build, examples
-from workshop import leave
+from helpers.networks import build, examples
+from helpers.workshop import leave
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.factors import writer as store_writer

@@ -4,14 +4,11 @@ worker_second_level.py OUTPUT [FLUSH]: worker 1 ends without a word at that flus
 """
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from accelerate import PartialState
-from networks import build, examples
+from helpers.networks import build, examples
+from helpers.workshop import leave
 from worker_hosts import end_at
-from workshop import leave
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.curvature import long_sums

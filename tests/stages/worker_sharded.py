@@ -6,17 +6,15 @@ worker_sharded.py OUTPUT sharded|whole
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
 from accelerate import PartialState
-from families import tiny_model
-from networks import CONFIGS, build, examples
-from task_models import t5, translated_examples
+from helpers.families import tiny_model
+from helpers.networks import CONFIGS, build, examples
+from helpers.task_models import t5, translated_examples
+from helpers.workshop import leave
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from workshop import leave
 
 from ekfac_dist import Seq2SeqLM, estimate_factors
 

@@ -12,15 +12,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from networks import build, examples
+from helpers.networks import build, examples
+from helpers.workshop import leave
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from workshop import leave
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.fit import checkpoints

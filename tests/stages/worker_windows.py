@@ -3,14 +3,11 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
-
 import torch
 from accelerate import Accelerator
-from families import tiny_model
+from helpers.families import tiny_model
+from helpers.workshop import leave
 from test_windows import BUDGET, FIT, LENGTHS, WINDOWED, sequences
-from workshop import leave
 
 from ekfac_dist import estimate_factors, influence_scores
 

@@ -1079,7 +1079,7 @@ def test_one_worker_refuses(case: Case, setting: Setting, capfd: pytest.CaptureF
 
 
 def refused_by_two_workers(cases: list[Case], directory: Path, good: Good) -> None:
-    """Requires that two workers refuse each of these in turn, and still answer a good query then."""
+    """Requires that two workers refuse each of these in turn, and answer a good query after it."""
     settings = [Setting(directory / str(number), good) for number in range(len(cases) + 1)]
     for case, setting in zip(cases, settings, strict=False):
         case.spoil(setting)

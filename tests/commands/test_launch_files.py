@@ -23,7 +23,7 @@ from ekfac_dist.config import (
 )
 from ekfac_dist.demo.run import DemoSettings
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 QUERY = ROOT / "configs" / "query.yaml"
 CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - {QUERY})
 LAUNCHERS = sorted((ROOT / "launch" / "accelerate").glob("*.yaml"))

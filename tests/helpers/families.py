@@ -148,7 +148,7 @@ def config_classes():
     return {model.__name__: model.config_class for model in models}
 
 
-# Compared with dense autograd in tests/stages: plain MLPs, and mixtures of experts.
+# Compared with dense autograd in tests/oracles: plain MLPs, and mixtures of experts.
 PLAIN = [
     *("ApertusForCausalLM", "ArceeForCausalLM", "BartForCausalLM", "BertLMHeadModel"),
     *("BioGptForCausalLM", "BitNetForCausalLM", "BloomForCausalLM", "CTRLLMHeadModel"),

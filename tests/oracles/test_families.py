@@ -138,7 +138,7 @@ def families_table():
 
 
 def test_the_readme_has_the_table_of_families():
-    """Made anew by: PYTHONPATH=tests python tests/stages/test_families.py"""
+    """Made anew by: PYTHONPATH=tests python tests/oracles/test_families.py"""
     readme = Path(__file__).parents[2] / "README.md"
     assert families_table() in readme.read_text(encoding="utf-8")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.killed_fits import Killed, content, content_of_unfinished, fit, is_complete, killed_at
 from helpers.workshop import run_workers
-from test_resume import Killed, content, content_of_unfinished, fit, is_complete, killed_at
 
 from ekfac_dist import load_factors
 from ekfac_dist.errors import OutputError

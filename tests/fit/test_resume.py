@@ -1,73 +1,29 @@
 """A run that was interrupted anywhere goes on, and ends with the same bytes as one that was not."""
 
 import importlib.metadata
-import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.families import tiny_model
-from helpers.networks import CONFIGS, build, examples
+from helpers.killed_fits import (
+    FITS,
+    content,
+    content_of_unfinished,
+    ends_with_the_same_bytes,
+    fit,
+    killed_at,
+)
+from helpers.networks import build, examples
 from helpers.workshop import run_workers
 
-from ekfac_dist import estimate_factors, load_factors
+from ekfac_dist import estimate_factors
 from ekfac_dist.errors import OutputError, StoreError
 from ekfac_dist.factors.layout import MANIFEST, STATE
 from ekfac_dist.fit.checkpoints import _kept
-from ekfac_dist.runtime.journal import JOURNAL
 
 HERE = Path(__file__).parent
-FITS = {
-    "in groups and blocks": {"partitions": 2, "blocks": 2},
-    "K-FAC, sums not kept": {"refit": "none", "keep_covariance": False},
-    "sums not kept": {"keep_covariance": False, "accumulate": "float64"},
-    "experts that nothing reached": {"family": "MixtralForCausalLM", "number": 2},
-}
-
-
-class Killed(BaseException):
-    """What no part of the package expects."""
-
-
-def fit(output: Path, *, family: str = "llama", seed: int = 0, number: int = 9, **settings):
-    data = examples(number, prompts=True)
-    settings = {"batch_tokens": 16, "save_minutes": 0, **settings}
-    model = build(family, seed) if family in CONFIGS else tiny_model(family, seed)
-    return estimate_factors(model, data, output=output, **settings)
-
-
-def content(store: Path) -> dict[str, bytes]:
-    """Every file's bytes; of the manifest, what does not tell the time."""
-    found = {str(p.relative_to(store)): p.read_bytes() for p in store.rglob("*") if p.is_file()}
-    manifest = json.loads(found.pop(MANIFEST))
-    for told in manifest["passes"].values():
-        del told["seconds"]
-    del manifest["checksum"]
-    manifest["config"].pop("output")
-    manifest["config"].pop("save_minutes")
-    return found | {MANIFEST: json.dumps(manifest).encode()}
-
-
-def killed_at(flush: int, output: Path, monkeypatch: pytest.MonkeyPatch, **settings) -> bool:
-    """Whether a fit came as far as that flush to the disk, where it was killed."""
-    done, fsync = 0, os.fsync
-
-    def count(file: int) -> None:
-        nonlocal done
-        done += 1
-        if done == flush:
-            raise Killed
-        fsync(file)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", count)
-        try:
-            fit(output, **settings)
-        except Killed:
-            return True
-    return False
 
 
 @pytest.mark.parametrize("name", list(FITS)[:3])
@@ -83,34 +39,6 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     ends_with_the_same_bytes(name, 1, tmp_path, monkeypatch)
-
-
-def ends_with_the_same_bytes(
-    name: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Kills it at every so many'th flush to the disk."""
-    fit(tmp_path / "whole", **FITS[name])
-    wanted = content(tmp_path / "whole")
-    flush, store = 1, tmp_path / "killed"
-    while killed_at(flush, store, monkeypatch, **FITS[name]):
-        if not is_complete(store):  # killed once more, a little later, before it is left to end
-            killed_at(flush + 3, store, monkeypatch, **FITS[name])
-        if is_complete(store):
-            (store / JOURNAL).unlink(missing_ok=True)  # all that was still to be done
-        else:
-            fit(store, **FITS[name])
-        assert content(store) == wanted, f"killed at flush {flush}"
-        shutil.rmtree(store)
-        flush += step
-    assert flush > 30
-
-
-def is_complete(store: Path) -> bool:
-    try:
-        load_factors(store)
-    except StoreError:
-        return False
-    return True
 
 
 def test_what_is_done_is_not_done_again(
@@ -197,10 +125,6 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         assert killed_at(30, store, patch)
     return store
-
-
-def content_of_unfinished(store: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(store)): p.read_bytes() for p in store.rglob("*") if p.is_file()}
 
 
 def test_how_often_it_is_saved_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from helpers.dense import dense_E, dense_modules, relative
+from helpers.killed_fits import FITS, content, ends_with_the_same_bytes, fit, killed_at
 from helpers.networks import build, examples, shifted
 from helpers.workshop import run_workers
 from safetensors import safe_open
-from test_resume import FITS, content, ends_with_the_same_bytes, fit, killed_at
 
 from ekfac_dist import estimate_factors, load_factors
 from ekfac_dist.config import FactorsConfig

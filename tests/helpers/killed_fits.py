@@ -1,4 +1,4 @@
-"""Fits of tiny models that are killed at any flush to the disk, and what they leave and end with."""
+"""Fits of tiny models that are killed at any flush to the disk, and what they then hold."""
 
 import json
 import os

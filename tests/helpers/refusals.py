@@ -1,47 +1,193 @@
 """How bad input is tested: one sentence, exit status 2, promptly, and nothing is lost.
 
-CASES: list[Case] = []
-case = table(CASES)
+A table has a row for each way to go wrong: its name, what it changes in a good command, and words
+that the sentence must hold.
 
-@case("a model directory that is missing", "no model directory", "nowhere")
-def _(setting):
-    setting.config["model"]["name"] = setting.path("nowhere")
+    CASES = [
+        case("a model that is missing", config("model.name", here("gone")), "no model … gone"),
+        case("a prompt alone", rows([{"prompt": "what?", "text": ""}]), "no label … all prompt"),
+    ]
 
-def test_one_worker_refuses(...):
-    require_refusal(CASES[0], setting, lambda arguments: in_this_process(arguments, capfd))
+    @each(CASES)
+    def test_one_worker_refuses(case, command, capfd):
+        require_refusal(case, command, lambda arguments: in_this_process(arguments, capfd))
 """
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from ekfac_dist import cli
-from helpers.workshop import run_cli, run_workers
+from helpers.workshop import run_cli, run_workers, tiny_tokenizer, write_jsonl, write_yaml
 
 PROMPT_SECONDS = 60
 SAID = "ekfac-dist: error: "
 BINARY = bytes(range(256)) * 4
+WEIGHTS = "model.safetensors"
 
 Run = Callable[[list[str]], tuple[int, str, str]]
+Tensors = dict[str, torch.Tensor]
 
 
-class Spoilt(Protocol):
-    """A run in a directory of its own, for a case to spoil."""
+# -- what is spoilt --------------------------------------------------------------------------------
 
+
+@dataclass
+class Command:
+    """A good command in a directory of its own, for a case to spoil.
+
+    Attributes:
+        directory: Holds all that is made for it.
+        good: Holds what commands share, made once: the model `tiny` and more. It stays as it is.
+        config: Goes to the YAML file.
+        options: Follow `--config FILE` on the command line.
+    """
+
+    name = ""
     directory: Path
+    good: Path
+    config: dict[str, Any] = field(init=False)
+    options: list[str] = field(init=False, default_factory=list)
+
+    def path(self, name: str) -> Path:
+        return self.directory / name
+
+    def copy(self, name: str, shared: str, option: str) -> Path:
+        """A copy of something that is shared, named as the value of an option."""
+        copy = shutil.copytree(self.good / shared, self.path(name))
+        self.set(option, copy)
+        return copy
+
+    def model(self) -> Path:
+        """A copy of the good model."""
+        return self.copy("model", "tiny", "model.name")
+
+    def group(self, option: str) -> tuple[dict[str, Any], str]:
+        """Where an option stands in the YAML file, and under what name."""
+        group, _, name = option.rpartition(".")
+        return (self.config.setdefault(group, {}) if group else self.config), name
+
+    def set(self, option: str, value: Any) -> None:
+        """Gives an option in the YAML file."""
+        group, name = self.group(option)
+        group[name] = value
 
     def arguments(self) -> list[str]:
-        """The command line."""
+        write_yaml(self.path("config.yaml"), self.config)
+        return [self.name, "--config", str(self.path("config.yaml")), *self.options]
 
 
-Spoil = Callable[[Any], None]
+# -- what spoils it --------------------------------------------------------------------------------
+
+# A change of a command. Values that it is made of may be functions of the command, as `here`'s are.
+Change = Callable[[Any], object]
+
+
+def here(name: str) -> Callable[[Command], Path]:
+    """A path in the command's directory."""
+    return lambda command: command.path(name)
+
+
+def of(command: Command, value: Any) -> Any:
+    """The value itself, or what the function gives."""
+    return value(command) if callable(value) else value
+
+
+def config(option: str, value: Any) -> Change:
+    """An option in the YAML file."""
+    return lambda command: command.set(option, of(command, value))
+
+
+def without(option: str) -> Change:
+    """An option that the YAML file does not give."""
+
+    def change(command: Command) -> None:
+        group, name = command.group(option)
+        del group[name]
+
+    return change
+
+
+def options(*words: Any) -> Change:
+    """What follows on the command line."""
+    return lambda command: command.options.extend(str(of(command, word)) for word in words)
+
+
+def write(name: str, content: bytes | str) -> Change:
+    """A file in the command's directory."""
+    return lambda command: write_into(command.path(name), content)
+
+
+def write_into(path: Path, content: bytes | str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def link(name: str, target: str) -> Change:
+    """A link in the command's directory."""
+    return lambda command: command.path(name).symlink_to(command.path(target))
+
+
+def rows(rows: Sequence[Mapping[str, Any]]) -> Change:
+    """Other data."""
+    return config("data.source", lambda command: write_jsonl(command.path("rows.jsonl"), rows))
+
+
+def model_file(name: str, change: bytes | str | Callable[[Path], object]) -> Change:
+    """A file of a copy of the model: its content, or what is done to it."""
+    return lambda command: change_file(command.model() / name, change)
+
+
+def change_file(path: Path, change: bytes | str | Callable[[Path], object]) -> None:
+    if callable(change):
+        change(path)
+    else:
+        write_into(path, change)
+
+
+def cut(num_bytes: int) -> Callable[[Path], object]:
+    """Cuts a file short."""
+    return lambda path: path.write_bytes(path.read_bytes()[:-num_bytes])
+
+
+def with_entries(**entries: Any) -> Callable[[Path], object]:
+    """Changes entries of a JSON file."""
+    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def tensors(change: Callable[[Tensors], object]) -> Change:
+    """Weights of a copy of the model."""
+    return model_file(WEIGHTS, lambda path: change_tensors(path, change))
+
+
+def change_tensors(path: Path, change: Callable[[Tensors], object]) -> None:
+    held = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(held)
+    save_file(held, path, metadata={"format": "pt"})
+
+
+def infinite(character: str) -> Change:
+    """The embedding of one character's token."""
+    token = tiny_tokenizer()(character)["input_ids"][1]
+    return tensors(lambda held: held["model.embed_tokens.weight"][token].fill_(torch.inf))
+
+
+def lose_tokenizer(command: Command) -> None:
+    for file in command.model().glob("tokenizer*"):
+        file.unlink()
+
+
+# -- a table's rows, and how they are tried --------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -50,29 +196,36 @@ class Case:
 
     Attributes:
         name: What is wrong.
-        spoil: Makes it so.
+        changes: Make it so, one after the other.
         says: What the sentence must hold.
         begun: Whether the run has begun its store, `factors`, when it fails.
     """
 
     name: str
-    spoil: Spoil
+    changes: tuple[Change, ...]
     says: tuple[str, ...]
     begun: bool = False
 
+    def spoil(self, command: Any) -> None:
+        for change in self.changes:
+            change(command)
 
-def table(cases: list[Case]) -> Callable[..., Callable[[Spoil], Spoil]]:
-    """A decorator that puts a function into a table of cases."""
 
-    def case(name: str, *says: str, begun: bool = False) -> Callable[[Spoil], Spoil]:
-        def add(spoil: Spoil) -> Spoil:
-            assert name not in {case.name for case in cases}
-            cases.append(Case(name, spoil, says, begun))
-            return spoil
+def case(name: str, change: Change | tuple[Change, ...], *says: str, begun: bool = False) -> Case:
+    """A row of a table; what the sentence must hold may stand in one text, with ` … ` between."""
+    words = tuple(word for text in says for word in text.split(" … "))
+    return Case(name, change if isinstance(change, tuple) else (change,), words, begun)
 
-        return add
 
-    return case
+def each(cases: Sequence[Case], names: Container[str] | None = None) -> pytest.MarkDecorator:
+    """Parametrizes a test's `case` with a table, or with the named of its rows."""
+    assert len({case.name for case in cases}) == len(cases), "two cases have one name"
+    wanted = [case for case in cases if names is None or case.name in names]
+    return pytest.mark.parametrize("case", wanted, ids=lambda case: case.name)
+
+
+def named(cases: Sequence[Case], name: str) -> Case:
+    return next(case for case in cases if case.name == name)
 
 
 def contents(directory: Path) -> dict[str, str]:
@@ -89,16 +242,16 @@ def contents(directory: Path) -> dict[str, str]:
     return found
 
 
-def require_refusal(case: Case, setting: Spoilt, run: Run) -> None:
-    """Spoils a run, and requires that it is refused as a case says."""
-    case.spoil(setting)
-    arguments = setting.arguments()
-    before = contents(setting.directory)
+def require_refusal(case: Case, command: Any, run: Run) -> None:
+    """Spoils a command, and requires that it is refused as a case says."""
+    case.spoil(command)
+    arguments = command.arguments()
+    before = contents(command.directory)
     status, _, stderr = run(arguments)
     require_sentence(case, status, stderr)
-    after = contents(setting.directory)
+    after = contents(command.directory)
     if case.begun:
-        manifest = json.loads((setting.directory / "factors/manifest.json").read_text())
+        manifest = json.loads((command.directory / "factors/manifest.json").read_text())
         assert manifest["complete"] is False
         after = {name: what for name, what in after.items() if not name.startswith("factors")}
     assert after == before

@@ -53,7 +53,7 @@ from ekfac_dist import cli, load_factors
 class Estimate(Command):
     name = "estimate"
 
-    def __post_init__(self) -> None:
+    def begin(self) -> None:
         data = write_jsonl(self.path("text.jsonl"), [{"text": text} for text in texts(12)])
         self.config = {
             "model": {"name": self.good / "tiny"},
@@ -72,6 +72,10 @@ STAND_FOR_ALL = (
     "a wrong type on the command line",
     "an output that holds another run",
 )
+
+
+# fmt: off
+# Tables: a row's name and what it changes, and behind them the words that the sentence must hold.
 
 
 # -- the model -------------------------------------------------------------------------------------
@@ -104,96 +108,49 @@ UP, GATE, DOWN = (
 ALONE = [f"{text} # is here alone" if k == 7 else text for k, text in enumerate(texts(12))]
 
 MODELS = [
-    case(
-        "a model directory that is missing",
-        config("model.name", here("nowhere")),
-        "no model directory … nowhere",
-    ),
-    case(
-        "a hub id that cannot be had",
-        config("model.name", "nobody/nothing"),
-        "Model nobody/nothing … could not be loaded",
-    ),
-    case(
-        "a model that is a file",
-        config("model.name", here("text.jsonl")),
-        "is the file … text.jsonl … directory",
-    ),
-    case(
-        "a directory that is no model",
-        (config("model.name", here("papers")), write("papers/notes.txt", "no model")),
-        "without a config.json … papers … saved Hugging Face model",
-    ),
-    case(
-        "a model configuration that is not JSON",
-        model_file("config.json", "{model_type: llama"),
-        "model … config.json",
-    ),
-    case(
-        "a model of a type that nobody knows",
-        model_file("config.json", with_entries(model_type="hovercraft")),
-        "model … hovercraft",
-    ),
-    case(
-        "a model that is no causal language model",
-        model_file("config.json", VIT),
-        "model … type 'vit' … no causal language model … give one",
-    ),
+    case("a model directory that is missing", config("model.name", here("nowhere")),
+         "no model directory … nowhere"),
+    case("a hub id that cannot be had", config("model.name", "nobody/nothing"),
+         "Model nobody/nothing … could not be loaded"),
+    case("a model that is a file", config("model.name", here("text.jsonl")),
+         "is the file … text.jsonl … directory"),
+    case("a directory that is no model",
+         (config("model.name", here("papers")), write("papers/notes.txt", "no model")),
+         "without a config.json … papers … saved Hugging Face model"),
+    case("a model configuration that is not JSON", model_file("config.json", "{model_type: llama"),
+         "model … config.json"),
+    case("a model of a type that nobody knows",
+         model_file("config.json", with_entries(model_type="hovercraft")), "model … hovercraft"),
+    case("a model that is no causal language model", model_file("config.json", VIT),
+         "model … type 'vit' … no causal language model … give one"),
     case("a model without a tokenizer", lose_tokenizer, "tokenizer … model … beside the model"),
-    case(
-        "pickled weights only",
-        model_file(WEIGHTS, pickle),
-        "only pickled weights … pytorch_model.bin … safetensors",
-    ),
+    case("pickled weights only", model_file(WEIGHTS, pickle),
+         "only pickled weights … pytorch_model.bin … safetensors"),
     case("no weights at all", model_file(WEIGHTS, Path.unlink), "no safetensors weights … model"),
     case("weights that are cut short", model_file(WEIGHTS, cut(1000)), "weights … damaged … model"),
-    case(
-        "weights that are no safetensors", model_file(WEIGHTS, BINARY), "weights … damaged … model"
-    ),
-    case(
-        "weights that are not all there",
-        tensors(lambda held: held.pop(UP)),
-        "lack 1 of its parameters … up_proj … random",
-    ),
-    case(
-        "weights of another shape",
-        tensors(lambda held: held.update({DOWN: torch.zeros(16, 7)})),
-        "model … down_proj",
-    ),
-    case(
-        "a model whose MLPs are not found",
-        other_model("mamba", save_without_mlps),
-        r"No MLP linear … Mamba … model\.modules … \*\.",
-    ),
-    case(
-        "a tokenizer that knows more than the model",
-        other_model("small", save_tiny_llama, vocab_size=100),
-        "token id … 100 tokens … tokenizer",
-    ),
-    case(
-        "globs that match nothing",
-        config("model.modules", ["*.mlp.*", "*.mpl.*"]),
-        r"\*\.mpl\.\* … none of … linear … such as",
-    ),
-    case(
-        "a glob that matches no linear module",
-        options("--model.modules", "['*norm']"),
-        r"'\*norm' … LlamaRMSNorm … such as",
-    ),
+    case("weights that are no safetensors", model_file(WEIGHTS, BINARY),
+         "weights … damaged … model"),
+    case("weights that are not all there", tensors(lambda held: held.pop(UP)),
+         "lack 1 of its parameters … up_proj … random"),
+    case("weights of another shape", tensors(lambda held: held.update({DOWN: torch.zeros(16, 7)})),
+         "model … down_proj"),
+    case("a model whose MLPs are not found", other_model("mamba", save_without_mlps),
+         r"No MLP linear … Mamba … model\.modules … \*\."),
+    case("a tokenizer that knows more than the model",
+         other_model("small", save_tiny_llama, vocab_size=100),
+         "token id … 100 tokens … tokenizer"),
+    case("globs that match nothing", config("model.modules", ["*.mlp.*", "*.mpl.*"]),
+         r"\*\.mpl\.\* … none of … linear … such as"),
+    case("a glob that matches no linear module", options("--model.modules", "['*norm']"),
+         r"'\*norm' … LlamaRMSNorm … such as"),
     case("no globs at all", config("model.modules", []), "model.modules … empty … null"),
-    case(
-        "a weight that is not finite",
-        tensors(lambda held: held[GATE][3, 5].fill_(torch.nan)),
-        "NaN or infinity … input of module model.layers.1.mlp.down_proj",  # it reads the gate's
-        r"covariance pass … sequence \d+ ",
-        begun=True,
-    ),
-    case(
-        "one sequence that makes activations infinite",
-        (infinite("#"), rows([{"text": text} for text in ALONE])),
-        "NaN or infinity … input of module model.layers.0.mlp.gate_proj … sequence 7 ",
-        begun=True,
-    ),
+    case("a weight that is not finite", tensors(lambda held: held[GATE][3, 5].fill_(torch.nan)),
+         "NaN or infinity … input of module model.layers.1.mlp.down_proj",  # it reads the gate's
+         r"covariance pass … sequence \d+ ", begun=True),
+    case("one sequence that makes activations infinite",
+         (infinite("#"), rows([{"text": text} for text in ALONE])),
+         "NaN or infinity … input of module model.layers.0.mlp.gate_proj … sequence 7 ",
+         begun=True),
 ]
 
 
@@ -205,87 +162,60 @@ def source(name: str, content: bytes | str) -> tuple[Change, Change]:
     return config("data.source", here(name)), write(name, content)
 
 
-def saved(kind: Any, **given: Any) -> tuple[Change, Change]:
-    """A saved data set that is the data; `kind` makes it."""
-    return (
-        config("data.source", here("saved")),
-        lambda command: kind(**given).save_to_disk(command.path("saved")),
-    )
+def saved(data: Dataset | DatasetDict) -> Change:
+    """A saved data set is the data."""
+
+    def change(command: Command) -> None:
+        command.set("data.source", command.path("saved"))
+        data.save_to_disk(command.path("saved"))
+
+    return change
+
+
+def write_no_rows(command: Command) -> None:
+    no_rows = Dataset.from_dict({"text": [""]}).select([])
+    no_rows.to_parquet(command.path("rows.parquet"))
 
 
 def damage_saved(command: Command) -> None:
     next(command.path("saved").glob("*.arrow")).write_bytes(BINARY)
 
 
-FOUR = {"text": texts(4)}
+FOUR = Dataset.from_dict({"text": texts(4)})
+FOUR_TO_TRAIN_ON = Dataset.from_dict({"text": texts(4)}, split=datasets.Split.TRAIN)
 ENDINGS = ("jsonl", "json", "csv", "parquet", "txt")
 ONLY_PROMPTS = [{"prompt": "only a prompt", "text": text} for text in ("", None, "")]
 
 DATA = [
-    case(
-        "a data file that is missing",
-        config("data.source", here("elsewhere.jsonl")),
-        "no file … elsewhere.jsonl",
-    ),
-    case(
-        "a data set that the hub cannot give",
-        config("data.source", "nobody/no-data"),
-        "nobody/no-data … hub",
-    ),
-    case(
-        "a data file of an unknown ending",
-        source("text.docx", "some text"),
-        "text.docx … '.docx' … .jsonl … .txt",
-    ),
-    case(
-        "a directory that is no data set",
-        (config("data.source", here("papers")), lambda command: command.path("papers").mkdir()),
-        "papers … save_to_disk",
-    ),
+    case("a data file that is missing", config("data.source", here("elsewhere.jsonl")),
+         "no file … elsewhere.jsonl"),
+    case("a data set that the hub cannot give", config("data.source", "nobody/no-data"),
+         "nobody/no-data … hub"),
+    case("a data file of an unknown ending", source("text.docx", "some text"),
+         "text.docx … '.docx' … .jsonl … .txt"),
+    case("a directory that is no data set",
+         (config("data.source", here("papers")), lambda command: command.path("papers").mkdir()),
+         "papers … save_to_disk"),
     case("a column that does not exist", config("data.text", "txt"), "no column 'txt' … text"),
-    case(
-        "a prompt column that does not exist",
-        config("data.prompt", "question"),
-        "no column 'question' … text",
-    ),
-    case(
-        "a column of numbers",
-        rows([{"text": 17}, {"text": 18}]),
-        "'text' … 17 … int … must hold text",
-    ),
-    case(
-        "a split that a file does not have",
-        config("data.split", "test"),
-        "no split 'test' … text.jsonl",
-    ),
-    case(
-        "a split that cannot be read",
-        config("data.split", "train[:10"),
-        r"data\.split is 'train\[:10' … train\[:1000\]",
-    ),
-    case(
-        "a subset of a file",
-        config("data.subset", "english"),
-        r"data\.subset is 'english' … text.jsonl … only hub data sets",
-    ),
-    case(
-        "a split that a saved data set dictionary does not have",
-        (
-            *saved(lambda: DatasetDict({k: Dataset.from_dict(FOUR) for k in ("train", "dev")})),
-            config("data.split", "test"),
-        ),
-        "no split 'test' … train, dev",
-    ),
-    case(
-        "a split that a saved data set is not of",
-        (
-            *saved(Dataset.from_dict, mapping=FOUR, split=datasets.Split.TRAIN),
-            config("data.split", "test"),
-        ),
-        "no split 'test' … train",
-    ),
+    case("a prompt column that does not exist", config("data.prompt", "question"),
+         "no column 'question' … text"),
+    case("a column of numbers", rows([{"text": 17}, {"text": 18}]),
+         "'text' … 17 … int … must hold text"),
+    case("a split that a file does not have", config("data.split", "test"),
+         "no split 'test' … text.jsonl"),
+    case("a split that cannot be read", config("data.split", "train[:10"),
+         r"data\.split is 'train\[:10' … train\[:1000\]"),
+    case("a subset of a file", config("data.subset", "english"),
+         r"data\.subset is 'english' … text.jsonl … only hub data sets"),
+    case("a split that a saved data set dictionary does not have",
+         (saved(DatasetDict(train=FOUR, dev=FOUR)), config("data.split", "test")),
+         "no split 'test' … train, dev"),
+    case("a split that a saved data set is not of",
+         (saved(FOUR_TO_TRAIN_ON), config("data.split", "test")),
+         "no split 'test' … train"),
     *(
-        case(f"an empty .{ending} file", source(f"text.{ending}", b""), f"text.{ending} … is empty")
+        case(f"an empty .{ending} file", source(f"text.{ending}", b""),
+             f"text.{ending} … is empty")
         for ending in ENDINGS
     ),
     *(
@@ -297,66 +227,34 @@ DATA = [
             ("object.json", "{}"),
         )
     ),
-    case(
-        "data without rows in rows.parquet",
-        (
-            config("data.source", here("rows.parquet")),
-            lambda command: (
-                Dataset.from_dict({"text": [""]})
-                .select([])
-                .to_parquet(command.path("rows.parquet"))
-            ),
-        ),
-        "rows.parquet … no rows",
-    ),
+    case("data without rows in rows.parquet",
+         (config("data.source", here("rows.parquet")), write_no_rows),
+         "rows.parquet … no rows"),
     *(
-        case(
-            f"a .{ending} file that holds binary",
-            source(f"text.{ending}", BINARY),
-            f"text.{ending} … not what its ending|not UTF-8",
-        )
+        case(f"a .{ending} file that holds binary", source(f"text.{ending}", BINARY),
+             f"text.{ending} … not what its ending|not UTF-8")
         for ending in ENDINGS
     ),
-    case(
-        "a .parquet file that holds JSON",
-        source("text.parquet", '{"text": "this is JSON"}\n'),
-        "text.parquet … not what its ending .parquet says",
-    ),
-    case(
-        "a .jsonl file that holds plain text",
-        source("text.jsonl", "This is a text.\nIt is no JSON.\n"),
-        "text.jsonl … not what its ending .jsonl says",
-    ),
-    case(
-        "a .json file that holds a number",
-        source("text.json", "3"),
-        "text.json … not what its ending .json says|no column",
-    ),
-    case(
-        "a column of more than one type",
-        source("text.jsonl", '{"text": 3}\n{"text": "three"}\n'),
-        "'text' … holds 3 … must hold text",
-    ),
-    case(
-        "a .jsonl file that breaks off",
-        source("text.jsonl", '{"text": "whole"}\n{"text": "not wh'),
-        "text.jsonl … not what its ending .jsonl says",
-    ),
-    case(
-        "a saved data set that is damaged",
-        (*saved(Dataset.from_dict, mapping=FOUR), damage_saved),
-        "saved … no readable saved data set",
-    ),
-    case(
-        "sequences that all have no label",
-        (config("data.prompt", "prompt"), rows(ONLY_PROMPTS)),
-        "None of the 3 sequences has a label … one token … all prompt",
-    ),
-    case(
-        "a text longer than the model reads",
-        (rows([{"text": "a long text " * 200}]), config("data.max_tokens", 10 * CONTEXT)),
-        f"model reads {CONTEXT} … data.max_tokens … positions",
-    ),
+    case("a .parquet file that holds JSON", source("text.parquet", '{"text": "this is JSON"}\n'),
+         "text.parquet … not what its ending .parquet says"),
+    case("a .jsonl file that holds plain text",
+         source("text.jsonl", "This is a text.\nIt is no JSON.\n"),
+         "text.jsonl … not what its ending .jsonl says"),
+    case("a .json file that holds a number", source("text.json", "3"),
+         "text.json … not what its ending .json says|no column"),
+    case("a column of more than one type", source("text.jsonl", '{"text": 3}\n{"text": "three"}\n'),
+         "'text' … holds 3 … must hold text"),
+    case("a .jsonl file that breaks off",
+         source("text.jsonl", '{"text": "whole"}\n{"text": "not wh'),
+         "text.jsonl … not what its ending .jsonl says"),
+    case("a saved data set that is damaged",
+         (saved(FOUR), damage_saved),
+         "saved … no readable saved data set"),
+    case("sequences that all have no label", (config("data.prompt", "prompt"), rows(ONLY_PROMPTS)),
+         "None of the 3 sequences has a label … one token … all prompt"),
+    case("a text longer than the model reads",
+         (rows([{"text": "a long text " * 200}]), config("data.max_tokens", 10 * CONTEXT)),
+         f"model reads {CONTEXT} … data.max_tokens … positions"),
 ]
 
 
@@ -369,75 +267,39 @@ def configuration(name: str, content: bytes | str) -> tuple[Change, Change]:
 
 
 CONFIGURATIONS = [
-    case(
-        "a configuration file that is missing",
-        options("--config", here("no-such.yaml")),
-        "no-such.yaml … cannot be read … No such file",
-    ),
-    case(
-        "a configuration that is not named",
-        options("--config"),
-        "configuration '' … cannot be read",
-    ),
-    case(
-        "a configuration that is a directory",
-        options("--config", here("")),
-        "cannot be read … directory",
-    ),
-    case(
-        "a configuration that is no YAML",
-        configuration("broken.yaml", "model:\n  name: [gpt2\noutput: out\n"),
-        "broken.yaml … not YAML … line 2",
-    ),
-    case(
-        "a configuration that holds binary",
-        configuration("binary.yaml", BINARY),
-        "binary.yaml … not YAML",
-    ),
+    case("a configuration file that is missing", options("--config", here("no-such.yaml")),
+         "no-such.yaml … cannot be read … No such file"),
+    case("a configuration that is not named", options("--config"),
+         "configuration '' … cannot be read"),
+    case("a configuration that is a directory", options("--config", here("")),
+         "cannot be read … directory"),
+    case("a configuration that is no YAML",
+         configuration("broken.yaml", "model:\n  name: [gpt2\noutput: out\n"),
+         "broken.yaml … not YAML … line 2"),
+    case("a configuration that holds binary", configuration("binary.yaml", BINARY),
+         "binary.yaml … not YAML"),
     *(
-        case(
-            f"a configuration that is a {name}",
-            configuration(f"{name}.yaml", content),
-            f"{name}.yaml … no fields",
-        )
+        case(f"a configuration that is a {name}", configuration(f"{name}.yaml", content),
+             f"{name}.yaml … no fields")
         for name, content in (("blank", ""), ("list", "- model\n- data\n"), ("text", "gpt2\n"))
     ),
-    case(
-        "an unknown field in the file",
-        config("data.max_token", 64),
-        r"config.yaml … unknown field data.max_token; … did you mean data\.max_tokens\?",
-    ),
-    case(
-        "a field under no group in the file",
-        config("refit", "none"),
-        r"unknown field refit … did you mean factors\.refit\?",
-    ),
-    case(
-        "an unknown group in the file",
-        config("factor", {"refit": "none"}),
-        r"unknown field factor; … did you mean factors\?",
-    ),
-    case(
-        "a group that is a value", config("model", "gpt2"), "field model … gpt2 … fields of its own"
-    ),
-    case(
-        "an unknown option",
-        options("--data.max_token", "64"),
-        r"no option --data.max_token; … did you mean --data\.max_tokens\?",
-    ),
+    case("an unknown field in the file", config("data.max_token", 64),
+         r"config.yaml … unknown field data.max_token; … did you mean data\.max_tokens\?"),
+    case("a field under no group in the file", config("refit", "none"),
+         r"unknown field refit … did you mean factors\.refit\?"),
+    case("an unknown group in the file", config("factor", {"refit": "none"}),
+         r"unknown field factor; … did you mean factors\?"),
+    case("a group that is a value", config("model", "gpt2"),
+         "field model … gpt2 … fields of its own"),
+    case("an unknown option", options("--data.max_token", "64"),
+         r"no option --data.max_token; … did you mean --data\.max_tokens\?"),
     case("an option like no other", options("--zzz=1"), r"no option --zzz\."),
-    case(
-        "an option without its value",
-        options("--batch_tokens"),
-        "--batch_tokens: expected one argument … --help",
-    ),
+    case("an option without its value", options("--batch_tokens"),
+         "--batch_tokens: expected one argument … --help"),
     case("an argument that belongs nowhere", options("stray"), "stray"),
     *(
-        case(
-            f"{name} of a wrong type in the file",
-            config(name, value),
-            re.escape(f"{name} is {value}; it must be {wanted}"),
-        )
+        case(f"{name} of a wrong type in the file", config(name, value),
+             re.escape(f"{name} is {value}; it must be {wanted}"))
         for name, value, wanted in (
             ("data.max_tokens", "many", "a whole number"),
             ("data.max_sequences", [1, 2], "a whole number or null"),
@@ -449,21 +311,15 @@ CONFIGURATIONS = [
             ("model.name", [1], "text or null"),
         )
     ),
-    case(
-        "a wrong type on the command line",
-        options("--data.max_tokens", "twelve"),
-        r"data\.max_tokens is twelve; it must be a whole number",
-    ),
+    case("a wrong type on the command line", options("--data.max_tokens", "twelve"),
+         r"data\.max_tokens is twelve; it must be a whole number"),
     *(
         case(f"{name} of {value}", options(f"--{name}={value}"), f"{name} is {value} … 1 or more")
         for name in ("data.max_tokens", "data.max_sequences", "batch_tokens", "factors.partitions")
         for value in (0, -3)
     ),
-    case(
-        "sequences of one token",
-        config("data.max_tokens", 1),
-        r"data\.max_tokens is 1 … 2 tokens or more",
-    ),
+    case("sequences of one token", config("data.max_tokens", 1),
+         r"data\.max_tokens is 1 … 2 tokens or more"),
     case("a negative seed", config("factors.seed", -1), r"factors\.seed is -1 … from 0 to"),
     *(
         case(f"{name} of {value}", options(f"--{name}={value}"), name.split(".")[1], value, known)
@@ -492,63 +348,35 @@ def manifest(**entries: Any) -> Change:
 
 
 OUTPUTS = [
-    case(
-        "an output that holds a finished run",
-        (manifest(complete=True, files={}), write("factors/spectrum/a.safetensors", BINARY)),
-        "finished … another directory",
-    ),
-    case(
-        "an output that holds another run",
-        (
-            manifest(complete=False, config={"seed": 7}),
-            write("factors/covariance/a.safetensors", BINARY),
-        ),
-        "another run … unfinished … another directory",
-    ),
-    case(
-        "an output of another format",
-        manifest(format="a web application"),
-        r"no ekfac_dist/1 store … new or empty",
-    ),
-    case(
-        "an output whose manifest is damaged",
-        write("factors/manifest.json", '{"format": "ekfac_d'),
-        "manifest … not JSON … another directory",
-    ),
-    case(
-        "an output whose manifest holds binary",
-        write("factors/manifest.json", BINARY),
-        "manifest … not JSON … another directory",
-    ),
-    case(
-        "an output that holds foreign files",
-        write("factors/thesis.tex", "the only copy"),
-        "no factor store … thesis.tex … new or empty",
-    ),
-    case(
-        "an output that is a file",
-        write("factors", "the only copy"),
-        "factors is a file … directory",
-    ),
-    case(
-        "an output that is a dangling link",
-        link("factors", "gone"),
-        "factors … cannot be made … directory",
-    ),
-    case(
-        "an output below a file",
-        config("output", here("text.jsonl/factors")),
-        "text.jsonl/factors … cannot be made … another directory",
-    ),
-    case(
-        "an output where nothing can be made",
-        config("output", "/proc/factors"),
-        "/proc/factors … cannot be made … Give a",
-    ),
+    case("an output that holds a finished run",
+         (manifest(complete=True, files={}), write("factors/spectrum/a.safetensors", BINARY)),
+         "finished … another directory"),
+    case("an output that holds another run",
+         (manifest(complete=False, config={"seed": 7}),
+          write("factors/covariance/a.safetensors", BINARY)),
+         "another run … unfinished … another directory"),
+    case("an output of another format", manifest(format="a web application"),
+         r"no ekfac_dist/1 store … new or empty"),
+    case("an output whose manifest is damaged",
+         write("factors/manifest.json", '{"format": "ekfac_d'),
+         "manifest … not JSON … another directory"),
+    case("an output whose manifest holds binary", write("factors/manifest.json", BINARY),
+         "manifest … not JSON … another directory"),
+    case("an output that holds foreign files", write("factors/thesis.tex", "the only copy"),
+         "no factor store … thesis.tex … new or empty"),
+    case("an output that is a file", write("factors", "the only copy"),
+         "factors is a file … directory"),
+    case("an output that is a dangling link", link("factors", "gone"),
+         "factors … cannot be made … directory"),
+    case("an output below a file", config("output", here("text.jsonl/factors")),
+         "text.jsonl/factors … cannot be made … another directory"),
+    case("an output where nothing can be made", config("output", "/proc/factors"),
+         "/proc/factors … cannot be made … Give a"),
     case("an output of no name", config("output", ""), "output … not given"),
 ]
 
 CASES = [*MODELS, *DATA, *CONFIGURATIONS, *OUTPUTS]
+# fmt: on
 
 
 # -- the runs --------------------------------------------------------------------------------------

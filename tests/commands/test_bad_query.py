@@ -11,7 +11,9 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,32 @@ from helpers.refusals import (
     PROMPT_SECONDS,
     SAID,
     Case,
+    Change,
+    Command,
+    Tensors,
+    case,
+    change_file,
+    config,
     contents,
+    cut,
+    each,
+    here,
     in_this_process,
+    infinite,
+    link,
+    lose_tokenizer,
+    model_file,
+    named,
     on_real_workers,
     on_two_workers_in_turn,
+    options,
     require_refusal,
     require_sentence,
-    table,
+    rows,
+    tensors,
+    with_entries,
+    without,
+    write,
 )
 from helpers.workshop import (
     CONTEXT,
@@ -39,7 +60,6 @@ from helpers.workshop import (
     texts,
     tiny_tokenizer,
     write_jsonl,
-    write_yaml,
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -62,45 +82,14 @@ QUERIES = [
 ]
 
 
-@dataclass(frozen=True)
-class Good:
-    """What every case begins with, made once.
+class Query(Command):
+    """A query to the store `factors` of the good directory."""
 
-    Attributes:
-        directory: Holds all of it.
-        model: A model.
-        data: Its training text.
-        store: Its factors.
-        scores: The results of a query.
-    """
+    name = "query"
 
-    directory: Path
-    model: Path
-    data: Path
-    store: Path
-    scores: Path
-
-
-@dataclass
-class Setting:
-    """A good query in a directory of its own, for a case to spoil.
-
-    Attributes:
-        directory: Holds all that is made.
-        good: What cases share; `store` and `model` are copies that may be spoilt.
-        config: Goes to the YAML file.
-        options: Follow `--config FILE` on the command line.
-    """
-
-    directory: Path
-    good: Good
-    config: dict[str, Any] = field(default_factory=dict)
-    options: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.directory.mkdir(exist_ok=True)
+    def begin(self) -> None:
         self.config = {
-            "factors": self.good.store,
+            "factors": self.good / "factors",
             "queries": write_jsonl(self.path("queries.jsonl"), QUERIES),
             "model": {},
             "data": {},
@@ -110,64 +99,24 @@ class Setting:
             "output": self.path("scores"),
         }
 
-    def path(self, name: str) -> Path:
-        return self.directory / name
+    def listed(self) -> Path:
+        """A directory of files that a manifest lists, to be spoilt: a copy of the good store."""
+        return self.copy("factors", "factors", "factors")
 
-    def store(self) -> Path:
-        """A copy of the good store."""
-        self.config["factors"] = copy = self.path("factors")
-        shutil.copytree(self.good.store, copy)
-        return copy
 
-    def manifest(self, change: Callable[[dict[str, Any]], object]) -> None:
-        """Rewrites the manifest of a copy of the good store."""
-        rewrite_manifest(self.store(), change)
+class Report(Command):
+    """A report of a copy of the good results."""
 
-    def model(self) -> Path:
-        """A copy of the good model."""
-        self.config["model"]["name"] = copy = self.path("model")
-        shutil.copytree(self.good.model, copy)
-        return copy
+    def begin(self) -> None:
+        self.results = shutil.copytree(self.good / "scores", self.path("scores"))
+        self.output = self.path("page.html")
 
-    def lines(self, *lines: str | bytes) -> None:
-        """Writes the file of queries."""
-        written = [line.encode() if isinstance(line, str) else line for line in lines]
-        self.path("queries.jsonl").write_bytes(b"".join(line + b"\n" for line in written))
-
-    def queries(self, *queries: Any) -> None:
-        """Writes queries behind a good one, so that the first of them stands in line 2."""
-        self.lines(*map(json.dumps, [QUERIES[0], *queries]))
-
-    def candidates(self, content: str | bytes) -> None:
-        """Writes a file of candidates, and names it."""
-        self.config["scores"]["candidates"] = path = self.path("rows.txt")
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-
-    def rows(self, rows: list[dict[str, Any]]) -> None:
-        """Writes other training data, and names it."""
-        self.config["data"]["source"] = write_jsonl(self.path("rows.jsonl"), rows)
+    def listed(self) -> Path:
+        return self.results
 
     def arguments(self) -> list[str]:
-        write_yaml(self.path("config.yaml"), self.config)
-        return ["query", "--config", str(self.path("config.yaml")), *self.options]
+        return ["report", str(self.results), "--output", str(self.output)]
 
-
-def relist(directory: Path, file: str) -> None:
-    """Makes a manifest list a file as it now is."""
-    path = directory / file
-    listing = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    rewrite_manifest(directory, lambda m: m["files"].update({file: listing}))
-
-
-def flip(path: Path, position: int) -> None:
-    """Flips one bit."""
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
-
-
-CASES: list[Case] = []
-case = table(CASES)
 
 # One for each kind of bad input: two real workers refuse these every time, the others when asked.
 STAND_FOR_ALL = (
@@ -190,927 +139,680 @@ STAND_FOR_ALL = (
 )
 
 
-# -- the store -------------------------------------------------------------------------------------
+# fmt: off
+# Tables: a row's name and what it changes, and behind them the words that the sentence must hold.
 
 
-@case("a store that is missing", "nowhere is no directory", "output of an `estimate` run")
-def _(setting: Setting) -> None:
-    setting.config["factors"] = setting.path("nowhere")
+# -- the store, or results: files and the manifest that lists them ---------------------------------
 
 
-@case("a store that is a file", r"queries\.jsonl is no directory", "output of an `estimate` run")
-def _(setting: Setting) -> None:
-    setting.config["factors"] = setting.path("queries.jsonl")
+def listed_file(name: str, change: bytes | str | Callable[[Path], object]) -> Change:
+    """A file that a manifest lists: its content, or what is done to it."""
+    return lambda command: change_file(command.listed() / name, change)
 
 
-@case("a store that is a directory of something else", r"no manifest\.json", "`estimate` run")
-def _(setting: Setting) -> None:
-    setting.config["factors"] = setting.good.model
+def listed_anew(name: str, change: bytes | str | Callable[[Path], object]) -> Change:
+    """The same, and the manifest lists it as it is then."""
+
+    def spoil(command: Query | Report) -> None:
+        directory = command.listed()
+        change_file(directory / name, change)
+        relist(directory, name)
+
+    return spoil
 
 
-@case("results instead of a store", "format 'ekfac_dist/scores/1'", "reads 'ekfac_dist/1'")
-def _(setting: Setting) -> None:
-    setting.config["factors"] = setting.good.scores
+def relist(directory: Path, file: str) -> None:
+    """Makes a manifest list a file as it now is."""
+    path = directory / file
+    listing = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    rewrite_manifest(directory, lambda m: m["files"].update({file: listing}))
 
 
-@case("a store that is incomplete", "incomplete: its run did not finish", "Run `estimate` again")
-def _(setting: Setting) -> None:
-    setting.manifest(lambda m: m.update(complete=False))
+def flip(position: int) -> Callable[[Path], object]:
+    """Flips one bit of the byte at that position."""
+
+    def change(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[position] ^= 1
+        path.write_bytes(content)
+
+    return change
 
 
-@case("a store of another format", "format 'ekfac_dist/2'", "reads 'ekfac_dist/1'")
-def _(setting: Setting) -> None:
-    setting.manifest(lambda m: m.update(format="ekfac_dist/2"))
+def manifest(change: Callable[[dict[str, Any]], object]) -> Change:
+    return lambda command: rewrite_manifest(command.listed(), change)
 
 
-for what, content in (("cut short", '{"format": "ekfac'), ("binary", BINARY), ("nothing", "")):
-
-    @case(f"a manifest that is {what}", r"manifest\.json is not JSON")
-    def _(setting: Setting, content: str | bytes = content) -> None:
-        path = setting.store() / MANIFEST
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
+def entries(*keys: str, **new: Any) -> Change:
+    """What a manifest has in the group that the keys lead to."""
+    return manifest(lambda m: reduce(getitem, keys, m).update(new))
 
 
-@case("a manifest that is a list", r"manifest\.json is no JSON object")
-def _(setting: Setting) -> None:
-    (setting.store() / MANIFEST).write_text("[]")
+def lacks(*keys: str) -> Change:
+    """A manifest without the entry that the keys lead to."""
+    return manifest(lambda m: reduce(getitem, keys[:-1], m).pop(keys[-1]))
 
 
-for key in ("model", "data", "fisher", "modules", "files", "config"):
-
-    @case(f"a manifest without {key}", rf"manifest\.json lacks {key}\.", "Copy the store again")
-    def _(setting: Setting, key: str = key) -> None:
-        setting.manifest(lambda m: m.pop(key))
+def gone(group: str, name: str, path: str) -> Change:
+    """A fit of something that has been there and no longer is."""
+    return lambda command: entries("config", group, **{name: str(command.path(path))})(command)
 
 
-for key, entry in (
-    ("model", "fingerprint"),
-    ("data", "fingerprint"),
-    ("data", "num_sequences"),
-    ("fisher", "labels"),
-    ("fisher", "refit"),
-    ("fisher", "seed"),
-    ("config", "model"),
-    ("config", "data"),
-):
-
-    @case(f"a manifest whose {key} has no {entry}", r"manifest\.json", key, entry, "damaged")
-    def _(setting: Setting, key: str = key, entry: str = entry) -> None:
-        setting.manifest(lambda m: m[key].pop(entry))
+def spectrum(change: Callable[[torch.Tensor], object]) -> Change:
+    """A module's Λ, and the manifest with it."""
+    return listed_anew(SPECTRUM, lambda path: change_spectrum(path, change))
 
 
-@case("a manifest of no modules", r"manifest\.json", "no modules", "damaged")
-def _(setting: Setting) -> None:
-    setting.manifest(lambda m: m.update(modules={}))
+def change_spectrum(path: Path, change: Callable[[torch.Tensor], object]) -> None:
+    lambda_OI = load_file(path)["lambda"].clone()
+    change(lambda_OI)
+    save_file({"lambda": lambda_OI}, path)
 
 
-for what, change in (
-    ("that is a list", lambda entries: entries.update({MODULE: []})),
-    ("that is null", lambda entries: entries.update({MODULE: None})),
-    ("without a size", lambda entries: entries[MODULE].pop("in_features")),
-    ("whose size is text", lambda entries: entries[MODULE].update(in_features="16")),
-    ("whose size is negative", lambda entries: entries[MODULE].update(out_features=-24)),
-    ("of an unknown kind", lambda entries: entries[MODULE].update(kind="hovercraft")),
-    ("whose bias is a number", lambda entries: entries[MODULE].update(bias=3)),
-    ("whose input is a list", lambda entries: entries[MODULE].update(input=["a", "b"])),
-):
-
-    @case(f"a manifest with a module {what}", f"entry for module {MODULE}", "not whole", "again")
-    def _(setting: Setting, change: Callable[[dict], object] = change) -> None:
-        setting.manifest(lambda m: change(m["modules"]))
+def into_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
 
 
-@case("a module of another size than the model's", "up_proj is linear 16→25", "it is .* 16→24")
-def _(setting: Setting) -> None:
-    setting.manifest(lambda m: m["modules"][MODULE].update(out_features=25))
+def holding(names: str, *shape: int) -> Callable[[Path], object]:
+    """Other tensors in a file."""
+    return lambda path: save_file({name: torch.zeros(shape) for name in names.split()}, path)
 
 
-@case("a module whose factor is not there", "does not list eigenbasis/elsewhere")
-def _(setting: Setting) -> None:
-    setting.manifest(lambda m: m["modules"][MODULE].update(input="elsewhere"))
+def damaged(what: str, file: str) -> list[Case]:
+    """What can have become of one file of a store."""
+    name = re.escape(file)
+    return [
+        case(f"{what} that is missing", listed_file(file, Path.unlink),
+             f"{name} … missing, though the manifest lists it"),
+        case(f"{what} that is cut short", listed_file(file, cut(1)),
+             rf"{name} … \d bytes; .* says \d+: it is damaged"),
+        case(f"{what} with a flipped bit", listed_file(file, flip(-1)),
+             f"{name} … damaged: its SHA-256 … fit .* again"),
+        case(f"{what} that is a directory", listed_file(file, into_directory),
+             f"{name} … damaged|missing"),
+        case(f"{what} of another tensor", listed_anew(file, holding("other", 3)),
+             f"{name} … holds no tensor"),
+        case(f"{what} of another shape", listed_anew(file, holding("eigenvectors lambda", 3, 3)),
+             rf"{name} … shape \[3, 3\] … say"),
+    ]
 
 
-@case("a factor outside the store", "does not list", r"\.\./secret")
-def _(setting: Setting) -> None:
-    setting.manifest(lambda m: m["modules"][MODULE].update(input="../../secret"))
+SECRET = {"../secret": {"bytes": 1, "sha256": ""}}
 
-
-@case("a manifest that lists files elsewhere", r"\.\./secret", "must list files in")
-def _(setting: Setting) -> None:
-    setting.manifest(lambda m: m["files"].update({"../secret": {"bytes": 1, "sha256": ""}}))
-
-
-@case("a manifest of a run that this version does not know", "manifest", "configuration", "lora")
-def _(setting: Setting) -> None:
-    setting.manifest(lambda m: m["config"]["model"].update(lora=True))
-
-
-@case("a manifest whose data has an impossible limit", r"data\.max_tokens is 'many'")
-def _(setting: Setting) -> None:
-    setting.manifest(lambda m: m["config"]["data"].update(max_tokens="many"))
-
-
-for what, file in (
-    ("an input basis", INPUT),
-    ("an output basis", OUTPUT),
-    ("a spectrum", SPECTRUM),
-):
-
-    @case(f"{what} that is missing", re.escape(file), "missing, though the manifest lists it")
-    def _(setting: Setting, file: str = file) -> None:
-        (setting.store() / file).unlink()
-
-    @case(f"{what} that is cut short", re.escape(file), r"\d bytes; .* says \d+: it is damaged")
-    def _(setting: Setting, file: str = file) -> None:
-        path = setting.store() / file
-        path.write_bytes(path.read_bytes()[:-1])
-
-    @case(f"{what} with a flipped bit", re.escape(file), "damaged: its SHA-256", "fit .* again")
-    def _(setting: Setting, file: str = file) -> None:
-        flip(setting.store() / file, -1)
-
-    @case(f"{what} that is a directory", re.escape(file), "damaged|missing")
-    def _(setting: Setting, file: str = file) -> None:
-        path = setting.store() / file
-        path.unlink()
-        path.mkdir()
-
-    @case(f"{what} of another tensor", re.escape(file), "holds no tensor")
-    def _(setting: Setting, file: str = file) -> None:
-        store = setting.store()
-        save_file({"other": torch.zeros(3)}, store / file)
-        relist(store, file)
-
-    @case(f"{what} of another shape", re.escape(file), r"shape \[3, 3\]", "say")
-    def _(setting: Setting, file: str = file) -> None:
-        store = setting.store()
-        save_file({name: torch.zeros(3, 3) for name in ("eigenvectors", "lambda")}, store / file)
-        relist(store, file)
+STORES = [
+    case("a store that is missing", config("factors", here("nowhere")),
+         "nowhere is no directory … output of an `estimate` run"),
+    case("a store that is a file", config("factors", here("queries.jsonl")),
+         r"queries\.jsonl is no directory … output of an `estimate` run"),
+    case("a store that is a directory of something else",
+         config("factors", lambda command: command.good / "tiny"),
+         r"no manifest\.json … `estimate` run"),
+    case("results instead of a store", config("factors", lambda command: command.good / "scores"),
+         "format 'ekfac_dist/scores/1' … reads 'ekfac_dist/1'"),
+    case("a store that is incomplete", entries(complete=False),
+         "incomplete: its run did not finish … Run `estimate` again"),
+    case("a store of another format", entries(format="ekfac_dist/2"),
+         "format 'ekfac_dist/2' … reads 'ekfac_dist/1'"),
+    *(
+        case(f"a manifest that is {what}", listed_file(MANIFEST, content),
+             r"manifest\.json is not JSON")
+        for what, content in (
+            ("cut short", '{"format": "ekfac'),
+            ("binary", BINARY),
+            ("nothing", ""),
+        )
+    ),
+    case("a manifest that is a list", listed_file(MANIFEST, "[]"),
+         r"manifest\.json is no JSON object"),
+    *(
+        case(f"a manifest without {key}", lacks(key),
+             rf"manifest\.json lacks {key}\. … Copy the store again")
+        for key in ("model", "data", "fisher", "modules", "files", "config")
+    ),
+    *(
+        case(f"a manifest whose {key} has no {entry}", lacks(key, entry),
+             rf"manifest\.json … {key} … {entry} … damaged")
+        for key, names in (
+            ("model", "fingerprint"),
+            ("data", "fingerprint num_sequences"),
+            ("fisher", "labels refit seed"),
+            ("config", "model data"),
+        )
+        for entry in names.split()
+    ),
+    case("a manifest of no modules", entries(modules={}), r"manifest\.json … no modules … damaged"),
+    *(
+        case(f"a manifest with a module {what}", change,
+             f"entry for module {MODULE} … not whole … again")
+        for what, change in (
+            ("that is a list", entries("modules", **{MODULE: []})),
+            ("that is null", entries("modules", **{MODULE: None})),
+            ("without a size", lacks("modules", MODULE, "in_features")),
+            ("whose size is text", entries("modules", MODULE, in_features="16")),
+            ("whose size is negative", entries("modules", MODULE, out_features=-24)),
+            ("of an unknown kind", entries("modules", MODULE, kind="hovercraft")),
+            ("whose bias is a number", entries("modules", MODULE, bias=3)),
+            ("whose input is a list", entries("modules", MODULE, input=["a", "b"])),
+        )
+    ),
+    case("a module of another size than the model's", entries("modules", MODULE, out_features=25),
+         "up_proj is linear 16→25 … it is .* 16→24"),
+    case("a module whose factor is not there", entries("modules", MODULE, input="elsewhere"),
+         "does not list eigenbasis/elsewhere"),
+    case("a factor outside the store", entries("modules", MODULE, input="../../secret"),
+         r"does not list … \.\./secret"),
+    case("a manifest that lists files elsewhere", entries("files", **SECRET),
+         r"\.\./secret … must list files in"),
+    case("a manifest of a run that this version does not know",
+         entries("config", "model", lora=True), "manifest … configuration … lora"),
+    case("a manifest whose data has an impossible limit",
+         entries("config", "data", max_tokens="many"), r"data\.max_tokens is 'many'"),
+    *damaged("an input basis", INPUT),
+    *damaged("an output basis", OUTPUT),
+    *damaged("a spectrum", SPECTRUM),
+]
 
 
 # -- the model -------------------------------------------------------------------------------------
 
 
-@case(
-    "a model of other weights",
-    "factors of .*tiny",
-    "LlamaForCausalLM",
-    "fingerprint",
-    "weights differ",
-)
-def _(setting: Setting) -> None:
-    setting.config["model"]["name"] = save_tiny_llama(setting.path("other"), seed=1)
+def other_model(save: Callable[..., Path] = save_tiny_llama, **changes: Any) -> Change:
+    """A model that the factors were not fitted for."""
+    return config("model.name", lambda command: save(command.path("other"), **changes))
 
 
-@case(
-    "a model of another head",
-    "differs from it outside the tracked modules",
-    r"1 of 15 weights .*: lm_head\.weight\.",
-    r"model\.allow_changes",
-)
-def _(setting: Setting) -> None:
-    change_head(setting.model())
+def lines(*lines: bytes | str) -> Change:
+    """The lines of the file of queries."""
+    written = [line.encode() if isinstance(line, str) else line for line in lines]
+    return write("queries.jsonl", b"".join(line + b"\n" for line in written))
 
 
-def change_head(model: Path) -> None:
-    """Changes one row of a model's head."""
-    tensors = load_file(model / "model.safetensors")
-    tensors["lm_head.weight"][5] += 0.5
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+def queries(*queries: Any) -> Change:
+    """Queries behind a good one, so that the first of them stands in line 2."""
+    return lines(*map(json.dumps, [QUERIES[0], *queries]))
 
 
-@case("a model of another activation", "hidden_act in its configuration is 'relu'; .* with 'silu'")
-def _(setting: Setting) -> None:
-    path = setting.model() / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": "relu"}))
+CHANGES_ALLOWED = config("model.allow_changes", True)
 
 
-@case("a model of another shape", r"gate_proj is linear 16→24", "here|this", "16→32")
-def _(setting: Setting) -> None:
-    setting.config["model"]["name"] = save_tiny_llama(setting.path("other"), intermediate_size=32)
+def change_head(held: Tensors) -> None:
+    """One row of a model's head."""
+    held["lm_head.weight"][5] += 0.5
 
 
-@case("a model with biases", "gate_proj is linear 16→24;", "16→24 with a bias")
-def _(setting: Setting) -> None:
-    setting.config["model"]["name"] = save_tiny_llama(setting.path("other"), mlp_bias=True)
+def cut_vocabulary(number: int) -> tuple[Change, ...]:
+    """A model that has only its first tokens."""
+
+    def cut_rows(held: Tensors) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            held[name] = held[name][:number].clone()
+
+    def set_size(command: Query) -> None:
+        with_entries(vocab_size=number)(command.path("model/config.json"))
+
+    return tensors(cut_rows), set_size, CHANGES_ALLOWED
 
 
-@case("a model that lacks a module", r"module model\.layers\.1\.mlp\.\w+ this Llama.* lacks")
-def _(setting: Setting) -> None:
-    setting.config["model"]["name"] = save_tiny_llama(setting.path("other"), num_hidden_layers=1)
+# The rows have bytes alone, whose ids are small; the good queries have merged tokens.
+BYTES_ALONE = [{"text": text} for text in ("Z Q Z", "Q Q Z", "X Z")]
+GOOD, ONE_IS_BAD = {"text": "All is good."}, {"text": "One # is here."}
 
-
-@case("a model of another class", r"factors of .*tiny \(Llama", "GPT2LMHeadModel lacks")
-def _(setting: Setting) -> None:
-    setting.config["model"]["name"] = save_tiny_gpt2(setting.path("other"))
-
-
-for group, name in (("model", "name"), ("data", "source")):
-
-    @case(f"a manifest whose {group} has no {name}", rf"{group}\.{name} is not given", "set it")
-    def _(setting: Setting, group: str = group, name: str = name) -> None:
-        setting.manifest(lambda m: m["config"][group].pop(name))
-
-
-@case("a model that has vanished", "no model directory", "gone", "model.name")
-def _(setting: Setting) -> None:
-    gone = str(setting.path("gone"))
-    setting.manifest(lambda m: m["config"]["model"].update(name=gone))
-
-
-@case("a model directory that is missing", "no model directory", "nowhere")
-def _(setting: Setting) -> None:
-    setting.config["model"]["name"] = setting.path("nowhere")
-
-
-@case("a model that has lost its tokenizer", "tokenizer", "model", "beside the model")
-def _(setting: Setting) -> None:
-    for file in setting.model().glob("tokenizer*"):
-        file.unlink()
-
-
-@case("a query of tokens that the model does not know", "token id", "300 tokens", "tokenizer")
-def _(setting: Setting) -> None:
-    """The rows have bytes alone, whose ids are small; the query has merged tokens."""
-    cut_vocabulary(setting.model(), 300)
-    setting.config["model"]["allow_changes"] = True
-    setting.rows([{"text": "Z Q Z"}, {"text": "Q Q Z"}, {"text": "X Z"}])
-
-
-@case("data of tokens that the model does not know", "token id", "300 tokens", "tokenizer")
-def _(setting: Setting) -> None:
-    cut_vocabulary(setting.model(), 300)
-    setting.config["model"]["allow_changes"] = True
-    setting.lines('{"text": "Z Q"}')
-
-
-def cut_vocabulary(model: Path, number: int) -> None:
-    """Leaves a model only its first tokens."""
-    config = json.loads((model / "config.json").read_text()) | {"vocab_size": number}
-    (model / "config.json").write_text(json.dumps(config))
-    tensors = load_file(model / "model.safetensors")
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        tensors[name] = tensors[name][:number].clone()
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-
-
-@case(
-    "one query that makes activations infinite",
-    "NaN or infinity",
-    "query 1",
-    "input of module model.layers.0.mlp.gate_proj",
-)
-def _(setting: Setting) -> None:
-    make_infinite(setting.model(), "#")
-    setting.config["model"]["allow_changes"] = True
-    setting.queries({"text": "One # is here."})
-
-
-@case("one sequence that makes activations infinite", "NaN or infinity", "sequence 1 ", "module")
-def _(setting: Setting) -> None:
-    make_infinite(setting.model(), "#")
-    setting.config["model"]["allow_changes"] = True
-    setting.rows([{"text": "All is good."}, {"text": "One # is here."}, {"text": "All is good."}])
-
-
-def make_infinite(model: Path, character: str) -> None:
-    """Makes the embedding of one character's token infinite."""
-    tensors = load_file(model / "model.safetensors")
-    token = tiny_tokenizer()(character)["input_ids"][1]
-    tensors["model.embed_tokens.weight"][token] = float("inf")
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+MODELS = [
+    case("a model of other weights", other_model(seed=1),
+         "factors of .*tiny … LlamaForCausalLM … fingerprint … weights differ"),
+    case("a model of another head", tensors(change_head),
+         "differs from it outside the tracked modules",
+         r"1 of 15 weights .*: lm_head\.weight\. … model\.allow_changes"),
+    case("a model of another activation",
+         model_file("config.json", with_entries(hidden_act="relu")),
+         "hidden_act in its configuration is 'relu'; .* with 'silu'"),
+    case("a model of another shape", other_model(intermediate_size=32),
+         "gate_proj is linear 16→24 … here|this … 16→32"),
+    case("a model with biases", other_model(mlp_bias=True),
+         "gate_proj is linear 16→24; … 16→24 with a bias"),
+    case("a model that lacks a module", other_model(num_hidden_layers=1),
+         r"module model\.layers\.1\.mlp\.\w+ this Llama.* lacks"),
+    case("a model of another class", other_model(save_tiny_gpt2),
+         r"factors of .*tiny \(Llama … GPT2LMHeadModel lacks"),
+    *(
+        case(f"a manifest whose {group} has no {name}", lacks("config", group, name),
+             rf"{group}\.{name} is not given … set it")
+        for group, name in (("model", "name"), ("data", "source"))
+    ),
+    case("a model that has vanished", gone("model", "name", "gone"),
+         "no model directory … gone … model.name"),
+    case("a model directory that is missing", config("model.name", here("nowhere")),
+         "no model directory … nowhere"),
+    case("a model that has lost its tokenizer", lose_tokenizer,
+         "tokenizer … model … beside the model"),
+    case("a query of tokens that the model does not know",
+         (*cut_vocabulary(300), rows(BYTES_ALONE)), "token id … 300 tokens … tokenizer"),
+    case("data of tokens that the model does not know",
+         (*cut_vocabulary(300), write("queries.jsonl", '{"text": "Z Q"}\n')),
+         "token id … 300 tokens … tokenizer"),
+    case("one query that makes activations infinite",
+         (infinite("#"), CHANGES_ALLOWED, queries(ONE_IS_BAD)),
+         "NaN or infinity … query 1 … input of module model.layers.0.mlp.gate_proj"),
+    case("one sequence that makes activations infinite",
+         (infinite("#"), CHANGES_ALLOWED, rows([GOOD, ONE_IS_BAD, GOOD])),
+         "NaN or infinity … sequence 1  … module"),
+]
 
 
 # -- the training data -----------------------------------------------------------------------------
 
-
-@case("data that has vanished", r"no file .*gone\.jsonl", r"data\.source")
-def _(setting: Setting) -> None:
-    gone = str(setting.path("gone.jsonl"))
-    setting.manifest(lambda m: m["config"]["data"].update(source=gone))
-
-
-@case("a data file that is missing", r"no file .*elsewhere\.jsonl")
-def _(setting: Setting) -> None:
-    setting.config["data"]["source"] = setting.path("elsewhere.jsonl")
-
-
-@case("a column that has vanished", "no column 'txt'", "columns are text")
-def _(setting: Setting) -> None:
-    setting.manifest(lambda m: m["config"]["data"].update(text="txt"))
-
-
-@case("a column that the fitted data does not have", "no column 'txt'", "columns are text")
-def _(setting: Setting) -> None:
-    setting.config["data"]["text"] = "txt"
-
-
-@case("other data without the column", "no column 'text'", "columns are body")
-def _(setting: Setting) -> None:
-    setting.rows([{"body": text} for text in texts(3)])
-
-
-@case("a prompt column that does not exist", "no column 'question'")
-def _(setting: Setting) -> None:
-    setting.config["data"]["prompt"] = "question"
-
-
-@case("other data that holds no text", "'text' holds 17", "must hold text")
-def _(setting: Setting) -> None:
-    setting.rows([{"text": 17}])
-
-
-@case("other data without a label", "None of the 2 sequences has a label")
-def _(setting: Setting) -> None:
-    setting.rows([{"text": ""}, {"text": None}])
-
-
-@case("data longer than the model reads", f"reads {CONTEXT}", f"max_tokens to {CONTEXT} or less")
-def _(setting: Setting) -> None:
-    setting.rows([{"text": "a long text " * 200}])
-    setting.config["data"]["max_tokens"] = 10 * CONTEXT
-    setting.config["scores"]["top_k"] = 1
-
-
-@case("factors fitted from Python, whose data has no name", r"data\.source", "list")
-def _(setting: Setting) -> None:
-    """As `estimate_factors` writes them from a list of examples."""
-    setting.manifest(lambda m: m["config"]["data"].update(source="list"))
+DATA = [
+    case("data that has vanished", gone("data", "source", "gone.jsonl"),
+         r"no file .*gone\.jsonl … data\.source"),
+    case("a data file that is missing", config("data.source", here("elsewhere.jsonl")),
+         r"no file .*elsewhere\.jsonl"),
+    case("a column that has vanished", entries("config", "data", text="txt"),
+         "no column 'txt' … columns are text"),
+    case("a column that the fitted data does not have", config("data.text", "txt"),
+         "no column 'txt' … columns are text"),
+    case("other data without the column", rows([{"body": text} for text in texts(3)]),
+         "no column 'text' … columns are body"),
+    case("a prompt column that does not exist", config("data.prompt", "question"),
+         "no column 'question'"),
+    case("other data that holds no text", rows([{"text": 17}]), "'text' holds 17 … must hold text"),
+    case("other data without a label", rows([{"text": ""}, {"text": None}]),
+         "None of the 2 sequences has a label"),
+    case("data longer than the model reads",
+         (rows([{"text": "a long text " * 200}]),
+          config("data.max_tokens", 10 * CONTEXT), config("scores.top_k", 1)),
+         f"reads {CONTEXT} … max_tokens to {CONTEXT} or less"),
+    # As `estimate_factors` writes them from a list of examples.
+    case("factors fitted from Python, whose data has no name",
+         entries("config", "data", source="list"), r"data\.source … list"),
+]
 
 
 # -- the queries -----------------------------------------------------------------------------------
 
-
-@case("a queries file that is missing", "queries .*gone.jsonl cannot be read", "No such", "Give a")
-def _(setting: Setting) -> None:
-    setting.config["queries"] = setting.path("gone.jsonl")
-
-
-@case("a queries file that is a directory", "queries .* cannot be read", "directory", "Give a")
-def _(setting: Setting) -> None:
-    setting.config["queries"] = setting.directory
-
-
-for what, content in (("empty", b""), ("of blank lines", b"\n  \n\t\n\n")):
-
-    @case(f"a queries file that is {what}", r"queries\.jsonl holds no query", '"completion"')
-    def _(setting: Setting, content: bytes = content) -> None:
-        setting.path("queries.jsonl").write_bytes(content)
-
-
-@case("a query that is no JSON", r"queries\.jsonl, line 4: is not JSON", "column 10", '"text"')
-def _(setting: Setting) -> None:
-    """Blank lines count."""
-    setting.lines('{"text": "good"}', "", '{"text": "good too"}', '{"text": bad}')
-
-
-@case("a query that breaks off", "line 2: is not JSON")
-def _(setting: Setting) -> None:
-    setting.lines('{"text": "good"}', '{"text": "not wh')
-
-
-@case("a query nested too deeply", "line 2: is not JSON")
-def _(setting: Setting) -> None:
-    setting.lines('{"text": "good"}', "[" * 200_000)
-
-
-@case("queries in one JSON list over several lines", "line 1: is not JSON", "each line must be")
-def _(setting: Setting) -> None:
-    setting.path("queries.jsonl").write_text(json.dumps(QUERIES, indent=1))
-
-
-for value, kind in (([QUERIES[0]], "list"), ("text", "str"), (17, "int"), (None, "NoneType")):
-
-    @case(f"a query that is {kind}", rf"line 2: is {kind}, not an object", "each line must be")
-    def _(setting: Setting, value: object = value) -> None:
-        setting.queries(value)
-
-
-@case("a query of other fields", "line 2: has question and answer", "each line must be")
-def _(setting: Setting) -> None:
-    setting.queries({"question": "What?", "answer": "That."})
-
-
-@case("a query of no fields", "line 2: has no text", "each line must be")
-def _(setting: Setting) -> None:
-    setting.queries({})
-
-
-@case("a query with a prompt alone", "line 2: has prompt;", "each line must be")
-def _(setting: Setting) -> None:
-    setting.queries({"prompt": "What?"})
-
-
-@case("a query with a completion alone", "line 2: has completion;", "each line must be")
-def _(setting: Setting) -> None:
-    setting.queries({"completion": "That."})
-
-
-@case("a query with a prompt and text", "line 2: has prompt and text;", "each line must be")
-def _(setting: Setting) -> None:
-    setting.queries({"prompt": "What?", "text": "That."})
-
-
-@case("a query with all fields", "line 2: has prompt and completion and text;")
-def _(setting: Setting) -> None:
-    setting.queries({"prompt": "What?", "completion": "That.", "text": "That."})
-
-
-for query, says in (
-    ({"text": 17}, "text is 17"),
-    ({"text": ["a"]}, r"text is \['a'\]"),
-    ({"prompt": 17, "completion": "That."}, "prompt is 17"),
-    ({"prompt": "What?", "completion": {"a": 1}}, r"completion is \{'a': 1\}"),
-    ({"text": "That.", "group": 3}, "group is 3"),
-):
-
-    @case(f"a query whose {says}", f"line 2: {says}; it must be text")
-    def _(setting: Setting, query: dict = query) -> None:
-        setting.queries(query)
-
-
-@case("a query of an empty completion", "line 2: completion is empty", "must hold")
-def _(setting: Setting) -> None:
-    setting.queries({"prompt": "What?", "completion": ""})
-
-
-@case("a query of an empty text", "line 2: text is empty", "must hold")
-def _(setting: Setting) -> None:
-    setting.queries({"text": ""})
-
-
-@case("a query of half a character", "line 2: text", r"\\ud800", "surrogate")
-def _(setting: Setting) -> None:
-    setting.lines(json.dumps(QUERIES[0]), '{"text": "half \\ud800 of it"}')
-
-
-@case("queries that are not UTF-8", r"queries\.jsonl, line 2: is not UTF-8")
-def _(setting: Setting) -> None:
-    setting.lines(json.dumps(QUERIES[0]), '{"text": "café"}'.encode("latin-1"))
-
-
-@case("queries that are binary", r"queries\.jsonl, line 1: is not (UTF-8|JSON)")
-def _(setting: Setting) -> None:
-    setting.lines(BINARY)
-
-
-@case(
-    "a query longer than the model reads",
-    r"queries\.jsonl, line 2: has \d\d\d+ tokens",
-    f"reads {CONTEXT} at most",
-    "shorten",
-)
-def _(setting: Setting) -> None:
-    setting.queries({"prompt": "a long text " * 200, "completion": "it is."})
-
-
-@case("a completion with nothing to predict", "line 2: ", "'s'", "nothing to predict", "longer")
-def _(setting: Setting) -> None:
-    """Without a token that begins every text, the first has none before it."""
-    tiny_tokenizer(bos=False).save_pretrained(setting.model())
-    setting.queries({"prompt": "", "completion": "s"})
+QUERY_CASES = [
+    case("a queries file that is missing", config("queries", here("gone.jsonl")),
+         "queries .*gone.jsonl cannot be read … No such … Give a"),
+    case("a queries file that is a directory", config("queries", here("")),
+         "queries .* cannot be read … directory … Give a"),
+    *(
+        case(f"a queries file that is {what}", write("queries.jsonl", content),
+             r'queries\.jsonl holds no query … "completion"')
+        for what, content in (("empty", b""), ("of blank lines", b"\n  \n\t\n\n"))
+    ),
+    # Blank lines count.
+    case("a query that is no JSON",
+         lines('{"text": "good"}', "", '{"text": "good too"}', '{"text": bad}'),
+         r'queries\.jsonl, line 4: is not JSON … column 10 … "text"'),
+    case("a query that breaks off", lines('{"text": "good"}', '{"text": "not wh'),
+         "line 2: is not JSON"),
+    case("a query nested too deeply", lines('{"text": "good"}', "[" * 200_000),
+         "line 2: is not JSON"),
+    case("queries in one JSON list over several lines",
+         write("queries.jsonl", json.dumps(QUERIES, indent=1)),
+         "line 1: is not JSON … each line must be"),
+    *(
+        case(f"a query that is {kind}", queries(value),
+             f"line 2: is {kind}, not an object … each line must be")
+        for value, kind in (
+            ([QUERIES[0]], "list"),
+            ("text", "str"),
+            (17, "int"),
+            (None, "NoneType"),
+        )
+    ),
+    case("a query of other fields", queries({"question": "What?", "answer": "That."}),
+         "line 2: has question and answer … each line must be"),
+    case("a query of no fields", queries({}), "line 2: has no text … each line must be"),
+    case("a query with a prompt alone", queries({"prompt": "What?"}),
+         "line 2: has prompt; … each line must be"),
+    case("a query with a completion alone", queries({"completion": "That."}),
+         "line 2: has completion; … each line must be"),
+    case("a query with a prompt and text", queries({"prompt": "What?", "text": "That."}),
+         "line 2: has prompt and text; … each line must be"),
+    case("a query with all fields",
+         queries({"prompt": "What?", "completion": "That.", "text": "That."}),
+         "line 2: has prompt and completion and text;"),
+    *(
+        case(f"a query whose {says}", queries(query), f"line 2: {says}; it must be text")
+        for query, says in (
+            ({"text": 17}, "text is 17"),
+            ({"text": ["a"]}, r"text is \['a'\]"),
+            ({"prompt": 17, "completion": "That."}, "prompt is 17"),
+            ({"prompt": "What?", "completion": {"a": 1}}, r"completion is \{'a': 1\}"),
+            ({"text": "That.", "group": 3}, "group is 3"),
+        )
+    ),
+    case("a query of an empty completion", queries({"prompt": "What?", "completion": ""}),
+         "line 2: completion is empty … must hold"),
+    case("a query of an empty text", queries({"text": ""}), "line 2: text is empty … must hold"),
+    case("a query of half a character",
+         lines(json.dumps(QUERIES[0]), '{"text": "half \\ud800 of it"}'),
+         r"line 2: text … \\ud800 … surrogate"),
+    case("queries that are not UTF-8",
+         lines(json.dumps(QUERIES[0]), '{"text": "café"}'.encode("latin-1")),
+         r"queries\.jsonl, line 2: is not UTF-8"),
+    case("queries that are binary", lines(BINARY), r"queries\.jsonl, line 1: is not (UTF-8|JSON)"),
+    case("a query longer than the model reads",
+         queries({"prompt": "a long text " * 200, "completion": "it is."}),
+         rf"queries\.jsonl, line 2: has \d\d\d+ tokens … reads {CONTEXT} at most … shorten"),
+    # Without a token that begins every text, the first has none before it.
+    case("a completion with nothing to predict",
+         (lambda command: tiny_tokenizer(bos=False).save_pretrained(command.model()),
+          queries({"prompt": "", "completion": "s"})),
+         "line 2:  … 's' … nothing to predict … longer"),
+]
 
 
 # -- the scores ------------------------------------------------------------------------------------
 
+RANK = config("scores.rank", 2)
 
-@case("top_k above the data", r"scores\.top_k is 13", "only 12 sequences", "12 or less")
-def _(setting: Setting) -> None:
-    setting.config["scores"]["top_k"] = NUM_ROWS + 1
-
-
-@case("bottom_k above the data", r"scores\.bottom_k is 13", "only 12 sequences", "12 or less")
-def _(setting: Setting) -> None:
-    setting.config["scores"]["bottom_k"] = NUM_ROWS + 1
-
-
-@case("top_k above the candidates", r"scores\.top_k is 3", "only 2 sequences", "2 or less")
-def _(setting: Setting) -> None:
-    setting.config["scores"]["candidates"] = [1, 2]
-
-
-@case("rescore above the data", r"scores\.rescore is 13", "only 12 sequences", "12 or less")
-def _(setting: Setting) -> None:
-    setting.config["scores"] |= {"rank": 2, "rescore": NUM_ROWS + 1}
-
-
-@case("rescore without a rank", r"scores\.rescore", "exact already", r"scores\.rank")
-def _(setting: Setting) -> None:
-    setting.config["scores"]["rescore"] = 5
-
-
-@case("rescore below top_k", r"scores\.rescore is 2", "lists of 3", "at least as many")
-def _(setting: Setting) -> None:
-    setting.config["scores"] |= {"rank": 2, "rescore": 2}
-
-
-@case("rescore below bottom_k", r"scores\.rescore is 4", "lists of 5", "at least as many")
-def _(setting: Setting) -> None:
-    setting.config["scores"] |= {"rank": 2, "rescore": 4, "bottom_k": 5}
-
-
-for name in ("top_k", "rank", "training_size"):
-    for value in (0, -2):
-
-        @case(f"scores.{name} of {value}", f"scores.{name} is {value}", "1 or more")
-        def _(setting: Setting, name: str = name, value: int = value) -> None:
-            setting.config["scores"][name] = value
-
-
-for name in ("bottom_k", "rescore"):
-
-    @case(f"scores.{name} of -1", f"scores.{name} is -1", "0 or more")
-    def _(setting: Setting, name: str = name) -> None:
-        setting.config["scores"] |= {"rank": 2, name: -1}
-
-
-for value in (0, -4.0, float("nan"), float("inf")):
-
-    @case(f"a query memory of {value}", rf"scores\.query_memory_gb is {value}", "above 0")
-    def _(setting: Setting, value: float = value) -> None:
-        setting.config["scores"]["query_memory_gb"] = value
-
-
-for value in (0, -256):
-
-    @case(f"batch_tokens of {value}", f"batch_tokens is {value}", "1 or more")
-    def _(setting: Setting, value: int = value) -> None:
-        setting.options = [f"--batch_tokens={value}"]
-
-
-for name, value, known in (
-    ("scores.normalize", "softmax", "relatif_theta"),
-    ("scores.per_token", "some", "top"),
-    ("model.dtype", "float8", "bfloat16"),
-):
-
-    @case(f"{name} of {value}", name.rpartition(".")[2], value, known)
-    def _(setting: Setting, name: str = name, value: str = value) -> None:
-        setting.options = [f"--{name}={value}"]
-
-    @case(f"{name} of {value} in the file", name.rpartition(".")[2], value, known)
-    def _(setting: Setting, name: str = name, value: str = value) -> None:
-        group, _, leaf = name.partition(".")
-        setting.config[group][leaf] = value
+SCORES = [
+    case("top_k above the data", config("scores.top_k", NUM_ROWS + 1),
+         r"scores\.top_k is 13 … only 12 sequences … 12 or less"),
+    case("bottom_k above the data", config("scores.bottom_k", NUM_ROWS + 1),
+         r"scores\.bottom_k is 13 … only 12 sequences … 12 or less"),
+    case("top_k above the candidates", config("scores.candidates", [1, 2]),
+         r"scores\.top_k is 3 … only 2 sequences … 2 or less"),
+    case("rescore above the data", (RANK, config("scores.rescore", NUM_ROWS + 1)),
+         r"scores\.rescore is 13 … only 12 sequences … 12 or less"),
+    case("rescore without a rank", config("scores.rescore", 5),
+         r"scores\.rescore … exact already … scores\.rank"),
+    case("rescore below top_k", (RANK, config("scores.rescore", 2)),
+         r"scores\.rescore is 2 … lists of 3 … at least as many"),
+    case("rescore below bottom_k",
+         (RANK, config("scores.rescore", 4), config("scores.bottom_k", 5)),
+         r"scores\.rescore is 4 … lists of 5 … at least as many"),
+    *(
+        case(f"scores.{name} of {value}", config(f"scores.{name}", value),
+             f"scores.{name} is {value} … 1 or more")
+        for name in ("top_k", "rank", "training_size")
+        for value in (0, -2)
+    ),
+    *(
+        case(f"scores.{name} of -1", (RANK, config(f"scores.{name}", -1)),
+             f"scores.{name} is -1 … 0 or more")
+        for name in ("bottom_k", "rescore")
+    ),
+    *(
+        case(f"a query memory of {value}", config("scores.query_memory_gb", value),
+             rf"scores\.query_memory_gb is {value} … above 0")
+        for value in (0, -4.0, float("nan"), float("inf"))
+    ),
+    *(
+        case(f"batch_tokens of {value}", options(f"--batch_tokens={value}"),
+             f"batch_tokens is {value} … 1 or more")
+        for value in (0, -256)
+    ),
+    *(
+        case(f"{name} of {value}{where}", change, f"{name.split('.')[1]} … {value} … {known}")
+        for name, value, known in (
+            ("scores.normalize", "softmax", "relatif_theta"),
+            ("scores.per_token", "some", "top"),
+            ("model.dtype", "float8", "bfloat16"),
+        )
+        for where, change in (
+            ("", options(f"--{name}={value}")),
+            (" in the file", config(name, value)),
+        )
+    ),
+]
 
 
 # -- the candidates --------------------------------------------------------------------------------
 
 
-for rows, says in (
-    ([0, NUM_ROWS], "holds 12, but the data has rows 0 to 11"),
-    ([3, -1], "holds -1, but the data has rows 0 to 11"),
-    ([10**30], "holds 10{30}, but the data has rows 0 to 11"),
-    ([1, 4, 2, 4], "holds 4 more than once; give each row once"),
-    ([], "is empty; give at least one row"),
-):
-
-    @case(f"candidates that are {rows}", rf"scores\.candidates {says}")
-    def _(setting: Setting, rows: list[int] = rows) -> None:
-        setting.config["scores"]["candidates"] = rows
-
-    @case(f"candidates in a file that are {rows}", rf"scores\.candidates {says}")
-    def _(setting: Setting, rows: list[int] = rows) -> None:
-        setting.candidates("".join(f"{row}\n" for row in rows))
+def candidates(content: bytes | str) -> tuple[Change, Change]:
+    """A file of candidates."""
+    return write("rows.txt", content), config("scores.candidates", here("rows.txt"))
 
 
-@case(
-    "candidates that are not all numbers",
-    r"scores\.candidates is \[1, 'two'\]; it must be a list of whole numbers or text or null",
-)
-def _(setting: Setting) -> None:
-    setting.config["scores"]["candidates"] = [1, "two"]
-
-
-@case(
-    "candidates that are no list",
-    r"scores\.candidates is 1\.5; it must be a list of whole numbers or text or null",
-)
-def _(setting: Setting) -> None:
-    setting.config["scores"]["candidates"] = 1.5
-
-
-@case("a candidate that is a fraction", "holds 2.5; rows are whole numbers")
-def _(setting: Setting) -> None:
-    setting.candidates("[1, 2.5]")
-
-
-@case("a candidate that is true", "holds True; rows are whole numbers")
-def _(setting: Setting) -> None:
-    setting.candidates("[1, true]")
-
-
-@case("a candidates file that is missing", "candidates .*rows.json cannot be read", "No such file")
-def _(setting: Setting) -> None:
-    setting.config["scores"]["candidates"] = setting.path("rows.json")
-
-
-@case("a candidates file of nobody's home", "candidates ~nobody-here/rows.json cannot be read")
-def _(setting: Setting) -> None:
-    setting.config["scores"]["candidates"] = "~nobody-here/rows.json"
-
-
-for what, content in (
-    ("words", "1\ntwo\n"),
-    ("an object", '{"rows": [1, 2]}'),
-    ("a list that breaks off", "[1, 2"),
-    ("a list nested too deeply", "[" * 200_000),
-    ("binary", BINARY),
-    ("a number of too many digits", "9" * 5000),
-):
-
-    @case(f"a candidates file that holds {what}", "candidates .*rows.txt are no list", "JSON list")
-    def _(setting: Setting, content: str | bytes = content) -> None:
-        setting.candidates(content)
-
-
-@case("a candidate without a label", "holds 1, but that row has no label", "leave it out")
-def _(setting: Setting) -> None:
-    setting.rows([{"text": "All is good."}, {"text": ""}, {"text": "All is good."}])
-    setting.config["scores"] |= {"candidates": [0, 1], "top_k": 1}
+CANDIDATES = [
+    *(
+        case(f"candidates {where}are {rows}", change, rf"scores\.candidates {says}")
+        for rows, says in (
+            ([0, NUM_ROWS], "holds 12, but the data has rows 0 to 11"),
+            ([3, -1], "holds -1, but the data has rows 0 to 11"),
+            ([10**30], "holds 10{30}, but the data has rows 0 to 11"),
+            ([1, 4, 2, 4], "holds 4 more than once; give each row once"),
+            ([], "is empty; give at least one row"),
+        )
+        for where, change in (
+            ("that ", config("scores.candidates", rows)),
+            ("in a file that ", candidates("".join(f"{row}\n" for row in rows))),
+        )
+    ),
+    case("candidates that are not all numbers", config("scores.candidates", [1, "two"]),
+         r"scores\.candidates is \[1, 'two'\]; it must be a list of whole numbers or text or null"),
+    case("candidates that are no list", config("scores.candidates", 1.5),
+         r"scores\.candidates is 1\.5; it must be a list of whole numbers or text or null"),
+    case("a candidate that is a fraction", candidates("[1, 2.5]"),
+         "holds 2.5; rows are whole numbers"),
+    case("a candidate that is true", candidates("[1, true]"), "holds True; rows are whole numbers"),
+    case("a candidates file that is missing", config("scores.candidates", here("rows.json")),
+         "candidates .*rows.json cannot be read … No such file"),
+    case("a candidates file of nobody's home",
+         config("scores.candidates", "~nobody-here/rows.json"),
+         "candidates ~nobody-here/rows.json cannot be read"),
+    *(
+        case(f"a candidates file that holds {what}", candidates(content),
+             "candidates .*rows.txt are no list … JSON list")
+        for what, content in (
+            ("words", "1\ntwo\n"),
+            ("an object", '{"rows": [1, 2]}'),
+            ("a list that breaks off", "[1, 2"),
+            ("a list nested too deeply", "[" * 200_000),
+            ("binary", BINARY),
+            ("a number of too many digits", "9" * 5000),
+        )
+    ),
+    case("a candidate without a label",
+         (rows([GOOD, {"text": ""}, GOOD]),
+          config("scores.candidates", [0, 1]), config("scores.top_k", 1)),
+         "holds 1, but that row has no label … leave it out"),
+]
 
 
 # -- the damping -----------------------------------------------------------------------------------
 
+FIRST_ROW_OF_ZEROS = spectrum(lambda lambda_OI: lambda_OI[0].zero_())
 
-@case("a damping that is negative", "damping is -0.1", "0 or more")
-def _(setting: Setting) -> None:
-    setting.config["damping"]["value"] = -0.1
-
-
-for value in (float("nan"), float("inf")):
-
-    @case(f"a damping of {value}", f"damping is {value}", "0 or more")
-    def _(setting: Setting, value: float = value) -> None:
-        setting.config["damping"]["value"] = value
-
-
-@case("a damping of text", r"damping\.value is strong; it must be a number")
-def _(setting: Setting) -> None:
-    setting.config["damping"]["value"] = "strong"
-
-
-for value in (-1.0, float("nan")):
-
-    @case(f"a module's damping of {value}", rf"damping of \*\.up_proj is {value}", "0 or more")
-    def _(setting: Setting, value: float = value) -> None:
-        setting.config["damping"]["modules"] = {"*.up_proj": value}
-
-
-@case("a damping of modules that is null", "damping of modules is None", "by name or glob")
-def _(setting: Setting) -> None:
-    setting.config["damping"]["modules"] = None
-
-
-@case("a damping for a module that is not there", r"given for '\*\.upp_proj'", "no tracked module")
-def _(setting: Setting) -> None:
-    setting.config["damping"]["modules"] = {"*.down_proj": 0.2, "*.upp_proj": 0.3}
-
-
-@case(
-    "no damping where the spectrum has zeros",
-    f"Module {MODULE}: damping is 0 and Λ has zeros",
-    "above 0",
-)
-def _(setting: Setting) -> None:
-    change_spectrum(setting.store(), lambda lambda_OI: lambda_OI[0].zero_())
-    setting.config["damping"]["value"] = 0
-
-
-@case(
-    "no damping of one module where its spectrum has zeros",
-    f"Module {MODULE}: damping is 0 and Λ has zeros",
-    "above 0",
-)
-def _(setting: Setting) -> None:
-    change_spectrum(setting.store(), lambda lambda_OI: lambda_OI[0].zero_())
-    setting.config["damping"]["modules"] = {MODULE: 0}
-
-
-@case(
-    "a relative damping where the spectrum is zero",
-    f"Module {MODULE}: ",
-    "Λ is zero everywhere",
-    r"damping\.relative|absolute",
-)
-def _(setting: Setting) -> None:
-    change_spectrum(setting.store(), lambda lambda_OI: lambda_OI.zero_())
-
-
-@case("a spectrum of NaN", f"Module {MODULE}: ", "Λ", "NaN", "again")
-def _(setting: Setting) -> None:
-    change_spectrum(setting.store(), lambda lambda_OI: lambda_OI[0].fill_(float("nan")))
-
-
-@case("a spectrum that is negative", f"Module {MODULE}: ", "Λ", "negative", "again")
-def _(setting: Setting) -> None:
-    change_spectrum(setting.store(), lambda lambda_OI: lambda_OI[0].fill_(-1e3))
-
-
-def change_spectrum(store: Path, change: Callable[[torch.Tensor], object]) -> None:
-    """Changes a module's Λ, and the manifest with it."""
-    spectrum = load_file(store / SPECTRUM)["lambda"].clone()
-    change(spectrum)
-    save_file({"lambda": spectrum}, store / SPECTRUM)
-    relist(store, SPECTRUM)
+DAMPINGS = [
+    case("a damping that is negative", config("damping.value", -0.1),
+         "damping is -0.1 … 0 or more"),
+    *(
+        case(f"a damping of {value}", config("damping.value", value),
+             f"damping is {value} … 0 or more")
+        for value in (float("nan"), float("inf"))
+    ),
+    case("a damping of text", config("damping.value", "strong"),
+         r"damping\.value is strong; it must be a number"),
+    *(
+        case(f"a module's damping of {value}", config("damping.modules", {"*.up_proj": value}),
+             rf"damping of \*\.up_proj is {value} … 0 or more")
+        for value in (-1.0, float("nan"))
+    ),
+    case("a damping of modules that is null", config("damping.modules", None),
+         "damping of modules is None … by name or glob"),
+    case("a damping for a module that is not there",
+         config("damping.modules", {"*.down_proj": 0.2, "*.upp_proj": 0.3}),
+         r"given for '\*\.upp_proj' … no tracked module"),
+    case("no damping where the spectrum has zeros",
+         (FIRST_ROW_OF_ZEROS, config("damping.value", 0)),
+         f"Module {MODULE}: damping is 0 and Λ has zeros … above 0"),
+    case("no damping of one module where its spectrum has zeros",
+         (FIRST_ROW_OF_ZEROS, config("damping.modules", {MODULE: 0})),
+         f"Module {MODULE}: damping is 0 and Λ has zeros … above 0"),
+    case("a relative damping where the spectrum is zero", spectrum(torch.Tensor.zero_),
+         rf"Module {MODULE}:  … Λ is zero everywhere … damping\.relative|absolute"),
+    case("a spectrum of NaN", spectrum(lambda lambda_OI: lambda_OI[0].fill_(torch.nan)),
+         f"Module {MODULE}:  … Λ … NaN … again"),
+    case("a spectrum that is negative", spectrum(lambda lambda_OI: lambda_OI[0].fill_(-1e3)),
+         f"Module {MODULE}:  … Λ … negative … again"),
+]
 
 
 # -- the configuration -----------------------------------------------------------------------------
 
-
-for name in ("factors", "queries", "output"):
-
-    @case(f"no {name}", f"{name} is not given", f"--{name}")
-    def _(setting: Setting, name: str = name) -> None:
-        del setting.config[name]
-
-
-@case("an unknown option", r"no option --scores\.topk;", r"did you mean --scores\.top_k\?")
-def _(setting: Setting) -> None:
-    setting.options = ["--scores.topk", "3"]
-
-
-@case("an option under no group", r"no option --top_k;", r"did you mean --scores\.top_k\?")
-def _(setting: Setting) -> None:
-    setting.options = ["--top_k", "3"]
-
-
-@case(
-    "an unknown field in the file", r"unknown field scores\.topk;", r"did you mean scores\.top_k\?"
-)
-def _(setting: Setting) -> None:
-    setting.config["scores"]["topk"] = 3
-
-
-@case("a field under no group in the file", "unknown field rank;", r"did you mean scores\.rank\?")
-def _(setting: Setting) -> None:
-    setting.config["rank"] = 8
-
-
-@case("a field of estimate's in the file", r"unknown field model\.modules", "config.yaml")
-def _(setting: Setting) -> None:
-    setting.config["model"]["modules"] = ["*.mlp.*"]
-
-
-@case("a group that is a value", "field damping is 0.1", "fields of its own")
-def _(setting: Setting) -> None:
-    setting.config["damping"] = 0.1
-
-
-for name, value, says in (
-    ("scores.top_k", "many", "is many; it must be a whole number or null"),
-    ("scores.rank", 2.5, "is 2.5; it must be a whole number or null"),
-    ("scores.per_module", "perhaps", "is perhaps; it must be true or false"),
-    ("scores.query_memory_gb", "much", "is much; it must be a number"),
-    ("damping.relative", "perhaps", "is perhaps; it must be true or false"),
-    ("damping.modules", [0.1], r"is \[0.1\]; it must be a group of names, each with a number"),
-    ("damping.modules", {"*": "strong"}, "is strong; it must be a number"),
-    ("batch_tokens", 10.5, "is 10.5; it must be a whole number"),
-    ("data.max_tokens", "many", "is many; it must be a whole number or null"),
-    ("factors", [1], r"is \[1\]; it must be text or null"),
-):
-
-    @case(f"{name} of {value}, a wrong type", f"{re.escape(name)} {says}")
-    def _(setting: Setting, name: str = name, value: object = value) -> None:
-        group, _, leaf = name.rpartition(".")
-        (setting.config[group] if group else setting.config)[leaf] = value
-
-
-@case("a wrong type on the command line", r"scores\.top_k is three; it must be a whole number")
-def _(setting: Setting) -> None:
-    setting.options = ["--scores.top_k", "three"]
-
-
-@case("sequences of one token", r"data\.max_tokens is 1", "2 tokens or more")
-def _(setting: Setting) -> None:
-    setting.config["data"]["max_tokens"] = 1
+CONFIGURATIONS = [
+    *(
+        case(f"no {name}", without(name), f"{name} is not given … --{name}")
+        for name in ("factors", "queries", "output")
+    ),
+    case("an unknown option", options("--scores.topk", "3"),
+         r"no option --scores\.topk; … did you mean --scores\.top_k\?"),
+    case("an option under no group", options("--top_k", "3"),
+         r"no option --top_k; … did you mean --scores\.top_k\?"),
+    case("an unknown field in the file", config("scores.topk", 3),
+         r"unknown field scores\.topk; … did you mean scores\.top_k\?"),
+    case("a field under no group in the file", config("rank", 8),
+         r"unknown field rank; … did you mean scores\.rank\?"),
+    case("a field of estimate's in the file", config("model.modules", ["*.mlp.*"]),
+         r"unknown field model\.modules … config.yaml"),
+    case("a group that is a value", config("damping", 0.1),
+         "field damping is 0.1 … fields of its own"),
+    *(
+        case(f"{name} of {value}, a wrong type", config(name, value), f"{re.escape(name)} {says}")
+        for name, value, says in (
+            ("scores.top_k", "many", "is many; it must be a whole number or null"),
+            ("scores.rank", 2.5, "is 2.5; it must be a whole number or null"),
+            ("scores.per_module", "perhaps", "is perhaps; it must be true or false"),
+            ("scores.query_memory_gb", "much", "is much; it must be a number"),
+            ("damping.relative", "perhaps", "is perhaps; it must be true or false"),
+            ("damping.modules", [0.1],
+             r"is \[0.1\]; it must be a group of names, each with a number"),
+            ("damping.modules", {"*": "strong"}, "is strong; it must be a number"),
+            ("batch_tokens", 10.5, "is 10.5; it must be a whole number"),
+            ("data.max_tokens", "many", "is many; it must be a whole number or null"),
+            ("factors", [1], r"is \[1\]; it must be text or null"),
+        )
+    ),
+    case("a wrong type on the command line", options("--scores.top_k", "three"),
+         r"scores\.top_k is three; it must be a whole number"),
+    case("sequences of one token", config("data.max_tokens", 1),
+         r"data\.max_tokens is 1 … 2 tokens or more"),
+]
 
 
 # -- the output ------------------------------------------------------------------------------------
 
 
-@case("an output that is a file", "scores exists and is no directory", "give another")
-def _(setting: Setting) -> None:
-    setting.path("scores").write_text("the only copy")
+def make_output(command: Query) -> None:
+    command.path("scores").mkdir()
 
 
-@case("an output that holds something", r"it holds thesis\.tex", "new or empty")
-def _(setting: Setting) -> None:
-    setting.path("scores").mkdir()
-    setting.path("scores/thesis.tex").write_text("the only copy")
+def write_into_store(command: Query) -> None:
+    command.set("output", command.listed())
 
 
-@case("an output that holds finished results", "exists already", "new or empty")
-def _(setting: Setting) -> None:
-    shutil.copytree(setting.good.scores, setting.path("scores"))
+OUTPUTS = [
+    case("an output that is a file", write("scores", "the only copy"),
+         "scores exists and is no directory … give another"),
+    case("an output that holds something", write("scores/thesis.tex", "the only copy"),
+         r"it holds thesis\.tex … new or empty"),
+    case("an output that holds finished results",
+         lambda command: command.copy("scores", "scores", "output"),
+         "exists already … new or empty"),
+    case("an output that is the factor store", write_into_store, "exists already … new or empty"),
+    case("an output that is a dangling link", link("scores", "gone"),
+         "scores exists and is no directory … give another"),
+    case("an output below a file", config("output", here("queries.jsonl/scores")),
+         r"cannot be made … queries\.jsonl is no directory … another"),
+    case("an output where nothing can be made", config("output", "/proc/scores"),
+         "/proc/scores cannot be made … Give a"),
+    case("an output below a dangling link",
+         (link("made", "gone"), config("output", here("made/scores"))),
+         "made/scores cannot be made … Give a"),
+    # The directory was there, so it stays.
+    case("an empty output and a store that is missing",
+         (make_output, config("factors", here("gone"))), "gone is no directory … `estimate` run"),
+    case("an output of too long a name", config("output", here(f"made/first/{'s' * 300}")),
+         "cannot be made … too long … Give a"),
+]
 
-
-@case("an output that is the factor store", "exists already", "new or empty")
-def _(setting: Setting) -> None:
-    setting.config["output"] = setting.store()
-
-
-@case("an output that is a dangling link", "scores exists and is no directory", "give another")
-def _(setting: Setting) -> None:
-    setting.path("scores").symlink_to(setting.path("gone"))
-
-
-@case("an output below a file", "cannot be made", r"queries\.jsonl is no directory", "another")
-def _(setting: Setting) -> None:
-    setting.config["output"] = setting.path("queries.jsonl") / "scores"
-
-
-@case("an output where nothing can be made", "/proc/scores cannot be made", "Give a")
-def _(setting: Setting) -> None:
-    setting.config["output"] = "/proc/scores"
-
-
-@case("an output below a dangling link", "made/scores cannot be made", "Give a")
-def _(setting: Setting) -> None:
-    setting.path("made").symlink_to(setting.path("gone"))
-    setting.config["output"] = setting.path("made/scores")
-
-
-@case("an empty output and a store that is missing", "gone is no directory", "`estimate` run")
-def _(setting: Setting) -> None:
-    """The directory was there, so it stays."""
-    setting.path("scores").mkdir()
-    setting.config["factors"] = setting.path("gone")
-
-
-@case("an output of too long a name", "cannot be made", "too long", "Give a")
-def _(setting: Setting) -> None:
-    setting.config["output"] = setting.path("made/first") / ("s" * 300)
+CASES = [
+    *(*STORES, *MODELS, *DATA, *QUERY_CASES, *SCORES),
+    *(*CANDIDATES, *DAMPINGS, *CONFIGURATIONS, *OUTPUTS),
+]
+# fmt: on
 
 
 # -- the runs --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Good:
-    directory = tmp_path_factory.mktemp("good")
-    good = Good(directory, *(directory / n for n in ("tiny", "text.jsonl", "factors", "scores")))
-    save_tiny_llama(good.model)
-    write_jsonl(good.data, [{"text": text} for text in texts(NUM_ROWS)])
-    queries = write_jsonl(directory / "queries.jsonl", QUERIES)
-    fit = {"model.name": good.model, "data.source": good.data, "output": good.store}
-    ask = {"factors": good.store, "queries": queries, "output": good.scores, "scores.top_k": 3}
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its training text and factors, and the results of a query, which no test changes."""
+    good = tmp_path_factory.mktemp("good")
+    fit = {
+        "model.name": save_tiny_llama(good / "tiny"),
+        "data.source": write_jsonl(good / "text.jsonl", [{"text": t} for t in texts(NUM_ROWS)]),
+        "output": good / "factors",
+    }
+    ask = {
+        "factors": good / "factors",
+        "queries": write_jsonl(good / "queries.jsonl", QUERIES),
+        "output": good / "scores",
+        "scores.top_k": 3,
+    }
     for command, given in (("estimate", fit), ("query", ask)):
-        options = [f"--{name}={value}" for name, value in given.items()]
+        words = [f"--{name}={value}" for name, value in given.items()]
         with contextlib.redirect_stdout(io.StringIO()):
-            assert cli.main([command, *options]) == 0
+            assert cli.main([command, *words]) == 0
     return good
 
 
 @pytest.fixture(scope="module")
-def good_contents(good: Good) -> dict[str, str]:
-    return contents(good.directory)
+def good_contents(good: Path) -> dict[str, str]:
+    return contents(good)
 
 
 @pytest.fixture
-def setting(tmp_path: Path, good: Good, good_contents: dict[str, str]) -> Iterator[Setting]:
-    yield Setting(tmp_path, good)
-    assert contents(good.directory) == good_contents
+def command(tmp_path: Path, good: Path, good_contents: dict[str, str]) -> Iterator[Query]:
+    yield Query(tmp_path, good)
+    assert contents(good) == good_contents
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_one_worker_refuses(case: Case, setting: Setting, capfd: pytest.CaptureFixture) -> None:
-    require_refusal(case, setting, lambda arguments: in_this_process(arguments, capfd))
+@each(CASES)
+def test_one_worker_refuses(case: Case, command: Query, capfd: pytest.CaptureFixture) -> None:
+    require_refusal(case, command, lambda arguments: in_this_process(arguments, capfd))
 
 
-def refused_by_two_workers(cases: list[Case], directory: Path, good: Good) -> None:
+def refused_by_two_workers(cases: list[Case], directory: Path, good: Path) -> None:
     """Requires that two workers refuse each of these in turn, and answer a good query after it."""
-    settings = [Setting(directory / str(number), good) for number in range(len(cases) + 1)]
-    for case, setting in zip(cases, settings, strict=False):
-        case.spoil(setting)
-    runs = [setting.arguments() for setting in settings]
-    before = [contents(setting.directory) for setting in settings]
-    shared = contents(good.directory)
+    commands = [Query(directory / str(number), good) for number in range(len(cases) + 1)]
+    for bad, command in zip(cases, commands, strict=False):
+        bad.spoil(command)
+    runs = [command.arguments() for command in commands]
+    before = [contents(command.directory) for command in commands]
+    shared = contents(good)
     ends = on_two_workers_in_turn(runs, directory, timeout=5 * PROMPT_SECONDS)
-    for number, case in enumerate(cases):
+    for number, bad in enumerate(cases):
         (status, said), (other_status, other_said) = (mine[number] for mine in ends)
-        assert status == other_status, f"{case.name}: {said} {other_said}"
-        require_sentence(case, status, said + other_said)
-        assert contents(settings[number].directory) == before[number], case.name
-    assert contents(good.directory) == shared
+        assert status == other_status, f"{bad.name}: {said} {other_said}"
+        require_sentence(bad, status, said + other_said)
+        assert contents(commands[number].directory) == before[number], bad.name
+    assert contents(good) == shared
     assert [mine[-1][0] for mine in ends] == [0, 0], ends[0][-1]
-    assert (settings[-1].path("scores") / MANIFEST).is_file()
+    assert (commands[-1].path("scores") / MANIFEST).is_file()
 
 
-def test_two_workers_refuse(tmp_path: Path, good: Good) -> None:
+def test_two_workers_refuse(tmp_path: Path, good: Path) -> None:
     refused_by_two_workers([c for c in CASES if c.name in STAND_FOR_ALL], tmp_path, good)
 
 
 @pytest.mark.slow
-def test_two_workers_refuse_as_well(tmp_path: Path, good: Good) -> None:
+def test_two_workers_refuse_as_well(tmp_path: Path, good: Path) -> None:
     refused_by_two_workers([c for c in CASES if c.name not in STAND_FOR_ALL], tmp_path, good)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_processes_of_their_own_end_with_status_2(workers: int, setting: Setting) -> None:
-    case = next(case for case in CASES if case.name == "a query that is no JSON")
-    require_refusal(case, setting, lambda arguments: on_real_workers(arguments, workers))
+def test_processes_of_their_own_end_with_status_2(workers: int, command: Query) -> None:
+    case = named(CASES, "a query that is no JSON")
+    require_refusal(case, command, lambda arguments: on_real_workers(arguments, workers))
 
 
 def test_the_cases_that_stand_for_all_exist() -> None:
@@ -1119,211 +821,158 @@ def test_the_cases_that_stand_for_all_exist() -> None:
 
 @pytest.mark.parametrize("exists", [False, True])
 def test_an_output_without_permission_is_refused(
-    exists: bool, setting: Setting, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    exists: bool, command: Query, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Permissions are told by the system; the tests may run as one who has them all."""
     if exists:
-        setting.path("scores").mkdir()
+        make_output(command)
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
     says = "scores cannot be (written|made: .* is no directory that can be written)"
-    case = Case("", lambda setting: None, (says, "ive another directory"))
-    require_refusal(case, setting, lambda arguments: in_this_process(arguments, capfd))
+    refusal = case("", (), says, "ive another directory")
+    require_refusal(refusal, command, lambda arguments: in_this_process(arguments, capfd))
 
 
-def test_what_the_cases_spoil_is_good(setting: Setting, capfd: pytest.CaptureFixture) -> None:
-    setting.model()
-    setting.store()
-    setting.candidates("0\n3\n5\n7\n")
-    status, stdout, stderr = in_this_process(setting.arguments(), capfd)
+def test_what_the_cases_spoil_is_good(command: Query, capfd: pytest.CaptureFixture) -> None:
+    command.model()
+    command.listed()
+    case("", candidates("0\n3\n5\n7\n"), "").spoil(command)
+    status, stdout, stderr = in_this_process(command.arguments(), capfd)
     assert status == 0, stderr
     assert SAID not in stderr
     assert "12 of 12 sequences" in stdout
     assert "4 of them scored" in stdout
-    assert json.loads((setting.path("scores") / MANIFEST).read_text())["complete"] is True
+    assert json.loads((command.path("scores") / MANIFEST).read_text())["complete"] is True
 
 
 def test_a_rank_above_the_matrices_is_reduced_and_said(
-    setting: Setting, capfd: pytest.CaptureFixture
+    command: Query, capfd: pytest.CaptureFixture
 ) -> None:
-    setting.config["scores"]["rank"] = 20
-    status, stdout, stderr = in_this_process(setting.arguments(), capfd)
+    config("scores.rank", 20)(command)
+    status, stdout, stderr = in_this_process(command.arguments(), capfd)
     assert status == 0, stderr
     assert "rank          20 is more than 6 of 6 modules have: reduced there, to 16 in" in stdout
-    scan = json.loads((setting.path("scores") / MANIFEST).read_text())["scan"]
+    scan = json.loads((command.path("scores") / MANIFEST).read_text())["scan"]
     assert scan["rank"] == 20
     assert set(scan["ranks"].values()) == {16}
 
 
 def test_other_data_than_the_fitted_is_scored_and_said(
-    setting: Setting, capfd: pytest.CaptureFixture
+    command: Query, capfd: pytest.CaptureFixture
 ) -> None:
-    setting.rows([{"text": text} for text in texts(4, seed=1)])
-    status, stdout, stderr = in_this_process(setting.arguments(), capfd)
+    rows([{"text": text} for text in texts(4, seed=1)])(command)
+    status, stdout, stderr = in_this_process(command.arguments(), capfd)
     assert status == 0, stderr
     assert "not the sequences that the factors were fitted on" in stdout
 
 
 def test_a_relative_damping_needs_no_spectrum_without_zeros(
-    setting: Setting, capfd: pytest.CaptureFixture
+    command: Query, capfd: pytest.CaptureFixture
 ) -> None:
-    change_spectrum(setting.store(), lambda lambda_OI: lambda_OI[0].zero_())
-    status, _, stderr = in_this_process(setting.arguments(), capfd)
+    FIRST_ROW_OF_ZEROS(command)
+    status, _, stderr = in_this_process(command.arguments(), capfd)
     assert status == 0, stderr
 
 
+# fmt: off
 # -- the report ------------------------------------------------------------------------------------
 
 
-@dataclass
-class Report:
-    """A good report in a directory of its own, for a case to spoil.
-
-    Attributes:
-        directory: Holds all that is made.
-        results: A copy of good results.
-        output: The page.
-    """
-
-    directory: Path
-    results: Path
-    output: Path
-
-    def arguments(self) -> list[str]:
-        return ["report", str(self.results), "--output", str(self.output)]
+def results(name: str) -> Change:
+    """A path below the good results is given for them."""
+    return lambda report: setattr(report, "results", report.results / name)
 
 
-REPORTS: list[Case] = []
-report_case = table(REPORTS)
+def page(path: str) -> Change:
+    """Where the page is to be written."""
+    return lambda report: setattr(report, "output", report.path(path))
 
 
-@report_case("results that are missing", "gone/manifest.json cannot be read", "`query` run")
-def _(report: Report) -> None:
-    report.results = report.directory / "gone"
+def damaged_results(file: str) -> list[Case]:
+    """What can have become of one file of results."""
+    name = re.escape(file)
+    return [
+        case(f"results without {file}", listed_file(file, Path.unlink),
+             f"{name} … missing, though the manifest"),
+        case(f"results with a flipped bit in {file}", listed_file(file, flip(-3)),
+             f"{name} … changed … `query` ag"),
+        case(f"results whose {file} holds other things", listed_anew(file, BINARY),
+             "`query` again|cannot be read"),
+    ]
 
 
-@report_case("results that are a file", "cannot be read: Not a directory", "`query` run")
-def _(report: Report) -> None:
-    report.results = report.results / "top.jsonl"
+REPORTS = [
+    case("results that are missing", results("../gone"),
+         "gone/manifest.json cannot be read … `query` run"),
+    case("results that are a file", results("top.jsonl"),
+         "cannot be read: Not a directory … `query` run"),
+    case("a directory that holds no results", listed_file(MANIFEST, Path.unlink),
+         "cannot be read: No such file … `query` run"),
+    case("a factor store", entries(format="ekfac_dist/1"),
+         "format 'ekfac_dist/1' … reads 'ekfac_dist/scores/1' … `query`"),
+    case("results of another format", entries(format="ekfac_dist/scores/2"),
+         "format 'ekfac_dist/scores/2' … `query`"),
+    case("results that are incomplete", entries(complete=False),
+         "incomplete: its run did not finish … `query` again"),
+    *(
+        case(f"a manifest of results that is {what}", listed_file(MANIFEST, content),
+             r"manifest\.json is not JSON")
+        for what, content in (
+            ("cut short", '{"format'),
+            ("binary", BINARY),
+            ("deep", "[" * 200_000),
+        )
+    ),
+    case("a manifest of results that is a list", listed_file(MANIFEST, "[]"),
+         "format None … `query`"),
+    *(
+        case(f"a manifest of results with {what} for files", entries(files=files),
+             r"manifest\.json … files")
+        for what, files in (("no files", None), ("a list", []), ("text", "all"))
+    ),
+    *(
+        case(f"a manifest that lists results {what}", entries("files", **{name: listing}),
+             rf"manifest\.json lists … {re.escape(name)}")
+        for what, name, listing in (
+            ("as nothing", "top.jsonl", None),
+            ("without a hash", "top.jsonl", {"bytes": 3}),
+            ("elsewhere", "../top.jsonl", {"bytes": 1, "sha256": ""}),
+        )
+    ),
+    *(
+        case(f"a manifest of results without {key}", lacks(key), f"{key} … `query` again")
+        for key in ("factors", "scores", "damping", "scan", "modules", "software", "config")
+    ),
+    *damaged_results("queries.jsonl"),
+    *damaged_results("scores.safetensors"),
+    *damaged_results("top.jsonl"),
+    *damaged_results("details.safetensors"),
+    *(
+        case(f"results whose {file} is not listed", lacks("files", file),
+             f"{re.escape(file)} … `query` again")
+        for file in ("queries.jsonl", "scores.safetensors", "top.jsonl")
+    ),
+    case("a line of results that lacks a field", listed_anew("top.jsonl", "{}\n"),
+         "lacks something … `query` again"),
+    case("a page that exists", write("page.html", "the only copy"),
+         r"page\.html exists already … another file, or remove it"),
+    case("a page that is a dangling link", link("page.html", "gone"),
+         r"page\.html exists already … another file"),
+    case("a page in no folder", page("gone/page.html"),
+         "no folder .*gone … Make it, or give another"),
+    case("a page below a file", page("scores/top.jsonl/page.html"),
+         "no folder … Make it, or give another"),
+    case("a page where nothing can be made", page("/proc/page.html"),
+         "/proc/page.html cannot be written … Give an"),
+]
+# fmt: on
 
 
-@report_case("a directory that holds no results", "cannot be read: No such file", "`query` run")
-def _(report: Report) -> None:
-    (report.results / MANIFEST).unlink()
-
-
-@report_case("a factor store", "format 'ekfac_dist/1'", "reads 'ekfac_dist/scores/1'", "`query`")
-def _(report: Report) -> None:
-    rewrite_manifest(report.results, lambda m: m.update(format="ekfac_dist/1"))
-
-
-@report_case("results of another format", "format 'ekfac_dist/scores/2'", "`query`")
-def _(report: Report) -> None:
-    rewrite_manifest(report.results, lambda m: m.update(format="ekfac_dist/scores/2"))
-
-
-@report_case("results that are incomplete", "incomplete: its run did not finish", "`query` again")
-def _(report: Report) -> None:
-    rewrite_manifest(report.results, lambda m: m.update(complete=False))
-
-
-for what, content in (("cut short", b'{"format'), ("binary", BINARY), ("deep", b"[" * 200_000)):
-
-    @report_case(f"a manifest of results that is {what}", r"manifest\.json is not JSON")
-    def _(report: Report, content: bytes = content) -> None:
-        (report.results / MANIFEST).write_bytes(content)
-
-
-@report_case("a manifest of results that is a list", "format None", "`query`")
-def _(report: Report) -> None:
-    (report.results / MANIFEST).write_text("[]")
-
-
-for what, files in (("no files", None), ("a list", []), ("text", "all")):
-
-    @report_case(f"a manifest of results with {what} for files", r"manifest\.json", "files")
-    def _(report: Report, files: object = files) -> None:
-        rewrite_manifest(report.results, lambda m: m.update(files=files))
-
-
-for what, name, listing in (
-    ("as nothing", "top.jsonl", None),
-    ("without a hash", "top.jsonl", {"bytes": 3}),
-    ("elsewhere", "../top.jsonl", {"bytes": 1, "sha256": ""}),
-):
-
-    @report_case(f"a manifest that lists results {what}", r"manifest\.json lists", re.escape(name))
-    def _(report: Report, name: str = name, listing: object = listing) -> None:
-        rewrite_manifest(report.results, lambda m: m["files"].update({name: listing}))
-
-
-for key in ("factors", "scores", "damping", "scan", "modules", "software", "config"):
-
-    @report_case(f"a manifest of results without {key}", key, "`query` again")
-    def _(report: Report, key: str = key) -> None:
-        rewrite_manifest(report.results, lambda m: m.pop(key))
-
-
-for file in ("queries.jsonl", "scores.safetensors", "top.jsonl", "details.safetensors"):
-
-    @report_case(f"results without {file}", re.escape(file), "missing, though the manifest")
-    def _(report: Report, file: str = file) -> None:
-        (report.results / file).unlink()
-
-    @report_case(f"results with a flipped bit in {file}", re.escape(file), "changed", "`query` ag")
-    def _(report: Report, file: str = file) -> None:
-        flip(report.results / file, -3)
-
-    @report_case(f"results whose {file} holds other things", "`query` again|cannot be read")
-    def _(report: Report, file: str = file) -> None:
-        (report.results / file).write_bytes(BINARY)
-        relist(report.results, file)
-
-
-for file in ("queries.jsonl", "scores.safetensors", "top.jsonl"):
-
-    @report_case(f"results whose {file} is not listed", re.escape(file), "`query` again")
-    def _(report: Report, file: str = file) -> None:
-        rewrite_manifest(report.results, lambda m: m["files"].pop(file))
-
-
-@report_case("a line of results that lacks a field", r"lacks something", "`query` again")
-def _(report: Report) -> None:
-    (report.results / "top.jsonl").write_text("{}\n")
-    relist(report.results, "top.jsonl")
-
-
-@report_case("a page that exists", r"page\.html exists already", "another file, or remove it")
-def _(report: Report) -> None:
-    report.output.write_text("the only copy")
-
-
-@report_case("a page that is a dangling link", r"page\.html exists already", "another file")
-def _(report: Report) -> None:
-    report.output.symlink_to(report.directory / "gone")
-
-
-@report_case("a page in no folder", "no folder .*gone", "Make it, or give another")
-def _(report: Report) -> None:
-    report.output = report.directory / "gone/page.html"
-
-
-@report_case("a page below a file", "no folder", "Make it, or give another")
-def _(report: Report) -> None:
-    report.output = report.results / "top.jsonl/page.html"
-
-
-@report_case("a page where nothing can be made", "/proc/page.html cannot be written", "Give an")
-def _(report: Report) -> None:
-    report.output = Path("/proc/page.html")
-
-
-@pytest.mark.parametrize("case", REPORTS, ids=lambda case: case.name)
+@each(REPORTS)
 def test_a_report_is_refused(
-    case: Case, tmp_path: Path, good: Good, capfd: pytest.CaptureFixture
+    case: Case, tmp_path: Path, good: Path, capfd: pytest.CaptureFixture
 ) -> None:
     pytest.importorskip("jinja2")
-    results = shutil.copytree(good.scores, tmp_path / "scores")
-    report = Report(tmp_path, results, tmp_path / "page.html")
+    report = Report(tmp_path, good)
     require_refusal(case, report, lambda arguments: in_this_process(arguments, capfd))
 
 
@@ -1339,7 +988,7 @@ def test_a_report_is_refused(
 )
 def test_commands_refuse(arguments: list[str], says: str, capfd: pytest.CaptureFixture) -> None:
     status, _, stderr = in_this_process(arguments, capfd)
-    require_sentence(Case(" ".join(arguments), lambda _: None, (says,)), status, stderr)
+    require_sentence(case(" ".join(arguments), (), says), status, stderr)
 
 
 # -- from Python -----------------------------------------------------------------------------------
@@ -1367,9 +1016,9 @@ class Call:
 
 
 @pytest.fixture(scope="module")
-def call(good: Good) -> Call:
-    model = AutoModelForCausalLM.from_pretrained(good.model)
-    return Call(model, load_factors(good.store, model), tiny_tokenizer())
+def call(good: Path) -> Call:
+    model = AutoModelForCausalLM.from_pretrained(good / "tiny")
+    return Call(model, load_factors(good / "factors", model), tiny_tokenizer())
 
 
 def tokens(*ids: int, **more: Any) -> dict[str, Any]:
@@ -1480,10 +1129,10 @@ def test_factors_of_another_model_are_refused(call: Call, tmp_path: Path) -> Non
 
 
 def test_a_store_that_is_damaged_after_it_was_opened_is_refused(
-    call: Call, good: Good, tmp_path: Path
+    call: Call, good: Path, tmp_path: Path
 ) -> None:
-    factors = load_factors(shutil.copytree(good.store, tmp_path / "factors"))
-    flip(tmp_path / "factors" / OUTPUT, -1)
+    factors = load_factors(shutil.copytree(good / "factors", tmp_path / "factors"))
+    flip(-1)(tmp_path / "factors" / OUTPUT)
     with pytest.raises(StoreError, match="damaged: its SHA-256"):
         call(factors=factors)
 
@@ -1504,36 +1153,36 @@ def test_a_refused_model_comes_back_as_it_was(call: Call) -> None:
 
 
 def test_a_change_that_is_meant_is_told_in_every_result(
-    good: Good, tmp_path: Path, capfd: pytest.CaptureFixture
+    good: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    setting = Setting(tmp_path / "changed", good)
-    change_head(setting.model())
-    setting.config["model"]["allow_changes"] = True
-    status, stdout, stderr = in_this_process(setting.arguments(), capfd)
+    command = Query(tmp_path / "changed", good)
+    case("", (tensors(change_head), CHANGES_ALLOWED), "").spoil(command)
+    status, stdout, stderr = in_this_process(command.arguments(), capfd)
     assert status == 0, stderr
     told = "1 of 15 weights outside the tracked modules have other numbers"
     assert stdout.count(f"model differs {told}") == 2  # before the work, and beside the scores
-    model = json.loads((setting.path("scores") / MANIFEST).read_text())["model"]
+    model = json.loads((command.path("scores") / MANIFEST).read_text())["model"]
     assert len(model["differs"]) == 1
     assert model["differs"][0].startswith(told)
     assert model["not_compared"] == []
-    fitted = json.loads((good.store / MANIFEST).read_text())["model"]
+    fitted = json.loads((good / "factors" / MANIFEST).read_text())["model"]
     assert model["whole"] != fitted["whole"]
-    write_report(setting.path("scores"), tmp_path / "page.html")
+    write_report(command.path("scores"), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert f"not the one that the factors were fitted for: {told}" in page
 
 
 def test_what_could_not_be_compared_is_told_in_every_result(
-    good: Good, tmp_path: Path, capfd: pytest.CaptureFixture
+    good: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    setting = Setting(tmp_path / "older", good)
-    setting.manifest(lambda m: [m["model"].pop(k) for k in ("whole", "untracked", "configuration")])
-    status, stdout, stderr = in_this_process(setting.arguments(), capfd)
+    command = Query(tmp_path / "older", good)
+    earlier = ("whole", "untracked", "configuration")
+    manifest(lambda m: [m["model"].pop(key) for key in earlier])(command)
+    status, stdout, stderr = in_this_process(command.arguments(), capfd)
     assert status == 0, stderr
     assert len(re.findall(r"not compared  .* is of an earlier version", stdout)) == 2
-    model = json.loads((setting.path("scores") / MANIFEST).read_text())["model"]
+    model = json.loads((command.path("scores") / MANIFEST).read_text())["model"]
     assert "earlier version" in model["not_compared"][0]
     assert model["differs"] == []
-    write_report(setting.path("scores"), tmp_path / "page.html")
+    write_report(command.path("scores"), tmp_path / "page.html")
     assert "is of an earlier version, which kept" in (tmp_path / "page.html").read_text()

@@ -56,8 +56,16 @@ class Command:
     name = ""
     directory: Path
     good: Path
-    config: dict[str, Any] = field(init=False)
+    config: dict[str, Any] = field(init=False, default_factory=dict)
     options: list[str] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.directory.mkdir(exist_ok=True)
+        self.begin()
+
+    def begin(self) -> None:
+        """Makes all that is good in it."""
+        raise NotImplementedError
 
     def path(self, name: str) -> Path:
         return self.directory / name

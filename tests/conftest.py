@@ -21,7 +21,8 @@ pytest.register_assert_rewrite("helpers.refusals")
 
 import torch  # noqa: E402 - only now that the caches are set
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Of several pytest-xdist workers each has one core.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 from hypothesis import HealthCheck, settings  # noqa: E402
 

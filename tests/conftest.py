@@ -21,8 +21,7 @@ pytest.register_assert_rewrite("helpers.refusals")
 
 import torch  # noqa: E402 - only now that the caches are set
 
-# Of several pytest-xdist workers each has one core.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # as in the workers; the matrices are too small to be shared out
 
 from hypothesis import HealthCheck, settings  # noqa: E402
 

@@ -17,16 +17,19 @@ import torch
 from datasets import Dataset, DatasetDict
 from helpers.refusals import (
     BINARY,
+    PROMPT_SECONDS,
     SAID,
     WEIGHTS,
     Case,
     Change,
     Command,
+    Ended,
     Run,
     case,
     config,
     cut,
     each,
+    ended_in_turn,
     here,
     in_this_process,
     infinite,
@@ -397,8 +400,24 @@ def test_one_worker_refuses(case: Case, command: Estimate, capfd: pytest.Capture
     require_refusal(case, command, lambda arguments: in_this_process(arguments, capfd))
 
 
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory, good: Path) -> dict[str, Ended]:
+    """How two workers ended, one after another, by the name of the case."""
+    directory = tmp_path_factory.mktemp("in turn")
+    cases = [named(CASES, name) for name in STAND_FOR_ALL]
+    ends = ended_in_turn(
+        cases, lambda path: Estimate(path, good), directory, timeout=2 * PROMPT_SECONDS
+    )
+    return {end.case.name: end for end in ends}
+
+
 @each(CASES, STAND_FOR_ALL)
-def test_two_workers_refuse(case: Case, command: Estimate) -> None:
+def test_two_workers_refuse(case: Case, ended: dict[str, Ended]) -> None:
+    ended[case.name].require_refusal()
+
+
+def test_two_workers_of_the_launcher_end_with_status_2(command: Estimate) -> None:
+    case = named(CASES, "one sequence that makes activations infinite")
     require_refusal(case, command, lambda arguments: on_real_workers(arguments, 2))
 
 

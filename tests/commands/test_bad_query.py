@@ -33,6 +33,7 @@ from helpers.refusals import (
     contents,
     cut,
     each,
+    ended_in_turn,
     here,
     in_this_process,
     infinite,
@@ -41,7 +42,6 @@ from helpers.refusals import (
     model_file,
     named,
     on_real_workers,
-    on_two_workers_in_turn,
     options,
     require_refusal,
     require_sentence,
@@ -782,21 +782,13 @@ def test_one_worker_refuses(case: Case, command: Query, capfd: pytest.CaptureFix
 
 def refused_by_two_workers(cases: list[Case], directory: Path, good: Path) -> None:
     """Requires that two workers refuse each of these in turn, and answer a good query after it."""
-    commands = [Query(directory / str(number), good) for number in range(len(cases) + 1)]
-    for bad, command in zip(cases, commands, strict=False):
-        bad.spoil(command)
-    runs = [command.arguments() for command in commands]
-    before = [contents(command.directory) for command in commands]
     shared = contents(good)
-    ends = on_two_workers_in_turn(runs, directory, timeout=5 * PROMPT_SECONDS)
-    for number, bad in enumerate(cases):
-        (status, said), (other_status, other_said) = (mine[number] for mine in ends)
-        assert status == other_status, f"{bad.name}: {said} {other_said}"
-        require_sentence(bad, status, said + other_said)
-        assert contents(commands[number].directory) == before[number], bad.name
+    for ended in ended_in_turn(
+        cases, lambda path: Query(path, good), directory, timeout=5 * PROMPT_SECONDS
+    ):
+        ended.require_refusal()
     assert contents(good) == shared
-    assert [mine[-1][0] for mine in ends] == [0, 0], ends[0][-1]
-    assert (commands[-1].path("scores") / MANIFEST).is_file()
+    assert (directory / str(len(cases)) / "scores" / MANIFEST).is_file()
 
 
 def test_two_workers_refuse(tmp_path: Path, good: Path) -> None:

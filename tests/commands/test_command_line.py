@@ -11,6 +11,7 @@ from helpers.dense import dense_modules, relative
 from helpers.refusals import in_this_process
 from helpers.workshop import (
     run_cli,
+    run_here,
     save_tiny_gpt2,
     save_tiny_llama,
     texts,
@@ -134,7 +135,7 @@ def test_estimate_says_who_works_what_is_covered_and_what_it_took(fitted):
 def test_inspect_shows_every_module_and_verifies_every_file(fitted):
     directory, _ = fitted
     picture = directory / "spectra.png"
-    done = run_cli(["inspect", directory / "store", "--verify", "--plot", picture])
+    done = run_here(["inspect", directory / "store", "--verify", "--plot", picture])
     assert done.returncode == 0, done.stderr
     assert "all as they were written" in done.stdout
     assert done.stdout.count(".mlp.") == 6
@@ -204,7 +205,7 @@ def test_a_flipped_bit_is_found(fitted, tmp_path):
     content = bytearray(victim.read_bytes())
     content[-3] ^= 4
     victim.write_bytes(content)
-    done = run_cli(["inspect", tmp_path / "store", "--verify"])
+    done = run_here(["inspect", tmp_path / "store", "--verify"])
     assert done.returncode == 2
     assert f"BAD  spectrum/{victim.name}" in done.stdout
     assert "Traceback" not in done.stderr
@@ -246,7 +247,7 @@ def test_the_fitted_store_loads_for_its_model_and_no_other(fitted, tmp_path):
 
 def test_a_dry_run_lists_every_module_and_writes_nothing(tmp_path):
     model = save_tiny_llama(tmp_path / "model", mlp_bias=True)
-    done = run_cli(
+    done = run_here(
         [
             *("estimate", "--model.name", model, "--data.source", tmp_path / "none.jsonl"),
             *("--output", tmp_path / "store", "--model.modules", '["*_proj"]', "--dry-run"),
@@ -260,7 +261,7 @@ def test_a_dry_run_lists_every_module_and_writes_nothing(tmp_path):
     assert up.endswith("input shared with model.layers.1.mlp.gate_proj")
     assert "of the MLP's" in done.stdout
     assert not (tmp_path / "store").exists()
-    narrow = run_cli(
+    narrow = run_here(
         [
             *("estimate", "--model.name", model, "--data.source", "none.jsonl", "--dry-run"),
             *("--output", tmp_path / "store", "--model.modules", '["*.0.mlp.*"]'),

@@ -12,6 +12,7 @@ from helpers.dense import relative
 from helpers.dense_scores import DenseScores
 from helpers.workshop import (
     run_cli,
+    run_here,
     save_tiny_gpt2,
     save_tiny_llama,
     texts,
@@ -69,20 +70,24 @@ def fitted(request, tmp_path_factory):
             "output": directory / "store",
         },
     )
-    assert run_cli(["estimate", "--config", config]).returncode == 0
+    assert run_here(["estimate", "--config", config]).returncode == 0
     write_jsonl(directory / "queries.jsonl", QUERIES)
     return directory
 
 
-def ask(directory, output, *options, workers=1):
+def ask(directory, output, *options, run=run_here):
     """Runs `query`; the store's bytes are the same before and after."""
     before = hashes(directory / "store")
     arguments = ["query", "--factors", directory / "store", "--output", output]
     arguments += ["--queries", directory / "queries.jsonl", "--batch_tokens", "64", *options]
-    done = run_cli(arguments, workers)
+    done = run(arguments)
     assert done.returncode == 0, done.stderr
     assert hashes(directory / "store") == before
     return done
+
+
+def on_two_workers(arguments):
+    return run_cli(arguments, workers=2)
 
 
 def hashes(directory):
@@ -117,7 +122,7 @@ def dense_answer(directory):
 
 @BOTH
 def test_two_workers_files_hold_what_dense_autograd_says(fitted, tmp_path):
-    done = ask(fitted, tmp_path / "scores", "--scores.top_k", "4", workers=2)
+    done = ask(fitted, tmp_path / "scores", "--scores.top_k", "4", run=on_two_workers)
     found = load_file(tmp_path / "scores" / "scores.safetensors")
     expected = dense_answer(fitted)
     assert found["scores"].dtype == torch.float32
@@ -205,8 +210,8 @@ def test_every_option_is_in_the_files(fitted, tmp_path):
 
 @ONE
 def test_the_same_query_twice_writes_the_same_bytes(fitted, tmp_path):
-    for name in ("one", "two"):
-        ask(fitted, tmp_path / name, "--scores.rank", "4")
+    for name, run in (("one", run_here), ("two", run_cli)):
+        ask(fitted, tmp_path / name, "--scores.rank", "4", run=run)
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
     for name in names:
@@ -299,10 +304,10 @@ def test_a_rank_above_the_matrixs_is_reduced_and_that_is_said(fitted, tmp_path):
 @ONE
 def test_a_report_is_written_from_the_results(fitted, tmp_path):
     ask(fitted, tmp_path / "scores")
-    done = run_cli(["report", tmp_path / "scores"])
+    done = run_here(["report", tmp_path / "scores"])
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "scores.html").read_text()
     assert "batch of tokens" in page
-    again = run_cli(["report", tmp_path / "scores"])
+    again = run_here(["report", tmp_path / "scores"])
     assert again.returncode == 2
     assert "exists" in again.stderr

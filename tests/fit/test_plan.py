@@ -9,7 +9,7 @@ import torch
 import transformers
 from helpers.families import PLAIN, WITH_EXPERTS, tiny_model
 from helpers.networks import CONFIGS, build, examples
-from helpers.workshop import run_cli, save_tiny_gpt2, save_tiny_llama, texts, write_jsonl
+from helpers.workshop import run_here, save_tiny_gpt2, save_tiny_llama, texts, write_jsonl
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.config import FactorsConfig, ModelConfig, PlanConfig
@@ -209,7 +209,7 @@ def test_the_command_prints_what_a_run_would_need(tmp_path: Path):
     write_jsonl(tmp_path / "text.jsonl", [{"text": text} for text in texts(3)])
     model, data, output = (tmp_path / name for name in ("model", "gone.jsonl", "store"))
     arguments = ["plan", "--model.name", model, "--data.source", data, "--output", output]
-    done = run_cli([*arguments, "--sequences", "7", "--workers", "3"])
+    done = run_here([*arguments, "--sequences", "7", "--workers", "3"])
     assert done.returncode == 0, done.stderr
     assert "6 modules, 10 factors" in done.stdout
     assert "7 sequences of 128 tokens" in done.stdout

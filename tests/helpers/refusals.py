@@ -257,9 +257,14 @@ def require_refusal(case: Case, command: Any, run: Run) -> None:
     before = contents(command.directory)
     status, _, stderr = run(arguments)
     require_sentence(case, status, stderr)
-    after = contents(command.directory)
+    require_unchanged(case, command.directory, before)
+
+
+def require_unchanged(case: Case, directory: Path, before: dict[str, str]) -> None:
+    """Requires that a directory is as it was, but for what a run had begun when it failed."""
+    after = contents(directory)
     if case.begun:
-        manifest = json.loads((command.directory / "factors/manifest.json").read_text())
+        manifest = json.loads((directory / "factors/manifest.json").read_text())
         assert manifest["complete"] is False
         after = {name: what for name, what in after.items() if not name.startswith("factors")}
     assert after == before
@@ -309,3 +314,47 @@ def on_two_workers_in_turn(
     done = run_workers(script, 2, directory / "runs.json", directory, timeout=timeout)
     assert done.returncode == 0, done.stderr
     return [json.loads((directory / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How two workers ended a command that a case had spoilt.
+
+    Attributes:
+        case: The case.
+        directory: The command's.
+        before: What was in it.
+        ends: Exit status and standard error of each worker.
+    """
+
+    case: Case
+    directory: Path
+    before: dict[str, str]
+    ends: list[tuple[int, str]]
+
+    def require_refusal(self) -> None:
+        """Requires that both refused it as the case says."""
+        (status, said), (other_status, other_said) = self.ends
+        assert status == other_status, f"{self.case.name}: {said} {other_said}"
+        require_sentence(self.case, status, said + other_said)
+        require_unchanged(self.case, self.directory, self.before)
+
+
+def ended_in_turn(
+    cases: Sequence[Case], make: Callable[[Path], Command], directory: Path, timeout: float
+) -> list[Ended]:
+    """Spoils one command by each case, and tells how two workers ended one after another.
+
+    A good command goes well behind them; it has the last directory.
+    """
+    commands = [make(directory / str(number)) for number in range(len(cases) + 1)]
+    for bad, command in zip(cases, commands, strict=False):
+        bad.spoil(command)
+    runs = [command.arguments() for command in commands]
+    before = [contents(command.directory) for command in commands]
+    ends = on_two_workers_in_turn(runs, directory, timeout)
+    assert [mine[-1][0] for mine in ends] == [0, 0], ends[0][-1]
+    return [
+        Ended(bad, commands[k].directory, before[k], [mine[k] for mine in ends])
+        for k, bad in enumerate(cases)
+    ]

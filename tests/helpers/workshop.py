@@ -9,6 +9,7 @@ Everything is made from a seed, small enough for a second, and the same in every
 """
 
 import functools
+import io
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,6 +43,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ekfac_dist import cli
 from ekfac_dist.factors.layout import CHECKSUM, MANIFEST, manifest_checksum
 
 TESTS = Path(__file__).parents[1]
@@ -283,6 +286,14 @@ def run_cli(
             launcher = cpu_launcher_config(Path(temporary, "launcher.yaml"), workers)
             program += ["launch", "--config_file", str(launcher)]
         return _run([*program, *map(str, arguments)], timeout, env, cwd)
+
+
+def run_here(arguments: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
+    """What `run_cli` does on one worker, in this process, which need not start first."""
+    words, stdout, stderr = list(map(str, arguments)), io.StringIO(), io.StringIO()
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        status = cli.main(words)
+    return subprocess.CompletedProcess(words, status, stdout.getvalue(), stderr.getvalue())
 
 
 def run_workers(

@@ -16,7 +16,7 @@ from helpers.task_models import (
     tiny,
     translated_examples,
 )
-from helpers.workshop import run_cli, write_jsonl
+from helpers.workshop import run_here, write_jsonl
 from torch import nn
 from transformers import (
     AlbertConfig,
@@ -562,7 +562,7 @@ def test_the_command_line_refuses_factors_of_another_task(tmp_path):
     estimate_factors(bert(), masked_examples(4), task=MaskedLM(), output=tmp_path / "factors")
     queries = write_jsonl(tmp_path / "queries.jsonl", [{"text": "The worker reads."}])
     given = ["--factors", tmp_path / "factors", "--queries", queries, "--output", tmp_path / "s"]
-    done = run_cli(["query", *given])
+    done = run_here(["query", *given])
     assert done.returncode == 2
     assert "fitted with the task MaskedLM, not CausalLM" in done.stderr
     assert "Traceback" not in done.stderr

@@ -7,7 +7,7 @@ import torch
 from helpers.refusals import SAID, on_two_workers_in_turn
 from helpers.workshop import (
     rewrite_manifest,
-    run_cli,
+    run_here,
     save_tiny_llama,
     texts,
     write_jsonl,
@@ -183,7 +183,7 @@ QUERIES = {
 @pytest.fixture(scope="module")
 def queries(root):
     """How each query ended whose workers were given something else."""
-    done = run_cli([*fit(root), "--output", root / "store"], timeout=120)
+    done = run_here([*fit(root), "--output", root / "store"])
     assert done.returncode == 0, done.stderr
     write_jsonl(root / "queries.jsonl", [{"text": "A worker waits."}])
     write_jsonl(root / "questions.jsonl", [{"text": "A worker reads."}])

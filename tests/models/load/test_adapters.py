@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.dense import dense_influence, dense_modules, relative
 from helpers.networks import build, examples, shifted
-from helpers.workshop import run_cli, save_tiny_llama, texts, with_helpers, write_jsonl
+from helpers.workshop import run_here, save_tiny_llama, texts, with_helpers, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from ekfac_dist import estimate_factors, influence_scores, load_factors
@@ -97,7 +97,7 @@ def saved(tmp_path_factory):
 def test_the_command_fits_and_queries_an_adapted_model(saved, tmp_path, merge):
     directory, model, data = saved
     store, scores = tmp_path / "store", tmp_path / "scores"
-    done = run_cli(
+    done = run_here(
         [
             *("estimate", "--model.name", model, "--data.source", data, "--output", store),
             *("--model.adapter", directory / "lora", "--model.merge_adapter", str(merge).lower()),
@@ -108,7 +108,7 @@ def test_the_command_fits_and_queries_an_adapted_model(saved, tmp_path, merge):
     assert len(names) == (6 if merge else 8)
     assert all(("lora_" in name) is not merge for name in names)
     write_jsonl(tmp_path / "queries.jsonl", [{"text": "The worker reads."}])
-    done = run_cli(
+    done = run_here(
         [
             *("query", "--factors", store, "--queries", tmp_path / "queries.jsonl"),
             *("--output", scores, "--scores.top_k", "2"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.long_runs import content
-from helpers.workshop import run_cli, save_tiny_llama, texts, write_jsonl
+from helpers.workshop import run_cli, run_here, save_tiny_llama, texts, write_jsonl
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.config import ModelConfig, QueryModelConfig
@@ -28,7 +28,7 @@ def arguments(root, output, *more):
 
 def test_one_worker_fits_the_same_and_many_are_refused(setting, tmp_path):
     for name, more in (("whole", ()), ("spread", ("--model.device_map", "auto"))):
-        done = run_cli(arguments(setting, tmp_path / name, *more))
+        done = run_here(arguments(setting, tmp_path / name, *more))
         assert done.returncode == 0, done.stderr
     stored = [content(tmp_path / name) for name in ("whole", "spread")]
     for one in stored:

@@ -45,9 +45,8 @@ def stores(tmp_path_factory, request):
     root = tmp_path_factory.mktemp("sharded")
     for kind in ("whole", "sharded"):
         (root / kind).mkdir()
-        script = HERE / "worker_sharded.py"
-        done = run_workers(script, request.param, root / kind, kind, timeout=240)
-        assert done.returncode == 0, done.stderr
+    done = run_workers(HERE / "worker_sharded.py", request.param, root, timeout=360)
+    assert done.returncode == 0, done.stderr
     return root
 
 

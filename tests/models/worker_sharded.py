@@ -1,9 +1,10 @@
-"""Started on W workers by test_sharded.py: fits models whose weights FSDP2 has sharded, or whole.
+"""Started on W workers by test_sharded.py: fits models that are whole, then sharded by FSDP2.
 
-worker_sharded.py OUTPUT sharded|whole
+worker_sharded.py OUTPUT: stores are `whole/NAME` and `sharded/NAME` there
 """
 
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -61,8 +62,7 @@ def sharded(model: nn.Module, name: str) -> nn.Module:
 
 if __name__ == "__main__":
     PartialState(cpu=True)
-    output, kind = Path(sys.argv[1]), sys.argv[2]
-    for name, (family, number, settings) in FITS.items():
+    for kind, (name, (family, number, settings)) in product(("whole", "sharded"), FITS.items()):
         model = made(name)
         if kind == "sharded":
             model = sharded(model, name)
@@ -71,7 +71,7 @@ if __name__ == "__main__":
                     model(input_ids=torch.ones(1, 3, dtype=torch.int64))
         data = translated_examples(number) if family == "t5" else examples(number, prompts=True)
         flags = [parameter.requires_grad for parameter in model.parameters()]
-        estimate_factors(model, data, output=output / name, **SETTINGS, **settings)
+        estimate_factors(model, data, output=Path(sys.argv[1], kind, name), **SETTINGS, **settings)
         assert [parameter.requires_grad for parameter in model.parameters()] == flags
         assert all(parameter.grad is None for parameter in model.parameters())
     torch.distributed.barrier()

@@ -13,7 +13,7 @@ from helpers.workshop import rewrite_manifest
 from safetensors.torch import load_file, save_file
 
 from ekfac_dist.errors import OutputError, StoreError
-from ekfac_dist.factors import reader as store_reader
+from ekfac_dist.factors import reader as store_module
 from ekfac_dist.factors.layout import (
     CHECKSUM,
     FOLDERS,
@@ -512,5 +512,5 @@ def test_opening_a_store_reads_no_tensor(store: Path, monkeypatch: pytest.Monkey
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr(store_reader, "safe_open", refuse)
+    monkeypatch.setattr(store_module, "safe_open", refuse)
     assert StoreReader(store).manifest["complete"] is True

@@ -312,7 +312,7 @@ def test_room_for_states_counts_their_second_levels(
         written[stage] = max(written.get(stage, 0), size)
 
     monkeypatch.setattr(checkpoints, "write_part", measured)
-    monkeypatch.setattr("networks._rope.__defaults__", (96, 200, 1, 2))
+    monkeypatch.setattr("helpers.networks._rope.__defaults__", (96, 200, 1, 2))
     factors = estimate_factors(
         build("llama"), examples(9), output=tmp_path / "store", batch_tokens=8, save_minutes=0
     )

@@ -3,12 +3,7 @@
 import atexit
 import os
 import shutil
-import sys
 import tempfile
-from pathlib import Path
-
-TESTS = Path(__file__).parent
-sys.path.insert(0, str(TESTS))  # `import workshop` from any test
 
 # Nothing is looked up on a hub, and no cache outlives the session or is shared with the user's own.
 _caches = tempfile.mkdtemp(prefix="ekfac_dist-tests-")
@@ -20,9 +15,13 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+import pytest  # noqa: E402
+
+pytest.register_assert_rewrite("helpers.refusals")
+
 import torch  # noqa: E402 - only now that the caches are set
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # as in the workers; the matrices are too small to be shared out
 
 from hypothesis import HealthCheck, settings  # noqa: E402
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense import dense_E, relative
-from networks import KINDS, build, examples
-from workshop import run_cli, save_tiny_llama, texts, write_jsonl
+from helpers.dense import dense_E, relative
+from helpers.networks import KINDS, build, examples
+from helpers.workshop import run_cli, save_tiny_llama, texts, write_jsonl
 
 from ekfac_dist import estimate_factors, influence_scores, load_factors
 from ekfac_dist.curvature.covariance import multiplies_wide

@@ -24,7 +24,7 @@ from ekfac_dist.curvature.covariance import add_outer_products_
 from ekfac_dist.curvature.refit import add_sequence_squares_
 from ekfac_dist.report.tables import table
 
-sys.path.append(str(Path(__file__).parent / "peers"))
+sys.path.append(str(Path(__file__).parent / "peers"))  # where the shared modules are
 from model_shapes import Shape, gemm_rate
 from peer_sides import make_rows
 

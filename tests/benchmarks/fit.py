@@ -12,17 +12,20 @@ them on the host (which slows it down by a few percent).
 
 import argparse
 import resource
+import sys
 import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from model_shapes import Shape, gemm_rate, least_operations
 from torch.profiler import ProfilerActivity, profile
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.report.tables import table
+
+sys.path.append(str(Path(__file__).parent / "peers"))  # where the shared modules are
+from model_shapes import Shape, gemm_rate, least_operations
 
 
 def arguments():

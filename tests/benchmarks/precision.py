@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ekfac_dist import estimate_factors, influence_scores
 from ekfac_dist.report.tables import table
 
-sys.path.append(str(Path(__file__).parent / "peers"))
+sys.path.append(str(Path(__file__).parent / "peers"))  # where the shared modules are
 from model_shapes import Shape
 from peer_agreement import errors_of, median_and_worst
 from peer_sides import make_rows

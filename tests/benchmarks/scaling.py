@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).parent / "peers"))
+sys.path.append(str(Path(__file__).parent / "peers"))  # where the shared modules are
 from model_shapes import Shape
 from peer_sides import Settings, fit_command, make_rows, prepare, run
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from dense import relative
+from helpers.dense import relative
 
 from ekfac_dist.curvature.covariance import add_outer_products_, mirror_, multiplies_wide
 

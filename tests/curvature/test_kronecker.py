@@ -1,6 +1,6 @@
 import pytest
 import torch
-from dense import relative
+from helpers.dense import relative
 
 from ekfac_dist.curvature import kronecker
 from ekfac_dist.curvature.spectrum import departure, effective_rank

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dense import relative
+from helpers.dense import relative
 
 from ekfac_dist.curvature import products
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from helpers.workshop import BOS, EOS, sentencepiece_like, texts, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
-from workshop import BOS, EOS, sentencepiece_like, texts, tiny_tokenizer
 
 from ekfac_dist.config import DataConfig
 from ekfac_dist.data.batches import NO_LABEL

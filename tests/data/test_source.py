@@ -14,10 +14,10 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict, Split
 from datasets.packaged_modules.json.json import Json
+from helpers.rewriting import REWRITERS, rewrite_with_time_restored
+from helpers.workshop import texts, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rewriting import REWRITERS, rewrite_with_time_restored
-from workshop import texts, write_jsonl
 
 from ekfac_dist.config import DataConfig
 from ekfac_dist.data import source, source_copy

@@ -119,14 +119,14 @@ def test_a_killed_training_leaves_no_model_and_the_next_one_clears_up(tokenizer,
     program = textwrap.dedent(
         """
         import sys
-        sys.path[:0] = sys.argv[2:]
         from test_model import TEXTS, train, train_tokenizer
         train(sys.argv[1], train_tokenizer(TEXTS, vocab_size=300), max_steps=10**6)
         """
     )
-    here = os.path.dirname(__file__)
     directory = tmp_path / "model"
-    child = subprocess.Popen([sys.executable, "-c", program, str(directory), here])
+    # Its own folder is where `python -c` looks first.
+    here = os.path.dirname(__file__)
+    child = subprocess.Popen([sys.executable, "-c", program, str(directory)], cwd=here)
     try:
         deadline = time.monotonic() + 60
         while not any(tmp_path.iterdir()):

@@ -5,8 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from networks import build
-from small_mlps import Mixing, Rewritten, anisotropic, cross_entropy, mlp
+from helpers.networks import build
+from helpers.small_mlps import Mixing, Rewritten, anisotropic, cross_entropy, mlp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from dense import dense_of_losses, relative
-from networks import build
-from small_mlps import Mixing, Rewritten, anisotropic, cross_entropy, linears, mlp
+from helpers.dense import dense_of_losses, relative
+from helpers.networks import build
+from helpers.small_mlps import Mixing, Rewritten, anisotropic, cross_entropy, linears, mlp
 from torch import nn
 
 from ekfac_dist import estimate_factors

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import networks
 import numpy as np
 import pytest
 import torch
-from families import tiny_model
-from task_models import bert, classified_examples, masked_examples, t5, translated_examples
+from helpers import networks
+from helpers.families import tiny_model
+from helpers.task_models import bert, classified_examples, masked_examples, t5, translated_examples
 from transformers import BertForSequenceClassification
 
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"

@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
-from networks import build
-from small_mlps import Rewritten, anisotropic, cross_entropy, mlp
+from helpers.networks import build
+from helpers.small_mlps import Rewritten, anisotropic, cross_entropy, mlp
 from torch import nn
 
 from ekfac_dist.errors import ConfigError, NonFiniteError

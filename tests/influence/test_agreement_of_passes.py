@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from families import tiny_model
-from networks import build, examples
+from helpers.families import tiny_model
+from helpers.networks import build, examples
 
 from ekfac_dist import estimate_factors, influence_scores
 from ekfac_dist.errors import ModelError

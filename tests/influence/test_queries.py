@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
-from networks import build
-from workshop import texts, tiny_tokenizer, write_jsonl
+from helpers.networks import build
+from helpers.workshop import texts, tiny_tokenizer, write_jsonl
 
 from ekfac_dist.data.batches import NO_LABEL
 from ekfac_dist.data.tokenized_examples import from_examples

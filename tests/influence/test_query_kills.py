@@ -9,10 +9,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from dense import relative
-from long_runs import family, running, wait_for, worker
+from helpers.dense import relative
+from helpers.long_runs import family, running, wait_for, worker
+from helpers.workshop import run_cli, save_tiny_llama, texts, write_jsonl
 from safetensors.torch import load_file
-from workshop import run_cli, save_tiny_llama, texts, write_jsonl
 
 from ekfac_dist.influence.results import MANIFEST
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense import relative
-from dense_scores import DenseScores
-from networks import build, examples
+from helpers.dense import relative
+from helpers.dense_scores import DenseScores
+from helpers.networks import build, examples
+from helpers.workshop import run_workers
 from worker_scores import ANSWERS, FAMILIES
-from workshop import run_workers
 
 from ekfac_dist import estimate_factors, load_factors
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from refusals import contents
-from workshop import logged, save_tiny_llama, texts, write_jsonl
+from helpers.refusals import contents
+from helpers.workshop import logged, save_tiny_llama, texts, write_jsonl
 
 from ekfac_dist import cli
 from ekfac_dist.config import (

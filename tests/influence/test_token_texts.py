@@ -4,10 +4,10 @@ import itertools
 import time
 
 import pytest
+from helpers.workshop import tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
-from workshop import tiny_tokenizer
 
 from ekfac_dist.influence.token_texts import TokenTexts
 

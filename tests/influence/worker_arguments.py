@@ -1,16 +1,10 @@
 """Started by test_query_workers.py on 2 workers: each is given something else; both are told."""
 
-import sys
-from pathlib import Path
-
-from accelerate import Accelerator
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import pytest
 import torch
-from networks import build, examples
-from workshop import leave
+from accelerate import Accelerator
+from helpers.networks import build, examples
+from helpers.workshop import leave
 
 from ekfac_dist import estimate_factors, influence_scores
 from ekfac_dist.errors import LaunchError

@@ -3,13 +3,10 @@
 import sys
 from pathlib import Path
 
-from accelerate import Accelerator
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
-from networks import build, examples
-from workshop import leave
+from accelerate import Accelerator
+from helpers.networks import build, examples
+from helpers.workshop import leave
 
 from ekfac_dist import influence_scores, load_factors
 

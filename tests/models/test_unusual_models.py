@@ -3,9 +3,9 @@
 import pytest
 import torch
 import transformers
-from dense import dense_modules, relative
-from families import tiny_model
-from networks import build, examples, shifted
+from helpers.dense import dense_modules, relative
+from helpers.families import tiny_model
+from helpers.networks import build, examples, shifted
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

@@ -1,7 +1,7 @@
 """The table that `query` ends with: shares, nats where they are known, and text of any kind."""
 
 import pytest
-from made_results import Made
+from helpers.made_results import Made
 
 from ekfac_dist.report.answers import answer_tables
 from ekfac_dist.report.tables import table

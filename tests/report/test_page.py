@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from made_results import Made
+from helpers.made_results import Made
 
 from ekfac_dist.errors import ConfigError, OutputError, StoreError
 from ekfac_dist.influence.results import DETAILS, MANIFEST, SCORES, TOP, ResultsWriter

@@ -9,7 +9,7 @@ import os
 import shutil
 
 import pytest
-from made_results import Made
+from helpers.made_results import Made
 
 from ekfac_dist.report.page import write_report
 

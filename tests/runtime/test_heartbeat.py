@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from workshop import free_port, start_without_launcher
+from helpers.workshop import free_port, start_without_launcher
 
 HERE = Path(__file__).parent
 

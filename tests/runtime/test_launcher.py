@@ -6,7 +6,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from workshop import cpu_launcher_config, run_cli
+from helpers.workshop import cpu_launcher_config, run_cli
 
 from ekfac_dist.errors import ConfigError
 from ekfac_dist.runtime import launcher

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from worker_collectives import CHECKS
-from workshop import (
+from helpers.workshop import (
     free_port,
     run_cli,
     run_workers,
@@ -19,6 +18,7 @@ from workshop import (
     texts,
     write_jsonl,
 )
+from worker_collectives import CHECKS
 
 from ekfac_dist.errors import DataError, LaunchError
 from ekfac_dist.runtime.collectives import _buckets

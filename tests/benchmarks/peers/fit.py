@@ -51,6 +51,7 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
+from model_shapes import gemm_rate, least_operations
 from peer_agreement import errors_of, errors_table, median_and_worst
 from peer_batches import (
     as_settings,
@@ -81,9 +82,6 @@ from peer_sides import (
     run,
 )
 from transformers.utils.logging import disable_progress_bar
-
-sys.path.append(str(Path(__file__).parents[1]))
-from model_shapes import gemm_rate, least_operations
 
 TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-1}
 VARIABLES = ("OMP_WAIT_POLICY", "OMP_PROC_BIND", "KMP_BLOCKTIME", "MALLOC_ARENA_MAX", "LD_PRELOAD")

@@ -1,15 +1,11 @@
 """The kinds of work that `fit.py` compares: what they are is said there."""
 
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
+from model_shapes import Shape
 from peer_environments import VERSIONS
 from peer_sides import make_rows
-
-sys.path.append(str(Path(__file__).parents[1]))
-from model_shapes import Shape
 
 LLAMA = Shape(768, 2048, 4, 4096)
 QWEN = Shape(896, 4864, 24, 151936, heads=14, key_value_heads=2, qwen=True)

@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from model_shapes import Shape
 from peer_agreement import errors_of, errors_table
 from peer_batches import Batch
 from peer_environments import peer_python
@@ -31,9 +32,6 @@ from torch.nn import functional
 from transformers.utils.logging import disable_progress_bar
 
 from ekfac_dist.report.tables import table
-
-sys.path.append(str(Path(__file__).parents[1]))
-from model_shapes import Shape
 
 LENGTHS = {"uniform": (128, 128), "ragged": (32, 256)}
 

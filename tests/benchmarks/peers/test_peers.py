@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from model_shapes import Shape
 from peer_agreement import errors_of
 from peer_batches import (
     Batch,
@@ -47,9 +48,6 @@ from peer_sides import (
     require_same_modules,
     run,
 )
-
-sys.path.append(str(HERE.parent))
-from model_shapes import Shape
 
 ENVIRONMENTS = Path(os.environ.get("PEER_ENVIRONMENTS", HERE.parents[2] / "runs" / "peers"))
 needs_peers = pytest.mark.skipif(

@@ -1,0 +1,220 @@
+"""What a plan says of a run is what the run then has."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers.families import PLAIN, WITH_EXPERTS, tiny_model
+from helpers.networks import CONFIGS, build, examples
+from helpers.workshop import run_here, save_tiny_gpt2, save_tiny_llama, texts, write_jsonl
+
+from ekfac_dist import estimate_factors
+from ekfac_dist.config import FactorsConfig, ModelConfig, PlanConfig
+from ekfac_dist.errors import ConfigError, ModelError
+from ekfac_dist.factors.reader import StoreReader
+from ekfac_dist.fit import fit_factors as fitting
+from ekfac_dist.fit import group
+from ekfac_dist.fit.plan import make_plan
+from ekfac_dist.models.capture.prepare import prepared
+from ekfac_dist.models.find.discovery import discover
+from ekfac_dist.models.find.meta_device import discover_by_shape, model_without_weights
+
+CPU = torch.device("cpu")
+SHAPES = {
+    "Llama-3-8B": transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+    ),
+    "Llama-3-70B": transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+    ),
+    "Mixtral-8x7B": transformers.MixtralConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    ),
+    "GPT-2": transformers.GPT2Config(),
+}
+# Parameters; bytes of all factors in float32; and of them with Λ.
+KNOWN = {
+    "Llama-3-8B": (8_030_261_248, 83.2e9, 105.8e9),
+    "Llama-3-70B": (70_553_706_496, 831.9e9, 1057.4e9),
+    "Mixtral-8x7B": (46_702_792_704, 1086.6e9, 1267.0e9),
+    "GPT-2": (124_439_808, 0.963e9, 1.19e9),
+}
+
+
+def plan_of(directory: Path, **settings):
+    return make_plan(PlanConfig(model=ModelConfig(name=str(directory)), gflops=100, **settings))
+
+
+def test_sharded_weights_are_a_part_of_all_and_a_few_layers(tmp_path: Path):
+    SHAPES["Llama-3-70B"].save_pretrained(tmp_path)
+    asked = {"device_memory": "80GiB", "workers": 8, "factors": FactorsConfig(partitions=1)}
+    whole, parts = (plan_of(tmp_path, fsdp=fsdp, **asked).memory.weights for fsdp in (False, True))
+    outside = 4 * (2 * 128256 * 8192 + 8192)
+    layer = 4 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192)
+    assert whole - outside == pytest.approx(80 * layer, rel=1e-6)
+    assert parts == pytest.approx(whole / 8 + outside + 3 * layer, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_large_models_are_planned_from_their_configuration_alone(name: str, tmp_path: Path):
+    SHAPES[name].save_pretrained(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+    planned = plan_of(
+        tmp_path,
+        factors=FactorsConfig(keep_covariance=False, partitions=1),
+        device_memory="80GiB",
+        workers=8,
+    )
+    parameters, squares, store = KNOWN[name]
+    assert planned.discovery.coverage.model_parameters == parameters
+    assert planned.discovery.coverage.tracked_mlp_parameters == (
+        planned.discovery.coverage.mlp_parameters
+    )
+    assert planned.memory.covariance == pytest.approx(squares, rel=2e-3)
+    assert planned.disk.store == pytest.approx(store, rel=2e-3)
+    assert planned.fits == (name == "GPT-2")
+
+
+def test_the_fewest_partitions_that_fit_are_chosen(tmp_path: Path):
+    SHAPES["Llama-3-8B"].save_pretrained(tmp_path)
+    settings = {"device_memory": "80GiB", "workers": 8, "batch_tokens": 4096}
+    model = ModelConfig(name=str(tmp_path), dtype="bfloat16")
+    planned = make_plan(PlanConfig(model=model, gflops=1e5, **settings))
+    assert planned.fits
+    fewer = FactorsConfig(partitions=len(planned.groups) - 1)
+    assert not make_plan(PlanConfig(model=model, gflops=1e5, factors=fewer, **settings)).fits
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_same_modules_are_found_without_weights(family: str, tmp_path: Path):
+    model = build(family)
+    model.config.save_pretrained(tmp_path)
+    by_shape = discover_by_shape(model_without_weights(ModelConfig(name=str(tmp_path))), None)
+    with prepared(model):
+        assert discover(model, None, CPU) == by_shape
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", PLAIN + WITH_EXPERTS)
+def test_every_familys_modules_are_found_without_weights(family: str, tmp_path: Path):
+    model = tiny_model(family)
+    model.config.save_pretrained(tmp_path)
+    if family in ("OlmoHybridForCausalLM", "XLMWithLMHeadModel"):
+        with pytest.raises(
+            ModelError, match=r"its forward depends on numbers: .* cannot be called"
+        ):
+            discover_by_shape(model_without_weights(ModelConfig(name=str(tmp_path))), None)
+        return
+    by_shape = discover_by_shape(model_without_weights(ModelConfig(name=str(tmp_path))), None)
+    with prepared(model):
+        assert discover(model, None, CPU).modules == by_shape.modules
+
+
+@pytest.mark.parametrize("save", [save_tiny_llama, save_tiny_gpt2])
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_disk_is_planned_within_a_hundredth(save, keep: bool, tmp_path: Path):
+    sizes = {"hidden_size": 64, "intermediate_size": 160}
+    save(tmp_path / "model", **(sizes if save is save_tiny_llama else {"n_embd": 64}))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    factors = FactorsConfig(keep_covariance=keep)
+    estimate_factors(model, examples(4), output=tmp_path / "store", keep_covariance=keep)
+    planned = plan_of(tmp_path / "model", factors=factors)
+    found = StoreReader(tmp_path / "store").total_bytes()
+    assert planned.disk.store == pytest.approx(found, rel=0.01)
+
+
+def test_a_run_takes_the_fewest_groups_that_fit(monkeypatch: pytest.MonkeyPatch):
+    free, passes, run_pass = {"bytes": 10**9}, [], group.run_pass
+
+    def counted(name, *rest, **options):
+        passes.append(name)
+        return run_pass(name, *rest, **options)
+
+    def fitted():
+        passes.clear()
+        return estimate_factors(build("llama"), examples(5), batch_tokens=16, accumulate="float64")
+
+    monkeypatch.setattr(fitting, "available_bytes", lambda device: free["bytes"])
+    monkeypatch.setattr(group, "run_pass", counted)
+    whole = fitted()
+    assert passes == ["covariance", "refit"]
+    numbers = []
+    for free["bytes"] in range(150_000, 5_000, -5_000):
+        try:
+            found = fitted()
+        except ConfigError as error:
+            said = str(error)
+            break
+        numbers.append(len(passes) // 2)
+        for name in whole.modules:
+            one, other = whole.module(name).lambda_OI.sum(), found.module(name).lambda_OI.sum()
+            assert torch.allclose(one, other, rtol=1e-10)
+    assert numbers == sorted(numbers)
+    assert numbers[0] == 1
+    assert numbers[-1] > 1
+    assert re.search("no number of partitions fits: one module alone needs", said)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"device_memory": "80 parsecs"}, "device_memory is '80 parsecs'.*such as 80GiB"),
+        ({"device_memory": "0GB"}, "a number above 0"),
+        ({"workers": 0}, "workers is 0"),
+        ({"sequences": -1}, "sequences is -1"),
+        ({"gflops": float("inf")}, "gflops is inf"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(settings: dict, says: str):
+    with pytest.raises(ConfigError, match=says):
+        PlanConfig(model=ModelConfig(name="gpt2"), **settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("80GiB", 80 * 2**30), ("24GB", 24e9), ("1.5 TB", 1.5e12), ("512M", 512e6), ("100", 100)],
+)
+def test_memory_is_given_with_its_unit(text: str, number: float):
+    assert PlanConfig(model=ModelConfig(name="gpt2"), device_memory=text).memory_bytes == number
+
+
+def test_a_model_that_is_none_is_refused(tmp_path: Path):
+    with pytest.raises(ModelError, match=r"without a config\.json"):
+        plan_of(tmp_path)
+
+
+def test_the_command_prints_what_a_run_would_need(tmp_path: Path):
+    save_tiny_llama(tmp_path / "model")
+    write_jsonl(tmp_path / "text.jsonl", [{"text": text} for text in texts(3)])
+    model, data, output = (tmp_path / name for name in ("model", "gone.jsonl", "store"))
+    arguments = ["plan", "--model.name", model, "--data.source", data, "--output", output]
+    done = run_here([*arguments, "--sequences", "7", "--workers", "3"])
+    assert done.returncode == 0, done.stderr
+    assert "6 modules, 10 factors" in done.stdout
+    assert "7 sequences of 128 tokens" in done.stdout
+    assert "3 workers" in done.stdout
+    assert "It fits: a worker needs" in done.stdout
+    assert not (tmp_path / "store").exists()
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["hidden_size"] == 16

@@ -1,0 +1,143 @@
+"""1, 2 and 3 real workers, unequal and empty shards: the same factors."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.dense import dense_E, relative
+from helpers.workshop import run_workers
+from worker_fits import FITS
+
+from ekfac_dist import load_factors
+from ekfac_dist.errors import StoreError
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """The same fits by 1, 2 and 3 workers."""
+    root = tmp_path_factory.mktemp("workers")
+    for workers in (1, 2, 3):
+        (root / str(workers)).mkdir()
+        done = run_workers(HERE / "worker_fits.py", workers, root / str(workers), timeout=120)
+        assert done.returncode == 0, done.stderr
+    return root
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_any_number_of_workers_fits_the_same_factors(stores, fit):
+    alone = load_factors(stores / "1" / fit)
+    tolerance = 1e-5 if FITS[fit][2]["accumulate"] == "float32" else 1e-10
+    for workers in (2, 3):
+        many = load_factors(stores / str(workers) / fit)
+        assert many.manifest["passes"]["covariance"]["workers"] == workers
+        for key in ("num_sequences", "num_positions", "num_labels", "fingerprint"):
+            assert many.manifest["data"][key] == alone.manifest["data"][key]
+        assert many.manifest["modules"] == alone.manifest["modules"]
+        for name in alone.modules:
+            assert relative(dense_E(many, name), dense_E(alone, name)) < tolerance
+            for factor in (alone.modules[name].input, alone.modules[name].output):
+                assert covariance(many, factor)[0] == covariance(alone, factor)[0]
+                assert (
+                    relative(covariance(many, factor)[1], covariance(alone, factor)[1]) < tolerance
+                )
+
+
+def covariance(factors, factor):
+    reader, n = factors._source, factors_size(factors, factor)
+    file = f"covariance/{factor}.safetensors"
+    return int(reader.header(file)["count"]), reader.tensor(file, "sum", (n, n))
+
+
+def factors_size(factors, factor):
+    for module in factors.modules.values():
+        if module.input == factor:
+            return module.input_size
+        if module.output == factor:
+            return module.num_outputs
+    raise AssertionError(factor)
+
+
+def test_factors_in_memory_are_on_every_worker(stores):
+    for workers in (2, 3):
+        alone = load_factors(stores / "1" / next(iter(FITS)))
+        for rank in range(workers):
+            traces = torch.load(stores / str(workers) / f"memory-{rank}.pt", weights_only=True)
+            for name, trace in traces.items():
+                assert trace == pytest.approx(alone.module(name).lambda_OI.sum().item(), rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("workers", "eigen"),
+    [
+        pytest.param(1, "rank0", marks=pytest.mark.slow),
+        pytest.param(2, "rank0", marks=pytest.mark.slow),
+        (2, "sharded"),
+    ],
+)
+def test_a_decomposition_that_fails_is_told_on_every_worker(tmp_path, workers, eigen):
+    done = run_workers(HERE / "worker_failure.py", workers, tmp_path / "store", eigen)
+    assert done.returncode == 0, done.stderr
+    said = dict(re.findall(r"WORKER (\d): (.*)", done.stdout))
+    assert len(said) == workers
+    for sentence in said.values():
+        assert "model.layers.0.mlp.gate_proj.input" in sentence or eigen == "sharded"
+        assert re.search(r"The factor model\.layers\.\d\.mlp\.\w+_proj\.(in|out)put", sentence)
+        assert "did not converge" in sentence
+    with pytest.raises(StoreError, match="incomplete"):
+        load_factors(tmp_path / "store")
+
+
+@pytest.fixture(scope="module")
+def misuse(tmp_path_factory):
+    """What each of 2 workers said at each step of worker_misuse.py."""
+    output = tmp_path_factory.mktemp("misuse")
+    done = run_workers(HERE / "worker_misuse.py", 2, output, timeout=120)
+    assert done.returncode == 0, done.stderr
+    said = {}
+    for rank, step, sentence in re.findall(r"WORKER (\d) ([\w ]+): (.*)", done.stdout):
+        said.setdefault(step, {})[int(rank)] = sentence
+    return said, output
+
+
+@pytest.mark.parametrize(
+    ("step", "sentence"),
+    [
+        ("infinity", r"worker \d of 2: NaN or infinity in .* at sequence 17 of the data"),
+        ("afterwards", "None"),
+        ("another seed", r"Worker 1 has other arguments than worker 0 \(seed: 1 and 0\)"),
+        ("another model", "Worker 1 has other model weights"),
+        ("another head", "Worker 1 has other model weights outside the tracked modules"),
+        (
+            "another configuration",
+            r"Worker 1 has other settings of the model .*\(rms_norm_eps: 1.0",
+        ),
+        ("other minutes", r"Worker 1 has other arguments .*\(save_minutes: 11 and 10\)"),
+        ("another task", r"Worker 1 has other arguments .*\(the task's fingerprint: '"),
+        ("other data", "Worker 1 has other data"),
+        (
+            "output on one",
+            r"Worker 1 has other arguments than worker 0 \(output: None and 'given'\)",
+        ),
+        ("afterwards again", "None"),
+        ("a prepared model", "None"),
+        ("a plain model", "None"),
+    ],
+)
+def test_a_mistake_on_one_worker_is_told_on_every_worker_and_the_group_lives_on(
+    misuse, step, sentence
+):
+    said, _ = misuse
+    assert set(said[step]) == {0, 1}
+    assert said[step][0] == said[step][1]
+    assert re.match(sentence, said[step][0]), said[step][0]
+
+
+def test_a_model_that_accelerate_prepared_has_the_factors_of_the_plain_one(misuse):
+    _, output = misuse
+    prepared, plain = (load_factors(output / name) for name in ("prepared", "plain"))
+    assert list(prepared.modules) == list(plain.modules)
+    for name in plain.modules:
+        assert relative(dense_E(prepared, name), dense_E(plain, name)) < 1e-5

@@ -1,0 +1,1 @@
+"""What several tests need: models, data, dense answers, runs on real workers. No tests."""

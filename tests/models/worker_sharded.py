@@ -1,0 +1,78 @@
+"""Started on W workers by test_sharded.py: fits models that are whole, then sharded by FSDP2.
+
+worker_sharded.py OUTPUT: stores are `whole/NAME` and `sharded/NAME` there
+"""
+
+import sys
+from itertools import product
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from helpers.families import tiny_model
+from helpers.networks import CONFIGS, build, examples
+from helpers.task_models import t5, translated_examples
+from helpers.workshop import leave
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from ekfac_dist import Seq2SeqLM, estimate_factors
+
+SETTINGS = {"accumulate": "float64", "batch_tokens": 12}
+# Family, number of sequences, arguments.
+FITS = {
+    "gated": ("llama", 13, {"labels": "sampled"}),
+    "conv1d, tied": ("gpt2", 13, {"labels": "data"}),
+    "an empty shard": ("llama_bias", 1, {}),
+    "partitions": ("gpt_neox", 9, {"partitions": 4, "labels": "data"}),
+    "per token, blocks": ("opt", 7, {"refit": "per_token", "blocks": 2, "eigen": "sharded"}),
+    "experts": ("MixtralForCausalLM", 9, {"labels": "data", "partitions": 5}),
+    "embeddings and head apart": ("mistral", 9, {"labels": "data"}),
+    "encoder-decoder": ("t5", 7, {"task": Seq2SeqLM()}),
+    "checkpointing": ("qwen2", 8, {"labels": "data"}),
+}
+
+
+def made(name: str) -> nn.Module:
+    family = FITS[name][0]
+    if family == "t5":
+        return t5()
+    model = build(family) if family in CONFIGS else tiny_model(family)
+    if name == "checkpointing":
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def sharded(model: nn.Module, name: str) -> nn.Module:
+    mesh = init_device_mesh("cpu", (PartialState().num_processes,))
+    if name == "embeddings and head apart":  # as Accelerate does
+        fully_shard(model.get_input_embeddings(), mesh=mesh)
+        last = [model.model.norm, model.lm_head]
+        fully_shard(last, mesh=mesh, reshard_after_forward=False)
+    for module in reversed(list(model.modules())):  # inner ones first
+        if isinstance(module, nn.ModuleList):
+            for layer in module:
+                if any(True for _ in layer.parameters()):
+                    fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+if __name__ == "__main__":
+    PartialState(cpu=True)
+    for kind, (name, (family, number, settings)) in product(("whole", "sharded"), FITS.items()):
+        model = made(name)
+        if kind == "sharded":
+            model = sharded(model, name)
+            if family in CONFIGS:
+                with torch.no_grad():  # which leaves some weights gathered
+                    model(input_ids=torch.ones(1, 3, dtype=torch.int64))
+        data = translated_examples(number) if family == "t5" else examples(number, prompts=True)
+        flags = [parameter.requires_grad for parameter in model.parameters()]
+        estimate_factors(model, data, output=Path(sys.argv[1], kind, name), **SETTINGS, **settings)
+        assert [parameter.requires_grad for parameter in model.parameters()] == flags
+        assert all(parameter.grad is None for parameter in model.parameters())
+    torch.distributed.barrier()
+    leave()

@@ -14,7 +14,7 @@ from ekfac_dist.curvature.damping import DEFAULT, Damping
 from ekfac_dist.errors import ConfigError, StoreError
 from ekfac_dist.factors.layout import (
     CHECKSUM,
-    MEND,
+    REMEDY,
     block_keys,
     eigenbasis_file,
     manifest_checksum,
@@ -100,7 +100,7 @@ class Factors:
         self._num_blocks = fitted.get("blocks", 1) if isinstance(fitted, dict) else 1
         if type(self._num_blocks) is not int or self._num_blocks < 1:
             raise StoreError(
-                f"The manifest says that factors have {self._num_blocks!r} blocks. {MEND}"
+                f"The manifest says that factors have {self._num_blocks!r} blocks. {REMEDY}"
             )
 
     @property
@@ -277,7 +277,9 @@ class Factors:
 
 def _tracked_module(name: str, entry: Any) -> TrackedModule:
     if not _is_module(entry):
-        raise StoreError(f"The manifest's entry for module {name} is not whole: {entry!r}. {MEND}")
+        raise StoreError(
+            f"The manifest's entry for module {name} is not whole: {entry!r}. {REMEDY}"
+        )
     return TrackedModule(
         name=name,
         kind=entry["kind"],

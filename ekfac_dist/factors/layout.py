@@ -40,7 +40,7 @@ CHECKSUM = "checksum"
 TEMPORARY_FILES = ".*.tmp"
 PASS_FOLDER = re.compile(r"(covariance|refit)-\d+(-of-\d+)?")
 NEXT_PREFIX = ".next-"
-MEND = "Copy the store again, or fit the factors again."
+REMEDY = "Copy the store again, or fit the factors again."
 
 
 def covariance_file(factor: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ekfac_dist.config import leaves
 from ekfac_dist.errors import StoreError
 from ekfac_dist.factors.factors import Factors
-from ekfac_dist.factors.layout import MANIFEST, MEND, eigenbasis_file, spectrum_file
+from ekfac_dist.factors.layout import MANIFEST, REMEDY, eigenbasis_file, spectrum_file
 from ekfac_dist.factors.reader import StoreReader
 from ekfac_dist.models.capture.task_fingerprint import task_fingerprint
 from ekfac_dist.models.capture.tasks import CAUSAL_LM, Task
@@ -289,10 +289,10 @@ def _check_entries(reader: StoreReader) -> None:
         if wrong:
             raise StoreError(
                 f"{reader.path / MANIFEST} is damaged: its {name} has no whole {', '.join(wrong)}. "
-                f"{MEND}"
+                f"{REMEDY}"
             )
     if not manifest["modules"]:
-        raise StoreError(f"{reader.path / MANIFEST} is damaged: it has no modules. {MEND}")
+        raise StoreError(f"{reader.path / MANIFEST} is damaged: it has no modules. {REMEDY}")
 
 
 def _shape(module: TrackedModule) -> tuple[str, int, int, bool]:

@@ -16,7 +16,7 @@ from ekfac_dist.factors.layout import (
     FORMAT,
     MANIFEST,
     MANIFEST_KEYS,
-    MEND,
+    REMEDY,
     manifest_checksum,
     read_manifest,
     stored_files,
@@ -48,7 +48,7 @@ class StoreReader:
         try:
             self.manifest = read_manifest(self.path)
         except StoreError as error:
-            raise StoreError(f"{error} {MEND}") from error
+            raise StoreError(f"{error} {REMEDY}") from error
         found = self.manifest.get("format")
         if found != FORMAT:
             raise StoreError(
@@ -62,22 +62,22 @@ class StoreReader:
             )
         missing = [key for key in MANIFEST_KEYS if not isinstance(self.manifest.get(key), dict)]
         if missing:
-            raise StoreError(f"{self.path / MANIFEST} lacks {', '.join(missing)}. {MEND}")
+            raise StoreError(f"{self.path / MANIFEST} lacks {', '.join(missing)}. {REMEDY}")
         for file, listed in self.manifest["files"].items():
             if not _is_listing(file, listed):
                 raise StoreError(
                     f"{self.path / MANIFEST} lists {file!r} as {listed!r}; it must list files in "
-                    f"{', '.join(FOLDERS)}, each with its bytes and sha256. {MEND}"
+                    f"{', '.join(FOLDERS)}, each with its bytes and sha256. {REMEDY}"
                 )
         if CHECKSUM not in self.manifest:
             raise StoreError(
                 f"{self.path / MANIFEST} is damaged or was edited: it has no {CHECKSUM} of what it "
-                f"says. {MEND}"
+                f"says. {REMEDY}"
             )
         if self.manifest[CHECKSUM] != manifest_checksum(self.manifest):
             raise StoreError(
                 f"{self.path / MANIFEST} is damaged: what it says has changed since it was "
-                f"written. {MEND}"
+                f"written. {REMEDY}"
             )
 
     @contextmanager
@@ -94,7 +94,7 @@ class StoreReader:
         if self._verify and file not in self._verified:
             if file_sha256(path) != self.manifest["files"][file]["sha256"]:
                 raise StoreError(
-                    f"{path} is damaged: its SHA-256 is not the one in the manifest. {MEND}"
+                    f"{path} is damaged: its SHA-256 is not the one in the manifest. {REMEDY}"
                 )
             self._verified.add(file)
         try:
@@ -102,7 +102,7 @@ class StoreReader:
                 yield opened
         except (SafetensorError, OSError) as error:
             raise StoreError(
-                f"{path} is no whole safetensors file: {first_line(error)}. {MEND}"
+                f"{path} is no whole safetensors file: {first_line(error)}. {REMEDY}"
             ) from error
 
     def check(self, file: str) -> Path:
@@ -113,16 +113,18 @@ class StoreReader:
         """
         listed = self.manifest["files"].get(file)
         if listed is None:
-            raise StoreError(f"{self.path} does not list {file} in its manifest. {MEND}")
+            raise StoreError(f"{self.path} does not list {file} in its manifest. {REMEDY}")
         path = self.path / file
         try:
             found = path.stat().st_size
         except OSError as error:
-            raise StoreError(f"{path} is missing, though the manifest lists it. {MEND}") from error
+            raise StoreError(
+                f"{path} is missing, though the manifest lists it. {REMEDY}"
+            ) from error
         if found != listed["bytes"]:
             raise StoreError(
                 f"{path} has {found} bytes; the manifest says {listed['bytes']}: it is damaged. "
-                f"{MEND}"
+                f"{REMEDY}"
             )
         return path
 
@@ -139,16 +141,16 @@ class StoreReader:
         """
         with self.open(file) as opened:
             if key not in opened.keys():  # noqa: SIM118 - safe_open is no mapping
-                raise StoreError(f"{self.path / file} holds no tensor {key!r}. {MEND}")
+                raise StoreError(f"{self.path / file} holds no tensor {key!r}. {REMEDY}")
             tensor = opened.get_tensor(key)
         if tuple(tensor.shape) != shape:
             raise StoreError(
                 f"{self.path / file}: {key} has shape {list(tensor.shape)}; the manifest's modules "
-                f"say {list(shape)}. {MEND}"
+                f"say {list(shape)}. {REMEDY}"
             )
         if tensor.dtype not in (torch.float32, torch.float64):
             raise StoreError(
-                f"{self.path / file}: {key} is {tensor.dtype}; float32 or float64 only. {MEND}"
+                f"{self.path / file}: {key} is {tensor.dtype}; float32 or float64 only. {REMEDY}"
             )
         return tensor
 

@@ -10,18 +10,18 @@ from ekfac_dist.factors.layout import FORMAT
 
 
 @dataclass(frozen=True)
-class EarlierStart:
+class StoredWork:
     """What an earlier start of the same run has left.
 
     Attributes:
         files: Files that are in place and whole, as paths inside the store.
         records: What its stages came to, by their names.
-        run: By what the run is known again.
+        run_id: By what the run is known again.
     """
 
     files: frozenset[str] = frozenset()
     records: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    run: str = ""
+    run_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class FactorSink(Protocol):
     """Where a run puts its factors: a directory, memory, or (on other workers) nowhere."""
 
     @property
-    def earlier(self) -> EarlierStart:
+    def stored(self) -> StoredWork:
         """What was there already when the run started, the same on every worker."""
 
     def write(
@@ -55,14 +55,14 @@ class FactorSink(Protocol):
     ) -> None:
         """Takes one file's tensors."""
 
-    def require_room(self, room: DiskNeed) -> None:
+    def require_disk_space(self, room: DiskNeed) -> None:
         """Refuses a stage that the disk has no room for.
 
         Raises:
             OutputError: There is no room.
         """
 
-    def digest(self, files: Iterable[str]) -> str:
+    def content_sha256(self, files: Iterable[str]) -> str:
         """By what the content of some files is known again; "" on other workers than worker 0."""
 
     def read(self, file: str, key: str) -> Tensor:
@@ -74,32 +74,32 @@ class FactorSink(Protocol):
     def record(self, stage: str, content: Mapping[str, Any]) -> None:
         """Takes what a stage came to."""
 
-    def state_saved(self) -> None:
+    def after_save(self) -> None:
         """Learns that a worker's state of a pass is on the disk."""
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Takes the manifest; the store is complete."""
 
 
-class NoStore:
+class NullStore:
     """Where a worker's factors go when another worker writes the store.
 
     Args:
         found: What that worker found there.
     """
 
-    def __init__(self, found: EarlierStart | None = None) -> None:
-        self.earlier = found or EarlierStart()
+    def __init__(self, found: StoredWork | None = None) -> None:
+        self.stored = found or StoredWork()
 
     def write(
         self, file: str, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
     ) -> None:
         """Does nothing."""
 
-    def require_room(self, room: DiskNeed) -> None:
+    def require_disk_space(self, room: DiskNeed) -> None:
         """Does nothing."""
 
-    def digest(self, files: Iterable[str]) -> str:
+    def content_sha256(self, files: Iterable[str]) -> str:
         """Nothing: worker 0 knows."""
         return ""
 
@@ -113,7 +113,7 @@ class NoStore:
     def record(self, stage: str, content: Mapping[str, Any]) -> None:
         """Does nothing."""
 
-    def state_saved(self) -> None:
+    def after_save(self) -> None:
         """Does nothing."""
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
@@ -123,7 +123,7 @@ class NoStore:
 class MemoryStore:
     """A store that is kept in memory: written and read like one on disk."""
 
-    earlier = EarlierStart()
+    stored = StoredWork()
 
     def __init__(self) -> None:
         self.manifest: dict[str, Any] = {}
@@ -137,10 +137,10 @@ class MemoryStore:
         self._tensors[file] = {name: t.detach().cpu().clone() for name, t in tensors.items()}
         self._headers[file] = dict(header or {})
 
-    def require_room(self, room: DiskNeed) -> None:
+    def require_disk_space(self, room: DiskNeed) -> None:
         """Does nothing: memory is planned for elsewhere."""
 
-    def digest(self, files: Iterable[str]) -> str:
+    def content_sha256(self, files: Iterable[str]) -> str:
         """Nothing: no run goes on from here."""
         return ""
 
@@ -156,7 +156,7 @@ class MemoryStore:
     def record(self, stage: str, content: Mapping[str, Any]) -> None:
         """Does nothing: the run ends with the process."""
 
-    def state_saved(self) -> None:
+    def after_save(self) -> None:
         """Does nothing: no state of it is saved."""
 
     def finish(self, manifest: Mapping[str, Any]) -> None:

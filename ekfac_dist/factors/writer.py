@@ -49,7 +49,7 @@ from ekfac_dist.factors.layout import (
     stored_files,
 )
 from ekfac_dist.factors.output import ADVICE, _require_own_store, check_output
-from ekfac_dist.factors.sinks import DiskNeed, EarlierStart
+from ekfac_dist.factors.sinks import DiskNeed, StoredWork
 from ekfac_dist.runtime.files import (
     flush_directory,
     is_as_listed,
@@ -80,7 +80,7 @@ class StoreWriter:
     Attributes:
         files: What the manifest will list, by path inside the store.
         records: Records of stages, by name.
-        found: What an earlier start of this run has left, once `keep_whole` has looked.
+        found: What an earlier start of this run has left, once `drop_damaged` has looked.
 
     Raises:
         OutputError: The directory cannot be written, is being written by another run, or holds
@@ -100,7 +100,7 @@ class StoreWriter:
         self.path = Path(path)
         self.files: dict[str, dict[str, Any]] = {}
         self.records: dict[str, dict[str, Any]] = {}
-        self.earlier = EarlierStart()
+        self.stored = StoredWork()
         self._waiting: _Waiting | None = None
         self._begins = {"format": UNFINISHED_FORMAT, **(begins or {})}
         self._config = dict(config)
@@ -116,7 +116,7 @@ class StoreWriter:
             raise
 
     @property
-    def replaces(self) -> bool:
+    def will_replace(self) -> bool:
         """Whether another run's store is still in this one's place."""
         return self._waiting is not None
 
@@ -137,7 +137,7 @@ class StoreWriter:
         except (OutputError, StoreError):
             if not replace:
                 raise
-            self.earlier = EarlierStart(run=uuid.uuid4().hex)
+            self.stored = StoredWork(run_id=uuid.uuid4().hex)
             self._waiting = _Waiting(_states(self.path), _bytes_in(self.path))
 
     def _unfinished(self, run: str) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class StoreWriter:
             else:
                 _remove(left)
         _make(self.path, *FOLDERS)
-        self.earlier = EarlierStart(run=run)
+        self.stored = StoredWork(run_id=run)
         self._journal = Journal(self.path)
         for record in self._journal.records:
             if "stage" in record:
@@ -163,7 +163,7 @@ class StoreWriter:
             else:
                 self.files[record["file"]] = {k: record[k] for k in ("bytes", "sha256")}
 
-    def keep_whole(self, on_bytes: Callable[[int], None]) -> list[str]:
+    def drop_damaged(self, on_bytes: Callable[[int], None]) -> list[str]:
         """Compares every file with its checksum, and gives up those that have changed.
 
         Args:
@@ -178,7 +178,7 @@ class StoreWriter:
                 del self.files[file]
                 lost.append(file)
             on_bytes(listed["bytes"])
-        self.earlier = EarlierStart(frozenset(self.files), dict(self.records), self.earlier.run)
+        self.stored = StoredWork(frozenset(self.files), dict(self.records), self.stored.run_id)
         return lost
 
     def write(
@@ -199,7 +199,7 @@ class StoreWriter:
         self._journal.append({"file": file, **listed})
         self.files[file] = listed
 
-    def state_saved(self) -> None:
+    def after_save(self) -> None:
         """Replaces the store that is there, if one is: a worker's state is on the disk."""
         if self._waiting is not None:
             self._replace()
@@ -217,7 +217,7 @@ class StoreWriter:
             OutputError: It cannot be written. The old store is as it was; or, if its manifest has
                 been replaced already, this run can be gone on with.
         """
-        waiting, run = self._waiting, self.earlier.run
+        waiting, run = self._waiting, self.stored.run_id
         assert waiting is not None
         beside = self.path / f"{NEXT_PREFIX}{run}"
         files = {}
@@ -246,10 +246,10 @@ class StoreWriter:
             ) from error
         self._journal, self.files = Journal(self.path), files
 
-    def require_room(self, room: DiskNeed) -> None:
-        """Refuses a stage that the disk has no room for; see `FactorSink.require_room`."""
+    def require_disk_space(self, room: DiskNeed) -> None:
+        """Refuses a stage that the disk has no room for; see `FactorSink.require_disk_space`."""
         written = sum(self.files[file]["bytes"] for file in room.files if file in self.files)
-        saved = 0 if self.replaces else _bytes_in(self.path / STATE / room.folder)
+        saved = 0 if self.will_replace else _bytes_in(self.path / STATE / room.folder)
         states = max(0, room.states - saved)
         needed, free = max(0, room.results - written) + states, free_disk_bytes(self.path)
         if needed > free:
@@ -269,7 +269,7 @@ class StoreWriter:
                 "again, which goes on from here; or give another output."
             )
 
-    def digest(self, files: Iterable[str]) -> str:
+    def content_sha256(self, files: Iterable[str]) -> str:
         """By what the content of some files is known again."""
         digests = [self.files[file]["sha256"] for file in files]
         return hashlib.sha256(" ".join(digests).encode()).hexdigest()
@@ -327,7 +327,7 @@ class StoreWriter:
             for folder in [*self.path.glob(f"{STATE}/*"), self.path / STATE]:
                 with suppress(OSError):  # it is not there, or not empty
                     folder.rmdir()
-            shutil.rmtree(self.path / f"{NEXT_PREFIX}{self.earlier.run}", ignore_errors=True)
+            shutil.rmtree(self.path / f"{NEXT_PREFIX}{self.stored.run_id}", ignore_errors=True)
             self._waiting = None
         self._lock.release()
 

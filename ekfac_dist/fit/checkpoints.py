@@ -94,7 +94,7 @@ class SavedCheckpoints(Checkpoints):
         """See `Checkpoints.begin`; a collective."""
         world, directory = self._world, self._root / name
         way = {"workers": world.size, "step_tokens": self._step_tokens, "of": of}
-        record = self._sink.earlier.records.get(f"shares {name}")
+        record = self._sink.stored.records.get(f"shares {name}")
         latest: int = -1 if record is None else record["generation"]
         usable = record is not None and record["of"] == of
         parts = self._whole_parts(directory) if usable else {}
@@ -123,7 +123,7 @@ class SavedCheckpoints(Checkpoints):
                 self._sequences.equal_above,
             )
             batches = [left[numbers].tolist() for numbers in shares]
-        identity = Identity(self._sink.earlier.run, latest, world.rank)
+        identity = Identity(self._sink.stored.run_id, latest, world.rank)
         state = _SavedState(directory, identity, batches, sums, mine, self._minutes, self._sink)
         for part in parts.values() if goes_on else ():
             if part.share == (latest, world.rank):
@@ -146,7 +146,7 @@ class SavedCheckpoints(Checkpoints):
         newest: dict[tuple[int, int], Part] = {}
         if directory.is_dir():
             for entry in sorted(directory.iterdir()):
-                part = Part.read(entry, self._sink.earlier.run)
+                part = Part.read(entry, self._sink.stored.run_id)
                 if part is not None and part.steps > getattr(newest.get(part.share), "steps", -1):
                     newest[part.share] = part
         seen = {part.name: part for part in newest.values()}
@@ -225,7 +225,7 @@ class _SavedState(PassState):
     def leave(self, loss: float, num_labels: int) -> None:
         if self.steps > self._saved_steps:
             self._write(loss, num_labels)
-        self._sink.state_saved()  # this worker's; or, where it has none and the run ends, another's
+        self._sink.after_save()  # this worker's; or, where it has none and the run ends, another's
 
     def _write(self, loss: float, num_labels: int) -> None:
         own = self._identity

@@ -72,7 +72,7 @@ def run_eigenbasis(
     """
     start = time.perf_counter()
     work = {f: sum(len(b) ** 3 for b in blocks) for f, blocks in covariance.sums.items()}
-    done = [factor for factor in work if eigenbasis_file(factor) in sink.earlier.files]
+    done = [factor for factor in work if eigenbasis_file(factor) in sink.stored.files]
     bases = {factor: _stored(factor, covariance, world, sink) for factor in done}
     with world.agree(takes_part=world.is_main):
         for factor in () if keep_covariance else done:

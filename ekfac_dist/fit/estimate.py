@@ -17,7 +17,7 @@ from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.factors.factors import Factors
 from ekfac_dist.factors.opening import load_factors
 from ekfac_dist.factors.output import check_output
-from ekfac_dist.factors.sinks import FactorSink, MemoryStore, NoStore
+from ekfac_dist.factors.sinks import FactorSink, MemoryStore, NullStore
 from ekfac_dist.factors.writer import StoreWriter
 from ekfac_dist.fit.checkpoints import Checkpoints, SavedCheckpoints
 from ekfac_dist.fit.fit_factors import fit_factors
@@ -285,19 +285,19 @@ def opened_store(
         writer = StoreWriter(output, inputs.config.as_dict(), begins, replace=overwrite)
         sizes = sum(listed["bytes"] for listed in writer.files.values())
         with Progress("verifying", total=sizes, unit="bytes", enabled=show_progress) as progress:
-            lost = writer.keep_whole(progress.update)
+            lost = writer.drop_damaged(progress.update)
         for file in lost:
             tell(f"damaged       {file} has changed since it was written; it is made again")
-        if writer.earlier.files or writer.earlier.records:
-            tell(f"goes on       {len(writer.earlier.files)} files are in place")
-        if writer.replaces:
+        if writer.stored.files or writer.stored.records:
+            tell(f"goes on       {len(writer.stored.files)} files are in place")
+        if writer.will_replace:
             tell(f"replaces      the store in {output}, once something of this run is on the disk")
         return writer
 
     writer = world.on_main(opened)
     try:
-        found = world.share(None if writer is None else writer.earlier)
-        sink = NoStore(found) if writer is None else writer
+        found = world.share(None if writer is None else writer.stored)
+        sink = NullStore(found) if writer is None else writer
         checkpoints, minutes = Checkpoints(), inputs.config.save_minutes
         if minutes is not None:
             checkpoints = SavedCheckpoints(

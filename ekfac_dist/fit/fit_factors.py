@@ -104,7 +104,7 @@ def _number_of_groups(
     configured = inputs.config.factors.partitions
     if configured != "auto":
         return int(configured)
-    record = sink.earlier.records.get("groups")
+    record = sink.stored.records.get("groups")
     world, modules = work.world, inputs.discovery.modules
     if record is not None:
         return int(record["number"])
@@ -307,7 +307,7 @@ class _Group:
             self.modules, bases, per_token=per_token, dtype=work.dtype, device=world.device
         )
         # Λ belongs to its basis: sums of another, made again since, are of no use.
-        of = world.share(self.sink.digest(map(eigenbasis_file, factor_sizes(self.modules))))
+        of = world.share(self.sink.content_sha256(map(eigenbasis_file, factor_sizes(self.modules))))
         state = self.checkpoints.begin(self._state("refit"), work.own_batches, sums, of)
         self._say_resumed("refit", state)
         rule = LabelRule(self.factors.labels, self.factors.seed, REFIT_PASS)
@@ -350,7 +350,7 @@ class _Group:
         }[stage]
         with world.agree(takes_part=world.is_main):
             room = DiskNeed(self._shown(stage), results, files, states, self._state(stage))
-            self.sink.require_room(room)
+            self.sink.require_disk_space(room)
 
     # -- what is stored, and said ------------------------------------------------------------------
 
@@ -367,7 +367,7 @@ class _Group:
             self.sink.write(file, tensors, header)
 
     def _has(self, files: Iterable[str]) -> bool:
-        return all(file in self.sink.earlier.files for file in files)
+        return all(file in self.sink.stored.files for file in files)
 
     def _record(self, stage: str, told: dict[str, Any]) -> dict[str, Any]:
         world = self.work.world
@@ -376,7 +376,7 @@ class _Group:
         return told
 
     def _record_of(self, stage: str) -> dict[str, Any] | None:
-        return self.sink.earlier.records.get(self._state(stage))
+        return self.sink.stored.records.get(self._state(stage))
 
     def _state(self, stage: str) -> str:
         """The name of a stage of this group in the journal and among states."""

@@ -195,7 +195,7 @@ def results_manifest(answer: Answer) -> dict[str, Any]:
             name: scores.layers[layer]
             for name, layer in zip(scores.modules, scores.layer_of, strict=True)
         },
-        "not_scored": left_out(fitted),
+        "not_scored": parameters_without_factors(fitted),
         "top_k": len(scores.top[0].columns),
         "bottom_k": len(scores.bottom[0].columns),
         "per_token": answer.config.scores.per_token,
@@ -206,7 +206,7 @@ def results_manifest(answer: Answer) -> dict[str, Any]:
     }
 
 
-def left_out(fitted: Mapping[str, Any]) -> dict[str, str]:
+def parameters_without_factors(fitted: Mapping[str, Any]) -> dict[str, str]:
     """MLP parameters and experts that have no factors, and so no part in any score, and why.
 
     Args:

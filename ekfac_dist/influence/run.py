@@ -18,7 +18,7 @@ from ekfac_dist.factors.factors import Factors
 from ekfac_dist.factors.opening import Comparison, check_model, load_factors, require_fitted_task
 from ekfac_dist.influence.context import ScoringContext
 from ekfac_dist.influence.examples import queries_of, sequences_of
-from ekfac_dist.influence.output import Answer, left_out, write_answer
+from ekfac_dist.influence.output import Answer, parameters_without_factors, write_answer
 from ekfac_dist.influence.queries import (
     QuerySet,
     pick_candidates,
@@ -333,7 +333,7 @@ def _tell_data(tell: Any, train: Sequences, scored: Sequences, factors: Factors)
             "              not the sequences that the factors were fitted on: scores are of "
             "these, in the curvature of those"
         )
-    absent = left_out(factors.manifest)
+    absent = parameters_without_factors(factors.manifest)
     if absent:
         tell(
             f"not scored    {len(absent)} MLP parameters or experts that have no factors, listed "

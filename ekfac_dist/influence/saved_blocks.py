@@ -54,8 +54,8 @@ class SavedBlocks:
             OutputError: It cannot be written.
         """
 
-    def require_room(self, result_bytes: int, state_bytes: int) -> None:
-        """Refuses work that the disk has no room for; see `UnfinishedResults.require_room`."""
+    def require_disk_space(self, result_bytes: int, state_bytes: int) -> None:
+        """Refuses work that the disk has no room for; see `UnfinishedResults`."""
 
 
 class BlocksOnDisk(SavedBlocks):
@@ -92,9 +92,9 @@ class BlocksOnDisk(SavedBlocks):
         """Has worker 0 write it."""
         self._world.on_main(lambda: self._main.write(piece, tensors))
 
-    def require_room(self, result_bytes: int, state_bytes: int) -> None:
+    def require_disk_space(self, result_bytes: int, state_bytes: int) -> None:
         """Has worker 0 look."""
-        self._world.on_main(lambda: self._main.require_room(result_bytes, state_bytes))
+        self._world.on_main(lambda: self._main.require_disk_space(result_bytes, state_bytes))
 
     def finish(self, write: Callable[[ResultsWriter], None]) -> None:
         """Has worker 0 write the results, and removes what was kept for them.
@@ -141,7 +141,7 @@ def opened_results(
         directory = UnfinishedResults(output, config, begins)
         sizes = sum(listed["bytes"] for listed in directory.pieces.values())
         with Progress("verifying", total=sizes, unit="bytes", enabled=True) as progress:
-            lost = directory.keep_whole(progress.update)
+            lost = directory.drop_damaged(progress.update)
         for file in lost:
             tell(f"damaged       {file} has changed since it was written; it is computed again")
         return directory

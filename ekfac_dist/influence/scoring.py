@@ -165,7 +165,7 @@ class _Scoring:
             f"queries       {len(self.queries.sequences)} in {len(rows)} rows of scores; gradients "
             f"{kind}, {one} a row, {len(blocks[0])} at a time: {scans}"
         )
-        self.saved.require_room(*self._bytes_on_disk())
+        self.saved.require_disk_space(*self._bytes_on_disk())
         self._tell_what_is_done(blocks)
         if self.config.per_token == "all":
             offsets = np.concatenate([[0], np.cumsum(self.scored.num_positions)])

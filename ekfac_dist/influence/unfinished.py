@@ -100,7 +100,7 @@ class UnfinishedResults:
             self.pieces[record["piece"]] = listed
         self._is_own = True
 
-    def keep_whole(self, on_bytes: Callable[[int], None]) -> list[str]:
+    def drop_damaged(self, on_bytes: Callable[[int], None]) -> list[str]:
         """Compares every piece with its checksum, and gives up those that have changed.
 
         Args:
@@ -117,7 +117,7 @@ class UnfinishedResults:
             on_bytes(listed["bytes"])
         return lost
 
-    def require_room(self, result_bytes: int, state_bytes: int) -> None:
+    def require_disk_space(self, result_bytes: int, state_bytes: int) -> None:
         """Refuses a run that the disk has no room for.
 
         Args:

@@ -1,4 +1,7 @@
-"""Reading a complete factor store, file by file, each when it is needed."""
+"""Reading a complete factor store: the manifest at once, each file when it is first needed.
+
+Every check of what is on the disk is here, so that a damaged store is an error that names the file.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,14 +28,19 @@ from ekfac_dist.runtime.files import file_sha256
 
 
 class StoreReader:
-    """Reads a complete store, file by file, when each is needed.
+    """Reads a complete store.
 
     Args:
         path: The store's directory.
         verify: Whether to check a file's SHA-256 before it is read for the first time.
 
+    Attributes:
+        path: The store's directory.
+        manifest: Its manifest.
+
     Raises:
-        StoreError: It is missing, of another format, or incomplete.
+        StoreError: If the store is missing, of another format or incomplete, or its manifest is
+            damaged.
     """
 
     def __init__(self, path: str | Path, *, verify: bool = False) -> None:
@@ -49,11 +57,11 @@ class StoreReader:
             self.manifest = read_manifest(self.path)
         except StoreError as error:
             raise StoreError(f"{error} {REMEDY}") from error
-        found = self.manifest.get("format")
-        if found != FORMAT:
+        stored_format = self.manifest.get("format")
+        if stored_format != FORMAT:
             raise StoreError(
-                f"{path} has format {found!r}; this version reads {FORMAT!r}, the output of an "
-                "`estimate` run."
+                f"{path} has format {stored_format!r}; this version reads {FORMAT!r}, the output "
+                "of an `estimate` run."
             )
         if self.manifest.get("complete") is not True:
             raise StoreError(
@@ -82,13 +90,13 @@ class StoreReader:
 
     @contextmanager
     def open(self, file: str) -> Iterator[Any]:
-        """Opens one file, memory-mapped, after checking that the manifest lists it and its size.
+        """Opens one file, memory-mapped, after comparing it with what the manifest lists.
 
         Args:
             file: Its path inside the store.
 
         Raises:
-            StoreError: It is not listed, missing, damaged, or no safetensors file.
+            StoreError: If the file is not listed, missing, damaged, or no safetensors file.
         """
         path = self.check(file)
         if self._verify and file not in self._verified:
@@ -106,25 +114,28 @@ class StoreReader:
             ) from error
 
     def check(self, file: str) -> Path:
-        """Where a file is, if the manifest lists it and it is there with the right size.
+        """The path of a listed file, after checking that it is there and of the listed size.
+
+        Args:
+            file: Its path inside the store.
 
         Raises:
-            StoreError: It is not.
+            StoreError: If it is not listed, missing, or of another size.
         """
         listed = self.manifest["files"].get(file)
         if listed is None:
             raise StoreError(f"{self.path} does not list {file} in its manifest. {REMEDY}")
         path = self.path / file
         try:
-            found = path.stat().st_size
+            num_bytes = path.stat().st_size
         except OSError as error:
             raise StoreError(
                 f"{path} is missing, though the manifest lists it. {REMEDY}"
             ) from error
-        if found != listed["bytes"]:
+        if num_bytes != listed["bytes"]:
             raise StoreError(
-                f"{path} has {found} bytes; the manifest says {listed['bytes']}: it is damaged. "
-                f"{REMEDY}"
+                f"{path} has {num_bytes} bytes; the manifest says {listed['bytes']}: it is "
+                f"damaged. {REMEDY}"
             )
         return path
 
@@ -137,7 +148,8 @@ class StoreReader:
             shape: The shape that it must have.
 
         Raises:
-            StoreError: The file or the tensor is not as the manifest says.
+            StoreError: If the file is missing or damaged, or the tensor is missing, of another
+                shape, or neither float32 nor float64.
         """
         with self.open(file) as opened:
             if key not in opened.keys():  # noqa: SIM118 - safe_open is no mapping
@@ -155,15 +167,15 @@ class StoreReader:
         return tensor
 
     def header(self, file: str) -> dict[str, str]:
-        """The strings in one file's header."""
+        """The strings in the header of one file."""
         with self.open(file) as opened:
             return dict(opened.metadata() or {})
 
     def verify(self) -> Iterator[tuple[str, str | None]]:
-        """Checks every listed file's size and SHA-256, and that nothing else lies in the store.
+        """Checks size and SHA-256 of every listed file, and that the store has no other files.
 
         Yields:
-            (file, None) for a good file, (file, what is wrong) for a bad one.
+            (file, None) for an undamaged file; (file, what is wrong with it) for any other.
         """
         for file, listed in self.manifest["files"].items():
             path = self.path / file
@@ -180,13 +192,13 @@ class StoreReader:
                 yield file, "is not listed in the manifest"
 
     def total_bytes(self) -> int:
-        """Size of all files, the manifest included."""
+        """Size of all listed files and the manifest, in bytes."""
         listed = sum(entry["bytes"] for entry in self.manifest["files"].values())
         return listed + (self.path / MANIFEST).stat().st_size
 
 
 def _is_listing(file: str, listed: object) -> bool:
-    """Whether it tells a file inside the store, its size and its SHA-256."""
+    """Whether an entry of the manifest's `files` names a file in the store's folders completely."""
     parts = PurePosixPath(file).parts
     return (
         len(parts) > 1

@@ -14,8 +14,9 @@ from ekfac_dist.curvature.damping import DEFAULT, Damping
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.errors import DataError, ModelError
+from ekfac_dist.factors.comparison import Comparison, check_model, require_fitted_task
 from ekfac_dist.factors.factors import Factors
-from ekfac_dist.factors.opening import Comparison, check_model, load_factors, require_fitted_task
+from ekfac_dist.factors.opening import load_factors
 from ekfac_dist.influence.context import ScoringContext
 from ekfac_dist.influence.examples import queries_of, sequences_of
 from ekfac_dist.influence.output import Answer, parameters_without_factors, write_answer

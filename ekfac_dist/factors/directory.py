@@ -1,7 +1,6 @@
-"""What writing a store does with its directory: makes folders, removes files, writes the manifest.
+"""Changes to a store's directory: making folders, removing files, writing the manifest.
 
-Knows the names in a store; not when a run writes or replaces one, which `writer` and `replacement`
-decide.
+Knows the names in a store; `writer` and `replacement` decide when a run writes or replaces one.
 """
 
 import json

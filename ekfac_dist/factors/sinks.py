@@ -53,7 +53,7 @@ class FactorSink(Protocol):
 
     @property
     def stored(self) -> StoredWork:
-        """What was in the store when the run was started; the same on every worker."""
+        """The work that was in the store when the run was started; the same on every worker."""
 
     def write(
         self, file: str, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None

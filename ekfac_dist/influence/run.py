@@ -101,7 +101,16 @@ def run_query(config: QueryConfig, world: World, say: Any = show) -> Answer:
     scored = train.take(columns)
     _tell_data(tell, train, scored, factors)
     inputs = _Inputs(
-        store, factors, damping, texts, train, scored, rows, data_config, model_config, tokenizer
+        store=store,
+        factors=factors,
+        damping=damping,
+        texts=texts,
+        train=train,
+        scored=scored,
+        rows=rows,
+        data=data_config,
+        model=model_config,
+        tokenizer=tokenizer,
     )
     return _answer(config, inputs, world, tell, start)
 

@@ -1,4 +1,11 @@
-"""A store's factors, ready to solve with: each module is read when it is first used."""
+"""The factors of a store, and what is computed with them: products with F and (F + λ)⁻¹.
+
+    F ≈ (Q_S ⊗ Q_A) diag(Λ) (Q_S ⊗ Q_A)ᵀ        one block per module
+    (F + λ)⁻¹ V = Q_S [(Q_Sᵀ V Q_A) ⊘ (Λ + λ)] Q_Aᵀ        Grosse et al. 2023, eq. 21
+
+A module's factors are read when they are first used. This module knows what a store holds, not how
+a directory is laid out on the disk beyond the files' names.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +21,7 @@ from ekfac_dist.curvature.damping import DEFAULT, Damping
 from ekfac_dist.errors import ConfigError, StoreError
 from ekfac_dist.factors.layout import (
     CHECKSUM,
-    MEND,
+    REMEDY,
     block_keys,
     eigenbasis_file,
     manifest_checksum,
@@ -24,7 +31,7 @@ from ekfac_dist.factors.sinks import MemoryStore
 from ekfac_dist.factors.writer import StoreWriter
 from ekfac_dist.models.modules import CONV1D, EXPERT, LINEAR, TrackedModule
 
-# What a module's entry in the manifest has, and what each has to be.
+# Fields of a module's entry in the manifest, and their types.
 _MODULE_ENTRY: dict[str, type] = {
     "kind": str,
     "in_features": int,
@@ -36,12 +43,12 @@ _MODULE_ENTRY: dict[str, type] = {
 
 
 class FactorSource(Protocol):
-    """What factors are read from: a store on disk or in memory."""
+    """A store on disk or in memory that factors are read from."""
 
     manifest: dict[str, Any]
 
     def tensor(self, file: str, key: str, shape: tuple[int, ...]) -> Tensor:
-        """One tensor of one file."""
+        """One tensor of one file; see `StoreReader.tensor`."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +56,9 @@ class ModuleFactors:
     """One module's approximate Fisher, (Q_S ⊗ Q_A) diag(vec Λ) (Q_S ⊗ Q_A)ᵀ.
 
     Attributes:
-        blocks_OO: The blocks of Q_S, eigenvectors in columns; one, unless factors have several.
-        blocks_II: The blocks of Q_A.
-        lambda_OI: Λ.
+        blocks_OO: The diagonal blocks of Q_S, eigenvectors in columns; one block by default.
+        blocks_II: The diagonal blocks of Q_A.
+        lambda_OI: Λ, the corrected eigenvalues.
     """
 
     blocks_OO: Blocks
@@ -69,7 +76,7 @@ class ModuleFactors:
         return dense(self.blocks_II)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "ModuleFactors":
-        """The same factors on a device and in a dtype; copies only what is not there already."""
+        """The same factors on a device and in a dtype; copied only where that differs."""
         return ModuleFactors(
             on(self.blocks_OO, device, dtype),
             on(self.blocks_II, device, dtype),
@@ -78,14 +85,17 @@ class ModuleFactors:
 
 
 class Factors:
-    """Fitted factors, by module.
+    """The fitted factors of all tracked modules.
 
     Args:
-        source: What they are read from.
+        source: The store that they are read from.
 
     Attributes:
         manifest: The store's manifest.
         modules: The tracked modules, by name, in model order.
+
+    Raises:
+        StoreError: If the manifest's entries of modules or blocks are damaged.
     """
 
     def __init__(self, source: FactorSource) -> None:
@@ -100,26 +110,26 @@ class Factors:
         self._num_blocks = fitted.get("blocks", 1) if isinstance(fitted, dict) else 1
         if type(self._num_blocks) is not int or self._num_blocks < 1:
             raise StoreError(
-                f"The manifest says that factors have {self._num_blocks!r} blocks. {MEND}"
+                f"The manifest says that factors have {self._num_blocks!r} blocks. {REMEDY}"
             )
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all that the manifest says, each file's SHA-256 included.
+        """SHA-256 over the manifest, and so over each file's SHA-256.
 
-        Of factors in memory it is of what they were fitted with: there are no files, and each
-        worker has its own times.
+        Factors in memory have no files; then it is over all entries but the passes, whose times
+        differ between workers.
         """
         if CHECKSUM in self.manifest:
             return str(self.manifest[CHECKSUM])
         return manifest_checksum({k: v for k, v in self.manifest.items() if k != "passes"})
 
     def module(self, name: str) -> ModuleFactors:
-        """One module's factors, read from the store on first use, on the CPU.
+        """One module's factors on the CPU, read from the store on first use.
 
         Raises:
-            ConfigError: The store has no such module.
-            StoreError: Its files are missing or damaged.
+            ConfigError: If the store has no such module.
+            StoreError: If a file of the module is missing or damaged.
         """
         if name not in self.modules:
             raise ConfigError(
@@ -137,11 +147,11 @@ class Factors:
         )
 
     def chosen_damping(self, damping: Damping) -> dict[str, float]:
-        """λ of each module, absolute, after making sure that it can be used.
+        """The absolute λ of each module, by name.
 
         Raises:
-            ConfigError: A value is no module's, or a module has none; or one of zero where Λ has
-                zeros.
+            ConfigError: If a value belongs to no module, or a module has no value; or if λ is zero
+                where Λ has zeros.
         """
         damping.require_used(self.modules)
         for name in self.modules:
@@ -152,12 +162,12 @@ class Factors:
         """Λ + λ of one module, [O, I].
 
         Args:
-            name: The module.
+            name: The module's name.
             damping: How λ is chosen.
-            factors: The module's factors, if they have been moved elsewhere.
+            factors: The module's factors on the device and in the dtype wanted; None: as stored.
 
         Raises:
-            ConfigError: No damping for the module, or one of zero where Λ has zeros.
+            ConfigError: If there is no damping for the module, or it is zero where Λ has zeros.
         """
         stored_OI = self.module(name).lambda_OI
         lambda_OI = stored_OI if factors is None else factors.lambda_OI
@@ -178,24 +188,24 @@ class Factors:
         *,
         relative: bool = True,
     ) -> dict[str, Tensor]:
-        """(E + λ)⁻¹ applied to each module's gradient; by default λ = 0.1 · mean(Λ) of the module.
+        """(F + λ)⁻¹ applied to each module's gradient; by default λ = 0.1 · mean(Λ) of the module.
 
         Grosse et al. 2023, eq. 21. Stored factors are never changed.
 
         Args:
-            gradients: By module name, weight-shaped [..., O, I]; I includes the bias, last. A
-                Conv1D's weight has to be transposed to O×I.
-            damping: λ of every module, 0 or more; or of each, by name or glob.
-            relative: Whether `damping` is a multiple of the module's mean(Λ), or λ itself.
+            gradients: By module name, shaped as the weight, [..., O, I]; I includes the bias as its
+                last coordinate. A Conv1D's weight has to be transposed to O×I.
+            damping: λ of every module, 0 or more; or of each module, by its name or a glob.
+            relative: Whether `damping` is a multiple of the module's mean(Λ); else it is λ itself.
 
         Returns:
             The same names and shapes, in the wider of the gradient's and the factors' dtype, on
             the gradient's device.
 
         Raises:
-            ConfigError: An unknown module, a wrong shape, a negative damping, or a damping of zero
-                where Λ has zeros.
-            StoreError: A file is missing or damaged.
+            ConfigError: If a module is unknown, a shape wrong, or a damping negative, or zero where
+                Λ has zeros.
+            StoreError: If a file is missing or damaged.
         """
         chosen = Damping.of(damping, relative)
         chosen.require_used(self.modules)
@@ -207,7 +217,7 @@ class Factors:
         return solved
 
     def apply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """E applied to each module's gradient; arguments and errors as for `solve`."""
+        """F applied to each module's gradient; arguments and errors as of `solve`."""
         applied = {}
         for name, gradient in gradients.items():
             fitted, gradient = self._at(name, gradient)
@@ -217,11 +227,11 @@ class Factors:
         return applied
 
     def save(self, path: str | Path) -> None:
-        """Writes factors that are held in memory to a new store.
+        """Writes factors that are in memory to a new store.
 
         Raises:
-            OutputError: The directory cannot be written or holds something else.
-            StoreError: The factors are on disk already.
+            OutputError: If the directory cannot be written, or holds something else.
+            StoreError: If the factors are on disk already.
         """
         if not isinstance(self._source, MemoryStore):
             raise StoreError("These factors are on disk already; copy their directory instead.")
@@ -232,7 +242,7 @@ class Factors:
             writer.close()
 
     def _at(self, name: str, gradient: Tensor) -> tuple[ModuleFactors, Tensor]:
-        """A module's factors and a gradient, in one dtype on the gradient's device."""
+        """A module's factors and a gradient, in the wider dtype, on the gradient's device."""
         fitted = self.module(name)
         if gradient.shape[-2:] != fitted.lambda_OI.shape:
             raise ConfigError(
@@ -241,7 +251,6 @@ class Factors:
                 f"{' and the bias' if self.modules[name].bias else ''}."
             )
         dtype = torch.promote_types(gradient.dtype, fitted.lambda_OI.dtype)
-
         return fitted.to(gradient.device, dtype), gradient.to(dtype)
 
     def _lambda(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -259,10 +268,14 @@ class Factors:
         return self._bases[factor]
 
     def eigenvalues(self, factor: str, size: int) -> Tensor:
-        """A factor's eigenvalues [n], ascending in each of its blocks.
+        """The eigenvalues of a factor's covariance [n], ascending within each block.
+
+        Args:
+            factor: The factor's name.
+            size: n.
 
         Raises:
-            StoreError: Its file is missing or damaged.
+            StoreError: If its file is missing or damaged.
         """
         return torch.cat(self._blocks(factor, "eigenvalues", size, square=False))
 
@@ -277,7 +290,9 @@ class Factors:
 
 def _tracked_module(name: str, entry: Any) -> TrackedModule:
     if not _is_module(entry):
-        raise StoreError(f"The manifest's entry for module {name} is not whole: {entry!r}. {MEND}")
+        raise StoreError(
+            f"The manifest's entry for module {name} is not whole: {entry!r}. {REMEDY}"
+        )
     return TrackedModule(
         name=name,
         kind=entry["kind"],
@@ -290,6 +305,7 @@ def _tracked_module(name: str, entry: Any) -> TrackedModule:
 
 
 def _is_module(entry: Any) -> bool:
+    """Whether a module's entry in the manifest has all fields, with values that can be."""
     return (
         isinstance(entry, dict)
         and all(type(entry.get(field)) is kind for field, kind in _MODULE_ENTRY.items())

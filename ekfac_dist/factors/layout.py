@@ -1,14 +1,17 @@
-"""The factor store: safetensors files and one JSON manifest in a directory.
+"""The format of the factor store: a directory of safetensors files and one JSON manifest.
 
     manifest.json
     covariance/<factor>.safetensors    sum          [n, n]  raw sum; header: count
-    eigenbasis/<factor>.safetensors    eigenvectors [n, n]  in columns; eigenvalues [n] ascending
-    spectrum/<module>.safetensors      lambda       [O, I]  Λ
+    eigenbasis/<factor>.safetensors    eigenvectors [n, n]  in columns
+                                       eigenvalues  [n]     ascending, of sum / count
+    spectrum/<module>.safetensors      lambda       [O, I]  Λ, the corrected eigenvalues
 
-Of a factor of several blocks on its diagonal the keys end in .0, .1, …, a block each. The manifest
-lists each file with its size and SHA-256, and says `complete: true` only once all of
-them are in place. This module has the names and the reading, `store_writer` the writing. They know
-names, bytes and tensors; they know no mathematics.
+A factor of several diagonal blocks has one tensor per block, named with the suffixes .0, .1, ….
+The manifest lists each file with its size and SHA-256; `complete` is true only once all of them are
+in place.
+
+This module has the names and reads the manifest; `writer` and `reader` handle the files. None of
+the three knows the mathematics.
 """
 
 import hashlib
@@ -36,47 +39,47 @@ MANIFEST_KEYS = (
     "config",
 )
 CHECKSUM = "checksum"
-# Files that are being written; the folder of a pass's saved states; a store that replaces another.
-TEMPORARY_FILES = ".*.tmp"
+TEMPORARY_FILES = ".*.tmp"  # files that are still being written
+# Folders in `STATE`: one per pass over a group of modules, with the workers' saved running sums.
 PASS_FOLDER = re.compile(r"(covariance|refit)-\d+(-of-\d+)?")
-NEXT_PREFIX = ".next-"
-MEND = "Copy the store again, or fit the factors again."
+NEXT_PREFIX = ".next-"  # followed by the id of a run whose store is about to replace another
+REMEDY = "Copy the store again, or fit the factors again."
 
 
 def covariance_file(factor: str) -> str:
-    """Path, inside a store, of a factor's raw sum."""
+    """Path of a factor's raw sum inside a store."""
     return f"covariance/{factor}.safetensors"
 
 
 def eigenbasis_file(factor: str) -> str:
-    """Path, inside a store, of a factor's eigenvectors and eigenvalues."""
+    """Path of a factor's eigenvectors and eigenvalues inside a store."""
     return f"eigenbasis/{factor}.safetensors"
 
 
 def spectrum_file(module: str) -> str:
-    """Path, inside a store, of a module's Λ."""
+    """Path of a module's Λ inside a store."""
     return f"spectrum/{module}.safetensors"
 
 
-def block_keys(key: str, number: int) -> list[str]:
-    """Names, in a file, of a factor's blocks on its diagonal; of one that is whole, the key."""
-    return [key] if number == 1 else [f"{key}.{k}" for k in range(number)]
+def block_keys(key: str, num_blocks: int) -> list[str]:
+    """Names of the tensors of a factor's diagonal blocks in its file; just `key` for one block."""
+    return [key] if num_blocks == 1 else [f"{key}.{k}" for k in range(num_blocks)]
 
 
 def stored_files(store: Path) -> list[str]:
-    """Every file in a store's folders, as a path inside the store."""
-    found = [p for folder in FOLDERS for p in (store / folder).rglob("*") if p.is_file()]
-    return sorted(str(path.relative_to(store)) for path in found)
+    """Every file in the folders of a store, as a sorted list of paths inside the store."""
+    files = [p for folder in FOLDERS for p in (store / folder).rglob("*") if p.is_file()]
+    return sorted(str(path.relative_to(store)) for path in files)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A store's manifest, as it is.
+    """The manifest of a store; its entries are not checked.
 
     Args:
         path: The store's directory.
 
     Raises:
-        StoreError: It cannot be read, or is no JSON object.
+        StoreError: If the manifest cannot be read, or is no JSON object.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -90,11 +93,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def manifest_checksum(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of what a manifest says, but for its own checksum, however it is laid out."""
-    said = {key: value for key, value in manifest.items() if key != CHECKSUM}
-    text = json.dumps(said, sort_keys=True, separators=(",", ":"))
+    """SHA-256 of all entries of a manifest but its own checksum, whatever its order and layout."""
+    entries = {key: value for key, value in manifest.items() if key != CHECKSUM}
+    text = json.dumps(entries, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-# What each kind of labels makes of the Fisher.
+# The Fisher's name in the literature, by where labels come from.
 FISHER_NAMES = {"sampled": "true Fisher", "data": "empirical Fisher"}

@@ -1,4 +1,4 @@
-"""Whether a store can be written to a directory, looked at without touching anything."""
+"""Whether a store can be written to an output directory; nothing in it is changed."""
 
 import os
 import re
@@ -22,15 +22,18 @@ from ekfac_dist.runtime.journal import JOURNAL
 from ekfac_dist.runtime.lock import LOCK, require_unlocked
 from ekfac_dist.runtime.resuming import require_same_config
 
-ADVICE = "give another directory, or begin anew with --overwrite"
+OVERWRITE_ADVICE = "give another directory, or begin anew with --overwrite"
+# Configuration fields that may change when an unfinished run is resumed: no result depends on them.
+_MAY_CHANGE = ("save_minutes", "output", "model.device_map")
 
 
-def _require_replaceable(path: Path) -> None:
-    own = {*FOLDERS, STATE, JOURNAL, MANIFEST, LOCK}
+def _require_nothing_else(path: Path) -> None:
+    """Checks that a directory with a store holds nothing beside it, which would be lost."""
+    names_of_a_store = {*FOLDERS, STATE, JOURNAL, MANIFEST, LOCK}
     others = [
         entry.name
         for entry in path.iterdir()
-        if entry.name not in own
+        if entry.name not in names_of_a_store
         and not entry.match(TEMPORARY_FILES)
         and not entry.name.startswith(NEXT_PREFIX)
     ]
@@ -44,17 +47,20 @@ def _require_replaceable(path: Path) -> None:
 def check_output(
     path: str | Path, config: Mapping[str, Any], *, own: bool = False, replace: bool = False
 ) -> None:
-    """Refuses an output that a store could not be written to, without touching anything.
+    """Checks that a store can be written to a directory.
+
+    Without `replace` the directory may be new, empty, or hold an unfinished store of the same
+    configuration. With it, it may hold any store, but nothing else beside the store.
 
     Args:
         path: The store's directory.
         config: The run's whole configuration.
         own: Whether this process holds the directory's lock.
-        replace: Whether any store that is there may be replaced.
+        replace: Whether a store that is there may be replaced.
 
     Raises:
-        OutputError: It cannot be written, is being written by another run, or holds anything but an
-            unfinished store of this run; or, if it may be replaced, but a store alone.
+        OutputError: If the directory cannot be written, is being written by another run, or holds
+            something else.
     """
     path = Path(path)
     if path.is_symlink() and not path.exists():
@@ -75,7 +81,7 @@ def check_output(
     if not os.access(path, os.W_OK | os.X_OK):
         raise OutputError(f"output {path} cannot be written; give another directory.")
     try:
-        entries = [entry for entry in path.iterdir() if not _is_from_a_false_start(entry)]
+        entries = [entry for entry in path.iterdir() if not _is_left_from_startup(entry)]
     except OSError as error:
         raise OutputError(f"output {path} cannot be read: {error.strerror}.") from error
     if entries and not (path / MANIFEST).is_file():
@@ -86,12 +92,21 @@ def check_output(
     if not own:
         require_unlocked(path)
     if entries and replace and _is_store(path):
-        _require_replaceable(path)
+        _require_nothing_else(path)
     elif entries:
-        _require_own_store(path, config)
+        require_resumable(path, config)
 
 
-def _require_own_store(path: Path, config: Mapping[str, Any]) -> None:
+def require_resumable(path: Path, config: Mapping[str, Any]) -> None:
+    """Checks that a directory holds an unfinished store of the same configuration.
+
+    Args:
+        path: The directory.
+        config: The run's whole configuration.
+
+    Raises:
+        OutputError: If it holds something else, or a finished store.
+    """
     try:
         manifest = read_manifest(path)
     except StoreError as error:
@@ -104,24 +119,25 @@ def _require_own_store(path: Path, config: Mapping[str, Any]) -> None:
             f"output {path} exists and is no {FORMAT} store; give a directory that is new or empty."
         )
     if manifest.get("complete"):
-        raise OutputError(f"output {path} holds a finished factor store already; {ADVICE}.")
-    require_same_config(path, manifest.get("config"), config, may_change=_MAY_CHANGE, advice=ADVICE)
-
-
-# Fields that a run may have another value of when it goes on: no number depends on them.
-_MAY_CHANGE = ("save_minutes", "output", "model.device_map")
+        raise OutputError(
+            f"output {path} holds a finished factor store already; {OVERWRITE_ADVICE}."
+        )
+    require_same_config(
+        path, manifest.get("config"), config, may_change=_MAY_CHANGE, advice=OVERWRITE_ADVICE
+    )
 
 
 def _is_store(path: Path) -> bool:
+    """Whether a directory has a store's manifest, of this version's format or another's."""
     with suppress(StoreError):
         return re.fullmatch(r"ekfac_dist/\d+", str(read_manifest(path).get("format"))) is not None
     return False
 
 
-def _is_from_a_false_start(entry: Path) -> bool:
-    """Whether it is all that a run leaves which is killed before its manifest is in place."""
+def _is_left_from_startup(entry: Path) -> bool:
+    """Whether a run that was killed before its manifest was in place leaves such an entry."""
     if entry.name in FOLDERS and entry.is_dir():
         return not any(entry.iterdir())
-    if entry.name == STATE and entry.is_dir():  # of a host whose workers wrote nothing else
+    if entry.name == STATE and entry.is_dir():  # on a host whose workers wrote nothing else
         return all(PASS_FOLDER.fullmatch(inner.name) for inner in entry.iterdir())
     return entry.name == LOCK or entry.match(f".{MANIFEST}.*.tmp")

@@ -1,4 +1,7 @@
-"""Reading a complete factor store, file by file, each when it is needed."""
+"""Reading a complete factor store: the manifest at once, each file when it is first needed.
+
+Every check of what is on the disk is here, so that a damaged store is an error that names the file.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +19,7 @@ from ekfac_dist.factors.layout import (
     FORMAT,
     MANIFEST,
     MANIFEST_KEYS,
-    MEND,
+    REMEDY,
     manifest_checksum,
     read_manifest,
     stored_files,
@@ -25,14 +28,19 @@ from ekfac_dist.runtime.files import file_sha256
 
 
 class StoreReader:
-    """Reads a complete store, file by file, when each is needed.
+    """Reads a complete store.
 
     Args:
         path: The store's directory.
         verify: Whether to check a file's SHA-256 before it is read for the first time.
 
+    Attributes:
+        path: The store's directory.
+        manifest: Its manifest.
+
     Raises:
-        StoreError: It is missing, of another format, or incomplete.
+        StoreError: If the store is missing, of another format or incomplete, or its manifest is
+            damaged.
     """
 
     def __init__(self, path: str | Path, *, verify: bool = False) -> None:
@@ -48,12 +56,12 @@ class StoreReader:
         try:
             self.manifest = read_manifest(self.path)
         except StoreError as error:
-            raise StoreError(f"{error} {MEND}") from error
-        found = self.manifest.get("format")
-        if found != FORMAT:
+            raise StoreError(f"{error} {REMEDY}") from error
+        stored_format = self.manifest.get("format")
+        if stored_format != FORMAT:
             raise StoreError(
-                f"{path} has format {found!r}; this version reads {FORMAT!r}, the output of an "
-                "`estimate` run."
+                f"{path} has format {stored_format!r}; this version reads {FORMAT!r}, the output "
+                "of an `estimate` run."
             )
         if self.manifest.get("complete") is not True:
             raise StoreError(
@@ -62,39 +70,39 @@ class StoreReader:
             )
         missing = [key for key in MANIFEST_KEYS if not isinstance(self.manifest.get(key), dict)]
         if missing:
-            raise StoreError(f"{self.path / MANIFEST} lacks {', '.join(missing)}. {MEND}")
+            raise StoreError(f"{self.path / MANIFEST} lacks {', '.join(missing)}. {REMEDY}")
         for file, listed in self.manifest["files"].items():
             if not _is_listing(file, listed):
                 raise StoreError(
                     f"{self.path / MANIFEST} lists {file!r} as {listed!r}; it must list files in "
-                    f"{', '.join(FOLDERS)}, each with its bytes and sha256. {MEND}"
+                    f"{', '.join(FOLDERS)}, each with its bytes and sha256. {REMEDY}"
                 )
         if CHECKSUM not in self.manifest:
             raise StoreError(
                 f"{self.path / MANIFEST} is damaged or was edited: it has no {CHECKSUM} of what it "
-                f"says. {MEND}"
+                f"says. {REMEDY}"
             )
         if self.manifest[CHECKSUM] != manifest_checksum(self.manifest):
             raise StoreError(
                 f"{self.path / MANIFEST} is damaged: what it says has changed since it was "
-                f"written. {MEND}"
+                f"written. {REMEDY}"
             )
 
     @contextmanager
     def open(self, file: str) -> Iterator[Any]:
-        """Opens one file, memory-mapped, after checking that the manifest lists it and its size.
+        """Opens one file, memory-mapped, after comparing it with what the manifest lists.
 
         Args:
             file: Its path inside the store.
 
         Raises:
-            StoreError: It is not listed, missing, damaged, or no safetensors file.
+            StoreError: If the file is not listed, missing, damaged, or no safetensors file.
         """
         path = self.check(file)
         if self._verify and file not in self._verified:
             if file_sha256(path) != self.manifest["files"][file]["sha256"]:
                 raise StoreError(
-                    f"{path} is damaged: its SHA-256 is not the one in the manifest. {MEND}"
+                    f"{path} is damaged: its SHA-256 is not the one in the manifest. {REMEDY}"
                 )
             self._verified.add(file)
         try:
@@ -102,27 +110,32 @@ class StoreReader:
                 yield opened
         except (SafetensorError, OSError) as error:
             raise StoreError(
-                f"{path} is no whole safetensors file: {first_line(error)}. {MEND}"
+                f"{path} is no whole safetensors file: {first_line(error)}. {REMEDY}"
             ) from error
 
     def check(self, file: str) -> Path:
-        """Where a file is, if the manifest lists it and it is there with the right size.
+        """The path of a listed file, after checking that it is there and of the listed size.
+
+        Args:
+            file: Its path inside the store.
 
         Raises:
-            StoreError: It is not.
+            StoreError: If it is not listed, missing, or of another size.
         """
         listed = self.manifest["files"].get(file)
         if listed is None:
-            raise StoreError(f"{self.path} does not list {file} in its manifest. {MEND}")
+            raise StoreError(f"{self.path} does not list {file} in its manifest. {REMEDY}")
         path = self.path / file
         try:
-            found = path.stat().st_size
+            num_bytes = path.stat().st_size
         except OSError as error:
-            raise StoreError(f"{path} is missing, though the manifest lists it. {MEND}") from error
-        if found != listed["bytes"]:
             raise StoreError(
-                f"{path} has {found} bytes; the manifest says {listed['bytes']}: it is damaged. "
-                f"{MEND}"
+                f"{path} is missing, though the manifest lists it. {REMEDY}"
+            ) from error
+        if num_bytes != listed["bytes"]:
+            raise StoreError(
+                f"{path} has {num_bytes} bytes; the manifest says {listed['bytes']}: it is "
+                f"damaged. {REMEDY}"
             )
         return path
 
@@ -135,33 +148,34 @@ class StoreReader:
             shape: The shape that it must have.
 
         Raises:
-            StoreError: The file or the tensor is not as the manifest says.
+            StoreError: If the file is missing or damaged, or the tensor is missing, of another
+                shape, or neither float32 nor float64.
         """
         with self.open(file) as opened:
             if key not in opened.keys():  # noqa: SIM118 - safe_open is no mapping
-                raise StoreError(f"{self.path / file} holds no tensor {key!r}. {MEND}")
+                raise StoreError(f"{self.path / file} holds no tensor {key!r}. {REMEDY}")
             tensor = opened.get_tensor(key)
         if tuple(tensor.shape) != shape:
             raise StoreError(
                 f"{self.path / file}: {key} has shape {list(tensor.shape)}; the manifest's modules "
-                f"say {list(shape)}. {MEND}"
+                f"say {list(shape)}. {REMEDY}"
             )
         if tensor.dtype not in (torch.float32, torch.float64):
             raise StoreError(
-                f"{self.path / file}: {key} is {tensor.dtype}; float32 or float64 only. {MEND}"
+                f"{self.path / file}: {key} is {tensor.dtype}; float32 or float64 only. {REMEDY}"
             )
         return tensor
 
     def header(self, file: str) -> dict[str, str]:
-        """The strings in one file's header."""
+        """The strings in the header of one file."""
         with self.open(file) as opened:
             return dict(opened.metadata() or {})
 
     def verify(self) -> Iterator[tuple[str, str | None]]:
-        """Checks every listed file's size and SHA-256, and that nothing else lies in the store.
+        """Checks size and SHA-256 of every listed file, and that the store has no other files.
 
         Yields:
-            (file, None) for a good file, (file, what is wrong) for a bad one.
+            (file, None) for an undamaged file; (file, what is wrong with it) for any other.
         """
         for file, listed in self.manifest["files"].items():
             path = self.path / file
@@ -178,13 +192,13 @@ class StoreReader:
                 yield file, "is not listed in the manifest"
 
     def total_bytes(self) -> int:
-        """Size of all files, the manifest included."""
+        """Size of all listed files and the manifest, in bytes."""
         listed = sum(entry["bytes"] for entry in self.manifest["files"].values())
         return listed + (self.path / MANIFEST).stat().st_size
 
 
 def _is_listing(file: str, listed: object) -> bool:
-    """Whether it tells a file inside the store, its size and its SHA-256."""
+    """Whether an entry of the manifest's `files` names a file in the store's folders completely."""
     parts = PurePosixPath(file).parts
     return (
         len(parts) > 1

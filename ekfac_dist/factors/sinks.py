@@ -1,4 +1,9 @@
-"""Where a run puts its factors: a directory, memory, or nowhere (workers other than 0)."""
+"""Where a fit puts its factors: a directory (`StoreWriter`), memory, or nowhere.
+
+A fit writes to its sink stage by stage, and asks it at the start what is stored already, so that a
+restarted run repeats no finished stage. Only worker 0 writes; the others have a `NullStore`. Sinks
+know file names and tensors, not how those were computed.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,30 +15,30 @@ from ekfac_dist.factors.layout import FORMAT
 
 
 @dataclass(frozen=True)
-class EarlierStart:
-    """What an earlier start of the same run has left.
+class StoredWork:
+    """The work of a run that was in its store when the run was started, or started again.
 
     Attributes:
-        files: Files that are in place and whole, as paths inside the store.
-        records: What its stages came to, by their names.
-        run: By what the run is known again.
+        files: Files that are in place and undamaged, as paths inside the store.
+        records: Results of finished stages, by the stage's name.
+        run_id: Identifies the run; the same each time that it is started again.
     """
 
     files: frozenset[str] = frozenset()
     records: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    run: str = ""
+    run_id: str = ""
 
 
 @dataclass(frozen=True)
 class DiskNeed:
-    """What a stage will have on the disk.
+    """The disk space that a stage takes.
 
     Attributes:
-        stage: What the stage is called.
-        results: Bytes of all that it writes.
-        files: What that is; some of it may be in place.
-        states: Bytes of the workers' saved states, at their most.
-        folder: Where in the folder of states those are.
+        stage: The stage's name in errors.
+        results: Size of all files that it writes, in bytes.
+        files: Those files, as paths inside the store; some may be in place already.
+        states: Largest size of all workers' saved states together, in bytes.
+        folder: The folder of those states, inside the folder `state`.
     """
 
     stage: str
@@ -44,86 +49,105 @@ class DiskNeed:
 
 
 class FactorSink(Protocol):
-    """Where a run puts its factors: a directory, memory, or (on other workers) nowhere."""
+    """Where a run puts its factors."""
 
     @property
-    def earlier(self) -> EarlierStart:
-        """What was there already when the run started, the same on every worker."""
+    def stored(self) -> StoredWork:
+        """The work that was in the store when the run was started; the same on every worker."""
 
     def write(
         self, file: str, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
     ) -> None:
-        """Takes one file's tensors."""
+        """Stores one safetensors file.
 
-    def require_room(self, room: DiskNeed) -> None:
-        """Refuses a stage that the disk has no room for.
-
-        Raises:
-            OutputError: There is no room.
+        Args:
+            file: Its path inside the store.
+            tensors: Its tensors, by name.
+            header: Strings for the file's own header.
         """
 
-    def digest(self, files: Iterable[str]) -> str:
-        """By what the content of some files is known again; "" on other workers than worker 0."""
+    def require_disk_space(self, need: DiskNeed) -> None:
+        """Checks, before a stage, that the disk has space for it.
+
+        Raises:
+            OutputError: If it has not.
+        """
+
+    def content_sha256(self, files: Iterable[str]) -> str:
+        """SHA-256 over the contents of some stored files; "" on workers other than 0."""
 
     def read(self, file: str, key: str) -> Tensor:
-        """One tensor of a file that is there; on worker 0 only."""
+        """One tensor of a stored file; on worker 0 only."""
 
     def remove(self, file: str) -> None:
-        """Gives up a file."""
+        """Removes a file, if it is stored."""
 
     def record(self, stage: str, content: Mapping[str, Any]) -> None:
-        """Takes what a stage came to."""
+        """Stores the result of a finished stage, which a restarted run finds in `stored`.
 
-    def state_saved(self) -> None:
-        """Learns that a worker's state of a pass is on the disk."""
+        Args:
+            stage: The stage's name.
+            content: Its result, of types that JSON has.
+        """
+
+    def after_save(self) -> None:
+        """Called when a worker's state of a pass is on the disk: this worker's, or another's."""
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
-        """Takes the manifest; the store is complete."""
+        """Completes the store.
+
+        Args:
+            manifest: Every entry but format, complete and files.
+        """
 
 
-class NoStore:
-    """Where a worker's factors go when another worker writes the store.
+class NullStore:
+    """The sink of workers that do not write the store: it ignores everything.
 
     Args:
-        found: What that worker found there.
+        stored: What worker 0 found in the store.
     """
 
-    def __init__(self, found: EarlierStart | None = None) -> None:
-        self.earlier = found or EarlierStart()
+    def __init__(self, stored: StoredWork | None = None) -> None:
+        self.stored = stored or StoredWork()
 
     def write(
         self, file: str, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
     ) -> None:
-        """Does nothing."""
+        """Ignores a file: worker 0 writes it."""
 
-    def require_room(self, room: DiskNeed) -> None:
-        """Does nothing."""
+    def require_disk_space(self, need: DiskNeed) -> None:
+        """Checks nothing: worker 0 does."""
 
-    def digest(self, files: Iterable[str]) -> str:
-        """Nothing: worker 0 knows."""
+    def content_sha256(self, files: Iterable[str]) -> str:
+        """Always "": only worker 0 has the files."""
         return ""
 
     def read(self, file: str, key: str) -> Tensor:
-        """Fails: the other worker reads."""
+        """Always fails: only worker 0 has the files."""
         raise NotImplementedError(f"{file} is worker 0's to read")
 
     def remove(self, file: str) -> None:
-        """Does nothing."""
+        """Ignores a file: worker 0 removes it."""
 
     def record(self, stage: str, content: Mapping[str, Any]) -> None:
-        """Does nothing."""
+        """Ignores a record: worker 0 writes it."""
 
-    def state_saved(self) -> None:
-        """Does nothing."""
+    def after_save(self) -> None:
+        """Ignores a saved state: worker 0's sink acts on its own."""
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
-        """Does nothing."""
+        """Ignores the manifest: worker 0 writes it."""
 
 
 class MemoryStore:
-    """A store that is kept in memory: written and read like one on disk."""
+    """A store in memory, written and read like one on disk.
 
-    earlier = EarlierStart()
+    Attributes:
+        manifest: The manifest; empty until `finish`.
+    """
+
+    stored = StoredWork()
 
     def __init__(self) -> None:
         self.manifest: dict[str, Any] = {}
@@ -133,15 +157,15 @@ class MemoryStore:
     def write(
         self, file: str, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
     ) -> None:
-        """Keeps one file's tensors, on the CPU."""
+        """Keeps copies of one file's tensors on the CPU."""
         self._tensors[file] = {name: t.detach().cpu().clone() for name, t in tensors.items()}
         self._headers[file] = dict(header or {})
 
-    def require_room(self, room: DiskNeed) -> None:
-        """Does nothing: memory is planned for elsewhere."""
+    def require_disk_space(self, need: DiskNeed) -> None:
+        """Checks nothing: no disk is used."""
 
-    def digest(self, files: Iterable[str]) -> str:
-        """Nothing: no run goes on from here."""
+    def content_sha256(self, files: Iterable[str]) -> str:
+        """Always "": there are no saved states whose files could have changed."""
         return ""
 
     def read(self, file: str, key: str) -> Tensor:
@@ -149,15 +173,15 @@ class MemoryStore:
         return self._tensors[file][key]
 
     def remove(self, file: str) -> None:
-        """Gives up one file, if it is there."""
+        """Removes a file, if it is stored."""
         self._tensors.pop(file, None)
         self._headers.pop(file, None)
 
     def record(self, stage: str, content: Mapping[str, Any]) -> None:
-        """Does nothing: the run ends with the process."""
+        """Ignores a record: a run in memory cannot be resumed."""
 
-    def state_saved(self) -> None:
-        """Does nothing: no state of it is saved."""
+    def after_save(self) -> None:
+        """Ignores the call: a run in memory has no saved states."""
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Keeps the manifest."""
@@ -168,11 +192,11 @@ class MemoryStore:
         return self._tensors[file][key]
 
     def header(self, file: str) -> dict[str, str]:
-        """The strings kept with one file."""
+        """The strings that were written with a file."""
         return self._headers[file]
 
     def copy_to(self, sink: FactorSink) -> None:
-        """Writes everything to another store and finishes it."""
+        """Writes everything to another store and completes it."""
         for file, tensors in self._tensors.items():
             sink.write(file, tensors, self._headers[file])
         sink.finish(

@@ -1,33 +1,20 @@
 """Writing a factor store: each file whole or not at all, the manifest last.
 
-Worker 0 writes, and holds the directory's lock; see `store` for the format and for reading. An
-unfinished store has, beside its files, a manifest that says what it will be, the journal of what is
-done, and the workers' saved states:
+Worker 0 writes, and holds the directory's lock. The unfinished store of a run has, beside its
+factor files,
 
-    manifest.json     complete: false, config, and what the run began with
-    journal.jsonl     files that are in place, and records of stages
-    state/            see stages/checkpoints.py
+    manifest.json     complete: false, the configuration, and fingerprints of the run's inputs
+    journal.jsonl     one line per file that is in place and per finished stage
+    state/            the running sums that workers have saved during a pass
 
-The same run takes all that up again, after each file has been compared with its checksum.
-
-A run that replaces another's store leaves that as it is until something of its own is on the disk:
-its first file, which it puts into a folder beside, what a pass came to, or a worker's saved state.
-Then, in this order,
-
-    .next-RUN/        is given the run's folders, journal and manifest
-    manifest.json     is replaced by that manifest: from here on the store is RUN's, unfinished
-    .next-RUN/…       takes the place of the old folders and journal, one after the other
-
-If that is interrupted, the next start of the same run does what is left; of another, removes it.
+The same run, started again, compares each file with its checksum and resumes. `layout` says what a
+finished store is, `replacement` how an unfinished one takes another run's place.
 """
 
 import hashlib
 import json
-import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +22,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ekfac_dist.errors import OutputError, StoreError
+from ekfac_dist.factors.directory import make_folders, remove, total_bytes, write_manifest
 from ekfac_dist.factors.layout import (
     CHECKSUM,
     FOLDERS,
     FORMAT,
     MANIFEST,
-    NEXT_PREFIX,
     PASS_FOLDER,
     STATE,
     TEMPORARY_FILES,
@@ -48,112 +35,112 @@ from ekfac_dist.factors.layout import (
     read_manifest,
     stored_files,
 )
-from ekfac_dist.factors.output import ADVICE, _require_own_store, check_output
-from ekfac_dist.factors.sinks import DiskNeed, EarlierStart
-from ekfac_dist.runtime.files import (
-    flush_directory,
-    is_as_listed,
-    safetensors_parts,
-    write_listed,
-    write_whole,
-)
+from ekfac_dist.factors.output import OVERWRITE_ADVICE, check_output, require_resumable
+from ekfac_dist.factors.replacement import Replacement, finish_or_remove
+from ekfac_dist.factors.sinks import DiskNeed, StoredWork
+from ekfac_dist.runtime.files import is_as_listed, safetensors_parts, write_listed
 from ekfac_dist.runtime.journal import JOURNAL, Journal
 from ekfac_dist.runtime.lock import DirectoryLock
 from ekfac_dist.runtime.memory import as_text, free_disk_bytes
 from ekfac_dist.runtime.resuming import require_same_beginning
 
-# What an unfinished store looks like inside; one of another look cannot be gone on with.
+# Version of an unfinished store's content; a store of another version cannot be resumed.
 UNFINISHED_FORMAT = 3
 
 
 class StoreWriter:
-    """Writes one store. Worker 0 owns it.
+    """The sink that writes a store to a directory; on worker 0 only.
 
     Args:
         path: The store's directory.
         config: The run's whole configuration.
-        begins: What else must be the same for an unfinished store to be gone on with, such as
-            fingerprints, by name.
-        replace: Whether a store that is there and cannot be gone on with is replaced, once the
-            first of this one is on the disk; until then it stays as it is.
+        inputs: What else must be the same for an unfinished store to be resumed: fingerprints and
+            versions, by name.
+        replace: Whether to replace a store that is there and cannot be resumed, as soon as
+            something of this run is on the disk.
 
     Attributes:
-        files: What the manifest will list, by path inside the store.
-        records: Records of stages, by name.
-        found: What an earlier start of this run has left, once `keep_whole` has looked.
+        path: The store's directory.
+        files: Size and SHA-256 of each file in place, by its path inside the store, as the manifest
+            will list them.
+        records: Results of finished stages, by the stage's name.
+        stored: What was in the store at the start; without files until `drop_damaged` has checked
+            them.
 
     Raises:
-        OutputError: The directory cannot be written, is being written by another run, or holds
-            files that are no store; or, unless it is to be replaced, a finished store or another
-            run.
-        StoreError: The journal of an unfinished store is damaged, and it is not to be replaced.
+        OutputError: If the directory cannot be written, is being written by another run, or holds
+            files that are no store; or, without `replace`, a finished store or another run's.
+        StoreError: If the journal of an unfinished store is damaged, and `replace` is false.
     """
 
     def __init__(
         self,
         path: str | Path,
         config: Mapping[str, Any],
-        begins: Mapping[str, Any] | None = None,
+        inputs: Mapping[str, Any] | None = None,
         *,
         replace: bool = False,
     ) -> None:
         self.path = Path(path)
         self.files: dict[str, dict[str, Any]] = {}
         self.records: dict[str, dict[str, Any]] = {}
-        self.earlier = EarlierStart()
-        self._waiting: _Waiting | None = None
-        self._begins = {"format": UNFINISHED_FORMAT, **(begins or {})}
+        self.stored = StoredWork()
+        self._replacement: Replacement | None = None
+        self._inputs = {"format": UNFINISHED_FORMAT, **(inputs or {})}
         self._config = dict(config)
         check_output(self.path, config, replace=replace)
-        _make(self.path)
+        make_folders(self.path)
         self._lock = DirectoryLock(self.path)
         try:
-            # Again, for another run may have been quicker.
+            # Again, now that no other run can write: one may have done so in between.
             check_output(self.path, config, own=True, replace=replace)
-            self._begin(replace=replace)
+            self._start(replace=replace)
         except BaseException:
             self._lock.release()
             raise
 
     @property
-    def replaces(self) -> bool:
-        """Whether another run's store is still in this one's place."""
-        return self._waiting is not None
+    def will_replace(self) -> bool:
+        """Whether another run's store is still in place, and will be replaced by this one."""
+        return self._replacement is not None and self._replacement.is_pending
 
-    def _begin(self, *, replace: bool) -> None:
+    def _start(self, *, replace: bool) -> None:
+        """Begins a new store, resumes the one that is there, or prepares to replace it."""
         if not (self.path / MANIFEST).exists():
-            for left in (JOURNAL, STATE):
-                _remove(self.path / left)
-            run = uuid.uuid4().hex
-            _make(self.path, *FOLDERS)
-            self._write_manifest(self.path, self._unfinished(run))
-            self._go_on(run)
+            for name in (JOURNAL, STATE):
+                remove(self.path / name)
+            run_id = uuid.uuid4().hex
+            make_folders(self.path, *FOLDERS)
+            write_manifest(self.path, self._unfinished_manifest(run_id))
+            self._resume(run_id)
             return
         try:
-            _require_own_store(self.path, self._config)
+            require_resumable(self.path, self._config)
             manifest = read_manifest(self.path)
-            require_same_beginning(self.path, manifest.get("begins"), self._begins, advice=ADVICE)
-            self._go_on(str(manifest.get("run")))
+            require_same_beginning(
+                self.path, manifest.get("begins"), self._inputs, advice=OVERWRITE_ADVICE
+            )
+            self._resume(str(manifest.get("run")))
         except (OutputError, StoreError):
             if not replace:
                 raise
-            self.earlier = EarlierStart(run=uuid.uuid4().hex)
-            self._waiting = _Waiting(_states(self.path), _bytes_in(self.path))
+            self.stored = StoredWork(run_id=uuid.uuid4().hex)
+            self._replacement = Replacement(self.path, self.stored.run_id)
 
-    def _unfinished(self, run: str) -> dict[str, Any]:
-        """The manifest that a run begins with."""
-        told = {"format": FORMAT, "complete": False, "config": self._config}
-        return told | {"begins": self._begins, "run": run}
+    def _unfinished_manifest(self, run_id: str) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "complete": False,
+            "config": self._config,
+            "begins": self._inputs,
+            "run": run_id,
+        }
 
-    def _go_on(self, run: str) -> None:
-        """Takes up what is there of a run, whose store this is."""
-        for left in self.path.glob(f"{NEXT_PREFIX}*"):
-            if left.name == NEXT_PREFIX + run:
-                _move_in(left, self.path)
-            else:
-                _remove(left)
-        _make(self.path, *FOLDERS)
-        self.earlier = EarlierStart(run=run)
+    def _resume(self, run_id: str) -> None:
+        """Reads files and records of the unfinished store in place from its journal."""
+        finish_or_remove(self.path, run_id)
+        make_folders(self.path, *FOLDERS)
+        self.stored = StoredWork(run_id=run_id)
         self._journal = Journal(self.path)
         for record in self._journal.records:
             if "stage" in record:
@@ -163,114 +150,89 @@ class StoreWriter:
             else:
                 self.files[record["file"]] = {k: record[k] for k in ("bytes", "sha256")}
 
-    def keep_whole(self, on_bytes: Callable[[int], None]) -> list[str]:
-        """Compares every file with its checksum, and gives up those that have changed.
+    def drop_damaged(self, on_bytes: Callable[[int], None]) -> list[str]:
+        """Compares every file with its checksum, and takes damaged ones off the list of files.
 
         Args:
-            on_bytes: Told the size of each file when it has been compared.
+            on_bytes: Called with each file's size in bytes once it has been compared.
 
         Returns:
-            The files that were given up.
+            The damaged files, as paths inside the store.
         """
-        lost = []
+        damaged = []
         for file, listed in list(self.files.items()):
             if not is_as_listed(self.path / file, listed):
                 del self.files[file]
-                lost.append(file)
+                damaged.append(file)
             on_bytes(listed["bytes"])
-        self.earlier = EarlierStart(frozenset(self.files), dict(self.records), self.earlier.run)
-        return lost
+        self.stored = StoredWork(frozenset(self.files), dict(self.records), self.stored.run_id)
+        return damaged
 
     def write(
         self, file: str, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
     ) -> None:
-        """Writes one safetensors file.
+        """Writes one safetensors file; its tensors are moved to the CPU and made contiguous.
 
-        Args:
-            file: Its path inside the store.
-            tensors: What it holds; moved to the CPU and made contiguous.
-            header: Strings for the file's own header.
+        Arguments as of `FactorSink.write`.
+
+        Raises:
+            OutputError: If it cannot be written.
         """
         parts = safetensors_parts(tensors, header)
-        if self._waiting is not None:
+        if self.will_replace:
             self._replace(file, parts)
             return
         listed = write_listed(self.path / file, parts)
         self._journal.append({"file": file, **listed})
         self.files[file] = listed
 
-    def state_saved(self) -> None:
-        """Replaces the store that is there, if one is: a worker's state is on the disk."""
-        if self._waiting is not None:
+    def after_save(self) -> None:
+        """Replaces another run's store, if one is still in place."""
+        if self.will_replace:
             self._replace()
 
     def _replace(
         self, file: str | None = None, parts: list[bytes | memoryview] | None = None
     ) -> None:
-        """Puts this run's unfinished store in the place of the one that is there.
+        """Replaces the other run's store by this run's unfinished one.
 
         Args:
-            file: Its first file, if it has one.
-            parts: What is in that.
+            file: The first file of the new store, as a path inside it; None: it has none yet.
+            parts: That file's content.
 
         Raises:
-            OutputError: It cannot be written. The old store is as it was; or, if its manifest has
-                been replaced already, this run can be gone on with.
+            OutputError: As of `Replacement.carry_out`.
         """
-        waiting, run = self._waiting, self.earlier.run
-        assert waiting is not None
-        beside = self.path / f"{NEXT_PREFIX}{run}"
-        files = {}
-        try:
-            _make(beside, *FOLDERS)
-            (beside / JOURNAL).touch()  # even of no lines it has to replace the other's
-            journal = Journal(beside)
-            for stage, content in self.records.items():
-                journal.append({"stage": stage, **content})
-            if file is not None and parts is not None:
-                files[file] = write_listed(beside / file, parts)
-                journal.append({"file": file, **files[file]})
-            self._write_manifest(beside, self._unfinished(run))
-            (beside / MANIFEST).replace(self.path / MANIFEST)
-            flush_directory(self.path)
-            self._waiting = None
-            for state in waiting.states:
-                _remove(state)
-            _move_in(beside, self.path)
-            for left in self.path.glob(f"{NEXT_PREFIX}*"):
-                _remove(left)
-        except OSError as error:
-            raise OutputError(
-                f"output {self.path} cannot be overwritten: {error.strerror or error}; give "
-                "another directory."
-            ) from error
+        assert self._replacement is not None
+        manifest = self._unfinished_manifest(self.stored.run_id)
+        files = self._replacement.carry_out(manifest, self.records, file, parts)
         self._journal, self.files = Journal(self.path), files
 
-    def require_room(self, room: DiskNeed) -> None:
-        """Refuses a stage that the disk has no room for; see `FactorSink.require_room`."""
-        written = sum(self.files[file]["bytes"] for file in room.files if file in self.files)
-        saved = 0 if self.replaces else _bytes_in(self.path / STATE / room.folder)
-        states = max(0, room.states - saved)
-        needed, free = max(0, room.results - written) + states, free_disk_bytes(self.path)
+    def require_disk_space(self, need: DiskNeed) -> None:
+        """Checks that the disk has space for a stage; see `FactorSink.require_disk_space`."""
+        written = sum(self.files[file]["bytes"] for file in need.files if file in self.files)
+        saved = 0 if self.will_replace else total_bytes(self.path / STATE / need.folder)
+        states = max(0, need.states - saved)
+        needed, free = max(0, need.results - written) + states, free_disk_bytes(self.path)
         if needed > free:
             of_states = ""
-            if room.states:
+            if need.states:
                 of_states = f", {as_text(states)} of it for saved states (save_minutes: null: none)"
-            if self._waiting is not None:
+            if self._replacement is not None and self._replacement.is_pending:
                 raise OutputError(
-                    f"The {room.stage} stage needs {as_text(needed)} on the disk of {self.path}"
+                    f"The {need.stage} stage needs {as_text(needed)} on the disk of {self.path}"
                     f"{of_states}, and {as_text(free)} are free beside the store there "
-                    f"({as_text(self._waiting.num_bytes)}), which stays until the first of the new "
-                    "run is on the disk. Free some, remove that store, or give another output."
+                    f"({as_text(self._replacement.num_bytes)}), which stays until the first of the "
+                    "new run is on the disk. Free some, remove that store, or give another output."
                 )
             raise OutputError(
-                f"The {room.stage} stage needs {as_text(needed)} on the disk of {self.path}"
+                f"The {need.stage} stage needs {as_text(needed)} on the disk of {self.path}"
                 f"{of_states}, and {as_text(free)} are free. Free some and run the same command "
                 "again, which goes on from here; or give another output."
             )
 
-    def digest(self, files: Iterable[str]) -> str:
-        """By what the content of some files is known again."""
+    def content_sha256(self, files: Iterable[str]) -> str:
+        """SHA-256 over the contents of some files that are in place, in the order given."""
         digests = [self.files[file]["sha256"] for file in files]
         return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
@@ -288,107 +250,40 @@ class StoreWriter:
         (self.path / file).unlink(missing_ok=True)
 
     def record(self, stage: str, content: Mapping[str, Any]) -> None:
-        """Keeps what a stage came to, for the same run to go on from."""
-        if self._waiting is None:
+        """Stores the result of a stage; that of a pass replaces another run's store."""
+        if not self.will_replace:
             self._journal.append({"stage": stage, **content})
         self.records[stage] = {"stage": stage, **content}
-        if self._waiting is not None and PASS_FOLDER.fullmatch(stage):
+        if self.will_replace and PASS_FOLDER.fullmatch(stage):
             self._replace()
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
-        """Writes the manifest that makes the store complete.
+        """Writes the manifest that makes the store complete, and removes all files of the run.
 
         Args:
             manifest: Every entry but format, complete and files.
         """
-        if self._waiting is not None:
+        if self.will_replace:
             self._replace()
         for file in stored_files(self.path):
             if file not in self.files:
                 (self.path / file).unlink()
-        _remove(self.path / STATE)
+        remove(self.path / STATE)
         whole = {
             "format": FORMAT,
             "complete": True,
             **manifest,
             "files": dict(sorted(self.files.items())),
         }
-        whole = json.loads(json.dumps(whole, allow_nan=False))  # as it will be read
-        self._write_manifest(self.path, whole | {CHECKSUM: manifest_checksum(whole)})
-        for left in [self.path / JOURNAL, *self.path.glob(TEMPORARY_FILES)]:
-            _remove(left)
+        whole = json.loads(json.dumps(whole, allow_nan=False))  # as a reader will get it
+        write_manifest(self.path, whole | {CHECKSUM: manifest_checksum(whole)})
+        for file_of_run in [self.path / JOURNAL, *self.path.glob(TEMPORARY_FILES)]:
+            remove(file_of_run)
         self.close()
 
     def close(self) -> None:
-        """Lets others write to the directory, and leaves nothing beside a store that stays."""
-        if self._waiting is not None:
-            for left in _states(self.path) - self._waiting.states:
-                shutil.rmtree(left, ignore_errors=True)
-            for folder in [*self.path.glob(f"{STATE}/*"), self.path / STATE]:
-                with suppress(OSError):  # it is not there, or not empty
-                    folder.rmdir()
-            shutil.rmtree(self.path / f"{NEXT_PREFIX}{self.earlier.run}", ignore_errors=True)
-            self._waiting = None
+        """Releases the lock; a store that was not replaced stays as it was found."""
+        if self._replacement is not None and self._replacement.is_pending:
+            self._replacement.give_up()
+        self._replacement = None
         self._lock.release()
-
-    def _write_manifest(self, folder: Path, manifest: Mapping[str, Any]) -> None:
-        text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
-        write_whole(folder / MANIFEST, [text.encode(), b"\n"])
-
-
-@dataclass(frozen=True)
-class _Waiting:
-    """A store that is to be replaced.
-
-    Attributes:
-        states: Its workers' saved states.
-        num_bytes: Its size.
-    """
-
-    states: set[Path]
-    num_bytes: int
-
-
-def _states(path: Path) -> set[Path]:
-    """Every worker's saved state of every pass of a store."""
-    return set(path.glob(f"{STATE}/*/*"))
-
-
-def _make(path: Path, *folders: str) -> None:
-    """Makes a directory, and folders in it."""
-    try:
-        for folder in (".", *folders):
-            (path / folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"output {path} cannot be made: {error.strerror or error}. Give a directory that can "
-            "be written."
-        ) from error
-
-
-def _move_in(beside: Path, path: Path) -> None:
-    """Moves a store's folders and journal to its own place, in place of what is there.
-
-    Each step that has been done is not there to be done again.
-    """
-    for name in (*FOLDERS, JOURNAL):
-        if (beside / name).exists():
-            _remove(path / name)
-            (beside / name).rename(path / name)
-    shutil.rmtree(beside)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _bytes_in(folder: Path) -> int:
-    """Of all files in a folder, from which others may be removing some."""
-    total = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):
-            total += path.stat().st_size
-    return total

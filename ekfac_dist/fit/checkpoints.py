@@ -95,7 +95,7 @@ class SavedCheckpoints(Checkpoints):
         """See `Checkpoints.begin`; a collective."""
         world, directory = self._world, self._root / name
         sharing = {"workers": world.size, "step_tokens": self._step_tokens, "of": of}
-        record = self._sink.earlier.records.get(f"shares {name}")
+        record = self._sink.stored.records.get(f"shares {name}")
         latest: int = -1 if record is None else record["generation"]
         usable = record is not None and record["of"] == of
         parts = self._whole_parts(directory) if usable else {}
@@ -124,7 +124,7 @@ class SavedCheckpoints(Checkpoints):
                 self._sequences.equal_above,
             )
             batches = [left[batch].tolist() for batch in shares]
-        identity = Identity(self._sink.earlier.run, latest, world.rank)
+        identity = Identity(self._sink.stored.run_id, latest, world.rank)
         state = _SavedState(
             directory, identity, batches, sums, own_parts, self._minutes, self._sink
         )
@@ -149,7 +149,7 @@ class SavedCheckpoints(Checkpoints):
         newest: dict[tuple[int, int], Part] = {}
         if directory.is_dir():
             for entry in sorted(directory.iterdir()):
-                part = Part.read(entry, self._sink.earlier.run)
+                part = Part.read(entry, self._sink.stored.run_id)
                 if part is not None and part.steps > getattr(newest.get(part.share), "steps", -1):
                     newest[part.share] = part
         readable = {part.name: part for part in newest.values()}
@@ -233,7 +233,7 @@ class _SavedState(PassState):
     def leave(self, loss: float, num_labels: int) -> None:
         if self.steps > self._saved_steps:
             self._write(loss, num_labels)
-        self._sink.state_saved()  # this worker's, or another's if it has none and the run ends
+        self._sink.after_save()  # this worker's, or another's if it has none and the run ends
 
     def _write(self, loss: float, num_labels: int) -> None:
         own = self._identity

@@ -74,7 +74,7 @@ def run_eigenbasis(
     """
     start = time.perf_counter()
     costs = {f: sum(len(b) ** 3 for b in blocks) for f, blocks in covariance.sums.items()}
-    stored = [factor for factor in costs if eigenbasis_file(factor) in sink.earlier.files]
+    stored = [factor for factor in costs if eigenbasis_file(factor) in sink.stored.files]
     bases = {factor: _stored_basis(factor, covariance, world, sink) for factor in stored}
     with world.agree(takes_part=world.is_main):
         for factor in () if keep_covariance else stored:

@@ -95,7 +95,7 @@ def _number_of_groups(
     configured = inputs.settings.factors.partitions
     if configured != "auto":
         return int(configured)
-    record = sink.earlier.records.get("groups")
+    record = sink.stored.records.get("groups")
     if record is not None:
         return int(record["number"])
     world = context.world

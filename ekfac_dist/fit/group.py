@@ -84,7 +84,7 @@ class GroupFit:
             self._add_to_summary(stage, done["stages"][stage])
 
     def _decompose_and_refit(self, covariance: CovarianceSums) -> dict[str, Any]:
-        self._require_room("eigenbasis")
+        self._require_disk_space("eigenbasis")
         bases, seconds = run_eigenbasis(
             self._shown("eigenbasis"),
             covariance,
@@ -96,7 +96,7 @@ class GroupFit:
         )
         stages: dict[str, Any] = {"eigenbasis": {"seconds": seconds}}
         if self.factors.refit == "none":
-            self._require_room("refit")
+            self._require_disk_space("refit")
             self._write(self._kfac(bases, covariance.counts))
         else:
             stages["refit"] = self._run_refit(bases)
@@ -108,7 +108,7 @@ class GroupFit:
 
     def _run_covariance(self) -> tuple[CovarianceSums, dict[str, Any]]:
         """Runs the covariance pass and stores its sums; these, and the record of the pass."""
-        self._require_room("covariance")
+        self._require_disk_space("covariance")
         start = time.perf_counter()
         sums = self._empty_covariance()
         state = self.checkpoints.begin(self._state("covariance"), self.context.own_batches, sums)
@@ -192,7 +192,7 @@ class GroupFit:
     # -- Λ -----------------------------------------------------------------------------------------
 
     def _run_refit(self, bases: Mapping[str, Basis]) -> dict[str, Any]:
-        self._require_room("refit")
+        self._require_disk_space("refit")
         start = time.perf_counter()
         context = self.context
         per_token = self.factors.refit == "per_token"
@@ -205,7 +205,7 @@ class GroupFit:
         )
         # Saved sums are of no use if the basis that they belong to was computed again.
         basis_files = map(eigenbasis_file, factor_sizes(self.modules))
-        of = context.world.share(self.sink.digest(basis_files))
+        of = context.world.share(self.sink.content_sha256(basis_files))
         state = self.checkpoints.begin(self._state("refit"), context.own_batches, sums, of)
         self._say_resumed("refit", state)
         rule = LabelRule(self.factors.labels, self.factors.seed, REFIT_PASS)
@@ -230,7 +230,7 @@ class GroupFit:
         for name, spectrum in spectra.items():
             self._put(spectrum_file(name), {"lambda": spectrum})
 
-    def _require_room(self, stage: str) -> None:
+    def _require_disk_space(self, stage: str) -> None:
         """Refuses a stage whose results and saved states do not fit on the disk.
 
         Raises:
@@ -248,7 +248,7 @@ class GroupFit:
         }[stage]
         with world.agree(takes_part=world.is_main):
             need = DiskNeed(self._shown(stage), results, files, states, self._state(stage))
-            self.sink.require_room(need)
+            self.sink.require_disk_space(need)
 
     # -- the store, the journal, the summary -------------------------------------------------------
 
@@ -265,7 +265,7 @@ class GroupFit:
             self.sink.write(file, tensors, header)
 
     def _has(self, files: Iterable[str]) -> bool:
-        return all(file in self.sink.earlier.files for file in files)
+        return all(file in self.sink.stored.files for file in files)
 
     def _record(self, stage: str, outcome: dict[str, Any]) -> dict[str, Any]:
         world = self.context.world
@@ -274,7 +274,7 @@ class GroupFit:
         return outcome
 
     def _record_of(self, stage: str) -> dict[str, Any] | None:
-        return self.sink.earlier.records.get(self._state(stage))
+        return self.sink.stored.records.get(self._state(stage))
 
     def _state(self, stage: str) -> str:
         """The name of a stage of this group in the journal and among saved states."""

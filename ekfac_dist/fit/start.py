@@ -13,7 +13,7 @@ from ekfac_dist.curvature.blocks import block_sizes
 from ekfac_dist.curvature.costs import step_tokens
 from ekfac_dist.curvature.eigenbasis import check_size
 from ekfac_dist.data.examples import Examples, TaskExamples
-from ekfac_dist.factors.sinks import FactorSink, NoStore
+from ekfac_dist.factors.sinks import FactorSink, NullStore
 from ekfac_dist.factors.writer import StoreWriter
 from ekfac_dist.fit.checkpoints import Checkpoints, SavedCheckpoints
 from ekfac_dist.fit.manifest import FitInputs
@@ -118,19 +118,19 @@ def opened_store(
         writer = StoreWriter(output, inputs.settings.recorded, _identity(inputs), replace=overwrite)
         size = sum(listed["bytes"] for listed in writer.files.values())
         with Progress("verifying", total=size, unit="bytes", enabled=show_progress) as progress:
-            lost_files = writer.keep_whole(progress.update)
+            lost_files = writer.drop_damaged(progress.update)
         for file in lost_files:
             tell(f"damaged       {file} has changed since it was written; it is made again")
-        if writer.earlier.files or writer.earlier.records:
-            tell(f"goes on       {len(writer.earlier.files)} files are in place")
-        if writer.replaces:
+        if writer.stored.files or writer.stored.records:
+            tell(f"goes on       {len(writer.stored.files)} files are in place")
+        if writer.will_replace:
             tell(f"replaces      the store in {output}, once something of this run is on the disk")
         return writer
 
     writer = world.on_main(opened)
     try:
-        earlier = world.share(None if writer is None else writer.earlier)
-        sink = NoStore(earlier) if writer is None else writer
+        earlier = world.share(None if writer is None else writer.stored)
+        sink = NullStore(earlier) if writer is None else writer
         checkpoints, minutes = Checkpoints(), inputs.settings.save_minutes
         if minutes is not None:
             checkpoints = SavedCheckpoints(

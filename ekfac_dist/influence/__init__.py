@@ -1,1 +1,1 @@
-"""Answers to influence queries: query gradients, scans of the training data, details, results."""
+"""Influence queries: query gradients, scans of the training data, details, and results."""

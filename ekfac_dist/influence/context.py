@@ -1,4 +1,4 @@
-"""What query and training gradients of one answer are computed with."""
+"""The scoring context: all that both query gradients and training gradients are computed with."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,27 +13,29 @@ from ekfac_dist.models.capture.tasks import CAUSAL_LM, Task
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.runtime.processes import World
 
-# Influence is of the labels that the data has, whichever the Fisher was fitted with.
+# Gradients are of the data's own labels, also where the Fisher was fitted with sampled labels.
 DATA_LABELS = LabelRule("data", 0, COVARIANCE_PASS)
 OVERFLOW_ADVICE = "Use model.dtype: float64"
-# What is stored, in words, when SIGTERM ends a pass.
+# Said by the error with which SIGTERM ends a pass.
 STORED = "blocks of queries that are finished are stored"
 
 
 @dataclass(frozen=True)
 class ScoringContext:
-    """What query and training gradients have in common.
+    """Model, factors, damping and workers of one set of scores.
 
     Attributes:
         model: The prepared model, on the worker's device.
         factors: The factors.
-        damping: λ of each module, absolute, by name.
+        damping: Absolute λ of each module, by name.
         dtype: Precision of gradients and scores, float32 or float64.
         world: The workers.
-        batch_tokens: Token budget of a batch.
+        batch_tokens: Token budget of a batch, padding included.
         show_progress: Whether worker 0 shows progress.
-        in_eigenbasis: Whether gradients are compared in the eigenbasis, into which training
-            gradients then have to be rotated, instead of the parameters' own basis.
+        in_eigenbasis: Whether query and training gradients are multiplied in the eigenbasis, where
+            norms are cheap but training gradients have to be rotated; else in the parameters' own
+            basis.
+        task: The task whose loss gradients are of.
     """
 
     model: nn.Module
@@ -53,17 +55,22 @@ class ScoringContext:
 
     @property
     def model_dtype(self) -> torch.dtype:
-        """Of the model's own parameters."""
+        """Dtype of the model's parameters."""
         return next(self.model.parameters()).dtype
 
     def zeros(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Zeros where gradients are computed, in their dtype by default."""
+        """A tensor of zeros on the worker's device; of the gradients' dtype by default."""
         return torch.zeros(size, dtype=dtype or self.dtype, device=self.world.device)
 
     def damped(self, name: str, fitted: ModuleFactors) -> Tensor:
-        """Λ + λ of a module [O, I]."""
+        """Λ + λ of a module [O, I].
+
+        Args:
+            name: The module's name.
+            fitted: Its factors.
+        """
         return damped(fitted.lambda_OI, self.damping[name])
 
     def at_device(self, name: str) -> ModuleFactors:
-        """A module's factors where gradients are computed."""
+        """A module's factors on the worker's device, in the gradients' dtype."""
         return self.factors.module(name).to(self.world.device, self.dtype)

@@ -1,4 +1,7 @@
-"""What Python callers give as queries and training sequences: text, or tokens already."""
+"""Reads the queries and training sequences that a Python caller gives: as text, or tokenised.
+
+Knows tokenizers and tasks; not the command's files, which `queries` reads.
+"""
 
 import warnings
 from collections.abc import Iterable, Mapping
@@ -18,65 +21,67 @@ from ekfac_dist.models.load.pretrained import context_length
 
 
 def queries_of(queries: Iterable[Any], tokenizer: Any, model: nn.Module, task: Task) -> QuerySet:
-    """Queries from text, if there is a tokenizer, or from examples.
+    """The queries, from text or from examples.
 
-    Warns of each text whose prompt's end splits a token.
+    Each text whose prompt ends inside a token is a warning at the line that called this function's
+    caller.
 
     Args:
         queries: Mappings with "prompt" and "completion", or "text"; or examples of the task.
-        tokenizer: For text.
+        tokenizer: A `transformers` tokenizer; needed for text only.
         model: The model.
-        task: What is asked of it; only a causal language model's queries may be text.
+        task: The model's task; only a causal language model's queries may be text.
 
     Raises:
-        DataError: There are none, or one is no query.
-        ConfigError: They are text, and there is no tokenizer.
+        DataError: If there are no queries, or one is malformed.
+        ConfigError: If they are text, and there is no tokenizer.
     """
-    rows = list(queries)
-    if not rows:
+    items = list(queries)
+    if not items:
         raise DataError("There are no queries; give at least one.")
-    is_text = any(not (isinstance(row, Mapping) and "input_ids" in row) for row in rows)
+    is_text = any(not (isinstance(item, Mapping) and "input_ids" in item) for item in items)
     if not is_text or not isinstance(task, CausalLM):
-        return query_examples(rows, lambda some: read_examples(task, model, some, None))
+        return query_examples(items, lambda examples: read_examples(task, model, examples, None))
     context = context_length(model)
     _require_tokenizer(tokenizer, "queries")
-    parsed = []
-    for number, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise DataError(f"Query {number} is {type(row).__name__}; give mappings.")
-        parsed.append(parse_query(row, f"query {number}", number))
-    asked = tokenize_queries(parsed, tokenizer, context)
-    for note in asked.split_notes:
+    texts = []
+    for index, item in enumerate(items):
+        if not isinstance(item, Mapping):
+            raise DataError(f"Query {index} is {type(item).__name__}; give mappings.")
+        texts.append(parse_query(item, f"query {index}", index))
+    query_set = tokenize_queries(texts, tokenizer, context)
+    for note in query_set.split_notes:
         warnings.warn(note, stacklevel=3)
-    return asked
+    return query_set
 
 
 def sequences_of(
     train: Iterable[Any], tokenizer: Any, max_tokens: int | None, model: nn.Module, task: Task
 ) -> Examples:
-    """Training sequences from text, if there is a tokenizer, or from examples.
+    """The training sequences, from text or from examples.
 
-    Warns of texts whose prompts' ends split a token.
+    Texts whose prompts end inside a token are one warning at the line that called this function's
+    caller.
 
     Args:
         train: Mappings with "text" and perhaps "prompt"; or examples of the task.
-        tokenizer: For text.
+        tokenizer: A `transformers` tokenizer; needed for text only.
         max_tokens: Longer sequences are cut to this many tokens; None leaves them whole.
         model: The model.
-        task: What is asked of it; only a causal language model's sequences may be text.
+        task: The model's task; only a causal language model's sequences may be text.
 
     Raises:
-        DataError: There are none, or one is no text, nor an example.
-        ConfigError: They are text, and there is no tokenizer.
+        DataError: If there are no sequences, or one is malformed.
+        ConfigError: If they are text, and there is no tokenizer.
     """
-    rows = train if hasattr(train, "__getitem__") else list(train)
-    first = next(iter(rows), None)
+    items = train if hasattr(train, "__getitem__") else list(train)
+    first = next(iter(items), None)
     is_text = isinstance(first, Mapping) and "text" in first and "input_ids" not in first
     if not is_text or not isinstance(task, CausalLM):
-        return read_examples(task, model, rows, max_tokens)
+        return read_examples(task, model, items, max_tokens)
     _require_tokenizer(tokenizer, "training sequences")
-    prompts = [_text_of(number, row, "prompt") for number, row in enumerate(rows)]
-    texts = [_text_of(number, row, "text") for number, row in enumerate(rows)]
+    prompts = [_text_of(item, index, "prompt") for index, item in enumerate(items)]
+    texts = [_text_of(item, index, "text") for index, item in enumerate(items)]
     columns = encode(tokenizer, prompts, texts, max_tokens)
     sequences = Sequences(Dataset.from_dict(columns))
     if sequences.counts.split_note:
@@ -84,21 +89,22 @@ def sequences_of(
     return sequences
 
 
-def _text_of(number: int, row: Any, name: str) -> str:
-    if not isinstance(row, Mapping) or "text" not in row:
+def _text_of(item: Any, index: int, field: str) -> str:
+    """A text field of one training sequence; "" where it has none."""
+    if not isinstance(item, Mapping) or "text" not in item:
         raise DataError(
-            f"Training sequence {number} is {type(row).__name__} without 'text', though the first "
+            f"Training sequence {index} is {type(item).__name__} without 'text', though the first "
             "one has it; give mappings with 'text', one for each sequence."
         )
-    text = row.get(name)
+    text = item.get(field)
     if text is not None and not isinstance(text, str):
         raise DataError(
-            f"Training sequence {number}: {name} is {type(text).__name__}; it must be text, of one "
+            f"Training sequence {index}: {field} is {type(text).__name__}; it must be text, of one "
             "sequence."
         )
     return text or ""
 
 
-def _require_tokenizer(tokenizer: Any, what: str) -> None:
+def _require_tokenizer(tokenizer: Any, texts: str) -> None:
     if tokenizer is None:
-        raise ConfigError(f"The {what} are text, but there is no tokenizer; give tokenizer=….")
+        raise ConfigError(f"The {texts} are text, but there is no tokenizer; give tokenizer=….")

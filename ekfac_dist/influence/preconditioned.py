@@ -1,4 +1,11 @@
-"""Preconditioned query gradients of a module: whole matrices, or products of low rank."""
+"""Preconditioned query gradients P = (F + λ)⁻¹ ∇, held as whole matrices or at low rank.
+
+    whole       P                   [Q, O, I]
+    low rank    P ≈ U Vᵀ            [Q, O, r] and [Q, I, r]
+
+Q counts the query groups of a block, those whose gradients are in memory together. A group's slot
+is its index in the block.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,16 +20,26 @@ from ekfac_dist.models.modules import TrackedModule
 
 @dataclass(frozen=True)
 class WholeGradients:
-    """A module's P of each row of a block: [Q, O, I]."""
+    """P of one module, for each query group of a block.
+
+    Attributes:
+        matrices_QOI: The matrices.
+    """
 
     matrices_QOI: Tensor
 
-    def position_scores(self, row: int, acts_MI: Tensor, grads_MO: Tensor) -> Tensor:
-        """⟨P, g aᵀ⟩ of one row of the block at every position: [M]."""
-        return products.position_scores(self.matrices_QOI[row], acts_MI, grads_MO)
+    def position_scores(self, slot: int, acts_MI: Tensor, grads_MO: Tensor) -> Tensor:
+        """⟨P, g aᵀ⟩ at every position for one query group [M].
+
+        Args:
+            slot: The group's index in the block.
+            acts_MI: Inputs a.
+            grads_MO: Output-gradients g.
+        """
+        return products.position_scores(self.matrices_QOI[slot], acts_MI, grads_MO)
 
     def all_position_scores(self, acts_MI: Tensor, grads_MO: Tensor) -> Tensor:
-        """The same of every row of the block: [Q, M]."""
+        """⟨P, g aᵀ⟩ at every position for all query groups [Q, M]."""
         return torch.stack(
             [
                 products.position_scores(query_OI, acts_MI, grads_MO)
@@ -31,95 +48,119 @@ class WholeGradients:
         )
 
     def by_position(self, lengths: Sequence[int]) -> bool:
-        """Whether scores of whole sequences cost less at each position: never."""
+        """Whether sequences are scored faster as sums over positions than from whole gradients.
+
+        Never with whole matrices. `lengths` are the positions of each sequence of a batch.
+        """
         return False
 
     def matrices(self, scratch: products.ScratchBuffer) -> Iterator[tuple[slice, Tensor]]:
-        """(which rows, their P [q, O, I])."""
+        """(slots, their P [q, O, I]), all query groups at once."""
         yield slice(0, len(self.matrices_QOI)), self.matrices_QOI
 
     def tensors(self) -> list[Tensor]:
-        """What is summed over workers."""
+        """The tensors that are summed over workers."""
         return [self.matrices_QOI]
 
-    def put_(self, row: int, matrix_OI: Tensor) -> None:
-        """Takes the P of one row."""
-        self.matrices_QOI[row] = matrix_OI
+    def put_(self, slot: int, matrix_OI: Tensor) -> None:
+        """Sets the P of one query group."""
+        self.matrices_QOI[slot] = matrix_OI
 
 
 @dataclass(frozen=True)
 class LowRankGradients:
-    """A module's P ≈ U Vᵀ of each row of a block: U [Q, O, r], V [Q, I, r]."""
+    """P ≈ U Vᵀ of one module, for each query group of a block.
+
+    Attributes:
+        left_QOr: U.
+        right_QIr: V.
+    """
 
     left_QOr: Tensor
     right_QIr: Tensor
 
-    def position_scores(self, row: int, acts_MI: Tensor, grads_MO: Tensor) -> Tensor:
-        """⟨U Vᵀ, g aᵀ⟩ of one row of the block at every position: [M]."""
-        one = slice(row, row + 1)
+    def position_scores(self, slot: int, acts_MI: Tensor, grads_MO: Tensor) -> Tensor:
+        """⟨U Vᵀ, g aᵀ⟩ at every position for one query group [M].
+
+        Args:
+            slot: The group's index in the block.
+            acts_MI: Inputs a.
+            grads_MO: Output-gradients g.
+        """
+        group = slice(slot, slot + 1)
         return products.low_rank_position_scores(
-            self.left_QOr[one], self.right_QIr[one], acts_MI, grads_MO
+            self.left_QOr[group], self.right_QIr[group], acts_MI, grads_MO
         )[0]
 
     def all_position_scores(self, acts_MI: Tensor, grads_MO: Tensor) -> Tensor:
-        """The same of every row of the block: [Q, M]."""
+        """⟨U Vᵀ, g aᵀ⟩ at every position for all query groups [Q, M]."""
         return products.low_rank_position_scores(self.left_QOr, self.right_QIr, acts_MI, grads_MO)
 
     def tensors(self) -> list[Tensor]:
-        """What is summed over workers."""
+        """The tensors that are summed over workers."""
         return [self.left_QOr, self.right_QIr]
 
     def by_position(self, lengths: Sequence[int]) -> bool:
-        """Whether scores of whole sequences cost less at each position than multiplied out."""
+        """Whether sequences are scored faster as sums over positions than with U Vᵀ multiplied out.
+
+        Args:
+            lengths: Positions of each sequence of the batch.
+        """
         return products.low_rank_by_position(self.left_QOr, self.right_QIr, lengths)
 
     def matrices(self, scratch: products.ScratchBuffer) -> Iterator[tuple[slice, Tensor]]:
-        """(which rows, their U Vᵀ [q, O, I]), a few at a time."""
+        """(slots, their U Vᵀ [q, O, I]), a few query groups at a time in one scratch buffer."""
         return products.query_matrices(self.left_QOr, self.right_QIr, scratch)
 
 
 @dataclass
 class PreparedQueries:
-    """The preconditioned gradients of a block of rows, the same on every worker.
+    """The preconditioned gradients of a block of query groups, the same on every worker.
 
     Attributes:
-        rows: Numbers of the rows of scores in the block.
-        gradients: Of each module, all rows of the block.
-        self_influence: ⟨∇, (F + λ)⁻¹ ∇⟩ of each row [Q], float64.
-        losses: −log p of each query in the block, by its number, in nats.
+        groups: Index of each query group of the block, by slot.
+        gradients: The gradients in each module, by its name.
+        self_influence: ⟨∇, (F + λ)⁻¹ ∇⟩ of each group [Q], float64.
+        losses: −log p of each query of the block, by the query's index, in nats.
     """
 
-    rows: list[int]
+    groups: list[int]
     gradients: dict[str, WholeGradients | LowRankGradients]
     self_influence: Tensor
     losses: dict[int, float] = field(default_factory=dict)
 
 
-def bytes_per_row(modules: Sequence[TrackedModule], rank: int | None, dtype: torch.dtype) -> int:
-    """Memory of one row's gradients in all modules."""
-    numbers = 0
+def bytes_per_group(modules: Sequence[TrackedModule], rank: int | None, dtype: torch.dtype) -> int:
+    """Memory of one query group's gradients in all modules, in bytes.
+
+    Args:
+        modules: The tracked modules.
+        rank: Rank of the gradients; None: whole matrices.
+        dtype: Their dtype.
+    """
+    num_elements = 0
     for module in modules:
         sizes = (module.num_outputs, module.input_size)
         whole = sizes[0] * sizes[1]
-        numbers += whole if rank is None else min(rank, *sizes) * sum(sizes)
-    return numbers * dtype.itemsize
+        num_elements += whole if rank is None else min(rank, *sizes) * sum(sizes)
+    return num_elements * dtype.itemsize
 
 
 def empty_gradients(
-    context: ScoringContext, num_rows: int, module: TrackedModule, rank: int | None
+    context: ScoringContext, num_groups: int, module: TrackedModule, rank: int | None
 ) -> WholeGradients | LowRankGradients:
-    """Zeros for a module's gradients of all rows of a block.
+    """Zeros for the gradients of all query groups of a block in one module.
 
     Args:
-        context: Where they are held, and in which dtype.
-        num_rows: Rows of the block.
+        context: Gives their device and dtype.
+        num_groups: Q, the query groups of the block.
         module: The module.
-        rank: Their rank, reduced where the module's matrix has less; None: whole matrices.
+        rank: Their rank, reduced to the module's own where that is less; None: whole matrices.
     """
     num_outputs, num_inputs = module.num_outputs, module.input_size
     if rank is None:
-        return WholeGradients(context.zeros(num_rows, num_outputs, num_inputs))
+        return WholeGradients(context.zeros(num_groups, num_outputs, num_inputs))
     rank = min(rank, num_outputs, num_inputs)
     return LowRankGradients(
-        context.zeros(num_rows, num_outputs, rank), context.zeros(num_rows, num_inputs, rank)
+        context.zeros(num_groups, num_outputs, rank), context.zeros(num_groups, num_inputs, rank)
     )

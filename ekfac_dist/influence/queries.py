@@ -1,8 +1,10 @@
-"""Queries: read from a file, or given as examples; tokenised; grouped into rows of scores.
+"""Queries: read from a file or given as examples, tokenised, and put into query groups.
 
-A query is a completion behind a prompt, or a text with an empty prompt. Its loss is the sum of
-−log p over the completion's tokens, as a training sequence's is over its own labels. Queries of one
-group are summed: they share a row.
+A query is a completion after a prompt, or a text, whose prompt is empty. Its loss is the sum of
+−log p over the completion's tokens, as a training sequence's loss is over its own labels.
+
+A query group is what has scores of its own: one query, or several queries of one group name, whose
+losses are summed. Scores are a matrix of query groups × training sequences.
 """
 
 import json
@@ -24,14 +26,14 @@ from ekfac_dist.errors import DataError, first_line
 
 @dataclass(frozen=True)
 class Query:
-    """One query's text.
+    """The text of one query.
 
     Attributes:
-        prompt: What comes first and carries no label; may be empty.
-        completion: What the query is about.
-        group: Name of the group that it is summed with; None: it stands alone.
-        line: Where it was read, from 1.
-        where: How an error calls it.
+        prompt: The text before the completion; its tokens carry no label. May be empty.
+        completion: The text whose log-probability the query is about.
+        group: Name of its query group; None: the query is a group of its own.
+        line: Line of the file, from 1; of a query from Python its index, from 0.
+        where: The query's name in errors.
     """
 
     prompt: str
@@ -43,31 +45,32 @@ class Query:
 
 @dataclass(frozen=True)
 class QuerySet:
-    """Tokenised queries, and which of them share a row of scores.
+    """Tokenised queries, and their groups.
 
     Attributes:
-        sequences: The queries' sequences, in the order given; all have labels.
-        rows: Numbers of the queries of each row, in order of the rows' first queries.
-        groups: Each row's group; None for a query that stands alone.
-        texts: The queries' texts, where they were given as such.
-        split_tokens: Of each text the token that begins in its prompt and ends in its completion,
-            so that it carries no label; None where there is none.
+        sequences: One sequence per query, in the order given; all have labels.
+        members: Indices of the queries of each query group; groups are in the order of their first
+            queries.
+        group_names: Name of each group; None for a query without one.
+        texts: The queries' texts; None where they were given as examples.
+        split_tokens: For each text the token that begins in its prompt and ends in its completion,
+            and so carries no label; None where there is no such token.
     """
 
     sequences: Examples
-    rows: tuple[tuple[int, ...], ...]
-    groups: tuple[str | None, ...]
+    members: tuple[tuple[int, ...], ...]
+    group_names: tuple[str | None, ...]
     texts: tuple[Query, ...] | None = None
     split_tokens: tuple[str | None, ...] = ()
 
     @property
     def split_notes(self) -> list[str]:
-        """What there is to tell of tokens that prompts' ends split, a sentence for each query."""
+        """A sentence for each query whose prompt ends inside a token."""
         pairs = zip(self.texts or (), self.split_tokens, strict=True)
-        return [f"{query.where}: {_split(query, token)}" for query, token in pairs if token]
+        return [f"{query.where}: {_split_note(query, token)}" for query, token in pairs if token]
 
 
-def _split(query: Query, token: str) -> str:
+def _split_note(query: Query, token: str) -> str:
     advice = "end the prompt where a token ends"
     if query.prompt.endswith(" "):
         advice = "end the prompt without the space and begin the completion with it"
@@ -78,37 +81,38 @@ def _split(query: Query, token: str) -> str:
 
 
 def read_queries(path: str | Path) -> list[Query]:
-    """The queries of a JSONL file.
+    """Reads the queries of a JSONL file.
 
     Args:
         path: A file of JSON objects, one a line, each with "prompt" and "completion", or "text",
-            and perhaps a "group"; blank lines are passed over, other fields ignored.
+            and perhaps a "group"; blank lines and other fields are ignored.
 
     Raises:
-        DataError: The file cannot be read or holds no query, or a line, which is named, is none.
+        DataError: If the file cannot be read or holds no query, or one of its lines, which is
+            named, is no query.
     """
     queries = []
     try:
         with Path(path).open("rb") as opened:
             for number, line in enumerate(opened, start=1):
                 if line.strip():
-                    queries.append(_parse(line, f"{path}, line {number}", number))
+                    queries.append(_parse_line(line, f"{path}, line {number}", number))
     except OSError as error:
         raise DataError(
             f"The queries {path} cannot be read: {error.strerror or error}. Give a .jsonl file."
         ) from error
     if not queries:
-        raise DataError(f"{path} holds no query; {_WANTED}.")
+        raise DataError(f"{path} holds no query; {_LINE_ADVICE}.")
     return queries
 
 
-_WANTED = 'each line must be {"prompt": …, "completion": …} or {"text": …}'
+_LINE_ADVICE = 'each line must be {"prompt": …, "completion": …} or {"text": …}'
 
 
-def _parse(line: bytes, where: str, number: int) -> Query:
+def _parse_line(line: bytes, where: str, number: int) -> Query:
     try:
         # Some editors put a byte order mark before the first line.
-        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(
             f"{where}: is not UTF-8 text ({error.reason} at byte {error.start + 1}); save the file "
@@ -116,55 +120,55 @@ def _parse(line: bytes, where: str, number: int) -> Query:
         ) from error
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{where}: is not JSON ({error.msg}: column {error.colno}); {_WANTED}."
+            f"{where}: is not JSON ({error.msg}: column {error.colno}); {_LINE_ADVICE}."
         ) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: is not JSON ({first_line(error)}); {_WANTED}.") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: is {type(row).__name__}, not an object; {_WANTED}.")
-    return parse_query(row, where, number)
+        raise DataError(f"{where}: is not JSON ({first_line(error)}); {_LINE_ADVICE}.") from error
+    if not isinstance(fields, dict):
+        raise DataError(f"{where}: is {type(fields).__name__}, not an object; {_LINE_ADVICE}.")
+    return parse_query(fields, where, number)
 
 
-def parse_query(row: Mapping[str, Any], where: str, number: int) -> Query:
+def parse_query(fields: Mapping[str, Any], where: str, line: int) -> Query:
     """A query from its fields.
 
     Args:
-        row: With "prompt" and "completion", or "text", and perhaps a "group".
-        where: How an error calls it.
-        number: Its line.
+        fields: "prompt" and "completion", or "text", and perhaps a "group"; others are ignored.
+        where: The query's name in errors.
+        line: Its line, or its index.
 
     Raises:
-        DataError: It is no query.
+        DataError: If a field is missing, superfluous, empty, or no text.
     """
-    fields = [name for name in ("prompt", "completion", "text") if row.get(name) is not None]
-    if fields not in (["prompt", "completion"], ["text"]):
-        found = " and ".join(fields or map(str, row)) or "no text"
-        raise DataError(f"{where}: has {found}; {_WANTED}.")
-    for name in (*fields, *(["group"] if row.get("group") is not None else [])):
-        if not isinstance(row[name], str):
-            raise DataError(f"{where}: {name} is {row[name]!r}; it must be text.")
-        if any("\ud800" <= character <= "\udfff" for character in row[name]):
+    names = [name for name in ("prompt", "completion", "text") if fields.get(name) is not None]
+    if names not in (["prompt", "completion"], ["text"]):
+        present = " and ".join(names or map(str, fields)) or "no text"
+        raise DataError(f"{where}: has {present}; {_LINE_ADVICE}.")
+    for name in (*names, *(["group"] if fields.get("group") is not None else [])):
+        if not isinstance(fields[name], str):
+            raise DataError(f"{where}: {name} is {fields[name]!r}; it must be text.")
+        if any("\ud800" <= character <= "\udfff" for character in fields[name]):
             raise DataError(
-                f"{where}: {name} is {row[name]!r}, which holds half of a surrogate pair; give "
+                f"{where}: {name} is {fields[name]!r}, which holds half of a surrogate pair; give "
                 "whole characters."
             )
-    completion = row["text"] if fields == ["text"] else row["completion"]
+    completion = fields["text"] if names == ["text"] else fields["completion"]
     if not completion:
-        raise DataError(f"{where}: {fields[-1]} is empty; it must hold what the query is about.")
-    return Query(row.get("prompt") or "", completion, row.get("group") or None, number, where)
+        raise DataError(f"{where}: {names[-1]} is empty; it must hold what the query is about.")
+    return Query(fields.get("prompt") or "", completion, fields.get("group") or None, line, where)
 
 
 def tokenize_queries(queries: Sequence[Query], tokenizer: Any, context: int | None) -> QuerySet:
-    """Tokenises queries as training text is: prompt and completion together.
+    """Tokenises queries as training text is tokenised: prompt and completion together.
 
     Args:
-        queries: One or more.
+        queries: One or more queries.
         tokenizer: A `transformers` tokenizer.
-        context: The longest input that the model reads; None: no limit.
+        context: The longest input that the model reads, in tokens; None: no limit.
 
     Raises:
-        DataError: A query, which is named, has nothing to predict, or is longer than the
-            model's context; or a prompt cannot be told from what follows.
+        DataError: If a query, which is named, has no token to predict or is longer than the model's
+            context; or if queries have prompts, and the tokenizer does not say where tokens begin.
     """
     if any(query.prompt for query in queries):
         require_offsets(tokenizer, "a prompt")
@@ -179,7 +183,7 @@ def tokenize_queries(queries: Sequence[Query], tokenizer: Any, context: int | No
             raise DataError(
                 f"{query.where}: no token begins in the completion {query.completion!r} with "
                 "another before it, so there is nothing to predict; "
-                f"{_split(query, split) if split else 'give a longer one'}."
+                f"{_split_note(query, split) if split else 'give a longer one'}."
             )
         if context is not None and labelled[-1] > context:
             raise DataError(
@@ -195,26 +199,28 @@ def tokenize_queries(queries: Sequence[Query], tokenizer: Any, context: int | No
 
 
 def query_examples(data: Iterable[Any], read: Callable[[list[Any]], Examples]) -> QuerySet:
-    """Queries from examples that are tokenised already, each a row of its own.
+    """Queries from examples that are tokenised already.
 
     Args:
-        data: As `read` takes; a mapping of one query may have a "group".
-        read: Reads examples.
+        data: The examples, as `read` takes them; the mapping of a single query may have a "group".
+        read: Reads examples of the task.
 
     Raises:
-        DataError: As `read`; or a query has no label; or a batch has a group.
+        DataError: As `read` raises it; or if a query has no label, or a batch has a "group".
     """
-    given = list(data)
-    groups = [example.get("group") if isinstance(example, Mapping) else None for example in given]
+    examples = list(data)
+    groups = [
+        example.get("group") if isinstance(example, Mapping) else None for example in examples
+    ]
     try:
-        sequences = read([_without_group(example) for example in given])
+        sequences = read([_without_group(example) for example in examples])
     except DataError as error:
         error.args = (f"Of the queries: {error}",)
         raise
     if sequences.counts.unlabelled:
-        missing = min(set(range(sequences.counts.rows)) - set(sequences.indices.tolist()))
+        unlabelled = min(set(range(sequences.counts.rows)) - set(sequences.indices.tolist()))
         raise DataError(
-            f"Query {missing} (from 0) has no label, so there is nothing to predict; label at "
+            f"Query {unlabelled} (from 0) has no label, so there is nothing to predict; label at "
             "least one of its tokens after the first."
         )
     if len(groups) != len(sequences):
@@ -238,29 +244,37 @@ def _grouped(
     texts: tuple[Query, ...] | None = None,
     split_tokens: tuple[str | None, ...] = (),
 ) -> QuerySet:
-    # A query that stands alone has a key of its own.
-    rows: dict[str | int, list[int]] = {}
-    for number, group in enumerate(groups):
-        rows.setdefault(number if group is None else group, []).append(number)
-    names = tuple(key if isinstance(key, str) else None for key in rows)
-    return QuerySet(sequences, tuple(map(tuple, rows.values())), names, texts, split_tokens)
+    """The query set of some queries.
+
+    Args:
+        sequences: The queries' sequences.
+        groups: The name of each query's group; None where it has none.
+        texts: As `QuerySet.texts`.
+        split_tokens: As `QuerySet.split_tokens`.
+    """
+    # By name; a query without one has its own index as its key.
+    members: dict[str | int, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(index if group is None else group, []).append(index)
+    names = tuple(key if isinstance(key, str) else None for key in members)
+    return QuerySet(sequences, tuple(map(tuple, members.values())), names, texts, split_tokens)
 
 
 def read_candidates(candidates: list[int] | str | None) -> list[int] | None:
-    """Rows of the data that alone are to be scored.
+    """The indices, in the data, of the only sequences that are to be scored; None: all are.
 
     Args:
-        candidates: The rows themselves, or a file that holds them: a JSON list, or a row number in
+        candidates: The indices; or the path of a file that holds them: as a JSON list, or one in
             each line.
 
     Raises:
-        DataError: The file cannot be read, or holds something else.
+        DataError: If the file cannot be read, or holds something else.
     """
     if not isinstance(candidates, str):
         return candidates
     try:
         text = Path(os.path.expanduser(candidates)).read_text(encoding="utf-8")
-        rows = json.loads(text) if text.lstrip().startswith("[") else [*map(int, text.split())]
+        indices = json.loads(text) if text.lstrip().startswith("[") else [*map(int, text.split())]
     except OSError as error:
         raise DataError(
             f"The candidates {candidates} cannot be read: {error.strerror or error}. Give a file "
@@ -271,18 +285,19 @@ def read_candidates(candidates: list[int] | str | None) -> list[int] | None:
             f"The candidates {candidates} are no list of row numbers ({first_line(error)}); give a "
             "JSON list, or a row number in each line."
         ) from error
-    return rows
+    return indices
 
 
 def pick_candidates(sequences: Examples, candidates: Sequence[int] | None) -> np.ndarray:
-    """Numbers of the sequences that are to be scored, in data order.
+    """Indices, into `sequences`, of those that are to be scored, in data order.
 
     Args:
-        sequences: The training sequences.
-        candidates: Their rows in the data; None: all.
+        sequences: The training sequences that have labels.
+        candidates: Indices in the data, which counts sequences without labels too; None: all.
 
     Raises:
-        DataError: There is no such row, it is no number, is given twice, or has no label.
+        DataError: If a candidate is no integer, is not in the data, is given twice, or has no
+            label; or if there are none.
     """
     if candidates is None:
         return np.arange(len(sequences))
@@ -298,15 +313,15 @@ def pick_candidates(sequences: Examples, candidates: Sequence[int] | None) -> np
             f"scores.candidates holds {outside[0]}, but the data has rows 0 to {last}; give rows "
             "that it has."
         )
-    rows, times = np.unique(np.array(candidates, dtype=np.int64), return_counts=True)
+    indices, times = np.unique(np.array(candidates, dtype=np.int64), return_counts=True)
     if (times > 1).any():
         raise DataError(
-            f"scores.candidates holds {rows[times > 1][0]} more than once; give each row once."
+            f"scores.candidates holds {indices[times > 1][0]} more than once; give each row once."
         )
-    found = np.isin(rows, sequences.indices)
-    if not found.all():
+    is_labelled = np.isin(indices, sequences.indices)
+    if not is_labelled.all():
         raise DataError(
-            f"scores.candidates holds {rows[~found][0]}, but that row has no label to learn from, "
-            "so its gradient is zero; leave it out."
+            f"scores.candidates holds {indices[~is_labelled][0]}, but that row has no label to "
+            "learn from, so its gradient is zero; leave it out."
         )
-    return np.searchsorted(sequences.indices, rows)
+    return np.searchsorted(sequences.indices, indices)

@@ -1,11 +1,12 @@
-"""Preconditioned query gradients: P_q = (F + λ)⁻¹ ∇ of each row of queries, in every module.
+"""Computes preconditioned query gradients, P_q = (F + λ)⁻¹ ∇_q, in every module.
 
-The rows of a block are shared out over the workers; each computes its own, and a sum over workers
-gives all of them to everyone. A module's factors are on the device only while they are used. A
-gradient is finished, and compressed, as soon as the last query of its row has been seen.
+∇_q is the gradient of a query group's loss. The groups of a block are shared out over the workers;
+each computes its own, and a sum over workers gives all of them to every worker. A module's factors
+are on the device only while they are used. A gradient is preconditioned, and reduced to low rank,
+as soon as the last query of its group has been through the model.
 
-Gradients are of the losses, −log p, on both sides of the inner product, so signs cancel: a positive
-score means that more of the training sequence makes the query more likely.
+Query gradients and training gradients are both of losses, −log p, so that the signs cancel in their
+product: a positive score means that more of the training sequence makes the query more likely.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,37 +39,37 @@ from ekfac_dist.runtime.processes import World
 
 
 def prepare(
-    name: str, context: ScoringContext, queries: QuerySet, rows: Sequence[int], rank: int | None
+    name: str, context: ScoringContext, queries: QuerySet, groups: Sequence[int], rank: int | None
 ) -> PreparedQueries:
-    """Computes the preconditioned gradients of some rows, on every worker.
+    """Computes the preconditioned gradients of a block of query groups; a collective.
 
     Args:
-        name: What the pass is called in progress and errors.
+        name: The pass's name in progress and errors.
         context: Model, factors, damping, workers.
         queries: All queries.
-        rows: Numbers of the rows wanted.
-        rank: Rank of the gradients, reduced where a module's matrix has less; None: whole.
+        groups: Indices of the block's query groups.
+        rank: Rank of the gradients, reduced to a module's own where that is less; None: whole.
 
     Raises:
-        ConfigError: A damping of zero where Λ has zeros.
-        NonFiniteError: NaN or infinity was met.
-        StoreError: A factor file is damaged.
+        ConfigError: If damping is zero where Λ has zeros.
+        NonFiniteError: If NaN or infinity appears.
+        StoreError: If a factor file is damaged.
     """
     world, lengths = context.world, queries.sequences.num_positions
-    costs = [int(lengths[list(queries.rows[row])].sum()) for row in rows]
-    own = [rows[k] for k in assign_batches(costs, world.size)[world.rank]]
-    members = sorted(number for row in rows for number in queries.rows[row])
+    costs = [int(lengths[list(queries.members[group])].sum()) for group in groups]
+    own_groups = [groups[k] for k in assign_batches(costs, world.size)[world.rank]]
+    own_queries = [query for group in own_groups for query in queries.members[group]]
     limit = equal_lengths_above(context.model)
-    numbers = [n for row in own for n in queries.rows[row]]
-    batches = list(_in_order(numbers, lengths, context.batch_tokens, limit))
-    observer = _QueryGradients(context, queries, list(rows), rank)
-    # A view of this block alone, so that rates and losses are of it.
-    position = {number: k for k, number in enumerate(members)}
-    positions = [[position[number] for number in batch] for batch in batches]
-    work = PassContext(
+    batches = list(_batches_in_order(own_queries, lengths, context.batch_tokens, limit))
+    observer = _QueryGradients(context, queries, list(groups), rank)
+    # The pass sees the queries of this block only, so that its progress is the block's.
+    block_queries = sorted(query for group in groups for query in queries.members[group])
+    index_in_block = {query: k for k, query in enumerate(block_queries)}
+    block_batches = [[index_in_block[query] for query in batch] for batch in batches]
+    pass_context = PassContext(
         context.model,
-        queries.sequences.take(members),
-        positions,
+        queries.sequences.take(block_queries),
+        block_batches,
         world,
         context.dtype,
         context.show_progress,
@@ -76,50 +77,74 @@ def prepare(
         wider=OVERFLOW_ADVICE,
         task=context.task,
     )
-    state = PassState(positions, STORED)
-    run_pass(name, work, context.modules, observer, DATA_LABELS, observer.on_loss, state=state)
+    state = PassState(block_batches, STORED)
+    run_pass(
+        name, pass_context, context.modules, observer, DATA_LABELS, observer.on_loss, state=state
+    )
     losses = observer.losses.tolist()
     return PreparedQueries(
-        list(rows), observer.gradients, observer.self_influence, {n: losses[n] for n in members}
+        list(groups),
+        observer.gradients,
+        observer.self_influence,
+        {query: losses[query] for query in block_queries},
     )
 
 
-def _in_order(
-    numbers: Sequence[int], lengths: np.ndarray, batch_tokens: int, equal_above: int | None
+def _batches_in_order(
+    queries: Sequence[int], lengths: np.ndarray, batch_tokens: int, equal_above: int | None
 ) -> Iterator[list[int]]:
-    """Cuts queries into batches in the order given, so that a row's queries follow each other."""
+    """Batches of queries in the order given, in which the queries of a group stay together.
+
+    Args:
+        queries: Indices of the queries.
+        lengths: Positions of every query, by its index.
+        batch_tokens: Token budget of a batch, padding included.
+        equal_above: Longer queries share a batch only with others of their length; None: with any.
+    """
     batch: list[int] = []
-    for number in numbers:
-        length = int(lengths[number])
-        longest = max([int(lengths[n]) for n in batch] + [length])
+    for query in queries:
+        length = int(lengths[query])
+        longest = max([int(lengths[other]) for other in batch] + [length])
         fits = longest * (len(batch) + 1) <= batch_tokens
         if batch and not (fits and may_share(int(lengths[batch[-1]]), length, equal_above)):
             yield batch
             batch = []
-        batch.append(number)
+        batch.append(query)
     if batch:
         yield batch
 
 
 class _QueryGradients(PairObserver[CapturedPositions]):
-    """The observer that makes preconditioned gradients of a block's own rows."""
+    """The observer that computes the preconditioned gradients of this worker's query groups.
+
+    Args:
+        context: Model, factors, damping, workers.
+        queries: All queries.
+        groups: Indices of the block's query groups; a group's slot is its index among them.
+        rank: Rank of the gradients; None: whole.
+
+    Attributes:
+        gradients: The gradients in each module, by its name; zero in slots of other workers.
+        self_influence: ⟨∇, (F + λ)⁻¹ ∇⟩ of each group [Q], float64.
+        losses: −log p of every query, by its index, float64.
+    """
 
     def __init__(
-        self, context: ScoringContext, queries: QuerySet, rows: list[int], rank: int | None
+        self, context: ScoringContext, queries: QuerySet, groups: list[int], rank: int | None
     ) -> None:
         super().__init__(context.modules)
         self._context = context
-        self._place = {row: k for k, row in enumerate(rows)}
-        self._row_of = {number: row for row in rows for number in queries.rows[row]}
-        self._members = {row: len(queries.rows[row]) for row in rows}
-        # Sums of rows whose queries have not all been seen, and how many of them have been.
-        self._pending: dict[tuple[str, int], tuple[Tensor, int]] = {}
-        self._seen: dict[int, int] = {}
+        self._slots = {group: slot for slot, group in enumerate(groups)}
+        self._group_of = {query: group for group in groups for query in queries.members[group]}
+        self._num_queries = {group: len(queries.members[group]) for group in groups}
+        # By (module, group): sums over the queries that a module has seen, and how many those are.
+        self._partial_sums: dict[tuple[str, int], tuple[Tensor, int]] = {}
+        self._num_done: dict[int, int] = {}  # queries of each group that went through the model
         self._total = context.zeros(dtype=torch.float64)
-        self.self_influence = context.zeros(len(rows), dtype=torch.float64)
+        self.self_influence = context.zeros(len(groups), dtype=torch.float64)
         self.losses = context.zeros(len(queries.sequences), dtype=torch.float64)
         self.gradients: dict[str, WholeGradients | LowRankGradients] = {
-            module.name: empty_gradients(context, len(rows), module, rank)
+            module.name: empty_gradients(context, len(groups), module, rank)
             for module in context.modules
         }
 
@@ -137,76 +162,87 @@ class _QueryGradients(PairObserver[CapturedPositions]):
         grads_MO: Tensor,
         positions: CapturedPositions,
     ) -> None:
-        """Sums each row's gradient, and finishes it with the row's last query."""
+        """Sums each group's gradient, and preconditions it with the group's last query."""
         fitted = self._context.at_device(module.name)
         grads_MO = rotate_rows(grads_MO, fitted.blocks_OO)
         start = 0
         parts: dict[int, list[slice]] = {}
-        for number, length in zip(positions.indices, positions.lengths, strict=True):
-            parts.setdefault(self._row_of[number], []).append(slice(start, start + length))
+        for query, length in zip(positions.indices, positions.lengths, strict=True):
+            parts.setdefault(self._group_of[query], []).append(slice(start, start + length))
             start += length
-        for row, slices in parts.items():
-            whole = slice(slices[0].start, slices[-1].stop)  # a row's queries follow each other
+        for group, slices in parts.items():
+            whole = slice(slices[0].start, slices[-1].stop)  # a group's queries are adjacent
             gradient_OI = grads_MO[whole].T @ acts[whole]
-            before, seen = self._pending.pop((module.name, row), (None, 0))
-            if before is not None:
-                gradient_OI += before
-            seen += len(slices)
-            if seen < self._members[row]:
-                self._pending[module.name, row] = (gradient_OI, seen)
+            earlier_OI, num_seen = self._partial_sums.pop((module.name, group), (None, 0))
+            if earlier_OI is not None:
+                gradient_OI += earlier_OI
+            num_seen += len(slices)
+            if num_seen < self._num_queries[group]:
+                self._partial_sums[module.name, group] = (gradient_OI, num_seen)
                 continue
-            self._finish(module, row, gradient_OI, fitted)
+            self._precondition(module, group, gradient_OI, fitted)
 
-    def _finish(
+    def _precondition(
         self,
         module: TrackedModule,
-        row: int,
+        group: int,
         gradient_OI: Tensor,
         fitted: ModuleFactors,
     ) -> None:
+        """Stores (F + λ)⁻¹ ∇ of one module.
+
+        Args:
+            module: The module.
+            group: The query group.
+            gradient_OI: ∇, in the eigenbasis.
+            fitted: The module's factors on the device.
+        """
         solved_OI = gradient_OI / self._context.damped(module.name, fitted)
-        place = self._place[row]
-        own = (gradient_OI * solved_OI).sum(dtype=torch.float64)
-        self.self_influence[place] += own
-        self._total += own
-        into = self.gradients[module.name]
+        slot = self._slots[group]
+        self_influence = (gradient_OI * solved_OI).sum(dtype=torch.float64)
+        self.self_influence[slot] += self_influence
+        self._total += self_influence
+        gradients = self.gradients[module.name]
         rotates_back = not self._context.in_eigenbasis
-        if isinstance(into, WholeGradients):
+        if isinstance(gradients, WholeGradients):
             if rotates_back:
                 solved_OI = rotate_back(solved_OI, fitted.blocks_OO, fitted.blocks_II)
-            into.put_(place, solved_OI)
+            gradients.put_(slot, solved_OI)
             return
-        if not torch.isfinite(own):
-            return  # nothing to decompose; `health` tells of it
+        if not torch.isfinite(self_influence):
+            return  # it cannot be decomposed; the pass ends with an error, by `health`
         # The bases are orthogonal, so the best approximation may be found on either side of them.
-        left_Or, right_Ir = products.low_rank(solved_OI, into.left_QOr.shape[-1])
+        left_Or, right_Ir = products.low_rank(solved_OI, gradients.left_QOr.shape[-1])
         if rotates_back:
             left_Or = rotate_columns_back(left_Or, fitted.blocks_OO)
             right_Ir = rotate_columns_back(right_Ir, fitted.blocks_II)
-        into.left_QOr[place], into.right_QIr[place] = left_Or, right_Ir
+        gradients.left_QOr[slot], gradients.right_QIr[slot] = left_Or, right_Ir
 
     def on_loss(self, batch: Batch, losses_B: Tensor) -> None:
-        """Takes −log p of each query of a batch, and finishes rows of which a module saw a part.
+        """Takes −log p of each query of a batch, and finishes the groups that are complete with it.
 
-        An expert sees only the queries that tokens of were routed to it.
+        An expert sees only the queries that have tokens routed to it. So where a group's queries
+        have all gone through the model, the sums of such a module are complete too.
         """
         self.losses[list(batch.indices)] = losses_B
-        for number in batch.indices:
-            row = self._row_of[number]
-            self._seen[row] = self._seen.get(row, 0) + 1
-        done = {row for row, seen in self._seen.items() if seen == self._members[row]}
-        for name, row in [key for key in self._pending if key[1] in done]:
-            gradient_OI, _ = self._pending.pop((name, row))
+        for query in batch.indices:
+            group = self._group_of[query]
+            self._num_done[group] = self._num_done.get(group, 0) + 1
+        done = {
+            group for group, number in self._num_done.items() if number == self._num_queries[group]
+        }
+        for name, group in [key for key in self._partial_sums if key[1] in done]:
+            gradient_OI, _ = self._partial_sums.pop((name, group))
             module = self._context.factors.modules[name]
-            self._finish(module, row, gradient_OI, self._context.at_device(name))
+            self._precondition(module, group, gradient_OI, self._context.at_device(name))
 
     def health(self) -> Tensor:
-        """Σ of all that was computed, which is finite only if everything is."""
+        """A scalar that is finite exactly as long as all gradients are."""
         return self._total
 
     def reduce(self, world: World) -> None:
-        """Gives every worker's rows to all; where a worker has none it holds zeros."""
-        assert not self._pending
+        """Gives every worker's results to all: a sum, as other workers' slots are zero."""
+        assert not self._partial_sums
         world.all_reduce_([self.self_influence, self.losses])
         for gradients in self.gradients.values():
             world.all_reduce_(gradients.tensors())

@@ -1,35 +1,37 @@
-"""The directory that `query` writes, and how it is read again. Knows files; no model, no factors.
+"""The format of the results directory that `query` writes, with its writer and its reader.
 
     manifest.json         what was scored, with which factors, damping, sign and scale
-    queries.jsonl         a line per row of the scores: its queries, with their tokens, and the
-                          "split_token" that begins in the prompt and ends in the completion, so
-                          that it has no label, or null
-    scores.safetensors    scores [Q, N] float32, indices [N] (rows in the data), and if asked for
+    queries.jsonl         one line per query group: its queries, with their tokens, and the
+                          "split_token" that begins in the prompt and ends in the completion, and
+                          so carries no label, or null
+    scores.safetensors    scores [Q, N] float32, indices [N] in the data, and if asked for
                           self_influence [N], module_scores [Q, modules, N], layer_scores
                           [Q, layers, N], token_scores [Q, positions] with token_offsets [N + 1];
                           with a normalisation its divisors, query_norms [Q] and norms [N];
-                          (of a low-rank run these are the scan's, approximate);
+                          (all these come from the scan, so are approximate at low rank);
                           with re-scoring exact_query, exact_index, exact_scores, scan_scores [E]
-    top.jsonl             a line per (query, rank), the most positive first: query, rank, index,
-                          score, share, nats, text; scan_score where there was a low-rank scan
+    top.jsonl             one line per (query group, rank), the most positive first: query, rank,
+                          index, score, share, nats, text; scan_score after re-scoring
     bottom.jsonl          the same, the most negative first
-    details.safetensors   for the sequences of both lists ("pairs", a query and a sequence each):
-                          pair_query, pair_index [P], offsets [P + 1], token_scores [positions],
+    details.safetensors   for the P pairs of a query group and a sequence listed for it: pair_query,
+                          pair_index [P], offsets [P + 1], token_scores [positions],
                           layer_token_scores [layers, positions], module_scores [P, modules]
-    sequences.jsonl       a line per sequence in either list: index, text, tokens, is_label
+    sequences.jsonl       one line per listed sequence: index, text, tokens, is_label
 
-A share is the score over the sum of the absolute values of the row's scores of its sign (those of
-`scores`, so the scan's where there was one), null if there is none; it has the score's sign. Nats
-are null without the training set's size. They are to first order, and where one is above the row's
-−log p (of its queries together) a note says that it cannot be.
+Q counts query groups, each of one query or several that are summed, by whose index "query" names
+them; N counts the scored sequences, in data order.
 
-Tokens that can be read only together, as those that share a character's bytes, are a run: `tokens`
-has its text at the first of them and "" at the others. All tokens joined are the text; scores and
-is_label stay one for each token.
+A share is the score over the sum of |scores| of the same sign for the query group (of `scores`, so
+of the scan's where there was one), null if there are none; it has the score's sign. Nats are null
+without the training set's size. They are to first order; where a value is above the group's −log p,
+which is impossible, the line has a note that says so.
 
-Position t of a sequence reads token t and predicts token t + 1, so a sequence with L positions has
-L + 1 tokens. Q counts rows, each a query or a group of them; N counts the scored sequences, in data
-order.
+Position t of a sequence reads token t and predicts token t + 1, so a sequence of T positions has
+T + 1 tokens. Some tokens can be read only together, such as those that share a character's bytes:
+then `tokens` has their text at the first of them, and "" at the others. All tokens joined are the
+text; there is still one score and one is_label per token.
+
+This module knows files; no model and no factors.
 """
 
 import json
@@ -57,18 +59,22 @@ BOTTOM = "bottom.jsonl"
 DETAILS = "details.safetensors"
 SEQUENCES = "sequences.jsonl"
 
-_MEND = "Run `query` again."
+_ADVICE = "Run `query` again."
 
 
 class ResultsWriter:
-    """Writes one directory of results, the manifest last. Worker 0 owns it.
+    """Writes a directory of results, the manifest last; on worker 0 only.
 
     Args:
         path: The directory, new or empty.
-        is_begun: Whether the directory is this run's already; see `unfinished`.
+        is_begun: Whether the directory holds this run's unfinished results, as `unfinished` makes
+            them; it is not checked then.
+
+    Attributes:
+        path: The directory.
 
     Raises:
-        OutputError: It cannot be made, or holds anything.
+        OutputError: If the directory cannot be made, or is not empty.
     """
 
     def __init__(self, path: str | Path, *, is_begun: bool = False) -> None:
@@ -99,7 +105,7 @@ class ResultsWriter:
 
 
 class ResultsReader:
-    """Reads a complete directory of results.
+    """Reads a complete directory of results, after checking the SHA-256 of every file.
 
     Args:
         path: The directory.
@@ -109,7 +115,8 @@ class ResultsReader:
         manifest: Its manifest.
 
     Raises:
-        StoreError: It is missing, of another format, incomplete, or a file of it has changed.
+        StoreError: If the directory is missing, incomplete or of another format, or one of its
+            files is missing or has changed.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -123,12 +130,12 @@ class ResultsReader:
                 "`query` run."
             ) from error
         except (ValueError, RecursionError) as error:
-            raise StoreError(f"{file} is not JSON: {first_line(error)}. {_MEND}") from error
-        found = manifest.get("format") if isinstance(manifest, dict) else None
-        if found != FORMAT:
+            raise StoreError(f"{file} is not JSON: {first_line(error)}. {_ADVICE}") from error
+        stored_format = manifest.get("format") if isinstance(manifest, dict) else None
+        if stored_format != FORMAT:
             raise StoreError(
-                f"{path} has format {found!r}; this version reads {FORMAT!r}, the output of a "
-                "`query` run."
+                f"{path} has format {stored_format!r}; this version reads {FORMAT!r}, the output "
+                "of a `query` run."
             )
         if manifest.get("complete") is not True:
             raise StoreError(
@@ -136,22 +143,26 @@ class ResultsReader:
                 "goes on from what is done."
             )
         self.manifest: dict[str, Any] = manifest
-        files = manifest.get("files")
+        self._check_files()
+
+    def _check_files(self) -> None:
+        """Compares every listed file with its SHA-256."""
+        file, files = self.path / MANIFEST, self.manifest.get("files")
         if not isinstance(files, dict):
-            raise StoreError(f"{file} has no list of files. {_MEND}")
+            raise StoreError(f"{file} has no list of files. {_ADVICE}")
         for name, listed in files.items():
             digest = listed.get("sha256") if isinstance(listed, dict) else None
             if Path(name).name != name or not isinstance(digest, str):
                 raise StoreError(
                     f"{file} lists {name!r} as {listed!r}; it must list files beside it, each with "
-                    f"its sha256. {_MEND}"
+                    f"its sha256. {_ADVICE}"
                 )
             part = self.path / name
             if not part.is_file():
-                raise StoreError(f"{part} is missing, though the manifest lists it. {_MEND}")
+                raise StoreError(f"{part} is missing, though the manifest lists it. {_ADVICE}")
             if file_sha256(part) != digest:
                 raise StoreError(
-                    f"{part} has changed since it was written: another SHA-256. {_MEND}"
+                    f"{part} has changed since it was written: another SHA-256. {_ADVICE}"
                 )
 
     def has(self, file: str) -> bool:
@@ -159,29 +170,33 @@ class ResultsReader:
         return file in self.manifest["files"]
 
     def tensors(self, file: str) -> dict[str, Tensor]:
-        """Every tensor of a safetensors file."""
+        """Every tensor of a safetensors file, by name.
+
+        Raises:
+            StoreError: If the manifest does not list the file, or it cannot be read.
+        """
         path = self._listed(file)
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise StoreError(f"{path} cannot be read: {first_line(error)}. {_MEND}") from error
+            raise StoreError(f"{path} cannot be read: {first_line(error)}. {_ADVICE}") from error
 
     def lines(self, file: str) -> list[dict[str, Any]]:
-        """Every row of a JSONL file."""
+        """The object in each line of a JSONL file."""
         with self._listed(file).open(encoding="utf-8") as opened:
             return [json.loads(line) for line in opened]
 
     def _listed(self, file: str) -> Path:
         if not self.has(file):
-            raise StoreError(f"{self.path / MANIFEST} does not list {file}. {_MEND}")
+            raise StoreError(f"{self.path / MANIFEST} does not list {file}. {_ADVICE}")
         return self.path / file
 
 
 def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes the manifest of results, finished or not.
+    """Writes the manifest of results, complete or not.
 
     Args:
-        path: Their directory.
+        path: The results' directory.
         manifest: Every entry but format.
     """
     whole = {"format": FORMAT, **manifest}
@@ -192,7 +207,7 @@ def make_directory(path: Path) -> None:
     """Makes a directory, and those above it.
 
     Raises:
-        OutputError: It cannot be made.
+        OutputError: If one cannot be made.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -201,14 +216,14 @@ def make_directory(path: Path) -> None:
 
 
 def check_new(path: str | Path, *, own: bool = False) -> None:
-    """Refuses an output directory that holds anything or cannot be made; leaves nothing.
+    """Checks that an output directory is empty, or can be made; nothing of the check remains.
 
     Args:
         path: The directory.
-        own: Whether this process holds its lock.
+        own: Whether this process holds the directory's lock.
 
     Raises:
-        OutputError: It exists and is not empty, or cannot be written, or a run is writing it.
+        OutputError: If it is not empty, cannot be made or written, or a run is writing it.
     """
     path = Path(path)
     if os.path.lexists(path):
@@ -216,10 +231,10 @@ def check_new(path: str | Path, *, own: bool = False) -> None:
             raise OutputError(f"output {path} exists and is no directory; give another.")
         if not os.access(path, os.W_OK | os.X_OK):
             raise OutputError(f"output {path} cannot be written; give another directory.")
-        # A run that was killed before its manifest was in place leaves nothing else.
-        false_start = re.compile(rf"{re.escape(LOCK)}|\.{re.escape(MANIFEST)}\..*\.tmp")
+        # All that a run leaves that was killed before its manifest was in place.
+        startup_files = re.compile(rf"{re.escape(LOCK)}|\.{re.escape(MANIFEST)}\..*\.tmp")
         names = [entry.name for entry in path.iterdir()]
-        entries = [name for name in names if not false_start.fullmatch(name)]
+        entries = [name for name in names if not startup_files.fullmatch(name)]
         if not own and len(entries) < len(names):
             require_unlocked(path)
         if entries:
@@ -241,12 +256,12 @@ def check_new(path: str | Path, *, own: bool = False) -> None:
 
 
 def _make_and_remove(path: Path) -> None:
-    """Tries it: a file system, or the length of a name, may forbid what permissions allow."""
-    made = [directory for directory in (path, *path.parents) if not directory.exists()]
+    """Makes a directory on trial: a file system, or the name's length, may forbid it too."""
+    new_directories = [directory for directory in (path, *path.parents) if not directory.exists()]
     try:
         path.mkdir(parents=True)
     finally:
-        for directory in made:
+        for directory in new_directories:
             with suppress(OSError):  # not made, or in use by now
                 directory.rmdir()
 

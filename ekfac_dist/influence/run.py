@@ -1,42 +1,61 @@
-"""`query`, the command, and `influence_scores`, the function: load all, score, write."""
+"""Answering queries from start to end: `run_query` for the command, `influence_scores` for Python.
+
+Both take the same steps, on every worker:
+
+    read      factors, queries, training sequences and model, from files or from arguments
+    check     model against factors, sequences against the model, workers against each other
+    score     `compute_scores`
+    write     a directory of results; the command only
+"""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 
-from ekfac_dist.config import Normalize, PerToken, QueryConfig, ScoresConfig, require_positive
+from ekfac_dist.config import (
+    DataConfig,
+    ModelConfig,
+    Normalize,
+    PerToken,
+    QueryConfig,
+    ScoresConfig,
+    require_positive,
+)
 from ekfac_dist.curvature.damping import DEFAULT, Damping
-from ekfac_dist.data.examples import Examples
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.errors import DataError, ModelError
+from ekfac_dist.factors.comparison import require_fitted_task
 from ekfac_dist.factors.factors import Factors
-from ekfac_dist.factors.opening import Comparison, check_model, load_factors, require_fitted_task
-from ekfac_dist.influence.context import ScoringContext
+from ekfac_dist.factors.opening import load_factors
+from ekfac_dist.influence.answer import Answer, parameters_without_factors
+from ekfac_dist.influence.checks import check_inputs, require_same_inputs, scoring_context
 from ekfac_dist.influence.examples import queries_of, sequences_of
-from ekfac_dist.influence.output import Answer, left_out, write_answer
+from ekfac_dist.influence.output import write_answer
 from ekfac_dist.influence.queries import (
-    QuerySet,
+    Query,
     pick_candidates,
     read_candidates,
     read_queries,
     tokenize_queries,
 )
-from ekfac_dist.influence.saved_blocks import beginning, opened_results
+from ekfac_dist.influence.saved_blocks import opened_results, run_inputs
 from ekfac_dist.influence.scores import InfluenceScores
 from ekfac_dist.influence.scoring import compute_scores, list_lengths
 from ekfac_dist.influence.unfinished import check_results_output
 from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.capture.task_fingerprint import task_fingerprint
 from ekfac_dist.models.capture.tasks import CAUSAL_LM, CausalLM, Task, require_task
-from ekfac_dist.models.load.on_workers import load, refuse_sharded, require_same_model, unwrapped
+from ekfac_dist.models.load.on_workers import load, refuse_sharded, unwrapped
 from ekfac_dist.models.load.pretrained import context_length, load_tokenizer
 from ekfac_dist.models.modules import device_of
-from ekfac_dist.passes.sequences import check_sequences, load_with_rows
+from ekfac_dist.passes.sequences import load_with_rows
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.heartbeat import heartbeat
 from ekfac_dist.runtime.logs import log_on_main
@@ -45,34 +64,33 @@ from ekfac_dist.runtime.same_settings import require_same_settings
 
 
 def run_query(config: QueryConfig, world: World) -> Answer:
-    """Answers the configured queries and writes the results; an unfinished run is gone on with.
+    """Answers the configured queries and writes the results; an unfinished run is resumed.
 
     Args:
         config: The run's configuration.
         world: The workers.
 
     Raises:
-        UserError: Anything that the user can mend, on every worker.
+        UserError: If the user can correct the cause; on every worker alike.
     """
     tell = log_on_main(world)
     output, queries_file, store = map(str, (config.output, config.queries, config.factors))
     start = time.perf_counter()
-    whole_config = config.as_dict()
-    world.on_main(lambda: check_results_output(output, whole_config))
+    world.on_main(lambda: check_results_output(output, config.as_dict()))
     with world.agree():
         refuse_sharded(world)
-        damping = _damping(config)
+        damping = Damping(config.damping.value, config.damping.relative, config.damping.modules)
         texts = read_queries(queries_file)
         candidates = read_candidates(config.scores.candidates)
         factors = load_factors(store)
         require_fitted_task(store, factors, CAUSAL_LM)
-        fitted = factors.manifest["config"]
-        model_config = config.model.over(fitted["model"])
-        data_config = config.data.over(fitted["data"])
+        fitted_config = factors.manifest["config"]
+        model_config = config.model.over(fitted_config["model"])
+        data_config = config.data.over(fitted_config["data"])
     with _named_by(store, "model.name", model_config.name, config.model.name):
         tokenizer, tokenizer_print = world.main_first(lambda: load_tokenizer(model_config))
     with world.agree():
-        # With the context unknown yet: what has nothing to predict is told before a model is read.
+        # Before the model is loaded, without its context: refuses queries with nothing to predict.
         tokenize_queries(texts, tokenizer, None)
     with _named_by(store, "data.source", data_config.source, config.data.source):
         train, rows = load_with_rows(data_config, tokenizer, tokenizer_print, world)
@@ -81,25 +99,79 @@ def run_query(config: QueryConfig, world: World) -> Answer:
         list_lengths(config.scores, len(columns))
     scored = train.take(columns)
     _tell_data(tell, train, scored, factors)
-    model = load(model_config, world)
+    inputs = _Inputs(
+        store=store,
+        factors=factors,
+        damping=damping,
+        texts=texts,
+        train=train,
+        scored=scored,
+        rows=rows,
+        data=data_config,
+        model=model_config,
+        tokenizer=tokenizer,
+    )
+    return _answer(config, inputs, world, tell, start)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The inputs of a run of `query` that are read before its model; attributes as of `Answer`.
+
+    Attributes:
+        texts: The queries' texts.
+        rows: The rows of the training data.
+    """
+
+    store: str
+    factors: Factors
+    damping: Damping
+    texts: list[Query]
+    train: Sequences
+    scored: Sequences
+    rows: Dataset
+    data: DataConfig
+    model: ModelConfig
+    tokenizer: Any
+
+
+def _answer(config: QueryConfig, inputs: _Inputs, world: World, tell: Any, start: float) -> Answer:
+    """Loads the model, checks it, scores, and writes the results.
+
+    Args:
+        config: The run's configuration.
+        inputs: The other inputs, which have been read.
+        world: The workers.
+        tell: Takes a line of text for people.
+        start: When the run began, by `time.perf_counter`.
+    """
+    store, factors, scored = inputs.store, inputs.factors, inputs.scored
+    model = load(inputs.model, world)
     with prepared(model):
         with world.agree():
-            allowed = config.model.allow_changes
-            comparison = check_model(store, factors, model, allow_changes=allowed)
-            advice = "set data.max_tokens to {context} or less"
-            check_sequences(model, scored, advice)
-            queries = tokenize_queries(texts, tokenizer, context_length(model))
-            check_sequences(model, queries.sequences, "shorten the query")
+            queries = tokenize_queries(inputs.texts, inputs.tokenizer, context_length(model))
+            comparison = check_inputs(
+                store,
+                factors,
+                model,
+                scored,
+                queries,
+                advice="set data.max_tokens to {context} or less",
+                allow_changes=config.model.allow_changes,
+            )
             _tell_split(tell, queries.split_notes)
-            context = _context(model, factors, damping, world, config.batch_tokens, True)
-        _require_same(context, scored, queries, comparison)
+            context = scoring_context(
+                model, factors, inputs.damping, world, config.batch_tokens, True
+            )
+        require_same_inputs(context, scored, queries, comparison)
         for sentence in comparison.differs:
             tell(f"model differs {sentence}")
         for sentence in comparison.not_compared:
             tell(f"not compared  {sentence}")
-        begins = beginning(store, comparison.fingerprints.whole, train, scored, queries, context)
+        whole = comparison.fingerprints.whole
+        recorded = run_inputs(store, whole, inputs.train, scored, queries, context)
         with (
-            opened_results(output, whole_config, begins, world, tell) as saved,
+            opened_results(str(config.output), config.as_dict(), recorded, world, tell) as saved,
             preemption.deferred(),
         ):
             scores = compute_scores(context, queries, scored, config.scores, tell, saved)
@@ -108,21 +180,21 @@ def run_query(config: QueryConfig, world: World) -> Answer:
             answer = Answer(
                 scores=scores,
                 queries=queries,
-                train=train,
+                train=inputs.train,
                 scored=scored,
                 factors=factors,
                 store=store,
-                damping=damping,
-                data=data_config,
-                model=model_config,
+                damping=inputs.damping,
+                data=inputs.data,
+                model=inputs.model,
                 dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-                whole=comparison.fingerprints.whole,
+                whole=whole,
                 config=config,
-                tokenizer=tokenizer,
+                tokenizer=inputs.tokenizer,
                 workers=world.size,
                 seconds=time.perf_counter() - start,
             )
-            saved.finish(lambda to: write_answer(to, answer, rows))
+            saved.finish(lambda writer: write_answer(writer, answer, inputs.rows))
     return answer
 
 
@@ -163,46 +235,48 @@ def influence_scores(
         model: The Hugging Face model that the factors were fitted for.
         factors: From `load_factors` or `estimate_factors`; or the directory of a store.
         queries: Examples as `estimate_factors` takes, with `input_ids` and `labels` (−100 for the
-            prompt); or, with a tokenizer, mappings with "prompt" and "completion", or "text". Those
-            with the same "group" are summed.
+            prompt); or, with a tokenizer, mappings with "prompt" and "completion", or "text".
+            Queries with the same "group" are summed, and have one row of scores.
         train: The training sequences: examples; or, with a tokenizer, mappings with "text" and
             perhaps "prompt".
         tokenizer: For queries and training sequences that are text.
-        damping: λ of every module, or of each, by name or glob.
-        relative: Whether `damping` is a multiple of the module's mean(Λ), or λ itself.
+        damping: λ of every module; or of each module, by its name or a glob.
+        relative: Whether `damping` is a multiple of the module's mean(Λ); else it is λ itself.
         normalize: "none"; "cosine", in the inner product of (F + λ)⁻¹; or RelatIF (Barshan et al.
             2020): "relatif_l" divides by the root of a sequence's self-influence, "relatif_theta"
             by ‖(F + λ)⁻¹ ∇log p(z)‖.
         rank: Rank of query gradients in the scan, such as 32; None: whole gradients.
-        rescore: With a rank, score this many sequences at either end of the scan again, exactly.
+        rescore: With a rank, score this many of the scan's highest, of its lowest, and of sequences
+            spread over the data again, exactly.
         top_k: Length of the list of the most positive sequences; None: 20 or all.
         bottom_k: Length of the list of the most negative; None: as `top_k`.
         per_token: Scores of positions: of the listed sequences ("top"), of "all", or "none".
-        per_module: Give the scores of each module too.
-        per_layer: Give the scores of each layer too.
-        self_influence: Give each training sequence's influence on itself.
-        candidates: Score only these rows of `train`.
-        training_size: How many sequences the model was trained on, if it was trained on `train`:
-            what scores are divided by to be in nats, to first order. None: no nats.
+        per_module: Compute the scores of each module too.
+        per_layer: Compute the scores of each layer too.
+        self_influence: Compute each training sequence's influence on itself.
+        candidates: Score only the sequences with these indices in `train`.
+        training_size: How many sequences the model was trained on, if it was trained on `train`.
+            Scores divided by it are in nats, to first order. None: no nats.
         batch_tokens: Token budget of a batch, padding included.
         max_tokens: Longer training sequences are cut to this many tokens; None leaves them whole.
-        query_memory_gb: Budget for query gradients (powers of 1000); more queries take more scans.
+        query_memory_gb: Each worker's budget for query gradients, in units of 10⁹ bytes; queries
+            that exceed it take more scans.
         progress: Show progress on worker 0.
         task: The task that the factors were fitted with; None for causal language modelling. Other
             tasks' queries and training sequences are their examples.
-        allow_changes: Take a model that differs from the fitted one outside the tracked modules,
-            and warn of it.
+        allow_changes: Accept a model that differs from the fitted one outside the tracked modules,
+            with a warning.
 
     Returns:
-        The scores, on the CPU; `model_differs` and `not_compared` tell how the model compares with
+        The scores, on the CPU; `model_differs` and `not_compared` say how the model compares with
         the fitted one.
 
     Raises:
-        UserError: Anything that the caller can mend, on every worker alike.
+        UserError: If the caller can correct the cause; on every worker alike.
     """
-    arguments = {**locals()}  # those that will be added one day too
+    arguments = {**locals()}  # all of them, so that none can be forgotten here
     for name in ("model", "factors", "queries", "train", "tokenizer", "candidates", "progress"):
-        del arguments[name]  # compared by content, or of no consequence
+        del arguments[name]  # compared by content later, or without effect on scores
     world = World.start()
     model = unwrapped(model, world)
     with world.agree():
@@ -230,71 +304,40 @@ def influence_scores(
         require_positive("batch_tokens", batch_tokens)
         if max_tokens is not None:
             require_positive("max_tokens", max_tokens)
-        chosen = Damping.of(damping, relative)
+        damping_rule = Damping.of(damping, relative)
         refuse_sharded(world, model)
         require_fitted_task(name, factors, task)
-        asked = queries_of(queries, tokenizer, model, task)
+        query_set = queries_of(queries, tokenizer, model, task)
         sequences = sequences_of(train, tokenizer, max_tokens, model, task)
         scored = sequences.take(pick_candidates(sequences, read_candidates(config.candidates)))
         advice = "give max_tokens={context}"
         if not isinstance(task, CausalLM):
             advice = "cut the examples to {context} or less"
-        check_sequences(model, scored, advice)
-        check_sequences(model, asked.sequences, "shorten the query")
-        comparison = check_model(name, factors, model, allow_changes=allow_changes)
+        comparison = check_inputs(
+            name, factors, model, scored, query_set, advice=advice, allow_changes=allow_changes
+        )
         world = world.at(device_of(model))
-        context = _context(model, factors, chosen, world, batch_tokens, progress, task)
-    _require_same(context, scored, asked, comparison)
+        context = scoring_context(model, factors, damping_rule, world, batch_tokens, progress, task)
+    require_same_inputs(context, scored, query_set, comparison)
     if world.is_main:
         comparison.warn()
     watching = heartbeat(world, owns_process=False)
     with watching, torch.inference_mode(False), prepared(model):
-        scores = compute_scores(context, asked, scored, config, log_on_main(world))
+        scores = compute_scores(context, query_set, scored, config, log_on_main(world))
     scores.model_differs, scores.not_compared = comparison.differs, comparison.not_compared
     return scores
 
 
-def _context(
-    model: nn.Module,
-    factors: Factors,
-    damping: Damping,
-    world: World,
-    batch_tokens: int,
-    show_progress: bool,
-    task: Task = CAUSAL_LM,
-) -> ScoringContext:
-    double = next(model.parameters()).dtype == torch.float64
-    return ScoringContext(
-        model=model,
-        factors=factors,
-        damping=factors.chosen_damping(damping),
-        dtype=torch.float64 if double else torch.float32,
-        world=world,
-        batch_tokens=batch_tokens,
-        show_progress=show_progress,
-        task=task,
-    )
-
-
-def _require_same(
-    context: ScoringContext, scored: Examples, queries: QuerySet, comparison: Comparison
-) -> None:
-    """Refuses workers whose data, queries, factors or models hold something else.
-
-    They would share out different work, or wait for each other for ever.
-    """
-    world = context.world
-    world.require_same("data, by fingerprint,", scored.fingerprint)
-    world.require_same("candidates", scored.indices.tolist())
-    world.require_same("queries, by fingerprint,", queries.sequences.fingerprint)
-    world.require_same("groups of queries", (queries.rows, queries.groups))
-    world.require_same("factors, by fingerprint,", context.factors.fingerprint)
-    require_same_model(context.model, comparison.fingerprints, world)
-
-
 @contextmanager
 def _named_by(store: str, field: str, name: str | None, given: str | None) -> Iterator[None]:
-    """Says of a path that does not exist that it is the store's, if nothing else was given."""
+    """Adds to errors about a name that was not given that it comes from the factors' manifest.
+
+    Args:
+        store: Directory of the factor store.
+        field: The configuration field that overrides the name.
+        name: The name of the model or the source of the data, as in the manifest.
+        given: The field's value in this run's configuration; None: the manifest's name is used.
+    """
     try:
         yield
     except (DataError, ModelError) as error:
@@ -304,10 +347,6 @@ def _named_by(store: str, field: str, name: str | None, given: str | None) -> It
                 f"directory; give --{field}.",
             )
         raise
-
-
-def _damping(config: QueryConfig) -> Damping:
-    return Damping(config.damping.value, config.damping.relative, config.damping.modules)
 
 
 def _tell_split(tell: Any, notes: list[str], at_most: int = 5) -> None:
@@ -331,7 +370,7 @@ def _tell_data(tell: Any, train: Sequences, scored: Sequences, factors: Factors)
             "              not the sequences that the factors were fitted on: scores are of "
             "these, in the curvature of those"
         )
-    absent = left_out(factors.manifest)
+    absent = parameters_without_factors(factors.manifest)
     if absent:
         tell(
             f"not scored    {len(absent)} MLP parameters or experts that have no factors, listed "

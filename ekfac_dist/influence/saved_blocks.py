@@ -1,8 +1,14 @@
-"""What finished blocks of queries came to, kept as tensors so that nothing of it is done again.
+"""Finished pieces of the work, saved as tensors so that a resumed run does not repeat them.
 
-The pieces of the second block are scan-2, its scores of all sequences; and details-2, of what is
-listed for its rows, or rescore-2-1, rescore-2-2, …: exact scores, with details, a part of its rows
-each.
+The pieces, each a safetensors file (see `blocks` for their names and `unfinished` for the files).
+q counts the block's query groups, P the pairs of a group and a sequence.
+
+    scan-K         scores [q, N] and, if asked for, query_norms [q], module_scores [q, modules, N],
+                   layer_scores [q, layers, N], token_scores [q, positions]; query_losses [queries];
+                   ranks [modules] at low rank; with the first block norms, self_influence [N]
+    details-K      the fields of `Details` of the listed pairs
+    rescore-K-J    exact_rows, exact_columns, exact_scores [P] of all pairs that were scored again;
+                   query_losses [queries]; the fields of `Details` of the listed ones, if asked for
 """
 
 import hashlib
@@ -28,86 +34,94 @@ from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
 from ekfac_dist.runtime.software import software
 
-# Fields of scores with a row for each row of queries, and those that are of the sequences alone.
-_OF_ROWS = ("scores", "query_norms", "module_scores", "layer_scores", "token_scores")
-_OF_SEQUENCES = ("norms", "self_influence")
+# Fields of `InfluenceScores` whose first dimension is the query groups, and those without it.
+_GROUP_FIELDS = ("scores", "query_norms", "module_scores", "layer_scores", "token_scores")
+_SEQUENCE_FIELDS = ("norms", "self_influence")
 
 
 class SavedBlocks:
-    """Where finished pieces of the work are kept; this kind keeps nothing.
+    """Where finished pieces of the work are saved; this class saves nothing.
 
-    Every worker calls each method, in the same order.
+    Every worker calls each method, in the same order: in subclasses they are collectives.
     """
 
     def has(self, piece: str) -> bool:
-        """Whether an earlier start of this run has finished a piece."""
+        """Whether a piece was finished before this run was resumed."""
         return False
 
     def load(self, piece: str) -> dict[str, Tensor]:
-        """What a piece that is there came to, on the CPU of every worker."""
+        """The tensors of a saved piece, on the CPU of every worker.
+
+        Raises:
+            KeyError: If nothing is saved.
+            OutputError: If the piece cannot be read.
+        """
         raise KeyError(piece)
 
     def keep(self, piece: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keeps what a piece came to.
+        """Saves the tensors of a finished piece.
 
         Raises:
-            OutputError: It cannot be written.
+            OutputError: If they cannot be written.
         """
 
-    def require_room(self, result_bytes: int, state_bytes: int) -> None:
-        """Refuses work that the disk has no room for; see `UnfinishedResults.require_room`."""
+    def require_disk_space(self, result_bytes: int, state_bytes: int) -> None:
+        """Checks that the disk has space; see `UnfinishedResults.require_disk_space`."""
 
 
 class BlocksOnDisk(SavedBlocks):
-    """Keeps pieces beside the results that they will be part of.
+    """Saves pieces in the directory of the results that they will be part of.
 
     Args:
         world: The workers.
-        directory: The directory, on worker 0; None on others.
+        directory: The directory of unfinished results, on worker 0; None on the others.
     """
 
     def __init__(self, world: World, directory: UnfinishedResults | None) -> None:
         self._directory = directory
         self._world = world
-        self._found = world.share(frozenset(() if directory is None else directory.pieces))
+        self._finished = world.share(frozenset(() if directory is None else directory.pieces))
 
     def has(self, piece: str) -> bool:
-        """Whether an earlier start of this run has finished a piece."""
-        return piece in self._found
+        """Whether a piece was finished before this run was resumed."""
+        return piece in self._finished
 
     def load(self, piece: str) -> dict[str, Tensor]:
-        """Reads it on worker 0 and sends it to the others."""
+        """The tensors of a saved piece, which worker 0 reads and sends to the others."""
         world = self._world
-        own = world.on_main(lambda: self._main.read(piece)) or {}
-        shapes = world.share([(name, held.shape, held.dtype) for name, held in own.items()])
+        read = world.on_main(lambda: self._main.read(piece)) or {}  # empty but on worker 0
+        shapes = world.share([(name, tensor.shape, tensor.dtype) for name, tensor in read.items()])
         tensors = {}
         for name, shape, dtype in shapes:
-            tensor = own[name] if own else torch.empty(shape, dtype=dtype)
+            tensor = read[name] if read else torch.empty(shape, dtype=dtype)
             if world.size > 1 and tensor.numel():
                 tensor = world.broadcast_(tensor.to(world.device)).cpu()
             tensors[name] = tensor
         return tensors
 
     def keep(self, piece: str, tensors: Mapping[str, Tensor]) -> None:
-        """Has worker 0 write it."""
+        """Saves the tensors of a finished piece, which worker 0 writes."""
         self._world.on_main(lambda: self._main.write(piece, tensors))
 
-    def require_room(self, result_bytes: int, state_bytes: int) -> None:
-        """Has worker 0 look."""
-        self._world.on_main(lambda: self._main.require_room(result_bytes, state_bytes))
+    def require_disk_space(self, result_bytes: int, state_bytes: int) -> None:
+        """Checks the disk on worker 0."""
+        self._world.on_main(lambda: self._main.require_disk_space(result_bytes, state_bytes))
 
     def finish(self, write: Callable[[ResultsWriter], None]) -> None:
-        """Has worker 0 write the results, and removes what was kept for them.
+        """Writes the results on worker 0, and removes the saved pieces.
+
+        Args:
+            write: Writes all results with the writer that it is given.
 
         Raises:
-            OutputError: They cannot be written; what was kept is still there.
+            OutputError: If the results cannot be written; the pieces stay in place.
         """
 
-        def finished() -> None:
+        def write_and_finish() -> None:
             write(self._main.writer())
             self._main.finish()
 
-        self._world.on_main(finished)
+        self._world.on_main(write_and_finish)
 
     @property
     def _main(self) -> UnfinishedResults:
@@ -119,16 +133,16 @@ class BlocksOnDisk(SavedBlocks):
 def opened_results(
     output: str,
     config: Mapping[str, Any],
-    begins: Mapping[str, Any],
+    inputs: Mapping[str, Any],
     world: World,
     tell: Callable[[str], None],
 ) -> Iterator[BlocksOnDisk]:
-    """The directory of results that worker 0 writes, with what an earlier start of the run left.
+    """Opens the directory of results, new or to be resumed, for worker 0 to write.
 
     Args:
         output: The directory.
         config: The run's whole configuration.
-        begins: What the run begins with; see `beginning`.
+        inputs: The run's other inputs; see `run_inputs`.
         world: The workers.
         tell: Takes a line of text for people.
 
@@ -138,10 +152,10 @@ def opened_results(
     """
 
     def opened() -> UnfinishedResults:
-        directory = UnfinishedResults(output, config, begins)
-        sizes = sum(listed["bytes"] for listed in directory.pieces.values())
-        with Progress("verifying", total=sizes, unit="bytes", enabled=True) as progress:
-            lost = directory.keep_whole(progress.update)
+        directory = UnfinishedResults(output, config, inputs)
+        num_bytes = sum(listed["bytes"] for listed in directory.pieces.values())
+        with Progress("verifying", total=num_bytes, unit="bytes", enabled=True) as progress:
+            lost = directory.drop_damaged(progress.update)
         for file in lost:
             tell(f"damaged       {file} has changed since it was written; it is computed again")
         return directory
@@ -154,7 +168,7 @@ def opened_results(
             directory.close()
 
 
-def beginning(
+def run_inputs(
     store: str,
     model: str,
     train: Examples,
@@ -162,18 +176,20 @@ def beginning(
     queries: QuerySet,
     context: ScoringContext,
 ) -> dict[str, Any]:
-    """What a run begins with, by which it is known again; the same on every worker.
+    """All inputs that results depend on besides the configuration, by name; a collective.
+
+    A run is resumed only if they are the same; they are the same on every worker.
 
     Args:
-        store: The factor store.
-        model: The whole model's fingerprint.
+        store: Directory of the factor store.
+        model: Fingerprint of the whole model.
         train: The whole training set.
-        scored: What is scored of it.
+        scored: The sequences of it that are scored.
         queries: The queries.
-        context: Damping, precision and workers.
+        context: Model, damping, precision and workers.
     """
     texts = [(q.prompt, q.completion, q.group, q.line) for q in queries.texts or ()]
-    asked = json.dumps([queries.sequences.fingerprint, texts])
+    query_content = json.dumps([queries.sequences.fingerprint, texts])
     factors = context.world.on_main(lambda: file_sha256(Path(store) / MANIFEST))
     return {
         "factors": context.world.share(factors),
@@ -181,79 +197,88 @@ def beginning(
         "configuration of the model": configuration(context.model),
         "data": train.fingerprint,
         "candidates": hashlib.sha256(scored.indices.tobytes()).hexdigest(),
-        "queries": hashlib.sha256(asked.encode()).hexdigest(),
+        "queries": hashlib.sha256(query_content.encode()).hexdigest(),
         "damping": dict(context.damping),
         "dtype": str(context.dtype),
         "software": software(),
     }
 
 
-# -- from results to tensors, and back -------------------------------------------------------------
+# -- from results to a piece's tensors, and back ---------------------------------------------------
 
 
-def scan_tensors(result: InfluenceScores, rows: list[int], queries: list[int]) -> dict[str, Tensor]:
-    """What the scan of a block has put into the results.
+def scan_tensors(
+    result: InfluenceScores, groups: list[int], queries: list[int]
+) -> dict[str, Tensor]:
+    """The tensors of the piece `scan-K`, from the results that the block's scan has filled in.
 
     Args:
-        result: The results so far.
-        rows: The block's rows, one after the other.
-        queries: Numbers of their queries.
+        result: The results.
+        groups: Indices of the block's query groups, consecutive.
+        queries: Indices of their queries.
     """
-    some = slice(rows[0], rows[-1] + 1)
+    rows = slice(groups[0], groups[-1] + 1)
     tensors = {"query_losses": losses_tensor(result, queries)}
-    for name in _OF_ROWS:
-        if (whole := getattr(result, name)) is not None:
-            tensors[name] = whole[some]
-    for name in _OF_SEQUENCES:  # the first block's scan sums them for all
-        if rows[0] == 0 and (whole := getattr(result, name)) is not None:
-            tensors[name] = whole
+    for name in _GROUP_FIELDS:
+        if (values := getattr(result, name)) is not None:
+            tensors[name] = values[rows]
+    for name in _SEQUENCE_FIELDS:  # only the first block's scan computes them
+        if groups[0] == 0 and (values := getattr(result, name)) is not None:
+            tensors[name] = values
     if result.ranks:
         tensors["ranks"] = torch.tensor([result.ranks[name] for name in result.modules])
     return tensors
 
 
 def put_scan(
-    result: InfluenceScores, tensors: Mapping[str, Tensor], rows: list[int], queries: list[int]
+    result: InfluenceScores, tensors: Mapping[str, Tensor], groups: list[int], queries: list[int]
 ) -> None:
-    """Puts the same into the results."""
+    """Fills a block's scan into the results, from the tensors that `scan_tensors` gave."""
     put_losses(result, tensors, queries)
-    for name in _OF_ROWS:
+    for name in _GROUP_FIELDS:
         if name in tensors:
-            put_rows(result, name, tensors[name], rows)
-    for name in _OF_SEQUENCES:
+            put_rows(result, name, tensors[name], groups)
+    for name in _SEQUENCE_FIELDS:
         if name in tensors:
             setattr(result, name, tensors[name])
     if "ranks" in tensors:
         result.ranks = dict(zip(result.modules, tensors["ranks"].tolist(), strict=True))
 
 
-def put_rows(result: InfluenceScores, name: str, values: Tensor, rows: list[int]) -> None:
-    """Puts a block's rows into a field of the results, which is made for all with the first."""
-    whole = getattr(result, name)
-    if whole is None:
-        whole = values.new_zeros(len(result.scores), *values.shape[1:])
-        setattr(result, name, whole)
-    whole[rows] = values
+def put_rows(result: InfluenceScores, name: str, values: Tensor, groups: list[int]) -> None:
+    """Fills the rows of some query groups into a field of the results.
+
+    Args:
+        result: The results; a field that is None becomes zeros for all groups first.
+        name: The field.
+        values: The rows [q, …].
+        groups: Indices of the query groups.
+    """
+    field = getattr(result, name)
+    if field is None:
+        field = values.new_zeros(len(result.scores), *values.shape[1:])
+        setattr(result, name, field)
+    field[groups] = values
 
 
 def losses_tensor(result: InfluenceScores, queries: list[int]) -> Tensor:
-    """−log p of some queries, float64."""
-    return torch.tensor([result.query_losses[n] for n in queries], dtype=torch.float64)
+    """−log p of some queries [queries], float64."""
+    return torch.tensor([result.query_losses[query] for query in queries], dtype=torch.float64)
 
 
 def put_losses(result: InfluenceScores, tensors: Mapping[str, Tensor], queries: list[int]) -> None:
-    """Puts the same into the results."""
-    for number, loss in zip(queries, tensors["query_losses"].tolist(), strict=True):
-        result.query_losses[number] = loss
+    """Fills −log p of some queries into the results, from a piece's tensors."""
+    for query, loss in zip(queries, tensors["query_losses"].tolist(), strict=True):
+        result.query_losses[query] = loss
 
 
 def details_tensors(details: Details) -> dict[str, Tensor]:
-    """Details as tensors, by their fields' names."""
+    """The fields of details as tensors, by name."""
     return {name: torch.as_tensor(value) for name, value in vars(details).items()}
 
 
 def details_of(tensors: Mapping[str, Tensor]) -> Details:
-    """Details from the same."""
+    """Details from the tensors that `details_tensors` gave."""
     arrays = {name: tensors[name].numpy() for name in ("rows", "columns", "offsets")}
     return Details(
         **arrays,

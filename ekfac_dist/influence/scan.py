@@ -1,8 +1,14 @@
-"""Training gradients against query gradients: scores of all sequences, and details of some.
+"""Products of training gradients with preconditioned query gradients: the scores.
 
-A training gradient lives for one batch. Two observers read the same rows: `Scan` sums scores over
-positions as soon as it can; `DetailSums` keeps the scores of positions and modules for chosen pairs
-of a row of queries and a sequence.
+    score(q, z) = Σ over modules, positions t of z, of ⟨P_q, g_t a_tᵀ⟩
+
+A training gradient exists for one batch only. There are two observers of a pass over training
+sequences: `Scan` sums scores over positions as soon as it can, for all query groups and sequences;
+`DetailSums` keeps the scores of single positions and modules, for chosen pairs of a query group and
+a sequence.
+
+The scored sequences are the columns of the scores, in data order. Everything is in the basis in
+which gradients are multiplied: the parameters' own, or the eigenbasis.
 """
 
 from abc import abstractmethod
@@ -25,18 +31,22 @@ from ekfac_dist.runtime.processes import World
 
 
 class _TrainingPairs(PairObserver[CapturedPositions]):
-    """Pairs of training sequences, in the basis in which gradients are compared."""
+    """The observer of training sequences that rotates their pairs into the scoring basis.
+
+    Args:
+        context: Model, factors, damping, workers.
+    """
 
     def __init__(self, context: ScoringContext) -> None:
         super().__init__(context.modules)
         self._context = context
-        self._number = {module.name: k for k, module in enumerate(context.modules)}
+        self._module_index = {module.name: k for k, module in enumerate(context.modules)}
         self._total = context.zeros(dtype=torch.float64)
 
     def prepare_input(
         self, module: TrackedModule, acts_Mi: Tensor, positions: CapturedPositions
     ) -> Tensor:
-        """The input with its bias coordinate [M, I], in the basis of comparison."""
+        """The input with its bias coordinate [M, I], in the scoring basis."""
         if self._context.in_eigenbasis:
             fitted = self._context.factors.module(module.name)
             return rotate_rows(acts_Mi, on(fitted.blocks_II, acts_Mi), bias=module.bias)
@@ -45,7 +55,7 @@ class _TrainingPairs(PairObserver[CapturedPositions]):
     def on_pair(
         self, module: TrackedModule, acts: Tensor, grads_MO: Tensor, positions: CapturedPositions
     ) -> None:
-        """Scores a batch's positions in one module."""
+        """Scores a batch in one module."""
         if self._context.in_eigenbasis:
             fitted = self._context.factors.module(module.name)
             grads_MO = rotate_rows(grads_MO, on(fitted.blocks_OO, grads_MO))
@@ -55,29 +65,30 @@ class _TrainingPairs(PairObserver[CapturedPositions]):
     def _score(
         self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: CapturedPositions
     ) -> None:
-        """Scores them, both sides of each pair in the basis of comparison."""
+        """Scores a batch in one module; inputs and output-gradients are in the scoring basis."""
 
     def health(self) -> Tensor:
-        """Σ of all scores, which is finite only if every score is."""
+        """The sum of all scores, which is finite only if every score is."""
         return self._total
 
 
 class Scan(_TrainingPairs):
-    """Scores of every training sequence for every row of a block.
+    """Scores of every training sequence for every query group of a block.
 
     Args:
-        context: What gradients are computed with.
-        prepared: The block.
-        sequences: The training sequences that are scored.
-        parts: Which part of the scores each module belongs to [modules]; None: none are kept.
-        with_norms: Whether to sum the sequences' own norms; in the eigenbasis only.
-        with_positions: Whether to keep the scores of every position.
+        context: Model, factors, damping, workers.
+        prepared: The block's preconditioned query gradients.
+        sequences: The scored sequences.
+        parts: For separate scores of modules or layers: index of the part that each module belongs
+            to [modules]. None: no separate scores.
+        with_norms: Whether to compute the training gradients' norms; in the eigenbasis only.
+        with_positions: Whether to keep the scores of single positions.
 
     Attributes:
-        scores: [Q, N].
-        part_scores: [Q, parts, N], or None.
+        scores: Scores [Q, N].
+        part_scores: Scores of each part [Q, parts, N], or None.
         norms: Σ over modules of ⟨G, (F + λ)⁻¹ G⟩ and of ‖(F + λ)⁻¹ G‖² [2, N], or None.
-        position_scores: [Q, positions], or None; sequence after sequence.
+        position_scores: Scores of each position [Q, positions], sequence after sequence; or None.
     """
 
     def __init__(
@@ -95,18 +106,18 @@ class Scan(_TrainingPairs):
         self._columns = Columns(sequences)
         self._parts = parts
         self._sums, self._scratch = products.SequenceGradients(), products.ScratchBuffer()
-        num_rows, num_columns = len(prepared.rows), len(sequences)
-        self.scores: Tensor = context.zeros(num_rows, num_columns)
+        num_groups, num_columns = len(prepared.groups), len(sequences)
+        self.scores: Tensor = context.zeros(num_groups, num_columns)
         self.part_scores: Tensor | None = None
         self.norms: Tensor | None = None
         self.position_scores: Tensor | None = None
         if parts is not None:
-            number = int(parts.max()) + 1
-            self.part_scores = context.zeros(num_rows, number, num_columns)
+            num_parts = int(parts.max()) + 1
+            self.part_scores = context.zeros(num_groups, num_parts, num_columns)
         if with_norms:
             self.norms = context.zeros(2, num_columns)
         if with_positions:
-            self.position_scores = context.zeros(num_rows, self._columns.num_positions)
+            self.position_scores = context.zeros(num_groups, self._columns.num_positions)
 
     def _score(
         self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: CapturedPositions
@@ -120,13 +131,13 @@ class Scan(_TrainingPairs):
             if self.position_scores is not None:
                 self.position_scores[:, self._columns.positions_of(batch)] += scores_QM
         if scores_Qn is None or self.norms is not None:
-            found_Qn = self._by_sequence(
+            by_sequence_Qn = self._by_sequence(
                 module, acts_MI, grads_MO, batch, columns, with_scores=scores_Qn is None
             )
-            scores_Qn = found_Qn if scores_Qn is None else scores_Qn
+            scores_Qn = by_sequence_Qn if scores_Qn is None else scores_Qn
         self.scores[:, columns] += scores_Qn
         if self.part_scores is not None and self._parts is not None:
-            part = int(self._parts[self._number[module.name]])
+            part = int(self._parts[self._module_index[module.name]])
             self.part_scores[:, part, columns] += scores_Qn
         self._total += scores_Qn.sum(dtype=torch.float64)
 
@@ -140,67 +151,77 @@ class Scan(_TrainingPairs):
         *,
         with_scores: bool,
     ) -> Tensor:
-        """Scores [Q, n], and norms if wanted, from each sequence's whole gradient."""
+        """Scores [Q, n] from each sequence's whole gradient, from which norms are summed too.
+
+        Args:
+            module: The module.
+            acts_MI: Inputs.
+            grads_MO: Output-gradients.
+            batch: Which sequence each position belongs to.
+            columns: The sequences' columns [n].
+            with_scores: Whether scores are wanted; else they are zeros.
+        """
         gradients = self._prepared.gradients[module.name]
-        scores_Qn = self.scores.new_zeros(len(self._prepared.rows), len(batch.lengths))
+        scores_Qn = self.scores.new_zeros(len(self._prepared.groups), len(batch.lengths))
         weights = None
         if self.norms is not None:
             inverse = 1 / self._context.damped(module.name, self._context.at_device(module.name))
             weights = torch.stack([inverse, inverse.square()]).flatten(1)
-        for which, sums_nOI in self._sums.of(acts_MI, grads_MO, batch.lengths):
-            flat = sums_nOI.flatten(1)
+        for part, gradients_nOI in self._sums.of(acts_MI, grads_MO, batch.lengths):
+            flat = gradients_nOI.flatten(1)
             if with_scores:
-                for some, matrices_qOI in gradients.matrices(self._scratch):
-                    scores_Qn[some, which] = matrices_qOI.flatten(1) @ flat.T
+                for slots, matrices_qOI in gradients.matrices(self._scratch):
+                    scores_Qn[slots, part] = matrices_qOI.flatten(1) @ flat.T
             if weights is not None and self.norms is not None:
                 norms = weights @ flat.square_().T
-                self.norms[:, columns[which]] += norms
+                self.norms[:, columns[part]] += norms
                 self._total += norms.sum(dtype=torch.float64)
         return scores_Qn
 
     def reduce(self, world: World) -> None:
-        """Puts the scores of all workers' sequences together."""
+        """Sums scores and norms over the workers, each of which has scored other sequences."""
         results = (self.scores, self.part_scores, self.norms, self.position_scores)
         world.all_reduce_([tensor for tensor in results if tensor is not None])
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows of a block paired with training sequences, sequence by sequence.
+    """Pairs of a query group of a block and a scored sequence, sorted by sequence.
 
     Attributes:
-        places: The row's place in the block, of each pair [P].
-        columns: The sequence's column of each pair [P], ascending.
-        offsets: Where each pair's positions begin [P + 1].
+        slots: The group's index in the block, for each pair [P].
+        columns: The sequence's column, for each pair [P], ascending.
+        offsets: Start of each pair's positions among those of all pairs, and their number [P + 1].
     """
 
-    places: np.ndarray
+    slots: np.ndarray
     columns: np.ndarray
     offsets: np.ndarray
 
     @classmethod
-    def of(cls, wanted: Sequence[tuple[int, int]], sequences: Examples) -> "Pairs":
-        """From (place in the block, column), no pair twice."""
-        ordered = sorted({(column, place) for place, column in wanted})
+    def of(cls, pairs: Sequence[tuple[int, int]], sequences: Examples) -> "Pairs":
+        """From (slot, column) of each pair; repeated pairs count once."""
+        ordered = sorted({(column, slot) for slot, column in pairs})
         columns = np.array([column for column, _ in ordered], dtype=np.int64)
-        places = np.array([place for _, place in ordered], dtype=np.int64)
+        slots = np.array([slot for _, slot in ordered], dtype=np.int64)
         lengths = sequences.num_positions[columns]
-        return cls(places, columns, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+        return cls(slots, columns, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
 
 class DetailSums(_TrainingPairs):
     """Scores of modules, layers and positions for chosen pairs.
 
     Args:
-        context: What gradients are computed with.
-        prepared: The block that the pairs' rows are of.
-        sequences: The training sequences that columns count.
+        context: Model, factors, damping, workers.
+        prepared: The preconditioned query gradients of the pairs' block.
+        sequences: The scored sequences.
         pairs: The pairs.
-        layer_of: Number of each module's layer [modules].
+        layer_of: Index of each module's layer [modules].
 
     Attributes:
-        module_scores: [P, modules].
-        layer_position_scores: [layers, positions].
+        module_scores: Scores of each pair in each module [P, modules].
+        layer_position_scores: Scores of each position in each layer [layers, positions], pair after
+            pair.
     """
 
     def __init__(
@@ -216,42 +237,42 @@ class DetailSums(_TrainingPairs):
         self._pairs = pairs
         self._columns = Columns(sequences)
         self._layer_of = layer_of
-        self.module_scores = context.zeros(len(pairs.places), len(context.modules))
+        self.module_scores = context.zeros(len(pairs.slots), len(context.modules))
         self.layer_position_scores = context.zeros(int(layer_of.max()) + 1, int(pairs.offsets[-1]))
 
     def _score(
         self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: CapturedPositions
     ) -> None:
         gradients = self._prepared.gradients[module.name]
-        number = self._number[module.name]
-        layer = self.layer_position_scores[self._layer_of[number]]
-        # All of a row's sequences at once: its gradient is large, and read once for all of them.
-        wanted: dict[int, list[tuple[int, slice]]] = {}
+        module_index = self._module_index[module.name]
+        layer = self.layer_position_scores[self._layer_of[module_index]]
+        # All sequences of a query group at once, so that its large gradient is read only once.
+        pairs_by_slot: dict[int, list[tuple[int, slice]]] = {}
         offsets = torch.from_numpy(offsets_of(batch)).to(layer.device)
         start = 0
         for column, length in zip(self._columns.of(batch).tolist(), batch.lengths, strict=True):
             first, last = np.searchsorted(self._pairs.columns, [column, column + 1])
             for pair in range(int(first), int(last)):
-                place = int(self._pairs.places[pair])
-                wanted.setdefault(place, []).append((pair, slice(start, start + length)))
+                slot = int(self._pairs.slots[pair])
+                pairs_by_slot.setdefault(slot, []).append((pair, slice(start, start + length)))
             start += length
-        for place, pairs in wanted.items():
-            rows = torch.cat([torch.arange(part.start, part.stop) for _, part in pairs])
-            rows = rows.to(acts_MI.device)
-            scores_M = gradients.position_scores(place, acts_MI[rows], grads_MO[rows])
+        for slot, pairs in pairs_by_slot.items():
+            positions = torch.cat([torch.arange(part.start, part.stop) for _, part in pairs])
+            positions = positions.to(acts_MI.device)
+            scores_M = gradients.position_scores(slot, acts_MI[positions], grads_MO[positions])
             lengths = [part.stop - part.start for _, part in pairs]
             for (pair, part), scores_T in zip(pairs, scores_M.split(lengths), strict=True):
                 layer[int(self._pairs.offsets[pair]) + offsets[part]] += scores_T
-                self.module_scores[pair, number] = scores_T.sum()
+                self.module_scores[pair, module_index] = scores_T.sum()
             self._total += scores_M.sum(dtype=torch.float64)
 
     def reduce(self, world: World) -> None:
-        """Puts the pairs of all workers' sequences together."""
+        """Sums scores over the workers, each of which has scored other sequences."""
         world.all_reduce_([self.module_scores, self.layer_position_scores])
 
 
 class Columns:
-    """Where a batch's sequences, and their positions, stand among the scored ones.
+    """Finds a batch's sequences, and their positions, among all scored ones.
 
     Args:
         sequences: The scored sequences, in data order.
@@ -263,21 +284,21 @@ class Columns:
 
     @property
     def num_positions(self) -> int:
-        """Positions of all sequences."""
+        """Positions of all scored sequences together."""
         return int(self._offsets[-1])
 
     def of(self, batch: CapturedPositions) -> Tensor:
-        """Column of each sequence of a batch [n]."""
+        """The column of each sequence of a batch [n]."""
         return torch.from_numpy(np.searchsorted(self._indices, batch.indices))
 
     def positions_of(self, batch: CapturedPositions) -> Tensor:
-        """Place, among all positions, of each position of a batch [M]."""
+        """The index of each position of a batch among those of all scored sequences [M]."""
         starts = self._offsets[np.searchsorted(self._indices, batch.indices)]
         return torch.from_numpy(np.repeat(starts, batch.lengths) + offsets_of(batch))
 
 
 def offsets_of(batch: CapturedPositions) -> np.ndarray:
-    """Place of each of a batch's rows in its sequence [M]."""
+    """The index, in its sequence, of each position of a batch [M]."""
     if batch.offsets is not None:
         return batch.offsets
     return np.concatenate([np.arange(length) for length in batch.lengths])

@@ -1,4 +1,8 @@
-"""What an influence query is answered with: scores, lists of their ends, details. Only data."""
+"""The result of influence queries: scores, lists of the highest and lowest, details. Only data.
+
+A row of the scores is a query group: one query, or several that are summed. A column is a scored
+training sequence. Q counts the rows, N the columns.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -12,11 +16,11 @@ from ekfac_dist.config import Normalize
 
 @dataclass(frozen=True)
 class Listed:
-    """The sequences at one end of a row's scores.
+    """The sequences with the highest, or with the lowest, scores for one query group.
 
     Attributes:
-        columns: Their columns [K], the end itself first.
-        indices: Their rows in the data [K].
+        columns: Their columns [K], the most extreme score first.
+        indices: Their indices in the data [K].
         scores: Their scores [K]; exact ones, if they were scored again.
     """
 
@@ -27,21 +31,21 @@ class Listed:
 
 @dataclass(frozen=True)
 class Rescored:
-    """One row's sequences that were scored again, exactly, after a low-rank scan.
+    """The sequences that were scored again, exactly, for one query group after a low-rank scan.
 
-    They are the ends of the scan's scores, and as many sequences spread evenly over the data,
-    which the scan had no part in choosing: only those say how good it was on the whole.
+    They are those with the highest and lowest scores of the scan, and as many spread evenly over
+    the data. The scan did not choose the latter, so only they tell how good it is on the whole.
 
     Attributes:
         columns: Their columns [C], ascending.
-        scan_scores: What the scan said [C].
-        exact_scores: The exact scores [C].
-        spearman: Rank correlation of the two over the evenly spread sequences; None where it is
-            not defined.
-        spearman_top: The same within the top end alone.
-        overlap: Share of the lists of these exact scores that the scan's own lists held too; None
-            where no more sequences were scored again than are listed. A sequence that the scan
-            left out of both ends is not seen.
+        scan_scores: Their approximate scores from the scan [C].
+        exact_scores: Their exact scores [C].
+        spearman: Rank correlation of both scores over the evenly spread sequences; None where it is
+            undefined.
+        spearman_top: The same over the sequences with the scan's highest scores.
+        overlap: Fraction of the sequences listed by exact scores that would be listed by the scan's
+            scores too; None where no more sequences were scored again than are listed. It is an
+            upper bound: a sequence that the scan did not choose could belong to the exact lists.
     """
 
     columns: np.ndarray
@@ -54,14 +58,14 @@ class Rescored:
 
 @dataclass(frozen=True)
 class Details:
-    """Scores of positions, layers and modules for pairs of a row and a listed sequence.
+    """Scores of positions, layers and modules for pairs of a query group and a listed sequence.
 
     Attributes:
-        rows: Row of scores of each pair [P].
-        columns: Column of each pair [P].
-        offsets: Where each pair's positions begin [P + 1].
-        layer_token_scores: [layers, positions].
-        module_scores: [P, modules].
+        rows: Index of each pair's query group [P].
+        columns: Column of each pair's sequence [P].
+        offsets: Start of each pair's positions among those of all pairs, and their number [P + 1].
+        layer_token_scores: Scores of each position in each layer [layers, positions].
+        module_scores: Scores of each pair in each module [P, modules].
     """
 
     rows: np.ndarray
@@ -72,14 +76,18 @@ class Details:
 
     @property
     def token_scores(self) -> Tensor:
-        """Score of each position; over a pair they sum to its score."""
+        """Score of each position [positions]; those of a pair sum to its score."""
         return self.layer_token_scores.sum(0)
 
     def take(self, pairs: np.ndarray) -> "Details":
-        """Some of the pairs."""
+        """The details of some of the pairs.
+
+        Args:
+            pairs: Indices of those pairs [p].
+        """
         lengths = np.diff(self.offsets)[pairs]
-        kept = [np.arange(self.offsets[p], self.offsets[p + 1]) for p in pairs]
-        positions = torch.from_numpy(np.concatenate([*kept, np.zeros(0, np.int64)]))
+        ranges = [np.arange(self.offsets[p], self.offsets[p + 1]) for p in pairs]
+        positions = torch.from_numpy(np.concatenate([*ranges, np.zeros(0, np.int64)]))
         return Details(
             self.rows[pairs],
             self.columns[pairs],
@@ -90,7 +98,7 @@ class Details:
 
     @classmethod
     def join(cls, parts: "list[Details]") -> "Details":
-        """One after another."""
+        """Details of several sets of pairs, one after another."""
         lengths = np.concatenate([np.diff(part.offsets) for part in parts])
         return cls(
             np.concatenate([part.rows for part in parts]),
@@ -105,38 +113,41 @@ class Details:
 class InfluenceScores:
     """Scores of training sequences for queries, on the CPU; positive: more of z, q more likely.
 
-    They are float64 for a float64 model, else float32. Q rows, each a query or a group of them; N
-    columns, the scored sequences in data order.
+    They are float64 for a float64 model, else float32. Q counts query groups, each of one query or
+    several that are summed; N the scored sequences, in data order.
 
     Attributes:
         scores: ∇log p(q)ᵀ (F + λ)⁻¹ ∇log p(z), summed over modules, divided by both norms [Q, N].
-            With query gradients of low rank these, and all their parts, are the scan's and so
-            approximate; what was scored again exactly is in `top`, `bottom` and `rescored`.
-        indices: Row in the data of each scored sequence [N].
-        members: Numbers of each row's queries.
-        training_size: How many sequences the model was trained on; None: not known, no nats.
-        normalize: How norms were chosen.
-        norms: What a column is divided by [N]; ones without a normalisation.
-        query_norms: What a row is divided by besides [Q]; ones but for "cosine".
+            With query gradients of low rank these scores, and all their parts, are the scan's and
+            so approximate; the exact ones of sequences that were scored again are in `top`,
+            `bottom` and `rescored`.
+        indices: Index in the data of each scored sequence [N].
+        members: Indices of each query group's queries.
+        training_size: How many sequences the model was trained on; None: unknown, so no nats.
+        normalize: Which norms scores are divided by.
+        norms: Norm of each sequence's gradient [N]; ones without a normalisation.
+        query_norms: Norm of each query group's gradient [Q]; ones unless `normalize` is "cosine".
         modules: Names of the tracked modules, in model order.
         layers: Names of their layers, in model order.
-        layer_of: Number of each module's layer [modules].
-        damping: λ of each module.
+        layer_of: Index of each module's layer [modules].
+        damping: Absolute λ of each module.
         ranks: Rank of the scan's query gradients in each module; empty if they were whole.
-        top: Of each row, the most positive sequences, the most positive first.
-        bottom: The most negative ones.
+        top: For each query group the most positive sequences, the most positive first.
+        bottom: For each query group the most negative sequences, the most negative first.
         query_losses: −log p of each query, in nats.
-        module_scores: [Q, modules, N], if asked for.
-        layer_scores: [Q, layers, N], if asked for.
+        module_scores: Scores of each module [Q, modules, N], if asked for.
+        layer_scores: Scores of each layer [Q, layers, N], if asked for.
         self_influence: ∇log p(z)ᵀ (F + λ)⁻¹ ∇log p(z) [N], if asked for.
-        token_scores: [Q, positions] of all sequences, if asked for.
-        token_offsets: Where each sequence's positions begin there [N + 1].
-        details: Of the listed sequences, unless not asked for.
-        rescored: Of each row, if asked for.
+        token_scores: Scores of each position of all sequences [Q, positions], if asked for.
+        token_offsets: Start of each sequence's positions in `token_scores`, and their number
+            [N + 1].
+        details: Details of the listed sequences, if asked for.
+        rescored: For each query group the sequences that were scored again, if asked for.
         num_scans: How often the data was scanned.
-        model_differs: A sentence for each way in which the model differs from the one that the
-            factors were fitted for.
-        not_compared: A sentence for each part of it that could not be compared with that one.
+        model_differs: A sentence for each difference between the model and the one that the factors
+            were fitted for.
+        not_compared: A sentence for each part of the model that could not be compared with that
+            one.
     """
 
     scores: Tensor
@@ -167,35 +178,35 @@ class InfluenceScores:
 
     @property
     def shares(self) -> Tensor:
-        """Each score over the sum of its row's scores of its sign, float64 [Q, N].
+        """Each score over the sum of |scores| of the same sign for its query group, float64 [Q, N].
 
-        A share has its score's sign: in each row the positive ones sum to 1, the negative ones to
-        −1. Of a low-rank run these are shares of the scan's scores.
+        A share has its score's sign: for each query group the positive shares sum to 1, the
+        negative ones to −1. After a low-rank scan these are shares of the scan's scores.
         """
         return torch.stack([self.in_shares(scores, row) for row, scores in enumerate(self.scores)])
 
     def in_shares(self, scores: Tensor, row: int) -> Tensor:
-        """Some scores of a row as shares of all of it, float64 [K].
+        """Some scores of a query group as shares, float64 [K].
 
         Args:
-            scores: The scores [K]. Exact ones, of sequences that were scored again, are compared
-                with the scan's sums too, the only ones of all sequences that there are.
-            row: The row.
+            scores: The scores [K]. Exact scores after a low-rank scan are divided by sums of the
+                scan's scores, as there are no exact ones of all sequences.
+            row: Index of the query group.
 
         Returns:
-            0 for a score of 0; NaN where the row has no score of that sign, which can only be with
-            exact scores.
+            The shares: 0 for a score of 0; NaN where `self.scores` has no score of that sign for
+            the group, which can only be with exact scores after a scan.
         """
-        every, some = self.scores[row].double(), scores.double()
-        sums = torch.where(some > 0, every.clamp(min=0).sum(), -every.clamp(max=0).sum())
-        return torch.where(some == 0, 0.0, torch.where(sums > 0, some / sums, math.nan))
+        all_N, scores_K = self.scores[row].double(), scores.double()
+        sums_K = torch.where(scores_K > 0, all_N.clamp(min=0).sum(), -all_N.clamp(max=0).sum())
+        return torch.where(scores_K == 0, 0.0, torch.where(sums_K > 0, scores_K / sums_K, math.nan))
 
     @property
     def nats(self) -> Tensor | None:
-        """To first order, by how much log p(q) would rise with the sequence once more [Q, N].
+        """Increase of log p(q), to first order, if the sequence were trained on once more [Q, N].
 
         Scores without normalisation over the training set's size, float64; None without
-        `training_size`. First order is far off where a value is above its row of `losses`.
+        `training_size`. First order is far off where a value is above its query group's loss.
         """
         if self.training_size is None:
             return None
@@ -203,7 +214,13 @@ class InfluenceScores:
         return raw / self.training_size
 
     def in_nats(self, scores: Tensor, row: int, columns: np.ndarray) -> Tensor | None:
-        """The same of some of a row's scores; None without `training_size`."""
+        """Some scores of a query group in nats, float64 [K]; None without `training_size`.
+
+        Args:
+            scores: The scores [K].
+            row: Index of the query group.
+            columns: Columns of the scores' sequences [K].
+        """
         if self.training_size is None:
             return None
         raw = scores.double() * self.norms[columns].double() * self.query_norms[row].double()
@@ -211,17 +228,18 @@ class InfluenceScores:
 
     @property
     def losses(self) -> list[float]:
-        """−log p of each row's queries together: by more than that log p(q) cannot rise [Q]."""
-        return [sum(self.query_losses[number] for number in row) for row in self.members]
+        """−log p of each query group's queries together [Q]: log p(q) cannot rise by more."""
+        return [sum(self.query_losses[query] for query in queries) for queries in self.members]
 
     def scale(self, rows: np.ndarray | list[int], columns: np.ndarray | slice) -> Tensor:
-        """What raw scores of rows × columns are multiplied by; 0 where a gradient is zero."""
+        """Factor of raw scores of rows × columns, 1 / both norms; 0 where a gradient is zero."""
         return _inverse(self.query_norms[rows])[:, None] * _inverse(self.norms[columns])
 
     def pair_scale(self, rows: np.ndarray, columns: np.ndarray) -> Tensor:
-        """What raw scores of pairs of a row and a column are multiplied by [P]."""
+        """Factor of raw scores of pairs of a row and a column [P], 1 / both norms."""
         return _inverse(self.query_norms[rows]) * _inverse(self.norms[columns])
 
 
 def _inverse(norms: Tensor) -> Tensor:
+    """1 / norms, and 0 where a norm is 0."""
     return torch.where(norms > 0, 1 / norms, 0.0)

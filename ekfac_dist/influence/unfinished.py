@@ -1,13 +1,12 @@
-"""Results that are under way: what finished pieces of the work came to, for the same run to go on.
+"""The format of a directory of unfinished results, from which the same run can be resumed.
 
-Until the results are whole, their directory holds
+    manifest.json               complete: false, the configuration, and the run's inputs
+                                (fingerprints, damping, versions)
+    journal.jsonl               one line per finished piece of the work: piece, bytes, sha256
+    state/<piece>.safetensors   the tensors of a finished piece
 
-    manifest.json     complete: false, config, and what the run began with
-    journal.jsonl     the pieces that are in place, with their checksums
-    state/            a safetensors file for each piece
-
-A run that ends before it has finished a piece leaves nothing. Worker 0 writes and reads, and holds
-the directory's lock. Knows files; what the pieces are, `saved_blocks` says.
+Worker 0 writes and reads the directory, and holds its lock. A run that ends before it has finished
+a piece leaves nothing. This module knows files; `saved_blocks` says what the pieces are.
 """
 
 import json
@@ -32,11 +31,11 @@ from ekfac_dist.runtime.lock import DirectoryLock, require_unlocked
 from ekfac_dist.runtime.memory import as_text, free_disk_bytes
 from ekfac_dist.runtime.resuming import require_same_beginning, require_same_config
 
-# What pieces look like; those of another look cannot be gone on with.
+# Version of the pieces' content; a run with pieces of another version cannot be resumed.
 UNFINISHED_FORMAT = 1
 
 _ADVICE = "give another directory, or remove this one"
-# Fields that a run may have another value of when it goes on: no score depends on them.
+# Configuration fields that may change when a run is resumed: no score depends on them.
 _MAY_CHANGE = ("output", "model.device_map")
 _RESULTS = (
     results.QUERIES,
@@ -49,83 +48,83 @@ _RESULTS = (
 
 
 class UnfinishedResults:
-    """The directory of one run of `query`, from its beginning to its end. Worker 0 owns it.
+    """The directory of one run of `query` until its results are complete; on worker 0 only.
 
     Args:
-        path: The directory: new, empty, or of an unfinished run of the same.
+        path: The directory: new, empty, or with unfinished results of the same run.
         config: The run's whole configuration.
-        begins: What else must be the same for an unfinished run to be gone on with, such as
-            fingerprints, by name.
+        inputs: What else must be the same for a run to be resumed: fingerprints, damping and
+            versions, by name.
 
     Attributes:
-        pieces: What is listed of each piece that is in place, by its name.
+        path: The directory.
+        pieces: Size and SHA-256 of each piece that is in place, by the piece's name.
 
     Raises:
-        OutputError: The directory cannot be written, is being written by another run, or holds
+        OutputError: If the directory cannot be written, is being written by another run, or holds
             another run, finished results, or anything else.
-        StoreError: Its journal is damaged.
+        StoreError: If its journal is damaged.
     """
 
     def __init__(
-        self, path: str | Path, config: Mapping[str, Any], begins: Mapping[str, Any]
+        self, path: str | Path, config: Mapping[str, Any], inputs: Mapping[str, Any]
     ) -> None:
         self.path = Path(path)
         self.pieces: dict[str, dict[str, Any]] = {}
-        self._is_own = False  # whether it may be emptied
-        self._made = [one for one in (self.path, *self.path.parents) if not one.exists()]
+        self._may_empty = False  # whether `close` may remove what an unfinished run leaves
+        self._new_directories = [p for p in (self.path, *self.path.parents) if not p.exists()]
         check_results_output(self.path, config)
         make_directory(self.path)
         self._lock = DirectoryLock(self.path)
         try:
-            self._begin(config, {"format": UNFINISHED_FORMAT, **begins})
+            self._start_or_resume(config, {"format": UNFINISHED_FORMAT, **inputs})
         except BaseException:
             self.close()
             raise
 
-    def _begin(self, config: Mapping[str, Any], begins: Mapping[str, Any]) -> None:
-        check_results_output(
-            self.path, config, own=True
-        )  # again: another run may have been quicker
+    def _start_or_resume(self, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+        # Again, now that no other run can write: one may have done so in between.
+        check_results_output(self.path, config, own=True)
         manifest = _unfinished_manifest(self.path)
         if manifest is not None:
-            require_same_beginning(self.path, manifest.get("begins"), begins, advice=_ADVICE)
-        self._is_own = manifest is None
+            require_same_beginning(self.path, manifest.get("begins"), inputs, advice=_ADVICE)
+        self._may_empty = manifest is None
         if manifest is None:
-            write_manifest(self.path, {"complete": False, "config": config, "begins": begins})
-        for file in _RESULTS:  # of a run that failed while it wrote them
+            write_manifest(self.path, {"complete": False, "config": config, "begins": inputs})
+        for file in _RESULTS:  # left by a start that failed while it wrote the results
             (self.path / file).unlink(missing_ok=True)
         self._journal = Journal(self.path, "Remove the directory, or give another output.")
         for record in self._journal.records:
             listed = {key: record[key] for key in ("bytes", "sha256")}
             self.pieces[record["piece"]] = listed
-        self._is_own = True
+        self._may_empty = True
 
-    def keep_whole(self, on_bytes: Callable[[int], None]) -> list[str]:
-        """Compares every piece with its checksum, and gives up those that have changed.
+    def drop_damaged(self, on_bytes: Callable[[int], None]) -> list[str]:
+        """Compares every piece with its checksum, and takes damaged ones off the list of pieces.
 
         Args:
-            on_bytes: Told the size of each when it has been compared.
+            on_bytes: Called with each piece's size in bytes once it has been compared.
 
         Returns:
-            The files that were given up.
+            The damaged files, as paths inside the directory.
         """
-        lost = []
+        damaged = []
         for piece, listed in list(self.pieces.items()):
             if not is_as_listed(self._file(piece), listed):
                 del self.pieces[piece]
-                lost.append(str(self._file(piece).relative_to(self.path)))
+                damaged.append(str(self._file(piece).relative_to(self.path)))
             on_bytes(listed["bytes"])
-        return lost
+        return damaged
 
-    def require_room(self, result_bytes: int, state_bytes: int) -> None:
-        """Refuses a run that the disk has no room for.
+    def require_disk_space(self, result_bytes: int, state_bytes: int) -> None:
+        """Checks that the disk has space for the rest of the run.
 
         Args:
-            result_bytes: Of the results.
-            state_bytes: Of all pieces, those that are in place too.
+            result_bytes: Size of the results, in bytes.
+            state_bytes: Size of all pieces together, of those in place too, in bytes.
 
         Raises:
-            OutputError: There is less.
+            OutputError: If it has not.
         """
         states = max(0, state_bytes - sum(listed["bytes"] for listed in self.pieces.values()))
         needed, free = result_bytes + states, free_disk_bytes(self.path)
@@ -137,10 +136,14 @@ class UnfinishedResults:
             )
 
     def write(self, piece: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keeps what a piece of the work came to.
+        """Writes a finished piece.
+
+        Args:
+            piece: Its name.
+            tensors: Its tensors, by name.
 
         Raises:
-            OutputError: It cannot be written; what was kept before is still there.
+            OutputError: If it cannot be written; pieces written before stay in place.
         """
         make_directory(self.path / STATE)
         listed = write_listed(self._file(piece), safetensors_parts(tensors))
@@ -148,10 +151,10 @@ class UnfinishedResults:
         self.pieces[piece] = listed
 
     def read(self, piece: str) -> dict[str, Tensor]:
-        """The same again.
+        """The tensors of a piece that is in place, by name.
 
         Raises:
-            OutputError: It cannot be read.
+            OutputError: If it cannot be read.
         """
         file = self._file(piece)
         try:
@@ -162,37 +165,37 @@ class UnfinishedResults:
             ) from error
 
     def writer(self) -> ResultsWriter:
-        """Takes the results themselves."""
+        """A writer of the results themselves into the same directory."""
         return ResultsWriter(self.path, is_begun=True)
 
     def finish(self) -> None:
-        """Removes all but the results, which are whole."""
-        self._is_own = False
+        """Removes journal and pieces, once the results are complete."""
+        self._may_empty = False
         self._remove_state()
         self.close()
 
     def close(self) -> None:
-        """Lets others write to the directory; leaves nothing if no piece was finished."""
-        is_empty = self._is_own and not self.pieces
-        if is_empty:
+        """Releases the lock, after removing everything if no piece was finished."""
+        is_worthless = self._may_empty and not self.pieces
+        if is_worthless:
             self._remove_state()
             (self.path / results.MANIFEST).unlink(missing_ok=True)
         self._lock.release()
-        for directory in self._made if is_empty else []:
-            with suppress(OSError):  # in use by now
+        for directory in self._new_directories if is_worthless else []:
+            with suppress(OSError):  # another process uses it by now
                 directory.rmdir()
 
     def _file(self, piece: str) -> Path:
         return self.path / STATE / f"{piece}.safetensors"
 
     def _remove_state(self) -> None:
-        for left in [self.path / JOURNAL, *self.path.glob(".*.tmp")]:
-            left.unlink(missing_ok=True)
+        for file in [self.path / JOURNAL, *self.path.glob(".*.tmp")]:
+            file.unlink(missing_ok=True)
         shutil.rmtree(self.path / STATE, ignore_errors=True)
 
 
 def check_results_output(path: str | Path, config: Mapping[str, Any], *, own: bool = False) -> None:
-    """Refuses an output that results could not be written to, without touching anything.
+    """Checks that results can be written to a directory, without changing anything there.
 
     Args:
         path: The directory.
@@ -200,8 +203,8 @@ def check_results_output(path: str | Path, config: Mapping[str, Any], *, own: bo
         own: Whether this process holds the directory's lock.
 
     Raises:
-        OutputError: It cannot be written, is being written by another run, or holds anything but an
-            unfinished run of this configuration.
+        OutputError: If the directory cannot be written, is being written by another run, or holds
+            anything but unfinished results of the same configuration.
     """
     path = Path(path)
     manifest = _unfinished_manifest(path)
@@ -216,10 +219,10 @@ def check_results_output(path: str | Path, config: Mapping[str, Any], *, own: bo
 
 
 def _unfinished_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a run of `query` that has not finished; None if there is none there."""
+    """The manifest of unfinished results in a directory; None if it holds none."""
     try:
         manifest = json.loads((path / results.MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    is_ours = isinstance(manifest, dict) and manifest.get("format") == results.FORMAT
-    return manifest if is_ours and manifest.get("complete") is False else None
+    is_of_results = isinstance(manifest, dict) and manifest.get("format") == results.FORMAT
+    return manifest if is_of_results and manifest.get("complete") is False else None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ekfac_dist.errors import ConfigError, OutputError, StoreError
-from ekfac_dist.influence.output import NORMALIZE_NAMES
+from ekfac_dist.influence.answer import NORMALIZE_NAMES
 from ekfac_dist.influence.results import ResultsReader
 from ekfac_dist.report.answers import rescored
 from ekfac_dist.report.page_data import FEW_OF_POSITIONS, FEW_TOKENS, PageData, page_data

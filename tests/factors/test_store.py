@@ -25,7 +25,7 @@ from ekfac_dist.factors.layout import (
 )
 from ekfac_dist.factors.output import check_output
 from ekfac_dist.factors.reader import StoreReader
-from ekfac_dist.factors.sinks import MemoryStore, NoStore
+from ekfac_dist.factors.sinks import MemoryStore, NullStore
 from ekfac_dist.factors.writer import StoreWriter
 from ekfac_dist.runtime.journal import JOURNAL
 from ekfac_dist.runtime.lock import LOCK
@@ -134,7 +134,7 @@ def test_a_store_kept_in_memory_does_not_follow_its_tensors():
 
 def test_other_workers_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    sink = NoStore()
+    sink = NullStore()
     sink.write(SUM, tensors()[SUM], HEADER)
     sink.finish(entries())
     assert not files(tmp_path)

@@ -13,13 +13,13 @@ from helpers.networks import build, examples
 from helpers.workshop import leave
 
 from ekfac_dist import estimate_factors
-from ekfac_dist.factors import writer as store_writer
+from ekfac_dist.factors import replacement
 from ekfac_dist.fit import checkpoints
 
 PLACES = {
     "state": (checkpoints, "write_part"),
-    "first": (store_writer, "Journal"),
-    "swap": (store_writer, "flush_directory"),
+    "first": (replacement, "Journal"),
+    "swap": (replacement, "flush_directory"),
 }
 
 

@@ -49,8 +49,8 @@ def test_groups_share_a_row_in_order_of_their_first_queries(tmp_path):
     groups = ["x", None, "y", "x", None, "y"]
     rows = [{"text": text, "group": group} for text, group in zip(texts(6), groups, strict=True)]
     queries = asked(tmp_path, rows)
-    assert queries.rows == ((0, 3), (1,), (2, 5), (4,))
-    assert queries.groups == ("x", None, "y", None)
+    assert queries.members == ((0, 3), (1,), (2, 5), (4,))
+    assert queries.group_names == ("x", None, "y", None)
 
 
 def test_blank_lines_count_as_lines_and_other_fields_are_ignored(tmp_path):
@@ -113,7 +113,7 @@ def test_an_example_that_is_no_query_is_told_from_the_training_data():
 def test_examples_are_queries_and_one_without_a_label_is_named():
     good = {"input_ids": torch.tensor([1, 2, 3]), "group": "g"}
     queries = query_examples([good, good, {"input_ids": torch.tensor([3, 4])}], from_examples)
-    assert queries.rows == ((0, 1), (2,))
+    assert queries.members == ((0, 1), (2,))
     bad = {"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([1, NO_LABEL])}
     with pytest.raises(DataError, match=r"Query 1 .* has no label"):
         query_examples([good, bad], from_examples)

@@ -26,8 +26,8 @@ from ekfac_dist.config import (
 )
 from ekfac_dist.errors import OutputError, StoreError
 from ekfac_dist.fit.estimate import run_estimate
+from ekfac_dist.influence import data_passes
 from ekfac_dist.influence import query_gradients as gradients
-from ekfac_dist.influence import scoring
 from ekfac_dist.influence.results import MANIFEST, ResultsReader
 from ekfac_dist.influence.run import run_query
 from ekfac_dist.report.page import write_report
@@ -145,7 +145,7 @@ def watched(
 ) -> Iterator[list[str]]:
     """Lists the passes over data and queries; `on_pass` is told of each as it begins."""
     passes: list[str] = []
-    run_pass = scoring.run_pass
+    run_pass = data_passes.run_pass
 
     def run(name: str, *arguments, **more):
         passes.append(name)
@@ -153,7 +153,7 @@ def watched(
         return run_pass(name, *arguments, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "run_pass", run)
+        patch.setattr(data_passes, "run_pass", run)
         patch.setattr(gradients, "run_pass", run)
         yield passes
 

@@ -32,7 +32,7 @@ def begun(tmp_path: Path) -> Path:
 def test_a_piece_is_there_again_for_the_same_run(begun: Path):
     other = {**CONFIG, "output": "b", "model": {"dtype": None, "device_map": "auto"}}
     directory = UnfinishedResults(begun, other, BEGINS)
-    assert directory.keep_whole(lambda num_bytes: None) == []
+    assert directory.drop_damaged(lambda num_bytes: None) == []
     found = directory.read("scan-1")
     assert {name: held.dtype for name, held in found.items()} == {
         "scores": torch.float32,
@@ -102,12 +102,12 @@ def test_a_piece_that_is_damaged_is_given_up(begun: Path, damage: str):
     if damage == "remove":
         piece.unlink()
     directory = UnfinishedResults(begun, CONFIG, BEGINS)
-    assert directory.keep_whole(lambda num_bytes: None) == ["state/scan-1.safetensors"]
+    assert directory.drop_damaged(lambda num_bytes: None) == ["state/scan-1.safetensors"]
     assert directory.pieces == {}
     directory.write("scan-1", PIECE)
     directory.close()
     directory = UnfinishedResults(begun, CONFIG, BEGINS)
-    assert directory.keep_whole(lambda num_bytes: None) == []
+    assert directory.drop_damaged(lambda num_bytes: None) == []
     directory.close()
 
 

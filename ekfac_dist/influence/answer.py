@@ -1,0 +1,184 @@
+"""The scores of one run of `query` with their origin, and the manifest of its results."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ekfac_dist.config import DataConfig, ModelConfig, QueryConfig
+from ekfac_dist.curvature.damping import Damping
+from ekfac_dist.data.sequences import Sequences
+from ekfac_dist.factors.factors import Factors
+from ekfac_dist.factors.layout import FISHER_NAMES, MANIFEST
+from ekfac_dist.influence.queries import QuerySet
+from ekfac_dist.influence.scores import InfluenceScores
+from ekfac_dist.runtime.files import file_sha256
+from ekfac_dist.runtime.software import software
+
+SIGN = "positive: more of the training sequence makes the query more likely; negative: less likely"
+# Each normalisation's name in results and pages, and, below, the divisor of a score.
+NORMALIZE_NAMES = {
+    "none": "none",
+    "cosine": "cosine",
+    "relatif_l": "RelatIF, ℓ",
+    "relatif_theta": "RelatIF, θ",
+}
+DIVISORS = {
+    "none": "",
+    "cosine": ", over sqrt(self-influence of q · self-influence of z)",
+    "relatif_l": ", over sqrt(self-influence of z) (RelatIF, ℓ-relative)",
+    "relatif_theta": ", over ‖(F+λ)⁻¹ ∇log p(z)‖ (RelatIF, θ-relative)",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The scores of one run of `query`, and what they were computed from.
+
+    Attributes:
+        scores: The scores.
+        queries: The queries.
+        train: The whole training set.
+        scored: The sequences of it that were scored.
+        factors: The factors.
+        store: Directory of the factor store.
+        damping: How λ was chosen.
+        data: Source of the training set.
+        model: Source of the model.
+        dtype: The model's dtype.
+        whole: SHA-256 of all weights of the model.
+        config: The run's configuration.
+        tokenizer: The model's tokenizer.
+        workers: Number of workers, W.
+        seconds: Duration of the run, in seconds.
+    """
+
+    scores: InfluenceScores
+    queries: QuerySet
+    train: Sequences
+    scored: Sequences
+    factors: Factors
+    store: str
+    damping: Damping
+    data: DataConfig
+    model: ModelConfig
+    dtype: str
+    whole: str
+    config: QueryConfig
+    tokenizer: Any
+    workers: int
+    seconds: float
+
+
+def scale_in_words(scores: InfluenceScores) -> str:
+    """The formula and scale of a score, in one line."""
+    rank = max(scores.ranks.values(), default=None)
+    scanned = "" if rank is None else f" (the scan's: approximate, query gradients of rank {rank})"
+    size = scores.training_size
+    nats = "" if size is None else f"; nats, to first order = the sum / training size {size}"
+    return (
+        f"score = ∇log p(q)ᵀ (F+λ)⁻¹ ∇log p(z), summed over modules{scanned}"
+        f"{DIVISORS[scores.normalize]}{nats}"
+    )
+
+
+def share_in_words(scores: InfluenceScores) -> str:
+    """The definition of a share, in one line."""
+    return (
+        "score / sum of |scores| of all sequences with the same sign for the query"
+        f"{', as scanned' if scores.ranks else ''}"
+    )
+
+
+def results_manifest(answer: Answer) -> dict[str, Any]:
+    """Every entry of the results' manifest but format, complete and files."""
+    scores, damping, fitted = answer.scores, answer.damping, answer.factors.manifest
+    return {
+        "model": _model_entry(answer),
+        "factors": _factors_entry(answer),
+        "data": {
+            **dataclasses.asdict(answer.data),
+            "fingerprint": answer.train.fingerprint,
+            "same_as_fitted": answer.train.fingerprint == fitted["data"]["fingerprint"],
+            "num_sequences": len(answer.train),
+            "num_scored": len(answer.scored),
+        },
+        "num_queries": len(answer.queries.members),
+        "scores": {
+            "sign": SIGN,
+            "scale": scale_in_words(scores),
+            "share": share_in_words(scores),
+            "normalize": scores.normalize,
+            "training_size": scores.training_size,
+        },
+        "damping": {
+            "kind": "relative" if damping.relative else "absolute",
+            "value": damping.value,
+            "modules": dict(damping.modules),
+            "absolute": scores.damping,
+        },
+        "scan": _scan_entry(answer),
+        "layers": list(scores.layers),
+        "modules": {
+            name: scores.layers[layer]
+            for name, layer in zip(scores.modules, scores.layer_of, strict=True)
+        },
+        "not_scored": parameters_without_factors(fitted),
+        "top_k": len(scores.top[0].columns),
+        "bottom_k": len(scores.bottom[0].columns),
+        "per_token": answer.config.scores.per_token,
+        "workers": answer.workers,
+        "seconds": round(answer.seconds, 3),
+        "software": software(),
+        "config": answer.config.as_dict(),
+    }
+
+
+def _model_entry(answer: Answer) -> dict[str, Any]:
+    scores, fitted = answer.scores, answer.factors.manifest["model"]
+    return {
+        "name": answer.model.name,
+        "revision": answer.model.revision,
+        "class": fitted["class"],
+        "dtype": answer.dtype,
+        "fingerprint": fitted["fingerprint"],
+        "whole": answer.whole,
+        "differs": list(scores.model_differs),
+        "not_compared": list(scores.not_compared),
+    }
+
+
+def _factors_entry(answer: Answer) -> dict[str, Any]:
+    fitted = answer.factors.manifest
+    return {
+        "path": answer.store,
+        "manifest_sha256": file_sha256(Path(answer.store) / MANIFEST),
+        "model": {k: v for k, v in fitted["model"].items() if not isinstance(v, dict)},
+        "fisher": FISHER_NAMES[fitted["fisher"]["labels"]],
+        **fitted["fisher"],
+        "num_sequences": fitted["data"]["num_sequences"],
+    }
+
+
+def _scan_entry(answer: Answer) -> dict[str, Any]:
+    scores, config = answer.scores, answer.config.scores
+    return {
+        "rank": config.effective_rank,
+        "ranks": scores.ranks,
+        "num_scans": scores.num_scans,
+        "rescored": config.rescore,
+        "ends": ["top", "bottom"] if len(scores.bottom[0].columns) else ["top"],
+        "spearman": [rescored.spearman for rescored in scores.rescored],
+        "spearman_top": [rescored.spearman_top for rescored in scores.rescored],
+        "overlap": [rescored.overlap for rescored in scores.rescored],
+    }
+
+
+def parameters_without_factors(fitted: Mapping[str, Any]) -> dict[str, str]:
+    """The reason for each MLP parameter or expert without factors, by its name; none is scored.
+
+    Args:
+        fitted: The manifest of the factors.
+    """
+    return dict(fitted.get("coverage", {}).get("skipped", {}))

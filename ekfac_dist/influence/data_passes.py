@@ -1,0 +1,203 @@
+"""The passes over the training data that turn a block's query gradients into scores.
+
+    scan       every scored sequence once                          → fields of `InfluenceScores`
+    details    the sequences of chosen pairs with a query group    → `Details`
+
+The observers of `scan` give raw scores; here these are divided by norms, and put into the results.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ekfac_dist.config import ScoresConfig
+from ekfac_dist.data.batch_plan import worker_batches
+from ekfac_dist.data.examples import Examples
+from ekfac_dist.errors import ModelError
+from ekfac_dist.influence.context import DATA_LABELS, OVERFLOW_ADVICE, STORED, ScoringContext
+from ekfac_dist.influence.preconditioned import PreparedQueries
+from ekfac_dist.influence.saved_blocks import put_rows
+from ekfac_dist.influence.scan import DetailSums, Pairs, Scan
+from ekfac_dist.influence.scores import Details, InfluenceScores
+from ekfac_dist.models.modules import EXPERT
+from ekfac_dist.passes.context import PassContext
+from ekfac_dist.passes.one_pass import SummingObserver, run_pass
+from ekfac_dist.passes.state import PassState
+
+# Allowed difference between scores of the scan and of the details, relative to the modules' scores,
+# by the model's dtype. Rounding that depends on a batch's shape stays below; with experts, rounding
+# may choose another expert.
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 0.01}
+_TOLERANCE_WITH_EXPERTS = 0.1
+_TOLERANCE_IN_16_BITS = 0.3
+
+
+class DataPasses:
+    """Passes over the scored sequences; every method that runs one is a collective.
+
+    Args:
+        context: Model, factors, damping, workers.
+        scored: The scored sequences.
+        config: The scores that are asked for.
+        result: The results that scans fill in.
+    """
+
+    def __init__(
+        self,
+        context: ScoringContext,
+        scored: Examples,
+        config: ScoresConfig,
+        result: InfluenceScores,
+    ) -> None:
+        self._context, self._scored = context, scored
+        self._config, self._result = config, result
+
+    def scan(self, name: str, prepared: PreparedQueries) -> None:
+        """Scores every sequence for a block of query groups, and fills in the block's results.
+
+        Args:
+            name: The pass's name in progress and errors.
+            prepared: The block's preconditioned query gradients.
+        """
+        config, result, groups = self._config, self._result, prepared.groups
+        parts = None
+        if config.per_module:
+            parts = np.arange(len(result.modules))
+        elif config.per_layer:
+            parts = result.layer_of
+        scan = Scan(
+            self._context,
+            prepared,
+            self._scored,
+            parts=parts,
+            # Norms do not depend on the queries, so the first block computes them for all.
+            with_norms=self._context.in_eigenbasis and 0 in groups,
+            with_positions=config.per_token == "all",
+        )
+        self._run(name, scan, np.arange(len(self._scored)))
+        if scan.norms is not None:
+            self._put_norms(scan.norms.cpu())
+        if config.normalize == "cosine":
+            query_norms = prepared.self_influence.clamp(min=0).sqrt().cpu()
+            result.query_norms[groups] = query_norms.to(self._context.dtype)
+        scale = result.scale(groups, slice(None))
+        result.scores[groups] = scan.scores.cpu() * scale
+        if scan.part_scores is not None:
+            self._put_parts(scan.part_scores.cpu() * scale[:, None], groups)
+        if scan.position_scores is not None:
+            column_of = np.repeat(np.arange(len(self._scored)), self._scored.num_positions)
+            positions = scan.position_scores.cpu() * scale[:, column_of]
+            put_rows(result, "token_scores", positions, groups)
+
+    def _put_norms(self, sums_2N: Tensor) -> None:
+        """Fills in norms and self-influence of the sequences.
+
+        Args:
+            sums_2N: ⟨G, (F + λ)⁻¹ G⟩ and ‖(F + λ)⁻¹ G‖² of each sequence.
+        """
+        self_influence, squared_norms = sums_2N.clamp(min=0)
+        if self._config.self_influence:
+            self._result.self_influence = self_influence
+        if self._config.normalize in ("cosine", "relatif_l"):
+            self._result.norms = self_influence.sqrt()
+        elif self._config.normalize == "relatif_theta":
+            self._result.norms = squared_norms.sqrt()
+
+    def _put_parts(self, parts: Tensor, groups: list[int]) -> None:
+        """Fills in the scores of modules, of layers, or of both.
+
+        Args:
+            parts: Scores of the modules, or of the layers if only those are asked for
+                [q, parts, N].
+            groups: Indices of the block's query groups.
+        """
+        result = self._result
+        if self._config.per_module:
+            put_rows(result, "module_scores", parts, groups)
+        if self._config.per_layer:
+            if self._config.per_module:
+                sums = parts.new_zeros(len(groups), len(result.layers), parts.shape[2])
+                parts = sums.index_add_(1, torch.from_numpy(result.layer_of), parts)
+            put_rows(result, "layer_scores", parts, groups)
+
+    def details(
+        self, name: str, prepared: PreparedQueries, pairs: Sequence[tuple[int, int]]
+    ) -> Details:
+        """Scores of modules, layers and positions for chosen pairs, divided by norms.
+
+        Args:
+            name: The pass's name in progress and errors.
+            prepared: The preconditioned query gradients of a block.
+            pairs: (slot, column) of each pair.
+        """
+        ordered = Pairs.of(pairs, self._scored)
+        sums = DetailSums(self._context, prepared, self._scored, ordered, self._result.layer_of)
+        self._run(name, sums, np.unique(ordered.columns))
+        groups = np.array(prepared.groups, dtype=np.int64)[ordered.slots]
+        scale = self._result.pair_scale(groups, ordered.columns)
+        pair_of = np.repeat(np.arange(len(groups)), np.diff(ordered.offsets))
+        return Details(
+            groups,
+            ordered.columns,
+            ordered.offsets,
+            sums.layer_position_scores.cpu() * scale[pair_of],
+            sums.module_scores.cpu() * scale[:, None],
+        )
+
+    def _run(self, name: str, observer: SummingObserver, columns: np.ndarray) -> None:
+        """Runs some of the scored sequences through the model, shared out over the workers."""
+        context, world = self._context, self._context.world
+        sequences = self._scored.take(columns)
+        own_batches = worker_batches(
+            sequences.num_positions,
+            context.batch_tokens,
+            world.size,
+            world.rank,
+            sequences.equal_above,
+        )
+        pass_context = PassContext(
+            context.model,
+            sequences,
+            own_batches,
+            world,
+            context.dtype,
+            context.show_progress,
+            wider=OVERFLOW_ADVICE,
+            task=context.task,
+        )
+        state = PassState(own_batches, STORED)
+        run_pass(name, pass_context, context.modules, observer, DATA_LABELS, state=state)
+
+
+def require_scan_agrees(context: ScoringContext, result: InfluenceScores, details: Details) -> None:
+    """Checks that details sum to the scan's scores, computed with the same query gradients.
+
+    The two were computed in different batches, on which nothing but rounding may depend.
+
+    Args:
+        context: Gives the modules and the model's dtype, and by them the tolerance.
+        result: The results, with the scan's scores.
+        details: The details.
+
+    Raises:
+        ModelError: If they differ by more than the tolerance.
+    """
+    tolerance = _TOLERANCE.get(context.model_dtype, _TOLERANCE_IN_16_BITS)
+    if any(module.kind == EXPERT for module in context.modules):
+        tolerance = max(tolerance, _TOLERANCE_WITH_EXPERTS)
+    columns = torch.from_numpy(details.columns)
+    for group in np.unique(details.rows).tolist():
+        pairs = torch.from_numpy(np.flatnonzero(details.rows == group))
+        module_scores = details.module_scores[pairs].double()
+        scanned = result.scores[group][columns[pairs]].double()
+        # Relative to the modules' scores: their sum may be a small difference of large ones.
+        difference = (module_scores.sum(1) - scanned).norm() / module_scores.norm()
+        if difference > tolerance:
+            raise ModelError(
+                f"The scores of query {group}'s listed sequences, summed over their positions, "
+                f"are not those of the scan (relative difference {difference:.2g}), though "
+                "only the batches differ: what this model gives for a sequence depends on its "
+                "batch. Set batch_tokens: 1, which gives each sequence a batch of its own."
+            )

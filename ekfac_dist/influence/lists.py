@@ -1,0 +1,138 @@
+"""The lists of the sequences with the highest and lowest scores, and exact scores for them.
+
+After a low-rank scan, lists can be made from exact scores. For each query group three sets of
+sequences are scored again: the scan's highest, its lowest, and as many spread evenly over the data,
+by which the scan is judged. Knows scores only; `scoring` computes them.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ekfac_dist.influence.agreement import spearman
+from ekfac_dist.influence.scores import InfluenceScores, Listed, Rescored
+
+# The lists of one query group: the most positive sequences, and the most negative ones.
+Lists = tuple[Listed, Listed]
+
+
+def make_lists(
+    scores: Tensor, columns: np.ndarray, indices: np.ndarray, lengths: tuple[int, int]
+) -> Lists:
+    """The sequences with the largest and with the smallest of some scores of one query group.
+
+    Equal scores are listed in data order.
+
+    Args:
+        scores: The scores [C].
+        columns: Their sequences' columns [C], ascending.
+        indices: Index in the data of every column [N].
+        lengths: Lengths of both lists, at most C.
+    """
+    lists = []
+    for descending, length in zip((True, False), lengths, strict=True):
+        order = torch.sort(scores, descending=descending, stable=True).indices[:length]
+        listed = columns[order.numpy()]
+        lists.append(Listed(listed, indices[listed], scores[order]))
+    top, bottom = lists
+    return top, bottom
+
+
+def listed_pairs(groups: Sequence[int], lists: Mapping[int, Lists]) -> list[tuple[int, int]]:
+    """(slot, column) of every sequence that is listed for some query groups.
+
+    Args:
+        groups: Indices of the query groups, by slot.
+        lists: The lists of each query group, by its index.
+    """
+    return [
+        (slot, int(column))
+        for slot, group in enumerate(groups)
+        for listed in lists[group]
+        for column in listed.columns
+    ]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Columns of the sequences that are scored again for one query group.
+
+    Attributes:
+        top: Those with the scan's highest scores.
+        bottom: Those with the scan's lowest; empty if no negative ones are listed.
+        spread: As many, spread evenly over the data.
+    """
+
+    top: np.ndarray
+    bottom: np.ndarray
+    spread: np.ndarray
+
+    def columns(self) -> Iterable[int]:
+        """All columns, some of them twice or more."""
+        return (int(column) for part in (self.top, self.bottom, self.spread) for column in part)
+
+
+def choose_for_rescoring(
+    result: InfluenceScores, group: int, number: int, list_lengths: tuple[int, int]
+) -> Chosen:
+    """Chooses the sequences of one query group that are scored again.
+
+    Args:
+        result: The results, with the scan's scores.
+        group: The query group.
+        number: How many sequences at each end of the scan's scores.
+        list_lengths: Lengths of the lists of the (most positive, most negative) sequences.
+    """
+    num_columns = len(result.indices)
+    top, bottom = make_lists(
+        result.scores[group],
+        np.arange(num_columns),
+        result.indices,
+        (number, number if list_lengths[1] else 0),
+    )
+    spread = np.linspace(0, num_columns - 1, num=number).round().astype(np.int64)
+    return Chosen(top.columns, bottom.columns, spread)
+
+
+def exact_lists(
+    result: InfluenceScores,
+    group: int,
+    columns: np.ndarray,
+    exact: Tensor,
+    chosen: Chosen,
+    list_lengths: tuple[int, int],
+) -> tuple[Lists, Rescored]:
+    """The lists of one query group by exact scores, and how these compare with the scan's.
+
+    Args:
+        result: The results, with the scan's scores.
+        group: The query group.
+        columns: Columns of the sequences that were scored again [C], ascending.
+        exact: Their exact scores [C].
+        chosen: The same sequences, by how they were chosen.
+        list_lengths: Lengths of the lists of the (most positive, most negative) sequences.
+    """
+    scanned = result.scores[group][torch.from_numpy(columns)]
+    by_exact = make_lists(exact, columns, result.indices, list_lengths)
+    by_scan = make_lists(scanned, columns, result.indices, list_lengths)
+    num_common = sum(
+        len(np.intersect1d(one.columns, other.columns))
+        for one, other in zip(by_exact, by_scan, strict=True)
+    )
+
+    def correlation(subset: np.ndarray) -> float | None:
+        in_subset = torch.from_numpy(np.isin(columns, subset))
+        return spearman(scanned[in_subset], exact[in_subset])
+
+    rescored = Rescored(
+        columns,
+        scanned,
+        exact,
+        spearman=correlation(chosen.spread),
+        spearman_top=correlation(chosen.top),
+        overlap=num_common / sum(list_lengths) if len(chosen.top) > max(list_lengths) else None,
+    )
+    return by_exact, rescored

@@ -191,7 +191,7 @@ def _work(
             settings = {"the command": parser.prog, **dotted(config.as_dict()), **(flags or {})}
             require_same_settings(world, settings)
         for line in opening_lines(world.gather(world.describe()), world.backend):
-            log_on_main(world)(line)
+            log_on_main(world, line)
         text = work(config, world)
         if world.is_main:
             show(text)

@@ -62,7 +62,6 @@ def run_estimate(config: EstimateConfig, world: World, *, overwrite: bool = Fals
     Raises:
         UserError: For everything that the user can mend, on every worker.
     """
-    tell = log_on_main(world)
     assert config.output is not None
     output = config.output
     # First, because it costs nothing: can the result be written?
@@ -70,13 +69,13 @@ def run_estimate(config: EstimateConfig, world: World, *, overwrite: bool = Fals
     tokenizer, tokenizer_fingerprint = world.main_first(lambda: load_tokenizer(config.model))
     sequences = load_sequences(config.data, tokenizer, tokenizer_fingerprint, world)
     for line in _data_lines(config, sequences):
-        tell(line)
+        log_on_main(world, line)
     model = load(config.model, world)
     with prepared(model):
         inputs = check_inputs(FitSettings.of_config(config), model, sequences, world)
         for line in _model_lines(inputs, world):
-            tell(line)
-        store = opened_store(output, inputs, world, tell, overwrite=overwrite, show_progress=True)
+            log_on_main(world, line)
+        store = opened_store(output, inputs, world, overwrite=overwrite, show_progress=True)
         with store as (sink, checkpoints), preemption.deferred():
             return fit_factors(inputs, world, sink, checkpoints, show_progress=True)
 
@@ -220,7 +219,6 @@ def estimate_factors(
                 output,
                 inputs,
                 world,
-                log_on_main(world),
                 overwrite=overwrite,
                 show_progress=progress,
             )

@@ -1,6 +1,6 @@
 """The start of a fit: checks of model and data on all workers, and the store that is opened."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from ekfac_dist.passes.sequences import (
     exactly_batched,
     require_harmless_padding,
 )
+from ekfac_dist.runtime.logs import log_on_main
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
 from ekfac_dist.runtime.software import NUMERIC_SOFTWARE, software
@@ -91,7 +92,6 @@ def opened_store(
     output: str | Path,
     inputs: FitInputs,
     world: World,
-    tell: Callable[[str], None] = lambda line: None,
     *,
     overwrite: bool,
     show_progress: bool,
@@ -102,7 +102,6 @@ def opened_store(
         output: The store's directory.
         inputs: What the run starts from.
         world: The workers.
-        tell: Takes a line of text for people.
         overwrite: Whether a store that cannot be resumed is replaced.
         show_progress: Whether worker 0 shows the progress of verifying an unfinished store.
 
@@ -120,11 +119,16 @@ def opened_store(
         with Progress("verifying", total=size, unit="bytes", enabled=show_progress) as progress:
             lost_files = writer.drop_damaged(progress.update)
         for file in lost_files:
-            tell(f"damaged       {file} has changed since it was written; it is made again")
+            log_on_main(
+                world, f"damaged       {file} has changed since it was written; it is made again"
+            )
         if writer.stored.files or writer.stored.records:
-            tell(f"goes on       {len(writer.stored.files)} files are in place")
+            log_on_main(world, f"goes on       {len(writer.stored.files)} files are in place")
         if writer.will_replace:
-            tell(f"replaces      the store in {output}, once something of this run is on the disk")
+            log_on_main(
+                world,
+                f"replaces      the store in {output}, once something of this run is on the disk",
+            )
         return writer
 
     writer = world.on_main(opened)

@@ -73,7 +73,6 @@ def run_query(config: QueryConfig, world: World) -> Answer:
     Raises:
         UserError: If the user can correct the cause; on every worker alike.
     """
-    tell = log_on_main(world)
     output, queries_file, store = map(str, (config.output, config.queries, config.factors))
     start = time.perf_counter()
     world.on_main(lambda: check_results_output(output, config.as_dict()))
@@ -98,7 +97,7 @@ def run_query(config: QueryConfig, world: World) -> Answer:
         columns = pick_candidates(train, candidates)
         list_lengths(config.scores, len(columns))
     scored = train.take(columns)
-    _tell_data(tell, train, scored, factors)
+    _log_data(world, train, scored, factors)
     inputs = _Inputs(
         store=store,
         factors=factors,
@@ -111,7 +110,7 @@ def run_query(config: QueryConfig, world: World) -> Answer:
         model=model_config,
         tokenizer=tokenizer,
     )
-    return _answer(config, inputs, world, tell, start)
+    return _answer(config, inputs, world, start)
 
 
 @dataclass(frozen=True)
@@ -135,14 +134,13 @@ class _Inputs:
     tokenizer: Any
 
 
-def _answer(config: QueryConfig, inputs: _Inputs, world: World, tell: Any, start: float) -> Answer:
+def _answer(config: QueryConfig, inputs: _Inputs, world: World, start: float) -> Answer:
     """Loads the model, checks it, scores, and writes the results.
 
     Args:
         config: The run's configuration.
         inputs: The other inputs, which have been read.
         world: The workers.
-        tell: Takes a line of text for people.
         start: When the run began, by `time.perf_counter`.
     """
     store, factors, scored = inputs.store, inputs.factors, inputs.scored
@@ -159,22 +157,22 @@ def _answer(config: QueryConfig, inputs: _Inputs, world: World, tell: Any, start
                 advice="set data.max_tokens to {context} or less",
                 allow_changes=config.model.allow_changes,
             )
-            _tell_split(tell, queries.split_notes)
+            _log_split_tokens(world, queries.split_notes)
             context = scoring_context(
                 model, factors, inputs.damping, world, config.batch_tokens, True
             )
         require_same_inputs(context, scored, queries, comparison)
         for sentence in comparison.differs:
-            tell(f"model differs {sentence}")
+            log_on_main(world, f"model differs {sentence}")
         for sentence in comparison.not_compared:
-            tell(f"not compared  {sentence}")
+            log_on_main(world, f"not compared  {sentence}")
         whole = comparison.fingerprints.whole
         recorded = run_inputs(store, whole, inputs.train, scored, queries, context)
         with (
-            opened_results(str(config.output), config.as_dict(), recorded, world, tell) as saved,
+            opened_results(str(config.output), config.as_dict(), recorded, world) as saved,
             preemption.deferred(),
         ):
-            scores = compute_scores(context, queries, scored, config.scores, tell, saved)
+            scores = compute_scores(context, queries, scored, config.scores, saved)
             scores.model_differs = comparison.differs
             scores.not_compared = comparison.not_compared
             answer = Answer(
@@ -323,7 +321,7 @@ def influence_scores(
         comparison.warn()
     watching = heartbeat(world, owns_process=False)
     with watching, torch.inference_mode(False), prepared(model):
-        scores = compute_scores(context, query_set, scored, config, log_on_main(world))
+        scores = compute_scores(context, query_set, scored, config)
     scores.model_differs, scores.not_compared = comparison.differs, comparison.not_compared
     return scores
 
@@ -349,30 +347,36 @@ def _named_by(store: str, field: str, name: str | None, given: str | None) -> It
         raise
 
 
-def _tell_split(tell: Any, notes: list[str], at_most: int = 5) -> None:
+def _log_split_tokens(world: World, notes: list[str], at_most: int = 5) -> None:
     for note in notes[:at_most]:
-        tell(f"split token   {note}")
+        log_on_main(world, f"split token   {note}")
     if len(notes) > at_most:
-        tell(f"              and of {len(notes) - at_most} more queries: see the results' queries")
+        log_on_main(
+            world,
+            f"              and of {len(notes) - at_most} more queries: see the results' queries",
+        )
 
 
-def _tell_data(tell: Any, train: Sequences, scored: Sequences, factors: Factors) -> None:
+def _log_data(world: World, train: Sequences, scored: Sequences, factors: Factors) -> None:
     counts = train.counts
     some = "" if len(scored) == len(train) else f", {len(scored)} of them scored"
-    tell(
+    log_on_main(
+        world,
         f"data          {len(train)} of {counts.rows} sequences ({counts.unlabelled} left out: no "
-        f"label){some}, {int(scored.num_positions.sum())} positions"
+        f"label){some}, {int(scored.num_positions.sum())} positions",
     )
     if counts.split_note:
-        tell(f"split tokens  {counts.split_note}")
+        log_on_main(world, f"split tokens  {counts.split_note}")
     if train.fingerprint != factors.manifest["data"]["fingerprint"]:
-        tell(
+        log_on_main(
+            world,
             "              not the sequences that the factors were fitted on: scores are of "
-            "these, in the curvature of those"
+            "these, in the curvature of those",
         )
     absent = parameters_without_factors(factors.manifest)
     if absent:
-        tell(
+        log_on_main(
+            world,
             f"not scored    {len(absent)} MLP parameters or experts that have no factors, listed "
-            "in the results' manifest"
+            "in the results' manifest",
         )

@@ -30,6 +30,7 @@ from ekfac_dist.influence.scores import Details, InfluenceScores
 from ekfac_dist.influence.unfinished import UnfinishedResults
 from ekfac_dist.models.load.configuration import configuration
 from ekfac_dist.runtime.files import file_sha256
+from ekfac_dist.runtime.logs import log_on_main
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
 from ekfac_dist.runtime.software import software
@@ -135,7 +136,6 @@ def opened_results(
     config: Mapping[str, Any],
     inputs: Mapping[str, Any],
     world: World,
-    tell: Callable[[str], None],
 ) -> Iterator[BlocksOnDisk]:
     """Opens the directory of results, new or to be resumed, for worker 0 to write.
 
@@ -144,7 +144,6 @@ def opened_results(
         config: The run's whole configuration.
         inputs: The run's other inputs; see `run_inputs`.
         world: The workers.
-        tell: Takes a line of text for people.
 
     Raises:
         OutputError: As `UnfinishedResults`.
@@ -157,7 +156,10 @@ def opened_results(
         with Progress("verifying", total=num_bytes, unit="bytes", enabled=True) as progress:
             lost = directory.drop_damaged(progress.update)
         for file in lost:
-            tell(f"damaged       {file} has changed since it was written; it is computed again")
+            log_on_main(
+                world,
+                f"damaged       {file} has changed since it was written; it is computed again",
+            )
         return directory
 
     directory = world.on_main(opened)

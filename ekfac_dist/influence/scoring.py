@@ -12,7 +12,7 @@ each when it is finished, and a piece that is saved already is loaded instead of
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -48,6 +48,7 @@ from ekfac_dist.influence.saved_blocks import (
 from ekfac_dist.influence.scores import Details, InfluenceScores, Rescored
 from ekfac_dist.models.modules import layer_name
 from ekfac_dist.passes.sequences import exactly_batched, require_harmless_padding
+from ekfac_dist.runtime.logs import log_on_main
 from ekfac_dist.runtime.memory import as_text
 
 
@@ -56,7 +57,6 @@ def compute_scores(
     queries: QuerySet,
     scored: Examples,
     config: ScoresConfig,
-    say: Callable[[str], None],
     saved: SavedBlocks | None = None,
 ) -> InfluenceScores:
     """Scores training sequences for queries; a collective.
@@ -66,7 +66,6 @@ def compute_scores(
         queries: The queries.
         scored: The training sequences that are scored.
         config: The scores that are asked for.
-        say: Takes a line for people.
         saved: Where finished pieces are saved; None: nowhere.
 
     Raises:
@@ -85,7 +84,7 @@ def compute_scores(
     context = replace(context, in_eigenbasis=needs_norms)
     result = _empty_result(context, queries, scored, config)
     run = _Scoring(
-        context, queries, scored, config, (top_k, bottom_k), result, say, saved or SavedBlocks()
+        context, queries, scored, config, (top_k, bottom_k), result, saved or SavedBlocks()
     )
     run.all_blocks()
     return result
@@ -159,11 +158,13 @@ class _Scoring:
     config: ScoresConfig
     list_lengths: tuple[int, int]
     result: InfluenceScores
-    say: Callable[[str], None]
     saved: SavedBlocks
     lists: dict[int, Lists] = field(default_factory=dict)
     rescored: dict[int, Rescored] = field(default_factory=dict)
     details: list[Details] = field(default_factory=list)
+
+    def _log(self, line: str) -> None:
+        log_on_main(self.context.world, line)
 
     def __post_init__(self) -> None:
         self._passes = DataPasses(self.context, self.scored, self.config, self.result)
@@ -180,11 +181,11 @@ class _Scoring:
         scans = f"{len(blocks)} scan{'s' * (len(blocks) > 1)} of the data"
         budget = self.config.query_memory_gb * 1e9
         if num_bytes > budget:
-            self.say(
+            self._log(
                 f"memory        one row's gradients alone take {one}, more than "
                 f"scores.query_memory_gb allows ({as_text(budget)}); a lower scores.rank would help"
             )
-        self.say(
+        self._log(
             f"queries       {len(self.queries.sequences)} in {len(rows)} rows of scores; gradients "
             f"{kind}, {one} a row, {len(blocks[0])} at a time: {scans}"
         )
@@ -214,7 +215,7 @@ class _Scoring:
         if follow:
             what = "parts re-scored" if self.config.rescore else "in detail"
             line += f", {followed} of {len(follow)} {what}"
-        self.say(line)
+        self._log(line)
 
     def _compute_block(self, block: Block, suffix: str) -> None:
         """Computes one block: the scan, then re-scoring or details.
@@ -280,7 +281,7 @@ class _Scoring:
         reduced = {name: rank for name, rank in self.result.ranks.items() if rank != asked}
         if reduced and first_time:
             name, rank = next(iter(reduced.items()))
-            self.say(
+            self._log(
                 f"rank          {asked} is more than {len(reduced)} of {len(self.result.ranks)} "
                 f"modules have: reduced there, to {rank} in {name}"
             )

@@ -4,7 +4,7 @@ A library's user decides what becomes of them. The command line prints them; see
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ekfac_dist.runtime.processes import World
@@ -13,17 +13,10 @@ from ekfac_dist.runtime.terminal import show, visible
 LOGGER = logging.getLogger("ekfac_dist")
 
 
-def log_on_main(world: World) -> Callable[[str], None]:
-    """A function that logs a line at level INFO, on worker 0; on other workers it does nothing."""
-    return _log_line if world.is_main else _ignore_line
-
-
-def _log_line(line: str) -> None:
-    LOGGER.info("%s", line)
-
-
-def _ignore_line(line: str) -> None:
-    pass
+def log_on_main(world: World, line: str) -> None:
+    """Logs a line at level INFO, on worker 0 alone."""
+    if world.is_main:
+        LOGGER.info("%s", line)
 
 
 @contextmanager

@@ -8,6 +8,7 @@
 Everything is made from a seed, small enough for a second, and the same in every session.
 """
 
+import contextlib
 import functools
 import io
 import json
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -316,7 +317,7 @@ def run_cli(
 def run_here(arguments: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
     """What `run_cli` does on one worker, in this process, which need not start first."""
     words, stdout, stderr = list(map(str, arguments)), io.StringIO(), io.StringIO()
-    with redirect_stdout(stdout), redirect_stderr(stderr):
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         status = cli.main(words)
     return subprocess.CompletedProcess(words, status, stdout.getvalue(), stderr.getvalue())
 

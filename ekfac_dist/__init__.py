@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ekfac_dist.factors.factors import Factors
     from ekfac_dist.factors.opening import load_factors
     from ekfac_dist.fit.estimate import estimate_factors
-    from ekfac_dist.influence.run import influence_scores
+    from ekfac_dist.influence.for_python import influence_scores
     from ekfac_dist.influence.scores import InfluenceScores
     from ekfac_dist.models.capture.labels import Draws
     from ekfac_dist.models.capture.tasks import (
@@ -44,7 +44,7 @@ _HOMES = {
     "load_factors": "ekfac_dist.factors.opening",
     "estimate_factors": "ekfac_dist.fit.estimate",
     "InfluenceScores": "ekfac_dist.influence.scores",
-    "influence_scores": "ekfac_dist.influence.run",
+    "influence_scores": "ekfac_dist.influence.for_python",
     "Draws": "ekfac_dist.models.capture.labels",
     **dict.fromkeys(
         ("CausalLM", "LossTask", "MaskedLM", "Seq2SeqLM", "SequenceClassification", "Task"),

@@ -134,7 +134,7 @@ def claim(paths: DemoPaths, settings: DemoSettings) -> None:
         return
     if existing_marker is not None:
         print(f"{paths.directory} holds a demo with other settings; it is made anew.", flush=True)
-        remove(paths.report, paths.scores, paths.factors, paths.model, paths.corpus)
+        remove_paths(paths.report, paths.scores, paths.factors, paths.model, paths.corpus)
     try:
         paths.directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -144,7 +144,7 @@ def claim(paths: DemoPaths, settings: DemoSettings) -> None:
     write_whole(paths.marker, [json.dumps(marker, indent=1).encode(), b"\n"])
 
 
-def remove(*paths: Path) -> None:
+def remove_paths(*paths: Path) -> None:
     """Removes files and directories with their contents; paths that do not exist are ignored.
 
     Raises:

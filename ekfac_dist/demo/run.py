@@ -16,7 +16,7 @@ from ekfac_dist.demo.answers import QUERIES, answers_with_modules
 from ekfac_dist.demo.commands import PROGRAM, call, ends_its_children, launch_line
 from ekfac_dist.demo.configs import is_store_of, is_whole_answer, is_whole_store, write_configs
 from ekfac_dist.demo.corpus import read_corpus, split_by_module, write_corpus
-from ekfac_dist.demo.directory import DemoPaths, DemoSettings, claim, remove
+from ekfac_dist.demo.directory import DemoPaths, DemoSettings, claim, remove_paths
 from ekfac_dist.demo.model import train_model, train_tokenizer
 from ekfac_dist.errors import ConfigError
 from ekfac_dist.runtime.terminal import show
@@ -86,7 +86,9 @@ def make_model(paths: DemoPaths, settings: DemoSettings) -> None:
         _print_step(2, "tokenizer", f"reused: {paths.model}")
         _print_step(3, "model", f"reused: {paths.model}")
         return
-    remove(paths.report, paths.scores, paths.factors)  # made from a model that no longer exists
+    remove_paths(
+        paths.report, paths.scores, paths.factors
+    )  # made from a model that no longer exists
     rows, held_out = split_by_module(read_corpus(paths.corpus))
     start = time.monotonic()
     tokenizer = train_tokenizer([row.text for row in rows], settings.vocab_size)
@@ -125,9 +127,9 @@ def fit_demo_factors(paths: DemoPaths, settings: DemoSettings, workers: int) -> 
     if is_whole_store(paths, settings):
         _print_step(4, "factors", f"reused: {paths.factors}")
         return 0
-    remove(paths.report, paths.scores)
+    remove_paths(paths.report, paths.scores)
     if not is_store_of(paths, settings):  # else `estimate` resumes it
-        remove(paths.factors)
+        remove_paths(paths.factors)
     _print_step(4, "factors", f"fitting on {_num_workers(workers)}")
     return call("estimate", launch_line(paths.accelerate_config, "estimate", paths.estimate_config))
 
@@ -143,7 +145,7 @@ def answer_queries(paths: DemoPaths, settings: DemoSettings, workers: int) -> in
     if is_whole_answer(paths, settings):
         _print_step(6, "query", f"reused: {paths.scores}")
         return 0
-    remove(paths.report, paths.scores)
+    remove_paths(paths.report, paths.scores)
     _print_step(6, "query", f"answering {len(QUERIES)} queries on {_num_workers(workers)}")
     return call("query", launch_line(paths.accelerate_config, "query", paths.query_config))
 

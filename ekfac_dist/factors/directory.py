@@ -39,7 +39,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+def write_store_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Writes a manifest into a folder, whole or not at all."""
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
     write_whole(folder / MANIFEST, [text.encode(), b"\n"])

@@ -23,7 +23,7 @@ from ekfac_dist.factors.directory import (
     remove,
     saved_states,
     total_bytes,
-    write_manifest,
+    write_store_manifest,
 )
 from ekfac_dist.factors.layout import FOLDERS, MANIFEST, NEXT_PREFIX, STATE
 from ekfac_dist.runtime.files import flush_directory, write_listed
@@ -81,7 +81,7 @@ class Replacement:
             if file is not None and parts is not None:
                 files[file] = write_listed(self._next / file, parts)
                 journal.append({"file": file, **files[file]})
-            write_manifest(self._next, manifest)
+            write_store_manifest(self._next, manifest)
             (self._next / MANIFEST).replace(self._path / MANIFEST)
             flush_directory(self._path)
             self.is_pending = False

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ekfac_dist.errors import OutputError, StoreError
-from ekfac_dist.factors.directory import make_folders, remove, total_bytes, write_manifest
+from ekfac_dist.factors.directory import make_folders, remove, total_bytes, write_store_manifest
 from ekfac_dist.factors.layout import (
     CHECKSUM,
     FOLDERS,
@@ -111,7 +111,7 @@ class StoreWriter:
                 remove(self.path / name)
             run_id = uuid.uuid4().hex
             make_folders(self.path, *FOLDERS)
-            write_manifest(self.path, self._unfinished_manifest(run_id))
+            write_store_manifest(self.path, self._unfinished_manifest(run_id))
             self._resume(run_id)
             return
         try:
@@ -276,7 +276,7 @@ class StoreWriter:
             "files": dict(sorted(self.files.items())),
         }
         whole = json.loads(json.dumps(whole, allow_nan=False))  # as a reader will get it
-        write_manifest(self.path, whole | {CHECKSUM: manifest_checksum(whole)})
+        write_store_manifest(self.path, whole | {CHECKSUM: manifest_checksum(whole)})
         for file_of_run in [self.path / JOURNAL, *self.path.glob(TEMPORARY_FILES)]:
             remove(file_of_run)
         self.close()

@@ -18,7 +18,7 @@ from ekfac_dist.fit.checkpoints import Checkpoints
 from ekfac_dist.fit.fit_factors import fit_factors
 from ekfac_dist.fit.manifest import FitInputs, FitSummary, coverage_line, steps_line
 from ekfac_dist.fit.settings import FitSettings
-from ekfac_dist.fit.start import check_inputs, opened_store
+from ekfac_dist.fit.start import checked_inputs, opened_store
 from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.capture.task_examples import read_examples
 from ekfac_dist.models.capture.task_fingerprint import task_fingerprint
@@ -72,7 +72,7 @@ def run_estimate(config: EstimateConfig, world: World, *, overwrite: bool = Fals
         log_on_main(world, line)
     model = load(config.model, world)
     with prepared(model):
-        inputs = check_inputs(FitSettings.of_config(config), model, sequences, world)
+        inputs = checked_inputs(FitSettings.of_config(config), model, sequences, world)
         for line in _model_lines(inputs, world):
             log_on_main(world, line)
         store = opened_store(output, inputs, world, overwrite=overwrite, show_progress=True)
@@ -211,7 +211,7 @@ def estimate_factors(
     memory = MemoryStore()
     watching = heartbeat(world, owns_process=False)
     with watching, torch.inference_mode(False), prepared(model):
-        inputs = check_inputs(settings, model, sequences, world, task)
+        inputs = checked_inputs(settings, model, sequences, world, task)
         if output is None:
             fit_factors(inputs, world, memory, Checkpoints(), show_progress=progress)
         else:

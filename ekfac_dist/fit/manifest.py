@@ -92,37 +92,10 @@ def coverage_line(discovery: Discovery) -> str:
 
 def store_manifest(inputs: FitInputs, summary: FitSummary) -> dict[str, Any]:
     """Every entry of the manifest except format, complete and files."""
-    config, sequences, discovery = inputs.settings.recorded, inputs.sequences, summary.discovery
-    fitted = inputs.settings.factors
-    num_positions = int(sequences.num_positions.sum())
-    counts, coverage = sequences.counts, discovery.coverage
+    fitted, coverage = inputs.settings.factors, summary.discovery.coverage
     return {
-        "model": {
-            "name": config["model"]["name"],
-            "revision": config["model"]["revision"],
-            "class": class_of(inputs.model).__name__,
-            "dtype": str(next(inputs.model.parameters()).dtype).removeprefix("torch."),
-            "fingerprint": inputs.fingerprints.tracked,
-            "narrower_fingerprints": inputs.fingerprints.narrower,
-            "whole": inputs.fingerprints.whole,
-            "untracked": inputs.fingerprints.untracked,
-            "configuration": configuration(inputs.model),
-            "attention": attention_implementation(inputs.model),
-        },
-        "data": {
-            "source": config["data"]["source"],
-            "split": config["data"]["split"],
-            "fingerprint": sequences.fingerprint,
-            "num_sequences": len(sequences),
-            "num_positions": num_positions,
-            "num_labels": summary.num_labels,
-            "max_tokens": config["data"]["max_tokens"],
-            "num_rows": counts.rows,
-            "num_unlabelled": counts.unlabelled,
-            "num_truncated": counts.truncated,
-            "num_tokens_cut": counts.tokens_cut,
-            "num_split_tokens": counts.split,
-        },
+        "model": _model_entry(inputs),
+        "data": _data_entry(inputs, summary),
         "fisher": {
             "labels": fitted.labels,
             "seed": fitted.seed,
@@ -130,7 +103,7 @@ def store_manifest(inputs: FitInputs, summary: FitSummary) -> dict[str, Any]:
             "task": inputs.task.name,
             "task_fingerprint": inputs.task_fingerprint,
         },
-        "modules": {module.name: module.as_dict() for module in discovery.modules},
+        "modules": {module.name: module.as_dict() for module in summary.discovery.modules},
         "coverage": {
             "mlp_parameters": coverage.mlp_parameters,
             "tracked_parameters": coverage.tracked_parameters,
@@ -138,17 +111,56 @@ def store_manifest(inputs: FitInputs, summary: FitSummary) -> dict[str, Any]:
             "model_parameters": coverage.model_parameters,
             "skipped": coverage.skipped,
         },
-        "passes": {
-            name: {
-                "num_sequences": len(sequences),
-                "num_positions": num_positions,
-                "seconds": round(seconds, 3),
-                "workers": summary.workers,
-                **({"loss": summary.losses[name]} if name in summary.losses else {}),
-            }
-            for name, seconds in summary.seconds.items()
-            if name != "refit" or fitted.refit != "none"
-        },
+        "passes": _passes_entry(inputs, summary),
         "software": software(),
-        "config": config,
+        "config": inputs.settings.recorded,
+    }
+
+
+def _model_entry(inputs: FitInputs) -> dict[str, Any]:
+    origin = inputs.settings.recorded["model"]
+    return {
+        "name": origin["name"],
+        "revision": origin["revision"],
+        "class": class_of(inputs.model).__name__,
+        "dtype": str(next(inputs.model.parameters()).dtype).removeprefix("torch."),
+        "fingerprint": inputs.fingerprints.tracked,
+        "narrower_fingerprints": inputs.fingerprints.narrower,
+        "whole": inputs.fingerprints.whole,
+        "untracked": inputs.fingerprints.untracked,
+        "configuration": configuration(inputs.model),
+        "attention": attention_implementation(inputs.model),
+    }
+
+
+def _data_entry(inputs: FitInputs, summary: FitSummary) -> dict[str, Any]:
+    origin, sequences = inputs.settings.recorded["data"], inputs.sequences
+    counts = sequences.counts
+    return {
+        "source": origin["source"],
+        "split": origin["split"],
+        "fingerprint": sequences.fingerprint,
+        "num_sequences": len(sequences),
+        "num_positions": int(sequences.num_positions.sum()),
+        "num_labels": summary.num_labels,
+        "max_tokens": origin["max_tokens"],
+        "num_rows": counts.rows,
+        "num_unlabelled": counts.unlabelled,
+        "num_truncated": counts.truncated,
+        "num_tokens_cut": counts.tokens_cut,
+        "num_split_tokens": counts.split,
+    }
+
+
+def _passes_entry(inputs: FitInputs, summary: FitSummary) -> dict[str, Any]:
+    return {
+        name: {
+            "num_sequences": len(inputs.sequences),
+            "num_positions": int(inputs.sequences.num_positions.sum()),
+            "seconds": round(seconds, 3),
+            "workers": summary.workers,
+            **({"loss": summary.losses[name]} if name in summary.losses else {}),
+        }
+        for name, seconds in summary.seconds.items()
+        if name != "refit" or inputs.settings.factors.refit != "none"
     }

@@ -18,6 +18,7 @@ from ekfac_dist.fit.sizes import WorkerShare
 from ekfac_dist.fit.worker_memory import Memory, fewest_groups, memory
 from ekfac_dist.models.find.discovery import Discovery
 from ekfac_dist.models.find.meta_device import (
+    StepEstimate,
     discover_by_shape,
     estimate_step,
     model_without_weights,
@@ -152,11 +153,6 @@ def make_plan(config: PlanConfig) -> Plan:
     if number == "auto":
         number = fewest_groups(modules, needed, machine.free_bytes) or len(modules)
     groups = partition(modules, number)
-    routed = {
-        module.name: whole_step.routed.get(module.fused[0], 1.0)
-        for module in modules
-        if module.kind == EXPERT
-    }
     per_token = [whole_step.operations(group) / (batch_size * length) for group in groups]
     return Plan(
         discovery=discovery,
@@ -176,8 +172,10 @@ def make_plan(config: PlanConfig) -> Plan:
             saves=config.save_minutes is not None,
         ),
         free_disk_bytes=free_disk_bytes(Path(config.output)) if config.output else None,
-        operations=operations(groups, per_token, factors, num_sequences, length, routed),
-        rate=_rate(config, machine),
+        operations=operations(
+            groups, per_token, factors, num_sequences, length, _routed(modules, whole_step)
+        ),
+        rate=_operations_per_second(config, machine),
         num_sequences=num_sequences,
         num_tokens=length,
         step_tokens=batch_size * length,
@@ -202,6 +200,15 @@ def _machine(config: PlanConfig) -> _Machine:
     )
 
 
+def _routed(modules: Sequence[TrackedModule], whole_step: StepEstimate) -> dict[str, float]:
+    """The part of the positions that each expert sees, by its module's name."""
+    return {
+        module.name: whole_step.routed.get(module.fused[0], 1.0)
+        for module in modules
+        if module.kind == EXPERT
+    }
+
+
 def _share(num_sequences: int, batch_size: int, length: int, workers: int) -> WorkerShare:
     num_steps = math.ceil(num_sequences / batch_size / workers)
     most_sequences = min(num_sequences, num_steps * batch_size)
@@ -213,7 +220,7 @@ def _description(model: nn.Module) -> str:
     return f"{type(model).__name__}, {dtype}"
 
 
-def _rate(config: PlanConfig, machine: _Machine) -> float | None:
+def _operations_per_second(config: PlanConfig, machine: _Machine) -> float | None:
     """Operations a second of a worker: as configured, or measured where the kind of device is."""
     if config.gflops:
         return 1e9 * config.gflops

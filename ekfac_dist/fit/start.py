@@ -35,7 +35,7 @@ from ekfac_dist.runtime.progress import Progress
 from ekfac_dist.runtime.software import NUMERIC_SOFTWARE, software
 
 
-def check_inputs(
+def checked_inputs(
     settings: FitSettings,
     model: nn.Module,
     sequences: Examples,

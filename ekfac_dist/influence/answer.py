@@ -95,7 +95,7 @@ def results_manifest(answer: Answer) -> dict[str, Any]:
     """Every entry of the results' manifest but format, complete and files."""
     scores, damping, fitted = answer.scores, answer.damping, answer.factors.manifest
     return {
-        "model": _model_entry(answer),
+        "model": _fitted_model_entry(answer),
         "factors": _factors_entry(answer),
         "data": {
             **dataclasses.asdict(answer.data),
@@ -135,7 +135,7 @@ def results_manifest(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _model_entry(answer: Answer) -> dict[str, Any]:
+def _fitted_model_entry(answer: Answer) -> dict[str, Any]:
     scores, fitted = answer.scores, answer.factors.manifest["model"]
     return {
         "name": answer.model.name,

@@ -49,11 +49,11 @@ def plan_blocks(num_groups: int, context: ScoringContext, config: ScoresConfig) 
         config: The scores that are asked for, and the memory budget.
     """
     blocks = []
-    scanned = _cut(range(num_groups), context, config, config.effective_rank)
+    scanned = _cut_into_blocks(range(num_groups), context, config, config.effective_rank)
     for number, groups in enumerate(scanned, start=1):
         following = {}
         if config.rescore:
-            parts = enumerate(_cut(groups, context, config, None), start=1)
+            parts = enumerate(_cut_into_blocks(groups, context, config, None), start=1)
             following = {f"rescore-{number}-{k}": part for k, part in parts}
         elif config.per_token != "none":
             following = {f"details-{number}": groups}
@@ -61,7 +61,7 @@ def plan_blocks(num_groups: int, context: ScoringContext, config: ScoresConfig) 
     return blocks
 
 
-def _cut(
+def _cut_into_blocks(
     groups: Sequence[int], context: ScoringContext, config: ScoresConfig, rank: int | None
 ) -> list[list[int]]:
     """Parts of the groups whose gradients of a rank (None: whole) fit the budget together."""

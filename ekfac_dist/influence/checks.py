@@ -2,9 +2,9 @@
 
 In this order:
 
-    check_inputs           the model against the factors; sequences and queries against the model
-    scoring_context        damping against the factors
-    require_same_inputs    all workers against each other
+    check_model_and_sequences    the model against the factors; sequences against the model
+    scoring_context              damping against the factors
+    require_same_inputs          all workers against each other
 """
 
 import torch
@@ -22,7 +22,7 @@ from ekfac_dist.passes.sequences import check_sequences
 from ekfac_dist.runtime.processes import World
 
 
-def check_inputs(
+def check_model_and_sequences(
     path: str,
     factors: Factors,
     model: nn.Module,

@@ -98,7 +98,7 @@ class ResultsWriter:
         Args:
             manifest: Every entry but format, complete and files.
         """
-        write_manifest(self.path, {"complete": True, **manifest, "files": self._files})
+        write_results_manifest(self.path, {"complete": True, **manifest, "files": self._files})
 
     def _write(self, file: str, parts: list[bytes | memoryview]) -> None:
         self._files[file] = write_listed(self.path / file, parts)
@@ -192,7 +192,7 @@ class ResultsReader:
         return self.path / file
 
 
-def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+def write_results_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
     """Writes the manifest of results, complete or not.
 
     Args:

@@ -24,7 +24,12 @@ from torch import Tensor
 from ekfac_dist.errors import OutputError, first_line
 from ekfac_dist.factors.layout import STATE
 from ekfac_dist.influence import results
-from ekfac_dist.influence.results import ResultsWriter, check_new, make_directory, write_manifest
+from ekfac_dist.influence.results import (
+    ResultsWriter,
+    check_new,
+    make_directory,
+    write_results_manifest,
+)
 from ekfac_dist.runtime.files import is_as_listed, safetensors_parts, write_listed
 from ekfac_dist.runtime.journal import JOURNAL, Journal
 from ekfac_dist.runtime.lock import DirectoryLock, require_unlocked
@@ -90,7 +95,9 @@ class UnfinishedResults:
             require_same_beginning(self.path, manifest.get("begins"), inputs, advice=_ADVICE)
         self._may_empty = manifest is None
         if manifest is None:
-            write_manifest(self.path, {"complete": False, "config": config, "begins": inputs})
+            write_results_manifest(
+                self.path, {"complete": False, "config": config, "begins": inputs}
+            )
         for file in _RESULTS:  # left by a start that failed while it wrote the results
             (self.path / file).unlink(missing_ok=True)
         self._journal = Journal(self.path, "Remove the directory, or give another output.")

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 
 from ekfac_dist.demo import commands, configs, run
 from ekfac_dist.demo.answers import QUERIES, answers_with_modules
-from ekfac_dist.demo.directory import DemoPaths, DemoSettings, remove
+from ekfac_dist.demo.directory import DemoPaths, DemoSettings, remove_paths
 from ekfac_dist.demo.model import ModelShape
 from ekfac_dist.demo.run import run_demo
 from ekfac_dist.errors import ConfigError, OutputError
@@ -136,7 +136,7 @@ def test_another_number_of_workers_reuses_factors_and_scores(calls, tmp_path):
 
 def test_a_new_model_needs_new_factors_scores_and_report(calls, tmp_path):
     run_demo(tmp_path, settings=SETTINGS)
-    remove(tmp_path / "model")
+    remove_paths(tmp_path / "model")
     calls.clear()
     run_demo(tmp_path, settings=SETTINGS)
     assert calls == ["model", *FROM_FACTORS_ON]
@@ -144,7 +144,7 @@ def test_a_new_model_needs_new_factors_scores_and_report(calls, tmp_path):
 
 def test_new_factors_need_new_scores_and_a_new_report(calls, tmp_path):
     run_demo(tmp_path, settings=SETTINGS)
-    remove(tmp_path / "factors")
+    remove_paths(tmp_path / "factors")
     calls.clear()
     run_demo(tmp_path, settings=SETTINGS)
     assert calls == FROM_FACTORS_ON
@@ -152,7 +152,7 @@ def test_new_factors_need_new_scores_and_a_new_report(calls, tmp_path):
 
 def test_scores_of_old_factors_are_gone_before_new_ones_are_fitted(calls, tmp_path, monkeypatch):
     run_demo(tmp_path, settings=SETTINGS)
-    remove(tmp_path / "factors")
+    remove_paths(tmp_path / "factors")
     monkeypatch.setattr(run, "call", lambda *_: 1)
     assert run_demo(tmp_path, settings=SETTINGS) == 1
     assert not (tmp_path / "scores").exists()
@@ -194,13 +194,13 @@ def unfinished(scores):
 
 def of_another_configuration(scores):
     config = yaml.safe_load((scores.parent / "query.yaml").read_text())
-    remove(scores)
+    remove_paths(scores)
     write_scores(config, batch_tokens=1)
 
 
 def of_other_queries(scores):
     config = yaml.safe_load((scores.parent / "query.yaml").read_text())
-    remove(scores)
+    remove_paths(scores)
     Path(config["queries"]).write_text(json.dumps({"prompt": "1 + 1 = ", "completion": "2"}))
     write_scores(config)
 
@@ -223,7 +223,7 @@ def test_scores_that_are_not_whole_or_not_these_are_computed_again(calls, tmp_pa
 
 def test_a_report_that_is_gone_is_written_again(calls, tmp_path):
     run_demo(tmp_path, settings=SETTINGS)
-    remove(tmp_path / "report.html")
+    remove_paths(tmp_path / "report.html")
     calls.clear()
     run_demo(tmp_path, settings=SETTINGS)
     assert calls == ["inspect", "report"]

@@ -89,7 +89,7 @@ def fingerprints(
     untracked: dict[str, dict[str, str]] = {}
 
     def add_weight(names: list[str], tensor: Tensor) -> None:
-        dtype, digest = _dtype_name(tensor.dtype), _tensor_sha256(tensor)
+        dtype, digest = _name_of_dtype(tensor.dtype), _tensor_sha256(tensor)
         digests.update((name, f"{dtype}|{digest}") for name in names)
         digest_by_dtype = {dtype: digest}
         outside_names = [
@@ -99,7 +99,7 @@ def fingerprints(
         ]
         for name in outside_names[:1]:
             digest_by_dtype |= {
-                _dtype_name(dtype): _tensor_sha256(tensor.to(dtype=dtype))
+                _name_of_dtype(dtype): _tensor_sha256(tensor.to(dtype=dtype))
                 for dtype in other_dtypes(name, tensor)
             }
         stored = {dtype: digest[:_NUM_DIGITS] for dtype, digest in digest_by_dtype.items()}
@@ -119,7 +119,7 @@ def fingerprints(
     lines = "".join(f"{name}|{digests[name]}\n" for name in sorted(digests))
     return Fingerprints(
         tracked=tracked.hexdigest(),
-        narrower={_dtype_name(dtype): digest.hexdigest() for dtype, digest in narrower.items()},
+        narrower={_name_of_dtype(dtype): digest.hexdigest() for dtype, digest in narrower.items()},
         whole=hashlib.sha256(lines.encode()).hexdigest(),
         untracked=dict(sorted(untracked.items())),
         quantised=tuple(sorted(quantised)),
@@ -208,5 +208,5 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def _name_of_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -1,0 +1,169 @@
+"""`influence_scores`, for Python: checks the caller's objects on every worker, and scores."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ekfac_dist.config import (
+    Normalize,
+    PerToken,
+    ScoresConfig,
+    require_positive,
+)
+from ekfac_dist.curvature.damping import DEFAULT, Damping
+from ekfac_dist.factors.comparison import require_fitted_task
+from ekfac_dist.factors.factors import Factors
+from ekfac_dist.factors.opening import load_factors
+from ekfac_dist.influence.checks import (
+    check_model_and_sequences,
+    require_same_inputs,
+    scoring_context,
+)
+from ekfac_dist.influence.examples import queries_of, sequences_of
+from ekfac_dist.influence.queries import (
+    pick_candidates,
+    read_candidates,
+)
+from ekfac_dist.influence.scores import InfluenceScores
+from ekfac_dist.influence.scoring import compute_scores
+from ekfac_dist.models.capture.prepare import prepared
+from ekfac_dist.models.capture.task_fingerprint import task_fingerprint
+from ekfac_dist.models.capture.tasks import CausalLM, Task, require_task
+from ekfac_dist.models.load.on_workers import refuse_sharded, unwrapped
+from ekfac_dist.models.modules import device_of
+from ekfac_dist.runtime.heartbeat import heartbeat
+from ekfac_dist.runtime.processes import World
+from ekfac_dist.runtime.same_settings import require_same_settings
+
+
+def influence_scores(
+    model: nn.Module,
+    factors: Factors | str | Path,
+    queries: Iterable[Any],
+    train: Iterable[Any],
+    *,
+    tokenizer: Any = None,
+    damping: float | Mapping[str, float] | Damping = DEFAULT,
+    relative: bool = True,
+    normalize: Normalize = "none",
+    rank: int | None = None,
+    rescore: int = 0,
+    top_k: int | None = None,
+    bottom_k: int | None = None,
+    per_token: PerToken = "none",
+    per_module: bool = False,
+    per_layer: bool = False,
+    self_influence: bool = False,
+    candidates: Iterable[int] | None = None,
+    training_size: int | None = None,
+    batch_tokens: int = 4096,
+    max_tokens: int | None = None,
+    query_memory_gb: float = 4.0,
+    progress: bool = False,
+    task: Task | None = None,
+    allow_changes: bool = False,
+) -> InfluenceScores:
+    """Scores training sequences for queries: ∇log p(q)ᵀ (F + λ)⁻¹ ∇log p(z) (Grosse et al. 2023).
+
+    Under `accelerate launch`, call it on every worker with the same arguments; it shards the
+    training data itself, and every worker returns the whole answer. The model must be on the
+    worker's device and comes back as it was.
+
+    Args:
+        model: The Hugging Face model that the factors were fitted for.
+        factors: From `load_factors` or `estimate_factors`; or the directory of a store.
+        queries: Examples as `estimate_factors` takes, with `input_ids` and `labels` (−100 for the
+            prompt); or, with a tokenizer, mappings with "prompt" and "completion", or "text".
+            Queries with the same "group" are summed, and have one row of scores.
+        train: The training sequences: examples; or, with a tokenizer, mappings with "text" and
+            perhaps "prompt".
+        tokenizer: For queries and training sequences that are text.
+        damping: λ of every module; or of each module, by its name or a glob.
+        relative: Whether `damping` is a multiple of the module's mean(Λ); else it is λ itself.
+        normalize: "none"; "cosine", in the inner product of (F + λ)⁻¹; or RelatIF (Barshan et al.
+            2020): "relatif_l" divides by the root of a sequence's self-influence, "relatif_theta"
+            by ‖(F + λ)⁻¹ ∇log p(z)‖.
+        rank: Rank of query gradients in the scan, such as 32; None: whole gradients.
+        rescore: With a rank, score this many of the scan's highest, of its lowest, and of sequences
+            spread over the data again, exactly.
+        top_k: Length of the list of the most positive sequences; None: 20 or all.
+        bottom_k: Length of the list of the most negative; None: as `top_k`.
+        per_token: Scores of positions: of the listed sequences ("top"), of "all", or "none".
+        per_module: Compute the scores of each module too.
+        per_layer: Compute the scores of each layer too.
+        self_influence: Compute each training sequence's influence on itself.
+        candidates: Score only the sequences with these indices in `train`.
+        training_size: How many sequences the model was trained on, if it was trained on `train`.
+            Scores divided by it are in nats, to first order. None: no nats.
+        batch_tokens: Token budget of a batch, padding included.
+        max_tokens: Longer training sequences are cut to this many tokens; None leaves them whole.
+        query_memory_gb: Each worker's budget for query gradients, in units of 10⁹ bytes; queries
+            that exceed it take more scans.
+        progress: Show progress on worker 0.
+        task: The task that the factors were fitted with; None for causal language modelling. Other
+            tasks' queries and training sequences are their examples.
+        allow_changes: Accept a model that differs from the fitted one outside the tracked modules,
+            with a warning.
+
+    Returns:
+        The scores, on the CPU; `model_differs` and `not_compared` say how the model compares with
+        the fitted one.
+
+    Raises:
+        UserError: If the caller can correct the cause; on every worker alike.
+    """
+    arguments = {**locals()}  # all of them, so that none can be forgotten here
+    for name in ("model", "factors", "queries", "train", "tokenizer", "candidates", "progress"):
+        del arguments[name]  # compared by content later, or without effect on scores
+    world = World.start()
+    model = unwrapped(model, world)
+    with world.agree():
+        config = ScoresConfig(
+            normalize=normalize,
+            top_k=top_k,
+            bottom_k=bottom_k,
+            per_token=per_token,
+            per_module=per_module,
+            per_layer=per_layer,
+            self_influence=self_influence,
+            rank=rank,
+            rescore=rescore,
+            candidates=None if candidates is None else list(candidates),
+            training_size=training_size,
+            query_memory_gb=query_memory_gb,
+        )
+        task = require_task(task)
+        arguments |= {"task": task.name, "the task's fingerprint": task_fingerprint(task)}
+    require_same_settings(world, arguments, "arguments")
+    with heartbeat(world, owns_process=False), world.agree(), torch.inference_mode(False):
+        name = "factors" if isinstance(factors, Factors) else str(factors)
+        if not isinstance(factors, Factors):
+            factors = load_factors(factors)
+        require_positive("batch_tokens", batch_tokens)
+        if max_tokens is not None:
+            require_positive("max_tokens", max_tokens)
+        damping_rule = Damping.of(damping, relative)
+        refuse_sharded(world, model)
+        require_fitted_task(name, factors, task)
+        query_set = queries_of(queries, tokenizer, model, task)
+        sequences = sequences_of(train, tokenizer, max_tokens, model, task)
+        scored = sequences.take(pick_candidates(sequences, read_candidates(config.candidates)))
+        advice = "give max_tokens={context}"
+        if not isinstance(task, CausalLM):
+            advice = "cut the examples to {context} or less"
+        comparison = check_model_and_sequences(
+            name, factors, model, scored, query_set, advice=advice, allow_changes=allow_changes
+        )
+        world = world.at(device_of(model))
+        context = scoring_context(model, factors, damping_rule, world, batch_tokens, progress, task)
+    require_same_inputs(context, scored, query_set, comparison)
+    if world.is_main:
+        comparison.warn()
+    watching = heartbeat(world, owns_process=False)
+    with watching, torch.inference_mode(False), prepared(model):
+        scores = compute_scores(context, query_set, scored, config)
+    scores.model_differs, scores.not_compared = comparison.differs, comparison.not_compared
+    return scores

@@ -14,6 +14,6 @@ export HF_HUB_DISABLE_TELEMETRY=1
 cd "$here/.."
 case " $* " in
   *" -m"* | *" -n"* | *" -s "* | *" --pdb "*) ;;
-  *) set -- -n 2 --dist loadfile "$@" ;;
+  *) set -- -n 2 --dist loadfile --no-loadscope-reorder "$@" ;;  # long files are in the middle
 esac
 exec .venv/bin/python -m pytest "$@"

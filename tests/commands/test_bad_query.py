@@ -683,7 +683,7 @@ CONFIGURATIONS = [
             ("damping.relative", "perhaps", "is perhaps; it must be true or false"),
             ("damping.modules", [0.1],
              r"is \[0.1\]; it must be a group of names, each with a number"),
-            ("damping.modules", {"*": "strong"}, "is strong; it must be a number"),
+            ("damping.modules", {"*": "strong"}, r"is \{.\*.: .strong.\}; it must be a group of names, each with a number"),
             ("batch_tokens", 10.5, "is 10.5; it must be a whole number"),
             ("data.max_tokens", "many", "is many; it must be a whole number or null"),
             ("factors", [1], r"is \[1\]; it must be text or null"),

@@ -219,7 +219,7 @@ def test_states_with_second_levels_are_added_to_a_rest_that_is_shared_out_anew(
         flush += 1
         assert killed_at(flush, store, monkeypatch)
     assert has_second_levels(store)
-    monkeypatch.setattr("ekfac_dist.fit.estimate.step_tokens", lambda *_: 8)
+    monkeypatch.setattr("ekfac_dist.fit.start.step_tokens", lambda *_: 8)
     began = []
     take_up = checkpoints._SavedState.complete
     monkeypatch.setattr(

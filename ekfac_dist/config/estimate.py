@@ -208,18 +208,22 @@ class PlanConfig(EstimateConfig):
                 require_positive(name, getattr(self, name))
         if self.gflops is not None and not 0 < self.gflops < math.inf:
             raise ConfigError(f"gflops is {self.gflops!r}; it must be a finite number above 0.")
-        self.memory_bytes  # noqa: B018 - refused now, if it is to be
+        self.memory_bytes  # noqa: B018 - raises if device_memory is wrong
 
     @property
     def memory_bytes(self) -> int | None:
-        """`device_memory` as a number."""
+        """`device_memory` as a number of bytes; None if it is not set.
+
+        Raises:
+            ConfigError: If it is no number with a unit.
+        """
         if self.device_memory is None:
             return None
-        found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?) *([kMGT]?)(i?)B?", self.device_memory.strip())
-        if not found or not float(found[1]):
+        size = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?) *([kMGT]?)(i?)B?", self.device_memory.strip())
+        if not size or not float(size[1]):
             raise ConfigError(
                 f"device_memory is {self.device_memory!r}; give a number above 0 and its unit, "
                 "such as 80GiB or 24GB."
             )
-        number, unit, binary = found.groups()
+        number, unit, binary = size.groups()
         return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(unit or " "))

@@ -47,11 +47,18 @@ class QueryModelConfig:
     allow_changes: bool = False
 
     def over(self, fitted: Mapping[str, Any]) -> ModelConfig:
-        """What is given, over what the factors were fitted with."""
-        fitted = {**fitted, "device_map": None}  # it is of the machine, not of the model
-        given = _given(self)
-        del given["allow_changes"]  # it is of the comparison, not of the model
-        model = _over(ModelConfig, fitted, given)
+        """The fitted model's configuration, with the fields that are set here in its place.
+
+        Args:
+            fitted: The configuration `model` in the factors' manifest.
+
+        Raises:
+            ConfigError: If no model is named, or the manifest has unknown fields.
+        """
+        fitted = {**fitted, "device_map": None}  # belongs to the machine, not to the model
+        own_fields = _set_fields(self)
+        del own_fields["allow_changes"]  # belongs to the comparison, not to the model
+        model = _over(ModelConfig, fitted, own_fields)
         require_given({"model.name": model.name})
         return model
 
@@ -82,24 +89,32 @@ class QueryDataConfig:
     max_sequences: int | None = None
 
     def over(self, fitted: Mapping[str, Any]) -> DataConfig:
-        """What is given, over what the factors were fitted on, or over the defaults."""
-        data = _over(DataConfig, fitted if self.source is None else {}, _given(self))
+        """The fitted data's configuration, or the defaults, with the fields that are set here.
+
+        Args:
+            fitted: The configuration `data` in the factors' manifest.
+
+        Raises:
+            ConfigError: If no source is named, or the manifest has unknown fields.
+        """
+        data = _over(DataConfig, fitted if self.source is None else {}, _set_fields(self))
         require_given({"data.source": data.source})
         data.source = os.path.expanduser(data.source or "")
         return data
 
 
-def _over(config_class: type[T], fitted: Mapping[str, Any], given: Mapping[str, Any]) -> T:
+def _over(config_class: type[T], fitted: Mapping[str, Any], own_fields: Mapping[str, Any]) -> T:
     unknown = [name for name in fitted if name not in field_types(config_class)]
     if unknown:
         raise ConfigError(
             f"The factors' manifest has a configuration with {', '.join(map(str, unknown))}, which "
             "this version does not know; use the version that fitted them, or fit them again."
         )
-    return config_class(**{**fitted, **given})
+    return config_class(**{**fitted, **own_fields})
 
 
-def _given(config: Any) -> dict[str, Any]:
+def _set_fields(config: Any) -> dict[str, Any]:
+    """The fields that are not null."""
     return {name: value for name, value in vars(config).items() if value is not None}
 
 

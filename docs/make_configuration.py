@@ -44,7 +44,8 @@ that a command would run with. A field without a default must be given.
 `configs/` has examples with comments: [gpt2.yaml](../configs/gpt2.yaml),
 [pythia-1.4b.yaml](../configs/pythia-1.4b.yaml), [llama-3-8b.yaml](../configs/llama-3-8b.yaml),
 [demo.yaml](../configs/demo.yaml), and [query.yaml](../configs/query.yaml) for queries. Those for
-GPT-2, Pythia and Llama state the memory and disk that the run takes.
+GPT-2, Pythia and Llama state the sizes of model, factors and store; `plan` adds what a step and an
+unfinished run take.
 
 ## Fields of estimate
 """
@@ -87,15 +88,15 @@ QUERY = """\
 QUERY_MODEL = """\
 ### Which model answers
 
-By default the one that the factors were fitted for. What is null is as it was then, but
+By default the one that the factors were fitted for. A null field takes the value of the fit, except
 `model.device_map`, which belongs to the machine.
 """
 
 QUERY_DATA = """\
 ### Which training sequences
 
-By default those that the factors were fitted on. Without `data.source`, what is null is as it was
-then; with it, what is null has its default of `estimate`.
+By default those that the factors were fitted on. Without `data.source` a null field takes the
+value of the fit; with it, the default that it has in `estimate`.
 """
 
 DAMPING = """\

@@ -126,8 +126,8 @@ class DampingConfig:
         value: λ of every module: a multiple of mean(Λ) of the module or, with relative false, λ
             itself.
         relative: Whether values are multiples of the module's mean(Λ).
-        modules: Other values for some modules, by name or glob; a name goes before globs, and the
-            first glob that matches before the others.
+        modules: Other values for some modules, by name or glob; an exact name wins over globs, and
+            of several matching globs the first.
     """
 
     value: float = 0.1

@@ -6,7 +6,7 @@ found by parsing each given field alone, never by reading jsonargparse's own mes
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
@@ -81,30 +81,41 @@ def parse_config(parser: ArgumentParser, config_class: type[T], arguments: list[
     return config_class(**{field.name: parsed[field.name] for field in fields})
 
 
-def parse(parser: ArgumentParser, arguments: list[str], types: Mapping[str, Any]) -> dict[str, Any]:
+def parse(
+    parser: ArgumentParser,
+    arguments: list[str],
+    types: Mapping[str, Any],
+    *,
+    positionals: Sequence[str] = (),
+    switches: Sequence[str] = (),
+) -> dict[str, Any]:
     """The values of a command's fields.
 
     Args:
         parser: The command's parser.
         arguments: What follows the command.
-        types: The type of each field, by its dotted name.
+        types: The type of each field that takes a value, by its dotted name.
+        positionals: Names of arguments that are given by their place.
+        switches: Names of options without a value.
 
     Raises:
         ConfigError: If a field is unknown, or a value is not what it can be.
     """
     options = _options(arguments)
+    known = [*types, *positionals, *switches]
     for name, _ in options:
-        if name.rstrip("+") not in (*types, "config", "help", "print_config"):
-            raise ConfigError(f"There is no option --{name}{nearest_name(name, types, '--')}")
+        if name.rstrip("+") not in (*known, "config", "help", "print_config"):
+            raise ConfigError(f"There is no option --{name}{nearest_name(name, known, '--')}")
     groups = {name.partition(".")[0] for name in types if "." in name}
     files = [file or "" for name, file in options if name == "config"]
     contents = {file: _content(file) for file in files}
     for file, content in contents.items():
-        _require_known_fields(file, content, types, groups)
+        _require_known_fields(file, content, known, groups)
     try:
         return vars(parser.instantiate(parser.parse_args(arguments)))
     except _UnparsableError as error:
-        for name, value, attempt in _attempts(parser, options, contents.values(), groups):
+        required = dict.fromkeys(positionals, "-")
+        for name, value, attempt in _attempts(parser, options, contents.values(), groups, required):
             if name in types and not _parses(attempt):
                 wanted = _type_in_words(types[name])
                 raise ConfigError(
@@ -172,17 +183,26 @@ def _attempts(
     options: Iterable[tuple[str, str | None]],
     contents: Iterable[Mapping[Any, Any]],
     groups: set[str],
+    required: Mapping[str, str],
 ) -> Iterator[tuple[str, Any, Callable[[], object]]]:
-    """Each field that was given, with its value and a function that parses it alone."""
+    """Each field that was given, with its value and a function that parses it alone.
+
+    Args:
+        parser: The command's parser.
+        options: Name and value of each option.
+        contents: The fields of each YAML file.
+        groups: Names of groups of fields.
+        required: A value for each argument that the parser requires.
+    """
     for content in contents:
         for name, value in dotted(content, is_group=groups.__contains__).items():
             nested: Any = value
             for key in reversed(name.split(".")):
                 nested = {key: nested}
-            yield name, value, partial(parser.parse_object, nested)
+            yield name, value, partial(parser.parse_object, {**required, **nested})
     for name, value in options:
         if name != "config" and value is not None:
-            yield name, value, partial(parser.parse_args, [f"--{name}={value}"])
+            yield name, value, partial(parser.parse_args, [*required.values(), f"--{name}={value}"])
 
 
 def _parses(attempt: Callable[[], object]) -> bool:

@@ -214,7 +214,9 @@ def inspect(arguments: list[str]) -> int:
     parser.add_argument(
         "--plot", type=str | None, default=None, help="Write spectra to a PNG file."
     )
-    values = parse(parser, arguments, {"store": str, "verify": bool, "plot": str | None})
+    values = parse(
+        parser, arguments, {"plot": str | None}, positionals=["store"], switches=["verify"]
+    )
     from ekfac_dist.report.inspection import inspect_store, plot_spectra, verify_store
 
     if values["verify"]:
@@ -235,7 +237,7 @@ def report(arguments: list[str]) -> int:
     parser.add_argument(
         "--output", type=str | None, default=None, help="The page; by default SCORES.html."
     )
-    values = parse(parser, arguments, {"scores": str, "output": str | None})
+    values = parse(parser, arguments, {"output": str | None}, positionals=["scores"])
     from ekfac_dist.report.page import write_report
 
     output = values["output"] or values["scores"].rstrip("/") + ".html"

@@ -4,7 +4,7 @@ Every field has one meaning, one default, and one help text, its docstring here.
 be meant raises `ConfigError`; types are checked by the command line's parser.
 """
 
-from ekfac_dist.config.checks import require_pass_settings, require_positive
+from ekfac_dist.config.checks import require_given, require_pass_settings, require_positive
 from ekfac_dist.config.estimate import (
     DataConfig,
     EstimateConfig,
@@ -42,6 +42,7 @@ __all__ = [
     "ScoresConfig",
     "dotted",
     "field_types",
+    "require_given",
     "require_pass_settings",
     "require_positive",
 ]

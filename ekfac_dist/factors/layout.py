@@ -11,7 +11,7 @@ The manifest lists each file with its size and SHA-256; `complete` is true only 
 in place.
 
 This module has the names and reads the manifest; `writer` and `reader` handle the files. None of
-the three knows the mathematics.
+the three computes anything but checksums.
 """
 
 import hashlib
@@ -27,6 +27,8 @@ FORMAT = "ekfac_dist/1"
 MANIFEST = "manifest.json"
 FOLDERS = ("covariance", "eigenbasis", "spectrum")
 STATE = "state"
+# What the Fisher is called, by where its labels come from.
+FISHER_NAMES = {"sampled": "true Fisher", "data": "empirical Fisher"}
 MANIFEST_KEYS = (
     "model",
     "data",
@@ -97,7 +99,3 @@ def manifest_checksum(manifest: Mapping[str, Any]) -> str:
     entries = {key: value for key, value in manifest.items() if key != CHECKSUM}
     text = json.dumps(entries, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-# The Fisher's name in the literature, by where labels come from.
-FISHER_NAMES = {"sampled": "true Fisher", "data": "empirical Fisher"}

@@ -74,7 +74,7 @@ class FactorSink(Protocol):
         """
 
     def content_sha256(self, files: Iterable[str]) -> str:
-        """SHA-256 over the contents of some stored files; "" on workers other than 0."""
+        """SHA-256 over the contents of some stored files; "" where there are no files to resume."""
 
     def read(self, file: str, key: str) -> Tensor:
         """One tensor of a stored file; on worker 0 only."""

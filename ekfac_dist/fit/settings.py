@@ -11,6 +11,7 @@ from ekfac_dist.config import (
     EstimateConfig,
     FactorsConfig,
     ModelConfig,
+    require_given,
     require_pass_settings,
 )
 
@@ -66,9 +67,11 @@ class FitSettings:
             output: Directory of the store; None if the factors stay in memory.
 
         Raises:
-            ConfigError: If a value is out of range.
+            ConfigError: If a value is out of range, or the output is an empty text.
         """
         require_pass_settings(batch_tokens, save_minutes)
+        if output is not None:
+            require_given({"output": output})
         recorded = {
             "model": dataclasses.asdict(model),
             "data": dataclasses.asdict(data),

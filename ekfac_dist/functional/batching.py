@@ -68,13 +68,8 @@ class Batching:
             raise ConfigError(f"in_dims is {in_dims!r}; its entries must be whole numbers or None.")
         return cls(dims, int(batch_size), max_iter)
 
-    @property
-    def cuts_nothing(self) -> bool:
-        """Whether no argument is cut, so that `func` is called once."""
-        return all(dim is None for dim in self.in_dims)
-
     def batches(self, x: Sequence[Any]) -> "Batches":
-        """Batching arguments into batches.
+        """Cuts arguments into batches.
 
         Args:
             x: The arguments of `func`.

@@ -131,7 +131,7 @@ class _Hooks:
         self._recorded: set[nn.Module] = set()
 
     def begin(self, block: nn.Module, args: Any) -> None:
-        if not self._keeps_pairs():
+        if not self._leaves_pairs_alone():
             self.cache.clear()
             self._recorded.clear()
 
@@ -140,7 +140,7 @@ class _Hooks:
         recording = self.cache.recording
         if recording is not None:
             output = recording.observe(module, inputs, output)
-        if self._keeps_pairs():
+        if self._leaves_pairs_alone():
             return output
         if module in self._recorded:  # a new forward that did not call the block as a whole
             self.begin(module, args)
@@ -150,7 +150,7 @@ class _Hooks:
             retain_or_clear(self.cache)
         return output
 
-    def _keeps_pairs(self) -> bool:
-        """Whether this forward is to keep the pairs of an earlier forward of the same call."""
+    def _leaves_pairs_alone(self) -> bool:
+        """Whether this forward records nothing, because an earlier one of the same call has."""
         pairs = self.cache.input_hidden_pairs
         return is_without_gradients(self.cache) and any(hidden.requires_grad for _, hidden in pairs)

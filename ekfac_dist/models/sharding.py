@@ -138,12 +138,9 @@ def gathered_bytes(model: nn.Module) -> int:
     gathered buffer and the parameters copied out of it). Before the first layer: the weights
     outside all layers twice.
     """
-    layer_bytes = [parameter_bytes(largest_layer) for largest_layer in layers(model).values()]
-    outside_bytes, largest_layer = (
-        parameter_bytes(model) - sum(layer_bytes),
-        max(layer_bytes, default=0),
-    )
-    return outside_bytes + max(outside_bytes, 3 * largest_layer)
+    layer_bytes = [parameter_bytes(layer) for layer in layers(model).values()]
+    outside_bytes = parameter_bytes(model) - sum(layer_bytes)
+    return outside_bytes + max(outside_bytes, 3 * max(layer_bytes, default=0))
 
 
 def parameter_bytes(model: nn.Module) -> int:

@@ -131,6 +131,10 @@ class _Run:
         self.watch = FiniteWatch(context.world.device, may_lag=not self._in_step)
         self.loss = torch.full((), state.loss, dtype=torch.float64, device=context.world.device)
         self.num_labels = state.num_labels
+        self._num_idle = 0  # steps that only other workers have batches for
+        if self._in_step:
+            num_steps = self._world.gather(len(state.batches))
+            self._num_idle = max(num_steps) - num_steps[self._world.rank]
 
     def all_steps(self, dtype: torch.dtype | None) -> None:
         """Runs every batch that is left; as many steps as other workers, if steps are collectives.
@@ -140,10 +144,6 @@ class _Run:
         """
         context, world = self._context, self._world
         progress = self._progress()
-        num_idle = 0
-        if self._in_step:
-            num_steps = world.gather(len(self.state.batches))
-            num_idle = max(num_steps) - num_steps[world.rank]
         with (
             agreeing(world, context.model, NonFiniteError, Preempted),
             Capture(
@@ -160,7 +160,7 @@ class _Run:
                     self.state.save(self.loss.item(), self.num_labels, ends=ends)
                 world.check_peers()
             self._require_finite(self.watch.last())
-            for _ in range(num_idle):
+            for _ in range(self._num_idle):
                 self._idle_step(capture)
 
     def _step(self, capture: Capture, indices: Sequence[int], batch: Batch) -> bool:

@@ -23,7 +23,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class DirectoryLock:
-    """The lock of a directory, held from its creation to `release` or the end of the process.
+    """The lock of a directory, held until `release`, or the end of this object or its process.
 
     Args:
         directory: An existing directory.
@@ -49,7 +49,7 @@ class DirectoryLock:
 
 
 def require_unlocked(directory: Path) -> None:
-    """Refuses a directory that another process has locked; changes nothing in it.
+    """Refuses a directory that another process has locked; leaves it as it is.
 
     Raises:
         OutputError: As of `DirectoryLock`.

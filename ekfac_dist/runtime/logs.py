@@ -22,14 +22,16 @@ def log_on_main(world: World, line: str) -> None:
 @contextmanager
 def printed() -> Iterator[None]:
     """Prints what is logged on standard output, a line each, control characters made visible."""
-    handler, level = _PrintingHandler(), LOGGER.level
+    handler, level, propagates = _PrintingHandler(), LOGGER.level, LOGGER.propagate
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False  # a root handler of another library would print each line again
     try:
         yield
     finally:
         LOGGER.removeHandler(handler)
         LOGGER.setLevel(level)
+        LOGGER.propagate = propagates
 
 
 class _PrintingHandler(logging.Handler):

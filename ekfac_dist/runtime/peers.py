@@ -134,9 +134,6 @@ class Peers:
             raise _lost(error) from error
 
 
-# What gloo says of a connection that ended, wherever it is met.
-
-
 def _lost(error: Exception) -> PeerError:
     # Gloo begins with a line of its own source and ends with advice on its logs.
     cause = re.sub(r"^\[\S+:\d+\] ", "", first_line(error)).partition(". ")[0]

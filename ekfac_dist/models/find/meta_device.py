@@ -27,7 +27,7 @@ from ekfac_dist.models.find.trace import Trace, few_tokens
 from ekfac_dist.models.load.pretrained import without_weights
 from ekfac_dist.models.modules import EXPERT, TrackedModule, linear_modules, only_input
 
-IMPLEMENTATION = "ekfac_dist_sketch"
+IMPLEMENTATION = "ekfac_dist_meta_device"
 
 
 @dataclass(frozen=True)

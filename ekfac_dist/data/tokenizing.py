@@ -31,21 +31,21 @@ _FEATURES = Features(
 )
 
 
-def require_offsets(tokenizer: Any, what: str) -> None:
+def require_offsets(tokenizer: Any, field: str) -> None:
     """Refuses a tokenizer that gives no character offsets of its tokens.
 
     Without them a prompt's tokens cannot be distinguished from those after it.
 
     Args:
         tokenizer: A `transformers` tokenizer.
-        what: What needs the offsets, for the error.
+        field: What needs the offsets, for the error.
 
     Raises:
         DataError: If the tokenizer gives no offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
-            f"{what} is given, but this model's tokenizer ({type(tokenizer).__name__}) does not "
+            f"{field} is given, but this model's tokenizer ({type(tokenizer).__name__}) does not "
             "tell where in the text its tokens begin; use a model with a fast tokenizer, or no "
             "prompt."
         )

@@ -177,7 +177,7 @@ class SavedCheckpoints(Checkpoints):
 
     def _summed_sequences(self, own_parts: Sequence[Part]) -> set[int]:
         """Indices of the sequences that are in the parts of all workers."""
-        indices = [part.numbers() for part in own_parts]
+        indices = [part.indices() for part in own_parts]
         return {n for of_worker in self._world.gather(indices) for part in of_worker for n in part}
 
 

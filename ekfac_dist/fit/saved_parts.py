@@ -113,7 +113,7 @@ class Part:
             if file != _NUMBERS:
                 yield from load_file(self.directory / file).items()
 
-    def numbers(self) -> list[int]:
+    def indices(self) -> list[int]:
         """Indices of the sequences that are in the sums."""
         return load_file(self.directory / _NUMBERS)["numbers"].tolist()
 
@@ -123,7 +123,7 @@ def write_part(
     identity: Identity,
     sums: Sums,
     loss: float,
-    numbers: Sequence[int],
+    indices: Sequence[int],
     *,
     steps: int,
     num_labels: int,
@@ -136,7 +136,7 @@ def write_part(
         identity: The run, generation and rank that they belong to.
         sums: The sums.
         loss: Σ −log p(label), in nats.
-        numbers: Indices of the sequences that are in them.
+        indices: Indices of the sequences that are in them.
         steps: Number of steps.
         num_labels: Number of labels.
         seconds: Time that they took.
@@ -153,7 +153,7 @@ def write_part(
         ) from error
     held = {**sums.state(), LOSS: torch.tensor(loss, dtype=torch.float64)}
     bundles = {f"{k}.safetensors": bundle for k, bundle in enumerate(_bundles(held))}
-    bundles[_NUMBERS] = {"numbers": torch.tensor(numbers, dtype=torch.int64)}
+    bundles[_NUMBERS] = {"numbers": torch.tensor(indices, dtype=torch.int64)}
     try:
         files = {
             file: write_listed(directory / file, safetensors_parts(bundle))

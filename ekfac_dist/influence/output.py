@@ -21,13 +21,13 @@ from ekfac_dist.influence.scores import Details, InfluenceScores, Listed
 from ekfac_dist.influence.token_texts import TokenTexts
 
 
-def write_answer(writer: ResultsWriter, answer: Answer, rows: Dataset) -> None:
+def write_answer(writer: ResultsWriter, answer: Answer, examples: Dataset) -> None:
     """Writes a complete directory of results.
 
     Args:
         writer: Writes the files.
         answer: The scores, and what they were computed from.
-        rows: The rows of the training data, for their texts.
+        examples: The examples of the training data, for their texts.
 
     Raises:
         OutputError: If a file cannot be written.
@@ -35,7 +35,7 @@ def write_answer(writer: ResultsWriter, answer: Answer, rows: Dataset) -> None:
     scores = answer.scores
     writer.lines(results.QUERIES, _lines_of_queries(answer))
     writer.tensors(results.SCORES, _score_tensors(scores))
-    texts = _SequenceTexts(answer, rows)
+    texts = _SequenceTexts(answer, examples)
     writer.lines(results.TOP, _lines_of_lists(scores, scores.top, texts))
     writer.lines(results.BOTTOM, _lines_of_lists(scores, scores.bottom, texts))
     if scores.details is not None:
@@ -121,20 +121,20 @@ class _SequenceTexts:
 
     Args:
         answer: The scores, and what they were computed from.
-        rows: The rows of the training data.
+        examples: The examples of the training data.
     """
 
-    def __init__(self, answer: Answer, rows: Dataset) -> None:
+    def __init__(self, answer: Answer, examples: Dataset) -> None:
         self._answer = answer
-        self._rows = rows
+        self._examples = examples
         self._tokens = TokenTexts(answer.tokenizer)
 
     def text(self, column: int) -> str:
         """Prompt and text together, as they were tokenised."""
         data, index = self._answer.data, int(self._answer.scored.indices[column])
-        row = self._rows[index]
-        prompt = (row[data.prompt] or "") if data.prompt is not None else ""
-        return f"{prompt}{row[data.text] or ''}"
+        example = self._examples[index]
+        prompt = (example[data.prompt] or "") if data.prompt is not None else ""
+        return f"{prompt}{example[data.text] or ''}"
 
     def line(self, column: int) -> dict[str, Any]:
         """The line of one sequence in the file of sequences."""

@@ -41,7 +41,7 @@ from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.capture.tasks import CAUSAL_LM
 from ekfac_dist.models.load.on_workers import load, refuse_sharded
 from ekfac_dist.models.load.pretrained import context_length, load_tokenizer
-from ekfac_dist.passes.sequences import load_with_rows
+from ekfac_dist.passes.sequences import load_with_examples
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.logs import log_on_main
 from ekfac_dist.runtime.processes import World
@@ -76,7 +76,7 @@ def run_query(config: QueryConfig, world: World) -> Answer:
         # Before the model is loaded, without its context: refuses queries with nothing to predict.
         tokenize_queries(texts, tokenizer, None)
     with _named_by(store, "data.source", data_config.source, config.data.source):
-        train, rows = load_with_rows(data_config, tokenizer, tokenizer_print, world)
+        train, examples = load_with_examples(data_config, tokenizer, tokenizer_print, world)
     with world.agree():
         columns = pick_candidates(train, candidates)
         list_lengths(config.scores, len(columns))
@@ -89,7 +89,7 @@ def run_query(config: QueryConfig, world: World) -> Answer:
         texts=texts,
         train=train,
         scored=scored,
-        rows=rows,
+        examples=examples,
         data=data_config,
         model=model_config,
         tokenizer=tokenizer,
@@ -103,7 +103,7 @@ class _Inputs:
 
     Attributes:
         texts: The queries' texts.
-        rows: The rows of the training data.
+        examples: The examples of the training data.
     """
 
     store: str
@@ -112,7 +112,7 @@ class _Inputs:
     texts: list[Query]
     train: Sequences
     scored: Sequences
-    rows: Dataset
+    examples: Dataset
     data: DataConfig
     model: ModelConfig
     tokenizer: Any
@@ -176,7 +176,7 @@ def _answer(config: QueryConfig, inputs: _Inputs, world: World, start: float) ->
                 workers=world.size,
                 seconds=time.perf_counter() - start,
             )
-            saved.finish(lambda writer: write_answer(writer, answer, inputs.rows))
+            saved.finish(lambda writer: write_answer(writer, answer, inputs.examples))
     return answer
 
 

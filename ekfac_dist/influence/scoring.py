@@ -213,8 +213,8 @@ class _Scoring:
             return
         line = f"goes on       {scanned} of {len(blocks)} blocks are scored"
         if follow:
-            what = "parts re-scored" if self.config.rescore else "in detail"
-            line += f", {followed} of {len(follow)} {what}"
+            passes = "parts re-scored" if self.config.rescore else "in detail"
+            line += f", {followed} of {len(follow)} {passes}"
         self._log(line)
 
     def _compute_block(self, block: Block, suffix: str) -> None:

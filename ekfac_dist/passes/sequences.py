@@ -29,13 +29,13 @@ def load_sequences(
     Raises:
         DataError: As of `open_source` and `tokenize`, on every worker.
     """
-    return load_with_rows(config, tokenizer, tokenizer_fingerprint, world)[0]
+    return load_with_examples(config, tokenizer, tokenizer_fingerprint, world)[0]
 
 
-def load_with_rows(
+def load_with_examples(
     config: DataConfig, tokenizer: Any, tokenizer_fingerprint: str, world: World
 ) -> tuple[Sequences, Dataset]:
-    """As `load_sequences`, with the rows of the source that the sequences were made of.
+    """As `load_sequences`, with the examples that the sequences were made of.
 
     Raises:
         DataError: As of `load_sequences`.
@@ -46,11 +46,11 @@ def load_with_rows(
             content = content_of(config)
 
     def load() -> tuple[Sequences, Dataset]:
-        rows = open_source(config, content)
-        shown = world.is_main
-        with Progress("tokenising", total=len(rows), unit="sequences", enabled=shown) as progress:
-            sequences = tokenize(rows, config, tokenizer, tokenizer_fingerprint, progress.update)
-        return sequences, rows
+        examples, shown = open_source(config, content), world.is_main
+        progress = Progress("tokenising", total=len(examples), unit="sequences", enabled=shown)
+        with progress:
+            update = progress.update
+            return tokenize(examples, config, tokenizer, tokenizer_fingerprint, update), examples
 
     return world.main_first(load)
 

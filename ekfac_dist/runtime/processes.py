@@ -202,11 +202,11 @@ class World(Collectives):
             raise raised
         raise raised from error
 
-    def require_same(self, what: str, value: object) -> None:
+    def require_same(self, noun: str, value: object) -> None:
         """Refuses, on every worker, a value that differs between workers.
 
         Args:
-            what: A noun for the value, in the plural, for the error.
+            noun: A noun for the value, in the plural, for the error.
             value: A value that can be pickled and compared. If it is a dictionary, the error names
                 the first field that differs.
 
@@ -218,7 +218,7 @@ class World(Collectives):
         with self.agree():
             if other is not None:
                 raise LaunchError(
-                    f"Worker {other} has other {what} than worker 0 "
+                    f"Worker {other} has other {noun} than worker 0 "
                     f"({_difference(values, other)}); every worker must be given the same."
                 )
 

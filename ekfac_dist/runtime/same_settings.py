@@ -19,7 +19,7 @@ PATHS = (
 
 
 def require_same_settings(
-    world: World, settings: Mapping[str, Any], what: str = "settings"
+    world: World, settings: Mapping[str, Any], noun: str = "settings"
 ) -> None:
     """Checks that all workers have the same settings and software, before they do any work.
 
@@ -27,7 +27,7 @@ def require_same_settings(
         world: The workers.
         settings: All settings that the run depends on, by name. Of those in `PATHS` only whether
             they are given is compared.
-        what: Name of the settings in the error.
+        noun: What the error calls the settings, in the plural.
 
     Raises:
         LaunchError: If they differ, on every worker; the first difference is named with both
@@ -35,7 +35,7 @@ def require_same_settings(
     """
     versions = software()
     world.require_same(
-        what,
+        noun,
         {
             **{name: _without_path(name, value) for name, value in settings.items()},
             "the launcher's fsdp_version": world.fsdp,

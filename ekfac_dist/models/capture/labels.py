@@ -8,7 +8,7 @@ A sampled label is the inverse CDF of the model's softmax at a uniform number th
 Philox generator keyed by seed and pass, whose counter starts at the index (Salmon et al. 2011).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -157,6 +157,89 @@ def _first_above(cdf: Tensor, threshold: Tensor) -> Tensor:
     return torch.searchsorted(cdf, threshold, right=True).clamp_(max=cdf.shape[-1] - 1)
 
 
+class LabelLosses:
+    """Losses of a batch's labels, and their gradient, for some labelled positions at a time.
+
+    Args:
+        labels: The data's labels [B] or [B, T], int64; −100 where there is none.
+        batch: The batch, on the labels' device.
+        rule: How labels are chosen.
+        num_classes: V.
+
+    Raises:
+        DataError: If a label is no class of the model, or a sequence has no label.
+        ModelError: If labels are not int64, one for each sequence or position.
+    """
+
+    def __init__(self, labels: Tensor, batch: Batch, rule: LabelRule, num_classes: int) -> None:
+        self._batch, self._targets = batch, labels.flatten()
+        self._labelled = _find_labels(labels, batch, num_classes)
+        self._uniform: Tensor | None = None
+        if rule.labels == "sampled":
+            on_host = torch.from_numpy(_uniforms_of_labels(self._labelled, batch, rule))
+            self._uniform = to_device(on_host, labels.device)
+        self._chosen: list[Tensor] = []
+        self._nats: list[Tensor] = []
+
+    @property
+    def num_labels(self) -> int:
+        """L, the number of labels."""
+        return len(self._labelled.flat)
+
+    def chunks(self, size: int) -> Iterator[tuple[range, slice | Tensor]]:
+        """Splits the labels, in the order of their positions.
+
+        Args:
+            size: Labels of a chunk; at least 1 is taken.
+
+        Yields:
+            (numbers of the labels, flat indices [n] of their positions); indices of contiguous
+            positions are a slice, which copies nothing.
+        """
+        for start in range(0, self.num_labels, max(1, size)):
+            end = min(start + max(1, size), self.num_labels)
+            yield range(start, end), _label_indices(self._labelled, start, end)
+
+    def differentiate(
+        self, numbers: range, places: slice | Tensor, scores_nV: Tensor, residual_nV: Tensor
+    ) -> None:
+        """Chooses the labels of a chunk, and computes their losses and softmax − onehot(label).
+
+        To be called once for each chunk, in order.
+
+        Args:
+            numbers: The chunk's labels.
+            places: Flat indices of their positions.
+            scores_nV: Their logits, float32 or float64.
+            residual_nV: Takes the gradient with respect to the logits, in their dtype.
+        """
+        torch.softmax(scores_nV, -1, out=residual_nV)
+        if self._uniform is None:
+            chosen = self._targets[places]
+        else:
+            chosen = inverse_cdf(residual_nV, self._uniform[numbers.start : numbers.stop])
+        chosen_elements = (torch.arange(len(numbers), device=scores_nV.device), chosen)
+        # −log p(label) through the likeliest class: its probability cannot vanish, the label's can.
+        likeliest = residual_nV.max(-1)
+        log_total = scores_nV.gather(-1, likeliest.indices[:, None]).squeeze(-1)
+        log_total = log_total.double() - likeliest.values.double().log()
+        self._nats.append(log_total - scores_nV[chosen_elements])
+        residual_nV[chosen_elements] -= 1
+        self._chosen.append(chosen)
+
+    def finished(self, gradient: Tensor, scale: float) -> LossGradient:
+        """The losses of all labels, with the gradient that was computed from them.
+
+        Args:
+            gradient: `scale` × the gradient of the summed losses, with respect to any tensor.
+            scale: A power of two.
+        """
+        nats = torch.cat(self._nats)
+        losses = nats.new_zeros(len(self._batch.indices))
+        losses.index_add_(0, self._labelled.sequences_on_device, nats)
+        return LossGradient(gradient, scale, losses, self.num_labels, torch.cat(self._chosen))
+
+
 def logit_gradient(logits: Tensor, labels: Tensor, batch: Batch, rule: LabelRule) -> LossGradient:
     """Chooses a batch's labels and differentiates its summed losses with respect to the logits.
 
@@ -171,45 +254,36 @@ def logit_gradient(logits: Tensor, labels: Tensor, batch: Batch, rule: LabelRule
         DataError: If a label is no class of the model, or a sequence has no label.
     """
     _check_logits(logits, labels, batch)
-    labelled = _find_labels(labels, batch, num_classes=logits.shape[-1])
-    flat_logits, targets = logits.detach().flatten(0, -2), labels.flatten()
-    uniform = None
-    if rule.labels == "sampled":
-        on_host = torch.from_numpy(_uniforms_of_labels(labelled, batch, rule))
-        uniform = to_device(on_host, logits.device)
-    scale = GRADIENT_SCALES.get(logits.dtype, 1.0)
-    wide_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    num_labels = len(labelled.flat)
-    all_labelled = num_labels == len(flat_logits)
+    losses = LabelLosses(labels, batch, rule, num_classes=logits.shape[-1])
+    flat_logits = logits.detach().flatten(0, -2)
+    all_labelled = losses.num_labels == len(flat_logits)
     gradient = torch.empty_like(flat_logits) if all_labelled else torch.zeros_like(flat_logits)
-    chosen_labels, losses = [], []
-    step = max(1, _CHUNK_ELEMENTS[logits.device.type == "cpu"] // flat_logits.shape[1])
-    for start in range(0, num_labels, step):
-        end = min(start + step, num_labels)
-        places = _label_indices(labelled, start, end)
-        scores = flat_logits[places].to(wide_dtype)
+    scale = GRADIENT_SCALES.get(logits.dtype, 1.0)
+    for numbers, places in losses.chunks(softmax_positions(flat_logits)):
         # Written in place where possible: most positions have a label, so this saves copies.
-        in_place = isinstance(places, slice) and gradient.dtype == wide_dtype
+        in_place = isinstance(places, slice) and gradient.dtype == wide_dtype(logits)
+        scores = flat_logits[places].to(wide_dtype(logits))
         residual = gradient[places] if in_place else torch.empty_like(scores)
-        torch.softmax(scores, -1, out=residual)
-        chosen = targets[places] if uniform is None else inverse_cdf(residual, uniform[start:end])
-        chosen_elements = (torch.arange(end - start, device=flat_logits.device), chosen)
-        # −log p(label) through the likeliest class: its probability cannot vanish, the label's can.
-        likeliest = residual.max(-1)
-        log_total = scores.gather(-1, likeliest.indices[:, None]).squeeze(-1)
-        log_total = log_total.double() - likeliest.values.double().log()
-        losses.append(log_total - scores[chosen_elements])
-        residual[chosen_elements] -= 1
+        losses.differentiate(numbers, places, scores, residual)
         if scale != 1.0:
             residual *= scale
         if not in_place:
             gradient[places] = residual.to(gradient.dtype)
-        chosen_labels.append(chosen)
-    nats = torch.cat(losses)
-    sequence_losses = nats.new_zeros(len(batch.indices))
-    sequence_losses.index_add_(0, labelled.sequences_on_device, nats)
-    gradient, chosen = gradient.view_as(logits), torch.cat(chosen_labels)
-    return LossGradient(gradient, scale, sequence_losses, num_labels, chosen)
+    return losses.finished(gradient.view_as(logits), scale)
+
+
+def wide_dtype(logits: Tensor) -> torch.dtype:
+    """The precision of softmax and losses: float64 for float64 logits, else float32."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def softmax_positions(logits: Tensor) -> int:
+    """Number of positions whose softmax is computed at a time.
+
+    Args:
+        logits: Logits [..., V].
+    """
+    return max(1, _CHUNK_ELEMENTS[logits.device.type == "cpu"] // logits.shape[-1])
 
 
 def _find_labels(labels: Tensor, batch: Batch, num_classes: int) -> LabelPlaces:

@@ -1,0 +1,319 @@
+"""The head of a causal language model, for some positions at a time: logits are never held whole.
+
+A causal language model is a body, whose output is a hidden state [H] at each position, and what
+follows: the head, a product with a matrix [V, H], and perhaps a scale or a soft cap. V is large, so
+the logits of a batch take more memory than all of its activations. Here the model runs once with
+the head at a single position; then what follows the body runs for a chunk of the labelled positions
+at a time, forward and backward, and only the gradient with respect to the hidden states is kept:
+
+    body ─> hidden states ─┬─ chunk 1 ─> head ─> softmax − onehot ─> its gradient ─┬─> backward
+                           └─ chunk 2 ─> …                                         ┘
+
+What follows the body is the model's own `forward`, called with the body replaced by something that
+gives the chunk's hidden states. That this computes the same is tried on the model at hand.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ekfac_dist.data.batches import Batch
+from ekfac_dist.errors import ModelError
+from ekfac_dist.models.capture.experts import fused_experts, listening
+from ekfac_dist.models.capture.labels import (
+    GRADIENT_SCALES,
+    LabelLosses,
+    LabelRule,
+    LossGradient,
+    softmax_positions,
+    wide_dtype,
+)
+from ekfac_dist.models.capture.packing import attending_within
+from ekfac_dist.models.capture.prepare import start_graph
+from ekfac_dist.models.capture.rotary import changing_embeddings, reset_frequencies
+from ekfac_dist.models.capture.tasks import CAUSAL_LM
+from ekfac_dist.models.modules import EXPERT, TrackedModule, is_quantised, linear_modules
+from ekfac_dist.models.sharding import forget_forward, is_sharded, reshard
+
+# Elements of the logits that are held at a time. The head's product is slow for few positions.
+_CHUNK_ELEMENTS = 2**24
+
+
+class ChunkedHead:
+    """Losses of a causal language model, with the head computed for a chunk of positions at a time.
+
+    Args:
+        model: A prepared model.
+        body: Name of the module whose output is the hidden states that the head reads.
+        chunk_elements: Elements of the logits that are held at a time.
+    """
+
+    def __init__(self, model: nn.Module, body: str, chunk_elements: int = _CHUNK_ELEMENTS) -> None:
+        self.body = body
+        self._model, self._chunk_elements = model, chunk_elements
+
+    def loss_gradient(self, batch: Batch, rule: LabelRule) -> tuple[Tensor, LossGradient]:
+        """Runs a batch.
+
+        Args:
+            batch: The batch, on the model's device.
+            rule: Where the labels come from.
+
+        Returns:
+            The hidden states [B, T, H], at which the backward starts, and the gradient of the
+            summed losses with respect to them.
+
+        Raises:
+            ModelError: If the body does not give one hidden state for each label.
+        """
+        labels = batch.inputs["labels"]
+        output, hidden, num_classes = self._run_body(batch)
+        if hidden.shape[:-1] != labels.shape:
+            raise ModelError(
+                f"{type(self._model).__name__} gave hidden states of shape {list(hidden.shape)} "
+                f"for labels of shape {list(labels.shape)}."
+            )
+        losses = LabelLosses(labels, batch, rule, num_classes)
+        flat_hidden = hidden.detach().flatten(0, -2)
+        flat_ids = batch.inputs["input_ids"].flatten()
+        flat_gradient = torch.zeros_like(flat_hidden)
+        scale = 1.0
+        for numbers, places in losses.chunks(self._chunk_elements // num_classes):
+            hidden_nH = flat_hidden[places].detach().requires_grad_()
+            logits_nV = self._logits(output, hidden_nH, flat_ids[places])
+            scale = GRADIENT_SCALES.get(logits_nV.dtype, 1.0)
+            residual_nV = _residual(losses, numbers, places, logits_nV.detach(), scale)
+            with torch.autocast(hidden.device.type, enabled=False):  # meant for forwards
+                (gradient_nH,) = torch.autograd.grad(logits_nV, hidden_nH, residual_nV)
+            flat_gradient[places] = gradient_nH
+        return hidden, losses.finished(flat_gradient.view_as(hidden), scale)
+
+    def logits(self, batch: Batch, places: Tensor) -> Tensor:
+        """Logits [n, V] at some positions of a batch, without a graph.
+
+        Args:
+            batch: The batch, on the model's device.
+            places: Flat indices of the positions [n].
+        """
+        output, hidden, _ = self._run_body(batch)
+        flat_hidden = hidden.detach().flatten(0, -2)
+        with torch.no_grad():
+            return self._logits(
+                output, flat_hidden[places], batch.inputs["input_ids"].flatten()[places]
+            )
+
+    def _run_body(self, batch: Batch) -> tuple[Any, Tensor, int]:
+        """The body's output, the hidden states in it, and the number of classes."""
+        outputs: list[Any] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> Any:
+            outputs.append(output)
+            return _with_hidden(output, _hidden_of(output)[:, :1])
+
+        handle = self._model.get_submodule(self.body).register_forward_hook(keep)
+        try:
+            inputs = {name: field for name, field in batch.inputs.items() if name != "labels"}
+            few_logits = self._model(**inputs, use_cache=False).logits
+        finally:
+            handle.remove()
+        if len(outputs) != 1:
+            raise ModelError(f"{self.body} was called {len(outputs)} times in one forward.")
+        return outputs[0], _hidden_of(outputs[0]), few_logits.shape[-1]
+
+    def _logits(self, output: Any, hidden_nH: Tensor, ids_n: Tensor) -> Tensor:
+        """What follows the body, for n positions: [n, V].
+
+        Args:
+            output: The body's output for the whole batch.
+            hidden_nH: Hidden states of the positions.
+            ids_n: Their tokens.
+        """
+        if is_sharded(self._model):
+            self._model.unshard()  # type: ignore[operator]  # head and last norm
+        with self._body_replaced(_with_hidden(output, hidden_nH[None])):
+            # `forward` itself: hooks around it belong to the forward of the whole batch.
+            result: Any = self._model.forward(input_ids=ids_n[None], use_cache=False)
+        return result.logits[0]
+
+    @contextmanager
+    def _body_replaced(self, output: Any) -> Iterator[None]:
+        """While it lasts, the body gives this output, whatever it is called with."""
+        container, _, name = self.body.rpartition(".")
+        children: Any = self._model.get_submodule(container)._modules
+        body = children[name]
+        children[name] = _Constant(body, output)
+        try:
+            yield
+        finally:
+            children[name] = body
+
+
+class _Constant(nn.Module):
+    """Stands for a module: has its attributes, and gives one output whatever it is called with."""
+
+    def __init__(self, original: nn.Module, output: Any) -> None:
+        super().__init__()
+        self.__dict__.update(_original=original, _output=output)  # no submodule
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_original"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The one output."""
+        return self._output
+
+
+def _residual(
+    losses: LabelLosses,
+    numbers: range,
+    places: slice | Tensor,
+    logits_nV: Tensor,
+    scale: float,
+) -> Tensor:
+    """`scale` × (softmax − onehot(label)) of a chunk's positions [n, V], in the logits' dtype."""
+    residual_nV = torch.empty_like(logits_nV)
+    step, wide = softmax_positions(logits_nV), wide_dtype(logits_nV)
+    for first in range(0, len(numbers), step):
+        part = slice(first, min(first + step, len(numbers)))
+        scores = logits_nV[part].to(wide)
+        in_place = residual_nV.dtype == wide
+        residual = residual_nV[part] if in_place else torch.empty_like(scores)
+        losses.differentiate(numbers[part], _part_of(places, part), scores, residual)
+        if scale != 1.0:
+            residual *= scale
+        if not in_place:
+            residual_nV[part] = residual.to(residual_nV.dtype)
+    return residual_nV
+
+
+def _part_of(places: slice | Tensor, part: slice) -> slice | Tensor:
+    """A part of flat indices."""
+    if isinstance(places, Tensor):
+        return places[part]
+    return slice(places.start + part.start, places.start + part.stop)
+
+
+def _hidden_of(output: Any) -> Tensor:
+    """The hidden states in a body's output."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    """A body's output with other hidden states."""
+    if isinstance(output, Tensor):
+        return hidden
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    return dataclasses.replace(output, last_hidden_state=hidden)
+
+
+# -- is it the same? -------------------------------------------------------------------------------
+
+# Relative change of the gradient's norm that rounding explains.
+_ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 0.03}
+
+
+def chunked_head(
+    model: nn.Module, modules: Sequence[TrackedModule], batch: Batch
+) -> ChunkedHead | None:
+    """A model's chunked head, if it gives the losses, and their gradient, of the whole logits.
+
+    Args:
+        model: A prepared model.
+        modules: The tracked modules; none of them may be part of what follows the body.
+        batch: Sequences to try it with, on the model's device.
+
+    Returns:
+        None if the model has no such body, or something else is computed between body and logits,
+        such as a hook of the caller's.
+    """
+    for body in _bodies(model):
+        names = [m.fused[0] if m.kind == EXPERT else m.name for m in modules]
+        if all(name.startswith(f"{body}.") for name in names) and _is_exact(model, body, batch):
+            return ChunkedHead(model, body)
+    return None
+
+
+def _bodies(model: nn.Module) -> list[str]:
+    """Names of modules whose output may be what the head reads; the outermost first."""
+    inner: Any = getattr(model, "get_base_model", lambda: model)()  # below adapters
+    head = getattr(inner, "get_output_embeddings", lambda: None)()
+    names = {module: name for name, module in model.named_modules()}
+    candidates = [getattr(inner, "base_model", None), getattr(inner, "get_decoder", lambda: None)()]
+    return [
+        names[body]
+        for body in dict.fromkeys(candidates)
+        if body in names and head is not None and head not in set(body.modules())
+    ]
+
+
+def _is_exact(model: nn.Module, body: str, batch: Batch) -> bool:
+    """Whether the head in chunks gives the losses, and their gradient, of the whole logits."""
+    rule = LabelRule("data", 0, 0)
+    try:
+        with _as_in_a_pass(model, batch):
+            expected, logits, whole = _whole_gradient(model, body, batch, rule)
+            few = max(1, whole.num_labels // 3) * logits.shape[-1]
+            _, chunked = ChunkedHead(model, body, chunk_elements=few).loss_gradient(batch, rule)
+    except torch.OutOfMemoryError:
+        raise  # a pass would run out of memory, too
+    except Exception:  # a model that fails so is not run so
+        forget_forward(model)
+        return False
+    rounding = _ROUNDING[logits.dtype]
+    if chunked.gradient.shape != expected.shape or chunked.scale != whole.scale:
+        return False
+    return all(
+        (one - other).norm() <= rounding * other.norm()
+        for one, other in (
+            (chunked.gradient.double(), expected.double()),
+            (chunked.losses, whole.losses),
+        )
+    )
+
+
+def _whole_gradient(
+    model: nn.Module, body: str, batch: Batch, rule: LabelRule
+) -> tuple[Tensor, Tensor, LossGradient]:
+    """The gradient with respect to the hidden states [B, T, H], by autograd from whole logits.
+
+    Returns:
+        The gradient, the logits, and the losses with their gradient with respect to the logits.
+    """
+    hidden: list[Tensor] = []
+
+    def start_at_hidden(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden.append(_hidden_of(output).detach().requires_grad_())
+        return _with_hidden(output, hidden[0])
+
+    handle = model.get_submodule(body).register_forward_hook(start_at_hidden)
+    try:
+        logits, result = CAUSAL_LM.loss_gradient(model, batch, rule)
+    finally:
+        handle.remove()
+    with torch.autocast(logits.device.type, enabled=False):
+        (gradient,) = torch.autograd.grad(logits, hidden, result.gradient)
+    return gradient, logits, result
+
+
+@contextmanager
+def _as_in_a_pass(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """While it lasts, the model computes as it does in a pass, without hooks on its modules."""
+    reset_frequencies(changing_embeddings(model))
+    experts = dict.fromkeys(fused_experts(model).values(), lambda routed: routed.outputs)
+    with ExitStack() as stack:
+        if any(map(is_quantised, linear_modules(model).values())):
+            # A forward without a graph may pack quantised weights for good.
+            for module in model.modules():
+                if isinstance(module, nn.Embedding):
+                    stack.callback(module.register_forward_hook(start_graph).remove)
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(listening(experts))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(attending_within(model, batch))
+        yield
+    reshard(model)

@@ -28,6 +28,7 @@ from ekfac_dist.passes.sequences import (
     check_sequences,
     exactly_batched,
     require_harmless_padding,
+    with_chunked_head,
 )
 from ekfac_dist.runtime.logs import log_on_main
 from ekfac_dist.runtime.processes import World
@@ -75,13 +76,14 @@ def checked_inputs(
             check_size(factor, largest, main_device)
     world.require_same("data, by fingerprint,", sequences.fingerprint)
     step = world.share(step_tokens(settings.batch_tokens, world.device))  # the same batches for all
+    pass_task = with_chunked_head(model, discovery.modules, sequences, task, world)
     return FitInputs(
         settings,
         model,
-        exactly_batched(model, sequences, task, world, step),
+        exactly_batched(model, sequences, pass_task, world, step),
         discovery,
         model_fingerprints(model, discovery.modules, world),
-        task,
+        pass_task,
         task_fingerprint(task),
         step,
     )

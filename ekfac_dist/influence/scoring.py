@@ -47,7 +47,7 @@ from ekfac_dist.influence.saved_blocks import (
 )
 from ekfac_dist.influence.scores import Details, InfluenceScores, Rescored
 from ekfac_dist.models.modules import layer_name
-from ekfac_dist.passes.sequences import exactly_batched, require_harmless_padding
+from ekfac_dist.passes.sequences import exactly_batched, require_harmless_padding, with_chunked_head
 from ekfac_dist.runtime.logs import log_on_main
 from ekfac_dist.runtime.memory import as_text
 
@@ -76,6 +76,8 @@ def compute_scores(
         require_harmless_padding(
             context.model, scored, context.task, context.world, context.batch_tokens
         )
+    task = with_chunked_head(context.model, context.modules, scored, context.task, context.world)
+    context = replace(context, task=task)
     scored = exactly_batched(
         context.model, scored, context.task, context.world, context.batch_tokens
     )

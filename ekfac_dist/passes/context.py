@@ -90,5 +90,5 @@ def measured_step(context: PassContext, modules: Sequence[TrackedModule]) -> Ste
         noting_saved_tensors(context.model) as saved,
         Capture(context.model, modules, NullObserver(), None, context.task) as capture,
     ):
-        gradient = capture.run(batch, rule).gradient
-    return StepMemory(saved.num_bytes, gradient.nbytes, gradient.dtype.itemsize)
+        result = capture.run(batch, rule)
+    return StepMemory(saved.num_bytes, result.logit_bytes, result.gradient.dtype.itemsize)

@@ -1,5 +1,6 @@
 """The sequences of a run: loaded on every worker, and batched so that batches change no result."""
 
+from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 from datasets import Dataset
@@ -7,18 +8,23 @@ from torch import nn
 
 from ekfac_dist.config import DataConfig
 from ekfac_dist.data.examples import Examples, TaskExamples
-from ekfac_dist.data.sequences import Sequences
+from ekfac_dist.data.sequences import Sequence, Sequences, collate
 from ekfac_dist.data.source import content_of, open_source
 from ekfac_dist.data.tokenizing import tokenize
 from ekfac_dist.errors import DataError, ModelError, UserError
 from ekfac_dist.models.capture.batch_checks import BatchChecks
+from ekfac_dist.models.capture.chunked_head import CausalLMInChunks, in_chunks
 from ekfac_dist.models.capture.padding_checks import require_unpadded_losses
 from ekfac_dist.models.capture.rotary import equal_lengths_above
 from ekfac_dist.models.capture.tasks import CausalLM, Task
 from ekfac_dist.models.load.pretrained import context_length
+from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.models.sharding import agreeing, class_of
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
+
+# Positions of a sequence that a chunked head is tried with.
+_TRIED_POSITIONS = 64
 
 
 def load_sequences(
@@ -81,6 +87,34 @@ def check_sequences(model: nn.Module, sequences: Examples, advice: str) -> None:
         )
 
 
+def with_chunked_head(
+    model: nn.Module,
+    modules: SequenceOf[TrackedModule],
+    sequences: Examples,
+    task: Task,
+    world: World,
+) -> Task:
+    """The task as passes compute it: with a chunked head where that is the same; a collective.
+
+    Args:
+        model: The prepared model.
+        modules: The tracked modules.
+        sequences: The sequences; the beginnings of two are tried.
+        task: What the model is asked, and what its loss is.
+        world: The workers.
+    """
+    if not isinstance(sequences, Sequences) or type(task) is not CausalLM:
+        return task
+    lengths = sequences.num_positions
+    shortest = sequences[int(lengths.argmin())].inputs[:_TRIED_POSITIONS]
+    # No longer ones: whether the model remembers those is tried by `exactly_batched`.
+    tried = [shortest, sequences[int(lengths.argmax())].inputs[: -(-len(shortest) // 2)]]
+    batch = collate([Sequence(k, ids, ids) for k, ids in enumerate(tried)]).to(world.device)
+    with agreeing(world, model):
+        chunked = in_chunks(model, modules, batch)
+    return chunked if all(world.gather(chunked is not None)) and chunked is not None else task
+
+
 def exactly_batched(
     model: nn.Module, sequences: Examples, task: Task, world: World, batch_tokens: int
 ) -> Examples:
@@ -98,11 +132,13 @@ def exactly_batched(
     Raises:
         ModelError: If a sequence's logits change beside, or after, a longer one.
     """
-    if not isinstance(sequences, Sequences) or type(task) is not CausalLM:
+    if not isinstance(sequences, Sequences) or not isinstance(task, CausalLM):
+        return sequences
+    if type(task) not in (CausalLM, CausalLMInChunks):
         return sequences
     sequences = sequences.batched_equal_above(equal_lengths_above(model))
     with agreeing(world, model, ModelError):
-        checks = BatchChecks(model, sequences, world.device, batch_tokens)
+        checks = BatchChecks(model, sequences, world.device, batch_tokens, task)
         checks.require_exact()
         can_pack = checks.can_pack()
     return sequences.packing() if all(world.gather(can_pack)) else sequences

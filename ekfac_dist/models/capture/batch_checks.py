@@ -28,7 +28,7 @@ from ekfac_dist.models.capture.experts import Routed, fused_experts, listening
 from ekfac_dist.models.capture.packing import attending_within, is_packable
 from ekfac_dist.models.capture.prepare import start_graph
 from ekfac_dist.models.capture.rotary import changing_embeddings, reset_frequencies
-from ekfac_dist.models.capture.tasks import CAUSAL_LM
+from ekfac_dist.models.capture.tasks import CAUSAL_LM, CausalLM
 from ekfac_dist.models.modules import is_quantised, linear_modules
 from ekfac_dist.models.sharding import class_of, forget_forward
 
@@ -52,13 +52,19 @@ class BatchChecks:
         sequences: All sequences of the data.
         device: The model's device.
         batch_tokens: Token budget of a batch.
+        task: How the passes compute logits.
     """
 
     def __init__(
-        self, model: nn.Module, sequences: Sequences, device: torch.device, batch_tokens: int
+        self,
+        model: nn.Module,
+        sequences: Sequences,
+        device: torch.device,
+        batch_tokens: int,
+        task: CausalLM = CAUSAL_LM,
     ) -> None:
         self._model, self._sequences, self._device = model, sequences, device
-        self._batch_tokens = batch_tokens
+        self._batch_tokens, self._task = batch_tokens, task
         lengths = sequences.num_positions
         self._shortest, self._longest = int(lengths.argmin()), int(lengths.argmax())
         self._longest_beside = _longest_beside_others(sequences, batch_tokens)
@@ -154,6 +160,10 @@ class BatchChecks:
             batch: The batch.
             which: Indices of the sequences in the batch.
         """
+        lengths, (_, width) = batch.grid("").lengths, batch.grid("").shape
+        spans = batch.packed or [width] * len(lengths)
+        starts = np.cumsum(spans) - spans
+        places = torch.cat([starts[k] + _end_positions(lengths[k]) for k in which])
         batch = batch.to(self._device)
         reset_frequencies(self._rotary)
         with (
@@ -162,15 +172,8 @@ class BatchChecks:
             torch.compiler.set_stance("force_eager"),
             attending_within(self._model, batch),
         ):
-            logits, _ = CAUSAL_LM.forward(self._model, batch.inputs)  # as in a pass
-        logits = logits.detach()
-        by_sequence = logits if batch.packed is None else logits[0].split(batch.packed)
-        lengths = batch.grid("").lengths
-        ends = []
-        for k in which:
-            own_logits = by_sequence[k][: lengths[k]]
-            ends += [own_logits[:_END_POSITIONS], own_logits[-_END_POSITIONS:]]
-        return torch.cat(ends).double()
+            logits = self._task.logits_at(self._model, batch, places.to(self._device))
+        return logits.detach().double()
 
     @contextmanager
     def _safe_grad_mode(self) -> Iterator[None]:
@@ -197,6 +200,12 @@ def _longest_beside_others(sequences: Sequences, batch_tokens: int) -> int | Non
         limit = min(limit, sequences.equal_above)
     candidates = np.flatnonzero((lengths <= limit) & (lengths > lengths.min()))
     return int(candidates[lengths[candidates].argmax()]) if candidates.size else None
+
+
+def _end_positions(length: int) -> Tensor:
+    """The first and the last positions of a sequence, of which a short one has some twice."""
+    few = min(_END_POSITIONS, length)
+    return torch.cat([torch.arange(few), torch.arange(length - few, length)])
 
 
 def _relative_difference(logits: Tensor, expected: Tensor) -> float:

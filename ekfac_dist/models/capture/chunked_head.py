@@ -35,7 +35,7 @@ from ekfac_dist.models.capture.labels import (
 from ekfac_dist.models.capture.packing import attending_within
 from ekfac_dist.models.capture.prepare import start_graph
 from ekfac_dist.models.capture.rotary import changing_embeddings, reset_frequencies
-from ekfac_dist.models.capture.tasks import CAUSAL_LM
+from ekfac_dist.models.capture.tasks import CAUSAL_LM, CausalLM
 from ekfac_dist.models.modules import EXPERT, TrackedModule, is_quantised, linear_modules
 from ekfac_dist.models.sharding import forget_forward, is_sharded, reshard
 
@@ -43,11 +43,11 @@ from ekfac_dist.models.sharding import forget_forward, is_sharded, reshard
 _CHUNK_ELEMENTS = 2**24
 
 
-class ChunkedHead:
-    """Losses of a causal language model, with the head computed for a chunk of positions at a time.
+class CausalLMInChunks(CausalLM):
+    """Causal language modelling with the head computed for a chunk of positions at a time.
 
     Args:
-        model: A prepared model.
+        model: The prepared model that the task is for.
         body: Name of the module whose output is the hidden states that the head reads.
         chunk_elements: Elements of the logits that are held at a time.
     """
@@ -56,10 +56,18 @@ class ChunkedHead:
         self.body = body
         self._model, self._chunk_elements = model, chunk_elements
 
-    def loss_gradient(self, batch: Batch, rule: LabelRule) -> tuple[Tensor, LossGradient]:
+    @property
+    def name(self) -> str:
+        """That of the task that it computes."""
+        return CAUSAL_LM.name
+
+    def loss_gradient(
+        self, model: nn.Module, batch: Batch, rule: LabelRule
+    ) -> tuple[Tensor, LossGradient]:
         """Runs a batch.
 
         Args:
+            model: The model.
             batch: The batch, on the model's device.
             rule: Where the labels come from.
 
@@ -81,30 +89,23 @@ class ChunkedHead:
         flat_hidden = hidden.detach().flatten(0, -2)
         flat_ids = batch.inputs["input_ids"].flatten()
         flat_gradient = torch.zeros_like(flat_hidden)
-        scale = 1.0
+        scale, logit_bytes = 1.0, 0
         for numbers, places in losses.chunks(self._chunk_elements // num_classes):
             hidden_nH = flat_hidden[places].detach().requires_grad_()
             logits_nV = self._logits(output, hidden_nH, flat_ids[places])
+            logit_bytes = max(logit_bytes, logits_nV.nbytes)
             scale = GRADIENT_SCALES.get(logits_nV.dtype, 1.0)
             residual_nV = _residual(losses, numbers, places, logits_nV.detach(), scale)
             with torch.autocast(hidden.device.type, enabled=False):  # meant for forwards
                 (gradient_nH,) = torch.autograd.grad(logits_nV, hidden_nH, residual_nV)
             flat_gradient[places] = gradient_nH
-        return hidden, losses.finished(flat_gradient.view_as(hidden), scale)
+        return hidden, losses.finished(flat_gradient.view_as(hidden), scale, logit_bytes)
 
-    def logits(self, batch: Batch, places: Tensor) -> Tensor:
-        """Logits [n, V] at some positions of a batch, without a graph.
-
-        Args:
-            batch: The batch, on the model's device.
-            places: Flat indices of the positions [n].
-        """
+    def logits_at(self, model: nn.Module, batch: Batch, places: Tensor) -> Tensor:
+        """Logits [n, V] at some positions of a batch; see `CausalLM.logits_at`."""
         output, hidden, _ = self._run_body(batch)
-        flat_hidden = hidden.detach().flatten(0, -2)
-        with torch.no_grad():
-            return self._logits(
-                output, flat_hidden[places], batch.inputs["input_ids"].flatten()[places]
-            )
+        ids = batch.inputs["input_ids"].flatten()[places]
+        return self._logits(output, hidden.detach().flatten(0, -2)[places], ids)
 
     def _run_body(self, batch: Batch) -> tuple[Any, Tensor, int]:
         """The body's output, the hidden states in it, and the number of classes."""
@@ -134,7 +135,8 @@ class ChunkedHead:
         """
         if is_sharded(self._model):
             self._model.unshard()  # type: ignore[operator]  # head and last norm
-        with self._body_replaced(_with_hidden(output, hidden_nH[None])):
+        not_noted = torch.autograd.graph.saved_tensors_hooks(_same, _same)  # freed with the chunk
+        with self._body_replaced(_with_hidden(output, hidden_nH[None])), not_noted:
             # `forward` itself: hooks around it belong to the forward of the whole batch.
             result: Any = self._model.forward(input_ids=ids_n[None], use_cache=False)
         return result.logits[0]
@@ -150,6 +152,10 @@ class ChunkedHead:
             yield
         finally:
             children[name] = body
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class _Constant(nn.Module):
@@ -217,10 +223,10 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
 _ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 0.03}
 
 
-def chunked_head(
+def in_chunks(
     model: nn.Module, modules: Sequence[TrackedModule], batch: Batch
-) -> ChunkedHead | None:
-    """A model's chunked head, if it gives the losses, and their gradient, of the whole logits.
+) -> CausalLMInChunks | None:
+    """The task with a chunked head, if that gives losses, and their gradient, of whole logits.
 
     Args:
         model: A prepared model.
@@ -234,7 +240,7 @@ def chunked_head(
     for body in _bodies(model):
         names = [m.fused[0] if m.kind == EXPERT else m.name for m in modules]
         if all(name.startswith(f"{body}.") for name in names) and _is_exact(model, body, batch):
-            return ChunkedHead(model, body)
+            return CausalLMInChunks(model, body)
     return None
 
 
@@ -242,12 +248,13 @@ def _bodies(model: nn.Module) -> list[str]:
     """Names of modules whose output may be what the head reads; the outermost first."""
     inner: Any = getattr(model, "get_base_model", lambda: model)()  # below adapters
     head = getattr(inner, "get_output_embeddings", lambda: None)()
-    names = {module: name for name, module in model.named_modules()}
+    if head is None:
+        return []
     candidates = [getattr(inner, "base_model", None), getattr(inner, "get_decoder", lambda: None)()]
     return [
-        names[body]
-        for body in dict.fromkeys(candidates)
-        if body in names and head is not None and head not in set(body.modules())
+        name
+        for name, module in model.named_modules()
+        if any(module is candidate for candidate in candidates) and head not in module.modules()
     ]
 
 
@@ -258,7 +265,7 @@ def _is_exact(model: nn.Module, body: str, batch: Batch) -> bool:
         with _as_in_a_pass(model, batch):
             expected, logits, whole = _whole_gradient(model, body, batch, rule)
             few = max(1, whole.num_labels // 3) * logits.shape[-1]
-            _, chunked = ChunkedHead(model, body, chunk_elements=few).loss_gradient(batch, rule)
+            _, chunked = CausalLMInChunks(model, body, few).loss_gradient(model, batch, rule)
     except torch.OutOfMemoryError:
         raise  # a pass would run out of memory, too
     except Exception:  # a model that fails so is not run so

@@ -50,13 +50,14 @@ class LossGradient:
     """Gradient of a batch's summed losses, with which the backward starts.
 
     Attributes:
-        gradient: `scale` × the gradient with respect to the logits, or to a `LossTask`'s losses, in
-            their dtype.
+        gradient: `scale` × the gradient with respect to the tensor at which the backward starts, in
+            its dtype: the logits, a chunked head's hidden states, or a `LossTask`'s losses.
         scale: A power of two; 1 except for float16.
         losses: Each sequence's loss in nats [B], float64.
         num_labels: Labels of the batch; a `LossTask` counts one per sequence.
         labels: The chosen labels [L], in the order of the labelled positions; None for a
             `LossTask`.
+        logit_bytes: Bytes of the logits that were held at a time; 0 for a `LossTask`.
     """
 
     gradient: Tensor
@@ -64,6 +65,7 @@ class LossGradient:
     losses: Tensor
     num_labels: int
     labels: Tensor | None = None
+    logit_bytes: int = 0
 
     @property
     def loss(self) -> Tensor:
@@ -227,17 +229,19 @@ class LabelLosses:
         residual_nV[chosen_elements] -= 1
         self._chosen.append(chosen)
 
-    def finished(self, gradient: Tensor, scale: float) -> LossGradient:
+    def finished(self, gradient: Tensor, scale: float, logit_bytes: int) -> LossGradient:
         """The losses of all labels, with the gradient that was computed from them.
 
         Args:
             gradient: `scale` × the gradient of the summed losses, with respect to any tensor.
             scale: A power of two.
+            logit_bytes: Bytes of the logits that were held at a time.
         """
         nats = torch.cat(self._nats)
         losses = nats.new_zeros(len(self._batch.indices))
         losses.index_add_(0, self._labelled.sequences_on_device, nats)
-        return LossGradient(gradient, scale, losses, self.num_labels, torch.cat(self._chosen))
+        chosen = torch.cat(self._chosen)
+        return LossGradient(gradient, scale, losses, self.num_labels, chosen, logit_bytes)
 
 
 def logit_gradient(logits: Tensor, labels: Tensor, batch: Batch, rule: LabelRule) -> LossGradient:
@@ -269,7 +273,7 @@ def logit_gradient(logits: Tensor, labels: Tensor, batch: Batch, rule: LabelRule
             residual *= scale
         if not in_place:
             gradient[places] = residual.to(gradient.dtype)
-    return losses.finished(gradient.view_as(logits), scale)
+    return losses.finished(gradient.view_as(logits), scale, logits.nbytes)
 
 
 def wide_dtype(logits: Tensor) -> torch.dtype:

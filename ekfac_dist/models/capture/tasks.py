@@ -196,6 +196,17 @@ class CausalLM(Task):
         output: Any = model(**inputs, use_cache=False)
         return output.logits, batch["labels"]
 
+    def logits_at(self, model: nn.Module, batch: Batch, places: Tensor) -> Tensor:
+        """Logits [n, V] at some positions of a batch.
+
+        Args:
+            model: The model.
+            batch: The batch, on the model's device.
+            places: Flat indices of the positions [n].
+        """
+        logits, _ = self.forward(model, batch.inputs)
+        return logits.detach().flatten(0, -2)[places]
+
 
 class MaskedLM(Task):
     """BERT's task: `labels` [T] holds the masked tokens, and −100 at all other positions.

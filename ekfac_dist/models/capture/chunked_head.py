@@ -237,15 +237,29 @@ def in_chunks(
         None if the model has no such body, or something else is computed between body and logits,
         such as a hook of the caller's.
     """
-    for body in _bodies(model):
-        names = [m.fused[0] if m.kind == EXPERT else m.name for m in modules]
-        if all(name.startswith(f"{body}.") for name in names) and _is_exact(model, body, batch):
+    for body in _bodies(model, modules):
+        if _is_exact(model, body, batch):
             return CausalLMInChunks(model, body)
     return None
 
 
-def _bodies(model: nn.Module) -> list[str]:
-    """Names of modules whose output may be what the head reads; the outermost first."""
+def logit_bytes(model: nn.Module, modules: Sequence[TrackedModule], logits: Tensor) -> int:
+    """Bytes of the logits that are held at a time, as far as the model's structure shows.
+
+    Args:
+        model: A model, which may be on the meta device.
+        modules: The tracked modules.
+        logits: Logits of a whole step.
+    """
+    chunk = max(_CHUNK_ELEMENTS, logits.shape[-1]) * logits.element_size()
+    return min(chunk, logits.nbytes) if _bodies(model, modules) else logits.nbytes
+
+
+def _bodies(model: nn.Module, modules: Sequence[TrackedModule]) -> list[str]:
+    """Names of modules whose output may be what the head reads; the outermost first.
+
+    All tracked modules are in each of them.
+    """
     inner: Any = getattr(model, "get_base_model", lambda: model)()  # below adapters
     head = getattr(inner, "get_output_embeddings", lambda: None)()
     if head is None:
@@ -254,7 +268,11 @@ def _bodies(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if any(module is candidate for candidate in candidates) and head not in module.modules()
+        if any(module is candidate for candidate in candidates)
+        and head not in module.modules()
+        and all(
+            (m.fused[0] if m.kind == EXPERT else m.name).startswith(f"{name}.") for m in modules
+        )
     ]
 
 

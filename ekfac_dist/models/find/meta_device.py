@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ekfac_dist.config import ModelConfig
 from ekfac_dist.errors import ModelError, first_line
+from ekfac_dist.models.capture.chunked_head import logit_bytes
 from ekfac_dist.models.capture.experts import experts_computed_by, fused_experts, matrices
 from ekfac_dist.models.capture.packing import attention_configs
 from ekfac_dist.models.capture.saved_tensors import StepMemory, noting_saved_tensors
@@ -141,7 +142,7 @@ def estimate_step(
         logits = _logits_by_shape(model, num_sequences, num_tokens)
     return StepEstimate(
         activation_bytes=saved.num_bytes,
-        logit_bytes=logits.nbytes,
+        logit_bytes=logit_bytes(model, modules, logits),
         itemsize=logits.dtype.itemsize,
         forward=counter.get_total_flops(),
         below=below,

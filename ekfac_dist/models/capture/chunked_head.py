@@ -14,12 +14,13 @@ gives the chunk's hidden states. That this computes the same is tried on the mod
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ekfac_dist.data.batches import Batch
 from ekfac_dist.errors import ModelError
@@ -133,44 +134,58 @@ class CausalLMInChunks(CausalLM):
             hidden_nH: Hidden states of the positions.
             ids_n: Their tokens.
         """
+        constant = _with_hidden(output, hidden_nH[None])
+        stand_ins = {self._model.get_submodule(self.body): lambda *args, **kwargs: constant}
         if is_sharded(self._model):
-            self._model.unshard()  # type: ignore[operator]  # head and last norm
+            head = output_embeddings(self._model)
+            for module in (self._model, head):
+                if isinstance(module, FSDPModule):
+                    module.unshard()
+            stand_ins[head] = head.forward  # hooks belong to the forward of the whole batch
         not_noted = torch.autograd.graph.saved_tensors_hooks(_same, _same)  # freed with the chunk
-        with self._body_replaced(_with_hidden(output, hidden_nH[None])), not_noted:
-            # `forward` itself: hooks around it belong to the forward of the whole batch.
+        with _replaced(self._model, stand_ins), not_noted:
+            # `forward` itself, for the same reason.
             result: Any = self._model.forward(input_ids=ids_n[None], use_cache=False)
         return result.logits[0]
 
-    @contextmanager
-    def _body_replaced(self, output: Any) -> Iterator[None]:
-        """While it lasts, the body gives this output, whatever it is called with."""
-        container, _, name = self.body.rpartition(".")
-        children: Any = self._model.get_submodule(container)._modules
-        body = children[name]
-        children[name] = _Constant(body, output)
-        try:
-            yield
-        finally:
-            children[name] = body
+
+@contextmanager
+def _replaced(
+    model: nn.Module, stand_ins: Mapping[nn.Module, Callable[..., Any]]
+) -> Iterator[None]:
+    """While it lasts, calling some of a model's modules calls other functions, without hooks."""
+    places = [
+        (container._modules, name, child)
+        for container in model.modules()
+        for name, child in container._modules.items()
+        if child is not None and child in stand_ins
+    ]
+    try:
+        for children, name, child in places:
+            children[name] = _StandIn(child, stand_ins[child])
+        yield
+    finally:
+        for children, name, child in places:
+            children[name] = child
 
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class _Constant(nn.Module):
-    """Stands for a module: has its attributes, and gives one output whatever it is called with."""
+class _StandIn(nn.Module):
+    """Has a module's attributes, and calls another function."""
 
-    def __init__(self, original: nn.Module, output: Any) -> None:
+    def __init__(self, original: nn.Module, function: Callable[..., Any]) -> None:
         super().__init__()
-        self.__dict__.update(_original=original, _output=output)  # no submodule
+        self.__dict__.update(_original=original, _function=function)  # no submodule
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_original"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The one output."""
-        return self._output
+        """Calls the function."""
+        return self._function(*args, **kwargs)
 
 
 def _residual(
@@ -243,6 +258,15 @@ def in_chunks(
     return None
 
 
+def output_embeddings(model: nn.Module) -> Any:
+    """The matrix [V, H] that is multiplied with hidden states; None if a model has none."""
+    return getattr(_without_adapters(model), "get_output_embeddings", lambda: None)()
+
+
+def _without_adapters(model: nn.Module) -> Any:
+    return getattr(model, "get_base_model", lambda: model)()
+
+
 def logit_bytes(model: nn.Module, modules: Sequence[TrackedModule], logits: Tensor) -> int:
     """Bytes of the logits that are held at a time, as far as the model's structure shows.
 
@@ -260,8 +284,7 @@ def _bodies(model: nn.Module, modules: Sequence[TrackedModule]) -> list[str]:
 
     All tracked modules are in each of them.
     """
-    inner: Any = getattr(model, "get_base_model", lambda: model)()  # below adapters
-    head = getattr(inner, "get_output_embeddings", lambda: None)()
+    inner, head = _without_adapters(model), output_embeddings(model)
     if head is None:
         return []
     candidates = [getattr(inner, "base_model", None), getattr(inner, "get_decoder", lambda: None)()]

@@ -27,8 +27,12 @@ class Positions(Protocol):
         """Captured positions of all sequences."""
 
     @property
-    def real(self) -> Tensor | None:
-        """Indices of these in the captured tensor; None: they are all of its positions."""
+    def are_copies(self) -> bool:
+        """Whether captured tensors are copies; else they share memory with the model's."""
+
+    @property
+    def sender(self) -> int:
+        """The worker that captured them, by its place among those that exchange rows."""
 
 
 class CapturedPositions(Positions, Protocol):
@@ -61,6 +65,7 @@ class Grid:
     shape: tuple[int, int]
     real: Tensor | None
     offsets: np.ndarray | None = None
+    sender = 0
 
     @classmethod
     def of(
@@ -82,6 +87,11 @@ class Grid:
             starts = zip(before.tolist(), lengths, strict=True)
             offsets = np.concatenate([np.arange(start, start + n) for start, n in starts])
         return cls(tuple(indices), lengths, (mask.shape[0], mask.shape[1]), real, offsets)
+
+    @property
+    def are_copies(self) -> bool:
+        """Whether captured tensors are copies: where some positions are left out."""
+        return self.real is not None
 
     @property
     def num_positions(self) -> int:
@@ -140,6 +150,8 @@ class RoutedPositions:
     lengths: tuple[int, ...]
     real: Tensor
     offsets: np.ndarray
+    sender = 0
+    are_copies = True
 
     @property
     def num_positions(self) -> int:

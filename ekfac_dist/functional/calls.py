@@ -37,6 +37,12 @@ class BatchPositions:
 
     lengths: tuple[int, ...]
     real: Tensor | None
+    sender = 0
+
+    @property
+    def are_copies(self) -> bool:
+        """Whether captured tensors are copies."""
+        return self.real is not None
 
     @property
     def num_positions(self) -> int:

@@ -93,14 +93,20 @@ class Collectives(Peers):
                 time.sleep(min(longest, max(shortest, (now - start) / 20)))
                 arrived = store.add(arrivals.key, 0)
 
-    def gather(self, value: T) -> list[T]:
-        """Every worker's `value`, in rank order, on every worker."""
+    def gather(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+        """Every worker's `value`, in rank order, on every worker.
+
+        Args:
+            value: An object that can be pickled.
+            group: Some of the workers, which are in step; None: all, whoever is early waits.
+        """
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
-        self.wait_for_all()
+        values: list[Any] = [None] * dist.get_world_size(group)
+        if group is None:
+            self.wait_for_all()
         with self._collective():
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group)
         # gloo's thread frees what it sent only now, and needs the interpreter for it; a script that
         # ended this very moment would be aborted (torch 2.13).
         time.sleep(GLOO_SECONDS if self.backend == "gloo" else 0)
@@ -124,13 +130,16 @@ class Collectives(Peers):
                 dist.broadcast(tensor, src=source)
         return tensor
 
-    def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces each tensor in place by its sum over all workers.
+    def all_reduce_(
+        self, tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None
+    ) -> None:
+        """Replaces each tensor in place by its sum over all workers, or those of a group.
 
         Small tensors travel together in buckets of one dtype; large ones travel as they are.
 
         Args:
             tensors: Contiguous tensors of any shapes and dtypes, the same on every worker.
+            group: Some of the workers, each in one such group; None: all.
         """
         if self.size == 1:
             return
@@ -139,12 +148,41 @@ class Collectives(Peers):
             alone = len(bucket) == 1
             flat = bucket[0] if alone else torch.cat([t.reshape(-1) for t in bucket])
             with self._collective():
-                dist.all_reduce(flat)
+                dist.all_reduce(flat, group=group)
             if alone:
                 continue
             parts = flat.split([t.numel() for t in bucket])
             for tensor, part in zip(bucket, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
+
+    def all_to_all(
+        self,
+        arriving: Tensor,
+        leaving: Tensor,
+        arriving_sizes: Sequence[int],
+        leaving_sizes: Sequence[int],
+        group: dist.ProcessGroup | None,
+    ) -> dist.Work:
+        """Begins to send parts of a tensor to each worker of a group, and to receive theirs.
+
+        Args:
+            arriving: Takes what the others send; not to be read before `wait`.
+            leaving: What is sent; not to be changed before `wait`.
+            arriving_sizes: Elements from each worker, in rank order.
+            leaving_sizes: Elements for each worker.
+            group: The workers, which are in step.
+        """
+        with self._collective():
+            work = dist.all_to_all_single(
+                arriving, leaving, list(arriving_sizes), list(leaving_sizes), group, async_op=True
+            )
+        assert work is not None
+        return work
+
+    def wait(self, work: dist.Work) -> None:
+        """Waits for the end of what was begun."""
+        with self._collective():
+            work.wait()
 
     def barrier(self) -> None:
         """Waits until every worker is here."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ekfac_dist.data.batches import Batch, CapturedPositions, Grid
+from ekfac_dist.data.batches import Batch, Grid, RoutedPositions
 from ekfac_dist.errors import ModelError
 from ekfac_dist.models.capture.expert_lists import in_expert_list, picked_positions
 from ekfac_dist.models.capture.experts import Listener, Routed, fused_experts, listening
@@ -203,7 +203,9 @@ class Capture:
             if module.name in missing:
                 raise ModelError(f"Module {module.name} {fault}. Leave it out with model.modules.")
 
-    def _positions(self, module: TrackedModule, tensor: Tensor, grid: Grid) -> CapturedPositions:
+    def _positions(
+        self, module: TrackedModule, tensor: Tensor, grid: Grid
+    ) -> Grid | RoutedPositions:
         """The positions of a module's input: all of the batch's, or those routed to an expert."""
         if module.name not in self._in_lists:
             return grid
@@ -232,7 +234,11 @@ class Capture:
         return routed.outputs if output is None else output
 
     def _on_forward(
-        self, module: TrackedModule, tensor: Tensor, output: Tensor, positions: CapturedPositions
+        self,
+        module: TrackedModule,
+        tensor: Tensor,
+        output: Tensor,
+        positions: Grid | RoutedPositions,
     ) -> Tensor | None:
         """Observes the input, hooks the output; gives the output to go on with (None: as it is)."""
         if self._in_forward:
@@ -253,7 +259,7 @@ class Capture:
         return output
 
     def _observe_input(
-        self, module: TrackedModule, tensor: Tensor, positions: CapturedPositions
+        self, module: TrackedModule, tensor: Tensor, positions: Grid | RoutedPositions
     ) -> None:
         if module.name in self._with_input:
             raise ModelError(
@@ -278,7 +284,7 @@ class Capture:
 
     @torch.no_grad()
     def _observe_gradient(
-        self, module: TrackedModule, gradient: Tensor, positions: CapturedPositions
+        self, module: TrackedModule, gradient: Tensor, positions: Grid | RoutedPositions
     ) -> None:
         if module.name in self._with_gradient:
             raise ModelError(f"Module {module.name} received two gradients in one backward.")
@@ -295,7 +301,7 @@ class Capture:
         side: str,
         tensor: Tensor,
         size: int,
-        positions: CapturedPositions,
+        positions: Grid | RoutedPositions,
     ) -> Tensor:
         """A module's input or output-gradient at counted positions [M, size]."""
         rows = tensor.reshape(-1, size)

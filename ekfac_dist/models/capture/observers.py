@@ -73,23 +73,28 @@ class SharedInputs(Generic[T]):
 
     def __init__(self, modules: Iterable[TrackedModule]) -> None:
         self._num_readers = Counter(module.input for module in modules)
-        self._num_left: dict[str, int] = {}
-        self._values: dict[str, T] = {}
+        self._num_left: dict[tuple[str, int], int] = {}
+        self._values: dict[tuple[str, int], T] = {}
 
     def __contains__(self, module: TrackedModule) -> bool:
-        return module.input in self._values
+        return (module.input, 0) in self._values
 
-    def put(self, module: TrackedModule, value: T) -> None:
-        """Holds the value of a module's input for all modules that read it."""
-        self._values[module.input] = value
-        self._num_left[module.input] = self._num_readers[module.input]
+    def put(self, module: TrackedModule, value: T, sender: int = 0) -> None:
+        """Holds the value of a module's input for all modules that read it.
 
-    def take(self, module: TrackedModule) -> T:
+        Args:
+            module: The module.
+            value: The value.
+            sender: The worker whose input it belongs to.
+        """
+        self._values[module.input, sender] = value
+        self._num_left[module.input, sender] = self._num_readers[module.input]
+
+    def take(self, module: TrackedModule, sender: int = 0) -> T:
         """The value of a module's input; it is dropped when its last reader takes it."""
-        self._num_left[module.input] -= 1
-        if self._num_left[module.input]:
-            return self._values[module.input]
-        return self._values.pop(module.input)
+        key = (module.input, sender)
+        self._num_left[key] -= 1
+        return self._values[key] if self._num_left[key] else self._values.pop(key)
 
     def clear(self) -> None:
         """Drops all values."""
@@ -132,13 +137,15 @@ class PairObserver(ABC, Generic[P]):
 
     def on_input(self, module: TrackedModule, acts_Mi: Tensor, positions: P) -> None:
         """Prepares an input and holds it; see `Observer.on_input`."""
-        self._inputs.put(module, self.prepare_input(module, acts_Mi, positions))
+        value = self.prepare_input(module, acts_Mi, positions)
+        self._inputs.put(module, value, positions.sender)
 
     def on_gradient(self, module: TrackedModule, grads_MO: Tensor, positions: P) -> None:
         """Pairs a gradient with its input; see `Observer.on_gradient`."""
-        self.on_pair(module, self._inputs.take(module), grads_MO, positions)
+        acts = self._inputs.take(module, positions.sender)
+        self.on_pair(module, acts, grads_MO, positions)
 
 
 def owned(acts_Mi: Tensor, positions: Positions) -> Tensor:
     """An input that the model cannot write to any more: a copy, unless it is one already."""
-    return acts_Mi if positions.real is not None else acts_Mi.clone()
+    return acts_Mi if positions.are_copies else acts_Mi.clone()

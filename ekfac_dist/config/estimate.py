@@ -111,6 +111,8 @@ class FactorsConfig:
         refit: Kind of Λ: per_sequence; per_token (faster, approximate); or none (K-FAC).
         accumulate: Precision of every running sum, float32 or float64.
         eigen: Who decomposes factors: worker 0 alone, or every worker a share (sharded).
+        shard: Among how many workers one copy of the factors is shared out; each holds some, and
+            inputs and gradients travel to them; auto: 1.
         partitions: Groups of modules, with a pair of passes over the data each: more of them take
             less memory and more time; auto: the fewest that fit into memory.
         blocks: Diagonal blocks of each factor, for very large dimensions; 1: factors are whole.
@@ -122,6 +124,7 @@ class FactorsConfig:
     refit: Refit = "per_sequence"
     accumulate: Literal["float32", "float64"] = "float32"
     eigen: Literal["rank0", "sharded"] = "rank0"
+    shard: int | Literal["auto"] = "auto"
     partitions: int | Literal["auto"] = "auto"
     blocks: int = 1
     keep_covariance: bool = True
@@ -136,6 +139,8 @@ class FactorsConfig:
             raise ConfigError(f"factors.seed is {self.seed}; it must be from 0 to 2^63 - 1.")
         if self.partitions != "auto":
             require_positive("factors.partitions", self.partitions)
+        if self.shard != "auto":
+            require_positive("factors.shard", self.shard)
         require_choice("factors.eigen", self.eigen, ("rank0", "sharded"))
         require_positive("factors.blocks", self.blocks)
 

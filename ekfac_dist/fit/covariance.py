@@ -45,6 +45,7 @@ class CovarianceSums(long_sums.LongSums):
             for name, size in factor_sizes(modules).items()
         }
         self.counts = dict.fromkeys(self.sums, 0)
+        self._zero = torch.zeros((), dtype=torch.float64, device=device)
         self._with_bias = {module.input for module in modules if module.bias}
         super().__init__(self.sums, dtype)
 
@@ -95,7 +96,7 @@ class CovarianceSums(long_sums.LongSums):
     def health(self) -> Tensor:
         """Σ of all diagonals, a float64 scalar: finite exactly as long as every sum is."""
         traces = [s.diagonal().sum(dtype=torch.float64) for s in self._blocks()]
-        return torch.stack(traces).sum()
+        return torch.stack([self._zero, *traces]).sum()
 
     def reduce(self, world: World) -> None:
         """Replaces sums and counts by those over all workers, and completes the sums."""

@@ -14,11 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ekfac_dist.curvature.blocks import block_sizes
 from ekfac_dist.curvature.eigenbasis import decompose, header_of, workspace_bytes
 from ekfac_dist.data.batch_plan import assign_batches
 from ekfac_dist.factors.layout import block_keys, covariance_file, eigenbasis_file
 from ekfac_dist.factors.sinks import FactorSink
 from ekfac_dist.fit.covariance import CovarianceSums
+from ekfac_dist.models.modules import TrackedModule, factor_sizes
+from ekfac_dist.passes.context import PassContext
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.memory import available_bytes
 from ekfac_dist.runtime.processes import World
@@ -42,29 +45,31 @@ class Basis:
 def run_eigenbasis(
     name: str,
     covariance: CovarianceSums,
-    world: World,
+    modules: Sequence[TrackedModule],
+    context: PassContext,
     sink: FactorSink,
     *,
     sharded: bool,
     keep_covariance: bool,
-    show_progress: bool,
+    num_blocks: int,
 ) -> tuple[dict[str, Basis], float]:
-    """Decomposes every factor that is not in the store yet, stores it, and sends it to all workers.
+    """Decomposes every factor that is not in the store yet, stores it, and sends it to its holders.
 
     Eigenvectors take the place of the sums, in their memory.
 
     Args:
         name: What the stage is called in progress.
-        covariance: The reduced sums; empty afterwards.
-        world: The workers.
+        covariance: The reduced sums that this worker holds; empty afterwards.
+        modules: The modules of the group, in model order.
+        context: The workers, and who holds which factors.
         sink: Where the factors are written, by worker 0.
         sharded: Whether every worker decomposes its share of the factors; else worker 0 all.
         keep_covariance: Whether raw sums stay in the store; else each is removed when its factor is
             decomposed.
-        show_progress: Whether worker 0 shows progress.
+        num_blocks: Number of blocks of each factor.
 
     Returns:
-        The basis of each factor by name, and the seconds of the stage.
+        The basis of each factor that this worker holds, by name, and the seconds of the stage.
 
     Raises:
         DecompositionError: If no attempt could decompose a factor; on every worker.
@@ -73,79 +78,155 @@ def run_eigenbasis(
         Preempted: If SIGTERM has come; what is decomposed is stored.
     """
     start = time.perf_counter()
-    costs = {f: sum(len(b) ** 3 for b in blocks) for f, blocks in covariance.sums.items()}
-    stored = [factor for factor in costs if eigenbasis_file(factor) in sink.stored.files]
-    bases = {factor: _stored_basis(factor, covariance, world, sink) for factor in stored}
-    with world.agree(takes_part=world.is_main):
-        for factor in () if keep_covariance else stored:
-            sink.remove(covariance_file(factor))  # the run may have ended just before that
-    left = {factor: cost for factor, cost in costs.items() if factor not in bases}
-    progress = Progress(
-        name,
-        total=sum(left.values()),
-        unit="n³",
-        enabled=show_progress and world.is_main,
-        show_rate=False,
-    )
-    with progress:
-        largest = max((len(b) for factor in left for b in covariance.sums[factor]), default=0)
-        for decomposed in _rounds(left, largest, world, sharded=sharded):
-            bases |= _one_round(decomposed, covariance, world, sink, keep_covariance)
-            progress.update(sum(left[factor] for factor in decomposed.values()))
+    run = _Decompositions(covariance, modules, context, sink, keep_covariance, num_blocks)
+    bases = run.all(name, sharded=sharded)
     covariance.sums.clear()
-    return {factor: bases[factor] for factor in costs}, time.perf_counter() - start
+    return bases, time.perf_counter() - start
 
 
-def _stored_basis(factor: str, covariance: CovarianceSums, world: World, sink: FactorSink) -> Basis:
-    """A basis that an earlier start of the run stored, sent by worker 0 to all."""
-    blocks, file = covariance.sums[factor], eigenbasis_file(factor)
-    values = _values_of(blocks, world)
-    with world.agree(takes_part=world.is_main):
-        if world.is_main:
-            for key, block in zip(block_keys("eigenvectors", len(blocks)), blocks, strict=True):
-                block.copy_(sink.read(file, key))
-            keys = block_keys("eigenvalues", len(blocks))
-            values.copy_(torch.cat([sink.read(file, key) for key in keys]))
-    return _sent(blocks, values, 0, world)
+class _Decompositions:
+    """The decompositions of a group's factors; arguments as of `run_eigenbasis`."""
 
+    def __init__(
+        self,
+        covariance: CovarianceSums,
+        modules: Sequence[TrackedModule],
+        context: PassContext,
+        sink: FactorSink,
+        keep_covariance: bool,
+        num_blocks: int,
+    ) -> None:
+        self._covariance, self._sink, self._keep_covariance = covariance, sink, keep_covariance
+        self._world, self._holders = context.world, context.summed_over
+        self._show_progress = context.show_progress
+        self._sizes = {
+            factor: block_sizes(size, num_blocks) for factor, size in factor_sizes(modules).items()
+        }
+        self._shard = 1 if context.owners is None else context.owners.shard
+        self._places = dict.fromkeys(self._sizes, 0)  # of each factor's owner
+        if context.owners is not None:
+            for module in modules:
+                place = context.owners.places[module.input]
+                self._places |= {module.input: place, module.output: place}
 
-def _one_round(
-    decomposed: Mapping[int, str],
-    covariance: CovarianceSums,
-    world: World,
-    sink: FactorSink,
-    keep_covariance: bool,
-) -> dict[str, Basis]:
-    """Decomposes one factor a worker at most, stores the bases, and sends them to all.
-
-    Args:
-        decomposed: The factor of each worker that takes part, by rank.
-        covariance: The reduced sums.
-        world: The workers.
-        sink: Where the factors are written.
-        keep_covariance: Whether raw sums stay in the store.
-    """
-    header: dict[str, str] = {}
-    own = decomposed.get(world.rank)
-    own_values = torch.empty(0)
-    with world.agree(takes_part=own is not None):
-        preemption.end_if_requested()
-        if own is not None:
-            own_values, header = _decompose(own, covariance, world)
-    headers, bases = world.gather(header), {}
-    for owner, factor in decomposed.items():
-        blocks = covariance.sums[factor]
-        values = own_values if owner == world.rank else _values_of(blocks, world)
-        basis = bases[factor] = _sent(blocks, values, owner, world)
-        sizes, number = [len(block) for block in blocks], len(blocks)
+    def all(self, name: str, *, sharded: bool) -> dict[str, Basis]:
+        """The basis of each factor that this worker holds."""
+        world, sink = self._world, self._sink
+        costs = {factor: sum(n**3 for n in sizes) for factor, sizes in self._sizes.items()}
+        stored = [factor for factor in costs if eigenbasis_file(factor) in sink.stored.files]
+        bases: dict[str, Basis] = {}
+        for factor in stored:
+            bases |= self._stored(factor)
         with world.agree(takes_part=world.is_main):
-            tensors = dict(zip(block_keys("eigenvectors", number), blocks, strict=True))
-            parts = basis.eigenvalues.split(sizes)
-            tensors |= zip(block_keys("eigenvalues", number), parts, strict=True)
-            sink.write(eigenbasis_file(factor), tensors, headers[owner])
-            if not keep_covariance:
-                sink.remove(covariance_file(factor))
-    return bases
+            for factor in () if self._keep_covariance else stored:
+                sink.remove(covariance_file(factor))  # the run may have ended just before that
+        left = {factor: cost for factor, cost in costs.items() if factor not in stored}
+        progress = Progress(
+            name,
+            total=sum(left.values()),
+            unit="n³",
+            enabled=self._show_progress and world.is_main,
+            show_rate=False,
+        )
+        with progress:
+            for decomposed in self._rounds(left, sharded=sharded):
+                bases |= self._one_round(decomposed)
+                progress.update(sum(left[factor] for factor in decomposed.values()))
+        return {factor: bases[factor] for factor in costs if factor in bases}
+
+    def _stored(self, factor: str) -> dict[str, Basis]:
+        """A basis that an earlier start of the run stored, sent by worker 0 to its holders."""
+        world, file = self._world, eigenbasis_file(factor)
+        number = len(self._sizes[factor])
+        keys = [*block_keys("eigenvectors", number), *block_keys("eigenvalues", number)]
+        tensors: Mapping[str, Tensor] = {}
+        with world.agree(takes_part=world.is_main):
+            if world.is_main:
+                tensors = {key: self._sink.read(file, key) for key in keys}
+        tensors = world.moved(tensors, 0, self._places[factor])
+        blocks = self._covariance.sums.get(factor)
+        if blocks is None:
+            return {}
+        values = self._empty_values(factor)
+        if tensors:
+            for key, block in zip(keys, blocks, strict=False):
+                block.copy_(tensors[key])
+            values.copy_(torch.cat([tensors[key] for key in keys[number:]]))
+        return {factor: self._sent(blocks, values, 0)}
+
+    def _one_round(self, decomposed: Mapping[int, str]) -> dict[str, Basis]:
+        """Decomposes one factor a worker at most, stores the bases, and sends them to all holders.
+
+        Args:
+            decomposed: The factor of each worker that takes part, by rank.
+        """
+        world, covariance = self._world, self._covariance
+        header: dict[str, str] = {}
+        own = decomposed.get(world.rank)
+        own_values = torch.empty(0)
+        with world.agree(takes_part=own is not None):
+            preemption.end_if_requested()
+            if own is not None:
+                own_values, header = _decompose(own, covariance, world)
+        headers, bases = world.gather(header), {}
+        for rank, factor in decomposed.items():
+            tensors: Mapping[str, Tensor] = {}
+            blocks = covariance.sums.get(factor)
+            if blocks is not None:
+                values = own_values if rank == world.rank else self._empty_values(factor)
+                basis = bases[factor] = self._sent(blocks, values, rank // self._shard)
+                sizes, number = self._sizes[factor], len(blocks)
+                tensors = dict(zip(block_keys("eigenvectors", number), blocks, strict=True))
+                parts = basis.eigenvalues.split(sizes)
+                tensors |= zip(block_keys("eigenvalues", number), parts, strict=True)
+            tensors = world.moved(tensors, self._places[factor], 0)
+            with world.agree(takes_part=world.is_main):
+                self._sink.write(eigenbasis_file(factor), tensors, headers[rank])
+                if not self._keep_covariance:
+                    self._sink.remove(covariance_file(factor))
+        return bases
+
+    def _empty_values(self, factor: str) -> Tensor:
+        """An uninitialised vector for a factor's eigenvalues."""
+        size = sum(self._sizes[factor])
+        return torch.empty(size, dtype=torch.float64, device=self._world.device)
+
+    def _sent(self, blocks: Sequence[Tensor], values: Tensor, copy: int) -> Basis:
+        """One holder's basis, sent to all."""
+        for block in blocks:
+            self._holders.broadcast_(block, source=copy)
+        return Basis(blocks, self._holders.broadcast_(values, source=copy).cpu())
+
+    def _rounds(self, costs: Mapping[str, int], *, sharded: bool) -> list[dict[int, str]]:
+        """The rounds of decompositions, each {rank: factor}.
+
+        Factors come in model order; the costliest first if several workers take part.
+
+        Args:
+            costs: n³ of each factor, summed over its blocks.
+            sharded: Whether workers other than 0 may take part.
+        """
+        if not costs:
+            return []
+        ranks: Sequence[int] = [0]
+        if sharded or self._shard > 1:
+            largest = max(max(self._sizes[factor]) for factor in costs)
+            ranks = _ranks_with_memory(largest, self._world)
+        names = list(costs)
+        if len(ranks) > 1 or self._shard > 1:
+            names.sort(key=lambda factor: -costs[factor])  # a round is as long as its longest
+        shares: dict[int, list[str]] = {}
+        for place in range(self._shard):
+            holders = [rank for rank in ranks if rank % self._shard == place] or [place]
+            own = [name for name in names if self._places[name] == place]
+            for rank, share in zip(
+                holders, assign_batches([costs[name] for name in own], len(holders)), strict=True
+            ):
+                shares[rank] = [own[number] for number in share]
+        return [
+            {rank: share[number] for rank, share in shares.items() if number < len(share)}
+            for number in range(max(map(len, shares.values())))
+        ]
 
 
 def _decompose(
@@ -161,48 +242,6 @@ def _decompose(
         checks.append(basis.checks)
         del basis  # it is float64, and large
     return torch.cat(values), {"count": str(count), **header_of(checks)}
-
-
-def _values_of(blocks: Sequence[Tensor], world: World) -> Tensor:
-    """An uninitialised vector for a factor's eigenvalues."""
-    return torch.empty(sum(map(len, blocks)), dtype=torch.float64, device=world.device)
-
-
-def _sent(blocks: Sequence[Tensor], values: Tensor, owner: int, world: World) -> Basis:
-    """One worker's basis, sent to all."""
-    for block in blocks:
-        world.broadcast_(block, source=owner)
-    return Basis(blocks, world.broadcast_(values, source=owner).cpu())
-
-
-def _rounds(
-    costs: Mapping[str, int], largest: int, world: World, *, sharded: bool
-) -> list[dict[int, str]]:
-    """The rounds of decompositions, each {rank: factor}.
-
-    Factors come in model order; the costliest first if several workers take part.
-
-    Args:
-        costs: n³ of each factor, summed over its blocks.
-        largest: n of the largest block.
-        world: The workers.
-        sharded: Whether workers other than 0 may take part.
-    """
-    if not costs:
-        return []
-    workers = _ranks_with_memory(largest, world) if sharded else [0]
-    names = list(costs)
-    if len(workers) > 1:
-        names.sort(key=lambda factor: -costs[factor])  # a round is as long as its longest
-    shares = assign_batches([costs[name] for name in names], len(workers))
-    return [
-        {
-            worker: names[share[number]]
-            for worker, share in zip(workers, shares, strict=True)
-            if number < len(share)
-        }
-        for number in range(max(map(len, shares)))
-    ]
 
 
 def _ranks_with_memory(largest: int, world: World) -> Sequence[int]:

@@ -120,6 +120,7 @@ def estimate_factors(
     refit: str = "per_sequence",
     accumulate: str = "float32",
     eigen: str = "rank0",
+    shard: int | str = "auto",
     partitions: int | str = "auto",
     blocks: int = 1,
     batch_tokens: int = 4096,
@@ -149,6 +150,7 @@ def estimate_factors(
         refit: "per_sequence", "per_token" or "none".
         accumulate: Precision of running sums, "float32" or "float64".
         eigen: Who decomposes the factors: "rank0", or every worker its share, "sharded".
+        shard: Among how many workers one copy of the factors is shared out; "auto": 1.
         partitions: Number of groups of modules, one pair of passes each; "auto": the fewest that
             fit into the workers' memory.
         blocks: Diagonal blocks of each factor, for very large dimensions; 1: factors are whole.
@@ -196,6 +198,7 @@ def estimate_factors(
                 refit=refit,  # type: ignore[arg-type]
                 accumulate=accumulate,  # type: ignore[arg-type]
                 eigen=eigen,  # type: ignore[arg-type]
+                shard=shard,  # type: ignore[arg-type]
                 partitions=partitions,  # type: ignore[arg-type]
                 blocks=blocks,
                 keep_covariance=keep_covariance,

@@ -26,6 +26,7 @@ from ekfac_dist.models.load.on_workers import model_fingerprints
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.models.sharding import agreeing, gathered_bytes, is_sharded
 from ekfac_dist.passes.context import PassContext, measured_step
+from ekfac_dist.passes.owners import Owners
 from ekfac_dist.runtime.memory import as_text, available_bytes, peak_bytes
 from ekfac_dist.runtime.processes import World
 
@@ -56,8 +57,18 @@ def fit_factors(
         sequences.equal_above,
     )
     dtype = getattr(torch, inputs.settings.factors.accumulate)
+    owners = None
+    if inputs.settings.factors.shard not in (1, "auto"):
+        owners = Owners.of(world, int(inputs.settings.factors.shard), discovery.modules)
     context = PassContext(
-        inputs.model, sequences, own_batches, world, dtype, show_progress, task=inputs.task
+        inputs.model,
+        sequences,
+        own_batches,
+        world,
+        dtype,
+        show_progress,
+        task=inputs.task,
+        owners=owners,
     )
     share = _largest_share(context)
     groups = partition(discovery.modules, _number_of_groups(inputs, context, share, sink))

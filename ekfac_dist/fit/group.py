@@ -7,11 +7,12 @@ same run has left there is not computed again.
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ekfac_dist.config import FactorsConfig
+from ekfac_dist.curvature.blocks import block_sizes
 from ekfac_dist.curvature.kronecker import kfac_lambda
 from ekfac_dist.factors.layout import (
     block_keys,
@@ -35,6 +36,8 @@ from ekfac_dist.passes.one_pass import run_pass
 from ekfac_dist.passes.state import PassState
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.progress import show_line
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -88,11 +91,12 @@ class GroupFit:
         bases, seconds = run_eigenbasis(
             self._shown("eigenbasis"),
             covariance,
-            self.context.world,
+            self.modules,
+            self.context,
             self.sink,
             sharded=self.factors.eigen == "sharded",
             keep_covariance=self.factors.keep_covariance,
-            show_progress=self.context.show_progress,
+            num_blocks=self.factors.blocks,
         )
         stages: dict[str, Any] = {"eigenbasis": {"seconds": seconds}}
         if self.factors.refit == "none":
@@ -122,16 +126,19 @@ class GroupFit:
             converted=False,  # the sums convert products, not inputs
             state=state,
         )
-        self._require_each_position_once(sums.counts)
-        self._leave_out(left_out := self._without_factors(sums))
+        counts = self._of_all_owners(sums.counts)
+        self._require_each_position_once(counts)
+        self._leave_out(left_out := self._without_factors(sums, counts))
         sums.keep(self.modules)
         if self.factors.keep_covariance or not isinstance(self.sink, MemoryStore):
-            for factor, blocks in sums.sums.items():
-                header = {"count": str(sums.counts[factor])}
+            for factor in factor_sizes(self.modules):
+                blocks = sums.sums.get(factor, [])
+                header = {"count": str(counts[factor])}
                 tensors = dict(zip(block_keys("sum", len(blocks)), blocks, strict=True))
-                self._put(covariance_file(factor), tensors, header)
+                self._put(covariance_file(factor), tensors, header, self._owner_of(factor))
         seconds = state.seconds + time.perf_counter() - start
-        outcome = {"counts": sums.counts, "left_out": left_out, **vars(result), "seconds": seconds}
+        counts = {factor: counts[factor] for factor in factor_sizes(self.modules)}
+        outcome = {"counts": counts, "left_out": left_out, **vars(result), "seconds": seconds}
         record = self._record("covariance", outcome)
         self.checkpoints.clear(self._state("covariance"))
         return sums, record
@@ -140,21 +147,26 @@ class GroupFit:
         """The covariances that an earlier start stored; zeros for factors that are decomposed."""
         world = self.context.world
         sums = self._empty_covariance()
-        sums.counts.update(record["counts"])
-        for factor, blocks in sums.sums.items():
+        sums.counts.update({factor: record["counts"][factor] for factor in sums.counts})
+        for factor, size in factor_sizes(self.modules).items():
             if self._has([eigenbasis_file(factor)]):
                 continue
-            for key, block in zip(block_keys("sum", len(blocks)), blocks, strict=True):
-                with world.agree(takes_part=world.is_main):
-                    if world.is_main:
-                        block.copy_(self.sink.read(covariance_file(factor), key))
-                world.broadcast_(block)
+            keys = block_keys("sum", len(block_sizes(size, self.factors.blocks)))
+            stored: dict[str, torch.Tensor] = {}
+            with world.agree(takes_part=world.is_main):
+                if world.is_main:
+                    stored = {key: self.sink.read(covariance_file(factor), key) for key in keys}
+            arrived = world.moved(stored, 0, self._owner_of(factor))
+            for key, block in zip(keys, sums.sums.get(factor, []), strict=False):
+                if key in arrived:
+                    block.copy_(arrived[key])
+                self.context.summed_over.broadcast_(block)
         return sums
 
     def _empty_covariance(self) -> CovarianceSums:
         context = self.context
         return CovarianceSums(
-            self.modules, context.dtype, context.world.device, self.factors.blocks
+            self._own_modules, context.dtype, context.world.device, self.factors.blocks
         )
 
     def _is_enough(self, record: Mapping[str, Any]) -> bool:
@@ -165,13 +177,36 @@ class GroupFit:
             for factor in record["counts"]
         )
 
-    def _without_factors(self, sums: CovarianceSums) -> dict[str, list[str]]:
+    def _without_factors(
+        self, sums: CovarianceSums, counts: Mapping[str, int]
+    ) -> dict[str, list[str]]:
         """Names of experts that no position, or no gradient, reached, by the reason."""
         routed = [m for m in self.modules if is_routed(self.context.model, m)]
-        reached = [m for m in routed if sums.counts[m.output]]
+        own = {m.output: sums.has_any(m.output) for m in routed if self.context.owns(m)}
+        has_any = self._of_all_owners(own)
         return {
-            NOT_ROUTED: [m.name for m in routed if not sums.counts[m.output]],
-            NO_GRADIENT: [m.name for m in reached if not sums.has_any(m.output)],
+            NOT_ROUTED: [m.name for m in routed if not counts[m.output]],
+            NO_GRADIENT: [m.name for m in routed if counts[m.output] and not has_any[m.output]],
+        }
+
+    @property
+    def _own_modules(self) -> list[TrackedModule]:
+        """The modules whose running sums this worker holds."""
+        return [module for module in self.modules if self.context.owns(module)]
+
+    def _owner_of(self, factor: str) -> int:
+        """The rank of the worker of the first copy that holds a factor."""
+        owners = self.context.owners
+        module = next(m for m in self.modules if factor in (m.input, m.output))
+        return 0 if owners is None else owners.rank_of(module)
+
+    def _of_all_owners(self, own: Mapping[str, T]) -> dict[str, T]:
+        """What the owners of one copy know of their factors, together; a collective."""
+        owners = self.context.owners
+        if owners is None or owners.shard == 1:
+            return dict(own)
+        return {
+            name: value for of_owner in owners.notes.gather(own) for name, value in of_owner.items()
         }
 
     def _leave_out(self, left_out: Mapping[str, list[str]]) -> None:
@@ -197,7 +232,7 @@ class GroupFit:
         context = self.context
         per_token = self.factors.refit == "per_token"
         sums = LambdaSums(
-            self.modules,
+            self._own_modules,
             bases,
             per_token=per_token,
             dtype=context.dtype,
@@ -210,12 +245,15 @@ class GroupFit:
         self._say_resumed("refit", state)
         rule = LabelRule(self.factors.labels, self.factors.seed, REFIT_PASS)
         result = run_pass(self._shown("refit"), context, self.modules, sums, rule, state=state)
-        self._write({name: s.div_(len(context.sequences)) for name, s in sums.sums.items()})
+        for total in sums.sums.values():
+            total.div_(len(context.sequences))
+        self._write(sums.sums)
         return {**vars(result), "seconds": state.seconds + time.perf_counter() - start}
 
     def _kfac(
         self, bases: Mapping[str, Basis], counts: Mapping[str, int]
     ) -> dict[str, torch.Tensor]:
+        """Λ of K-FAC of the modules that this worker owns."""
         return {
             module.name: kfac_lambda(
                 bases[module.output].eigenvalues,
@@ -223,12 +261,14 @@ class GroupFit:
                 counts[module.input],
                 len(self.context.sequences),
             ).to(self.context.dtype)
-            for module in self.modules
+            for module in self._own_modules
         }
 
     def _write(self, spectra: Mapping[str, torch.Tensor]) -> None:
-        for name, spectrum in spectra.items():
-            self._put(spectrum_file(name), {"lambda": spectrum})
+        """Stores Λ of every module, from its owner."""
+        for module in self.modules:
+            tensors = {"lambda": spectra[module.name]} if module.name in spectra else {}
+            self._put(spectrum_file(module.name), tensors, None, self._owner_of(module.input))
 
     def _require_disk_space(self, stage: str) -> None:
         """Refuses a stage whose results and saved states do not fit on the disk.
@@ -257,9 +297,18 @@ class GroupFit:
         file: str,
         tensors: Mapping[str, torch.Tensor],
         header: Mapping[str, str] | None = None,
+        owner: int = 0,
     ) -> None:
-        """Has worker 0 write a file of the store."""
+        """Has worker 0 write a file of the store; a collective.
+
+        Args:
+            file: The file.
+            tensors: Its tensors; used on the owner alone.
+            header: Strings for the file's own header.
+            owner: The rank of the worker that has the tensors.
+        """
         world = self.context.world
+        tensors = world.moved(tensors, owner, 0)
         with world.agree(takes_part=world.is_main):
             preemption.end_if_requested()
             self.sink.write(file, tensors, header)

@@ -46,6 +46,7 @@ class LambdaSums(PairObserver[Positions], long_sums.LongSums):
             for m in modules
         }
         self.counts: dict[str, int] = {}
+        self._zero = torch.zeros((), dtype=torch.float64, device=device)
         self._bases = bases
         self._per_token = per_token
         self._output_sizes: dict[str, list[int]] = {}  # of the modules that read each input
@@ -120,7 +121,8 @@ class LambdaSums(PairObserver[Positions], long_sums.LongSums):
 
     def health(self) -> Tensor:
         """Σ of all sums, a float64 scalar: finite exactly as long as every sum is."""
-        return torch.stack([s.sum(dtype=torch.float64) for s in self.sums.values()]).sum()
+        sums = [total.sum(dtype=torch.float64) for total in self.sums.values()]
+        return torch.stack([self._zero, *sums]).sum()
 
     def reduce(self, world: World) -> None:
         """Replaces the sums by those over all workers."""

@@ -15,6 +15,7 @@ from ekfac_dist.models.capture.saved_tensors import StepMemory, noting_saved_ten
 from ekfac_dist.models.capture.tasks import CAUSAL_LM, Task
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.models.sharding import is_sharded
+from ekfac_dist.passes.owners import Owners
 from ekfac_dist.runtime.prefetch import prefetch
 from ekfac_dist.runtime.processes import World
 
@@ -33,6 +34,7 @@ class PassContext:
         called: What errors call a sequence; {} stands for its row in the source.
         wider: What an error advises against a running sum that overflows.
         task: What the model is asked, and what its loss is.
+        owners: Who owns which factors; None: every worker holds all that a pass sums.
     """
 
     model: nn.Module
@@ -44,11 +46,26 @@ class PassContext:
     called: str = "sequence {} of the data"
     wider: str = "Use factors.accumulate: float64"
     task: Task = CAUSAL_LM
+    owners: Owners | None = None
+
+    @property
+    def exchanges_rows(self) -> bool:
+        """Whether captured rows travel to the owners of factors."""
+        return self.owners is not None and self.owners.shard > 1
+
+    @property
+    def summed_over(self) -> World:
+        """The workers whose running sums are added up at the end of a pass."""
+        return self.owners.same_place if self.owners is not None else self.world
+
+    def owns(self, module: TrackedModule) -> bool:
+        """Whether this worker holds a module's running sums."""
+        return self.owners is None or self.owners.owns(module)
 
     @property
     def runs_in_step(self) -> bool:
-        """Whether a step is a collective, as it is of a sharded model: all workers do as many."""
-        return is_sharded(self.model)
+        """Whether a step is a collective, of a sharded model or of rows: all do as many."""
+        return is_sharded(self.model) or self.exchanges_rows
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Some sequences as a batch on the worker's device."""

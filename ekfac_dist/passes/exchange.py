@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.data.batches import CapturedPositions
-from ekfac_dist.data.examples import Examples
+from ekfac_dist.models.capture.hooks import Capture
+from ekfac_dist.models.capture.labels import LabelRule
 from ekfac_dist.models.capture.observers import Observer, owned
+from ekfac_dist.models.find.faults import is_routed
 from ekfac_dist.models.modules import TrackedModule
+from ekfac_dist.passes.context import PassContext
 from ekfac_dist.passes.owners import Owners, families, windows
-from ekfac_dist.runtime.processes import World
 
 T = TypeVar("T")
 INPUT, GRADIENT = "input", "gradient"
@@ -58,6 +60,33 @@ class ArrivedPositions:
         return sum(self.lengths)
 
 
+class _Noted:
+    """An observer that notes in which order a step shows which rows, and their dtypes."""
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self.dtypes: dict[Entry, torch.dtype] = {}
+        self.partial: set[str] = set()
+
+    def on_input(
+        self, module: TrackedModule, acts_Mi: Tensor, positions: CapturedPositions
+    ) -> None:
+        """Notes an input."""
+        self.order.append(module.input)
+        self._note((module.name, INPUT), acts_Mi, positions)
+
+    def on_gradient(
+        self, module: TrackedModule, grads_MO: Tensor, positions: CapturedPositions
+    ) -> None:
+        """Notes an output-gradient."""
+        self._note((module.name, GRADIENT), grads_MO, positions)
+
+    def _note(self, entry: Entry, rows: Tensor, positions: CapturedPositions) -> None:
+        self.dtypes[entry] = rows.dtype
+        if positions.offsets is not None:
+            self.partial.add(entry[0])
+
+
 @dataclass(frozen=True)
 class Schedule:
     """In which order rows are exchanged; the same on every worker.
@@ -76,34 +105,37 @@ class Schedule:
 
     @classmethod
     def of(
-        cls,
-        modules: Sequence[TrackedModule],
-        places: Mapping[str, int],
-        shard: int,
-        routed: frozenset[str],
-        dtypes: Mapping[Entry, torch.dtype],
+        cls, context: PassContext, modules: Sequence[TrackedModule], owners: Owners
     ) -> "Schedule":
-        """The schedule of some modules.
+        """The schedule of some modules, from a step of a short sequence; a collective.
 
         Args:
-            modules: The modules, in the order in which they are called.
-            places: The place of each family's owner, by its input factor.
-            shard: D.
-            routed: As the attribute.
-            dtypes: As the attribute; a module without one counts as routed.
+            context: Model, data and workers.
+            modules: The modules, in model order.
+            owners: The mesh.
         """
+        noted = _Noted()
+        with Capture(context.model, modules, noted, None, context.task) as capture:
+            capture.run(context.shortest_batch(), LabelRule("data", 0, 0))
+        order, dtypes, partial = context.world.share((noted.order, noted.dtypes, noted.partial))
+        routed = partial | {m.name for m in modules if is_routed(context.model, m)}
+        routed |= {m.name for m in modules if (m.name, GRADIENT) not in dtypes}
         members = families(modules)
+        # Families that the short sequence did not reach stay behind those before them.
+        place, places = -1.0, {}
+        for name in members:
+            place = order.index(name) if name in order else place
+            places[name] = place
+        ordered = [m for name in sorted(members, key=places.__getitem__) for m in members[name]]
         inputs, gradients = [], []
-        for window in windows(modules, shard):
+        for window in windows(ordered, owners.shard):
             inputs.append([(members[name][0].name, INPUT) for name in window])
             called = [module for name in window for module in members[name]]
             gradients.append([(module.name, GRADIENT) for module in reversed(called)])
-        known = {name for name, _ in dtypes}
-        unknown = {module.name for module in modules} - known
         return cls(
             [*inputs, *reversed(gradients)],
-            {module.name: places[module.input] for module in modules},
-            routed | unknown,
+            {module.name: owners.places[module.input] for module in modules},
+            frozenset(routed),
             dtypes,
         )
 
@@ -165,31 +197,30 @@ class RowExchange:
     """Sends captured rows to their owners, and shows owners the rows of all workers of a copy.
 
     Args:
+        context: Model, data and workers.
         modules: The tracked modules of the pass.
         observer: Takes the rows of the modules that this worker owns.
-        world: The workers.
         owners: The mesh.
-        schedule: In which order rows travel.
-        sequences: The sequences of the pass.
-        batches: The batches of each worker of the copy, by place.
+        batches: This worker's batches.
+
+    Attributes:
         dtype: What the observer is given; None: as captured.
     """
 
     def __init__(
         self,
+        context: PassContext,
         modules: Sequence[TrackedModule],
         observer: Observer,
-        world: World,
         owners: Owners,
-        schedule: Schedule,
-        sequences: Examples,
-        batches: Sequence[Sequence[Sequence[int]]],
-        dtype: torch.dtype | None,
+        batches: Sequence[Sequence[int]],
     ) -> None:
+        self.dtype: torch.dtype | None = None
+        self._sequences = context.sequences
         self._modules = {module.name: module for module in modules}
-        self._observer, self._world, self._owners = observer, world, owners
-        self._schedule = schedule
-        self._sequences, self._batches, self._dtype = sequences, batches, dtype
+        self._observer, self._owners = observer, owners
+        self._batches = owners.notes.gather(batches)
+        schedule = self._schedule = Schedule.of(context, modules, owners)
         self._slot_of = {
             entry: number for number, slot in enumerate(schedule.slots) for entry in slot
         }
@@ -273,7 +304,7 @@ class RowExchange:
             notes: What every worker of the copy sends, in order.
         """
         place, places = self._owners.place, self._schedule.places
-        leaving: list[list[Tensor]] = [[] for _ in self._owners.ranks]
+        leaving: list[list[Tensor]] = [[] for _ in range(self._owners.shard)]
         for rows in own:
             owner = places[rows.entry[0]]
             if owner != place:
@@ -286,15 +317,14 @@ class RowExchange:
             for other, of_worker in enumerate(arriving)
         ]
         sent = [part for parts in leaving for part in parts]
-        nothing = torch.empty(0, dtype=torch.uint8, device=self._world.device)
+        nothing = torch.empty(0, dtype=torch.uint8, device=self._owners.copy.device)
         sent_bytes = torch.cat(sent) if sent else nothing
         arriving_bytes = nothing.new_empty(sum(sizes))
-        work = self._world.all_to_all(
+        work = self._owners.copy.all_to_all(
             arriving_bytes,
             sent_bytes,
             sizes,
             [sum(part.numel() for part in parts) for parts in leaving],
-            self._owners.rows,
         )
         kept = [rows for rows in own if places[rows.entry[0]] == place]
         travelling = _Travelling(arriving, arriving_bytes, sizes, kept, work, sent_bytes)
@@ -303,7 +333,7 @@ class RowExchange:
 
     def _gathered(self, value: T) -> list[T]:
         """Every worker's value, of this worker's copy, by place."""
-        return self._world.gather(value, self._owners.notes)
+        return self._owners.notes.gather(value)
 
     def _num_bytes(self, note: _Note) -> int:
         return _padded(sum(note.lengths) * self._width(note.entry) * note.dtype.itemsize)
@@ -319,7 +349,7 @@ class RowExchange:
         travelling, self._travelling = self._travelling, None
         if travelling is None:
             return
-        self._world.wait(travelling.work)
+        self._owners.copy.wait(travelling.work)
         parts = travelling.arriving.split(list(travelling.sizes))
         for sender, (notes, part) in enumerate(zip(travelling.notes, parts, strict=True)):
             if sender == self._owners.place:
@@ -338,7 +368,7 @@ class RowExchange:
         name, side = note.entry
         show = self._observer.on_input if side == INPUT else self._observer.on_gradient
         positions = ArrivedPositions(note.indices, note.lengths, note.offsets, sender)
-        show(self._modules[name], values.to(self._dtype or values.dtype), positions)
+        show(self._modules[name], values.to(self.dtype or values.dtype), positions)
 
 
 def _as_bytes(rows: Tensor) -> Tensor:

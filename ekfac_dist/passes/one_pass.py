@@ -25,8 +25,9 @@ from ekfac_dist.models.capture.hooks import Capture
 from ekfac_dist.models.capture.labels import LabelRule
 from ekfac_dist.models.capture.observers import Observer
 from ekfac_dist.models.modules import TrackedModule
-from ekfac_dist.models.sharding import agreeing
+from ekfac_dist.models.sharding import is_sharded
 from ekfac_dist.passes.context import PassContext
+from ekfac_dist.passes.exchange import RowExchange
 from ekfac_dist.passes.finite import FiniteWatch, raise_non_finite
 from ekfac_dist.passes.state import PassState
 from ekfac_dist.runtime import preemption
@@ -131,6 +132,9 @@ class _Run:
         self.watch = FiniteWatch(context.world.device, may_lag=not self._in_step)
         self.loss = torch.full((), state.loss, dtype=torch.float64, device=context.world.device)
         self.num_labels = state.num_labels
+        self._exchange: RowExchange | None = None
+        if context.owners is not None and context.exchanges_rows:
+            self._exchange = RowExchange(context, modules, observer, context.owners, state.batches)
         self._num_idle = 0  # steps that only other workers have batches for
         if self._in_step:
             num_steps = self._world.gather(len(state.batches))
@@ -144,10 +148,14 @@ class _Run:
         """
         context, world = self._context, self._world
         progress = self._progress()
+        together = (NonFiniteError, Preempted) if self._in_step else None
+        observer: Observer = self._observer
+        if self._exchange is not None:  # rows travel in the model's dtype
+            self._exchange.dtype, dtype, observer = dtype, None, self._exchange
         with (
-            agreeing(world, context.model, NonFiniteError, Preempted),
+            world.agree(together=together),
             Capture(
-                context.model, self._modules, self._observer, dtype, context.task, world.device
+                context.model, self._modules, observer, dtype, context.task, world.device
             ) as capture,
             progress,
         ):
@@ -168,32 +176,40 @@ class _Run:
         if self._in_step:
             self._world.wait_for_all()  # another may be saving its state
         result = capture.run(batch, self._rule)
+        if self._exchange is not None:
+            self._exchange.end_step()
         self.loss += result.loss
         self.num_labels += result.num_labels
         if self._on_loss is not None:
             self._on_loss(batch, result.losses)
         is_finite = torch.isfinite(self._observer.health() + self.loss)
-        return self._agreed(self.watch.after(indices, is_finite))
+        return self._agreed(self.watch.after(indices, is_finite), indices)
 
     def _idle_step(self, capture: Capture) -> None:
         """Takes part in a step of workers that have more batches."""
         self._world.wait_for_all()
-        with capture.unseen():
-            capture.run(self._context.shortest_batch(), self._rule)
-        if self._agreed(None):
+        if is_sharded(self._context.model):
+            with capture.unseen():
+                capture.run(self._context.shortest_batch(), self._rule)
+        if self._exchange is not None:
+            self._exchange.end_step()
+        if self._agreed(None, []):
             self.state.save(self.loss.item(), self.num_labels, ends=True)
 
-    def _agreed(self, bad_batch: Sequence[int] | None) -> bool:
+    def _agreed(self, bad_batch: Sequence[int] | None, batch: Sequence[int]) -> bool:
         """Refuses sums that are not finite; True if the run is to end. Of any worker, if in step.
 
         Args:
             bad_batch: This worker's batch after which its sums were not finite; None: none was.
+            batch: This worker's batch of the step.
         """
         ends = preemption.requested()
         if self._in_step:
-            reports = self._world.gather((bad_batch, ends))
-            bad_batch = next((batch for batch, _ in reports if batch is not None), None)
-            ends = any(ends for _, ends in reports)
+            reports = self._world.gather((bad_batch, batch, ends))
+            bad_batch = next((bad for bad, _, _ in reports if bad is not None), None)
+            if bad_batch is not None and self._exchange is not None:
+                bad_batch = [index for _, every, _ in reports for index in every]  # anybody's rows
+            ends = any(ends for _, _, ends in reports)
         self._require_finite(bad_batch)
         return ends
 
@@ -217,7 +233,7 @@ class _Run:
         with self._world.agree():
             earlier_loss, earlier_labels = self.state.complete()
         loss, num_labels = self.loss + earlier_loss, self.num_labels + earlier_labels
-        self._observer.reduce(self._world)
+        self._observer.reduce(self._context.summed_over)
         totals = torch.stack([loss, loss.new_tensor(num_labels)])
         self._world.all_reduce_([totals])
         total_loss, total_labels = totals.tolist()

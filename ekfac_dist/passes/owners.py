@@ -13,9 +13,8 @@ something to do, and balanced over all windows, so that memory and work are.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from ekfac_dist.models.modules import TrackedModule
@@ -81,64 +80,53 @@ def assign_owners(modules: Sequence[TrackedModule], shard: int) -> dict[str, int
 
 @dataclass(frozen=True)
 class Owners:
-    """A mesh of copies × owners, seen by one worker.
+    """A mesh of copies × owners, seen by one worker, and who owns what.
 
     Attributes:
         shard: D, the number of workers that share one copy of the factors.
-        copies: Number of copies.
+        places: The place of each family's owner, by its input factor.
         place: This worker's place among the owners of its copy.
-        ranks: Ranks of the workers of this worker's copy, by place.
-        rows: Process group of this worker's copy, for rows; None if D is 1.
+        copy: The workers of this worker's copy, by place.
         notes: The same workers, for objects on the CPU.
-        same_place: Process group of the workers that own the same families; None if there is one.
+        same_place: The workers that own the same families, by copy.
     """
 
     shard: int
-    copies: int
+    places: Mapping[str, int]
     place: int
-    ranks: Sequence[int]
-    rows: dist.ProcessGroup | None = field(default=None, repr=False)
-    notes: dist.ProcessGroup | None = field(default=None, repr=False)
-    same_place: dist.ProcessGroup | None = field(default=None, repr=False)
+    copy: World
+    notes: World
+    same_place: World
 
     @classmethod
-    def of(cls, world: World, shard: int) -> "Owners":
+    def of(cls, world: World, shard: int, modules: Sequence[TrackedModule]) -> "Owners":
         """The mesh of all workers; a collective.
 
         Args:
             world: The workers.
             shard: D, which divides their number.
+            modules: The tracked modules, in model order.
         """
-        copies = world.size // shard
-        first = world.rank // shard * shard
-        ranks = range(first, first + shard)
+        places = assign_owners(modules, shard)
         if shard == 1:
-            return cls(shard, copies, 0, ranks)
-        mesh = init_device_mesh(
-            world.device.type, (copies, shard), mesh_dim_names=("copies", "owners")
-        )
-        notes = None
-        for copy in range(copies):
-            members = list(range(copy * shard, (copy + 1) * shard))
-            group = dist.new_group(members, backend="gloo")  # by all workers, in the same order
-            notes = group if world.rank in members else notes
+            return cls(shard, places, 0, world.alone(), world.alone(), world)
+        size = (world.size // shard, shard)
+        names = ("copies", "owners")
+        mesh = init_device_mesh(world.device.type, size, mesh_dim_names=names)
+        notes = init_device_mesh("cpu", size, mesh_dim_names=names)
         return cls(
             shard,
-            copies,
-            world.rank - first,
-            ranks,
-            mesh.get_group("owners"),
-            notes,
-            mesh.get_group("copies") if copies > 1 else None,
+            places,
+            world.rank % shard,
+            world.within(mesh.get_group("owners")),
+            world.within(notes.get_group("owners")),
+            world.within(mesh.get_group("copies")) if size[0] > 1 else world.alone(),
         )
 
-    def owned(
-        self, modules: Sequence[TrackedModule], places: Mapping[str, int]
-    ) -> list[TrackedModule]:
-        """The modules of the families that this worker owns.
+    def owns(self, module: TrackedModule) -> bool:
+        """Whether this worker owns a module's family."""
+        return self.places[module.input] == self.place
 
-        Args:
-            modules: In model order.
-            places: From `assign_owners`.
-        """
-        return [module for module in modules if places[module.input] == self.place]
+    def rank_of(self, module: TrackedModule, copy: int = 0) -> int:
+        """The rank of a module's owner in one of the copies."""
+        return copy * self.shard + self.places[module.input]

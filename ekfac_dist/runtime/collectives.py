@@ -7,7 +7,7 @@ short.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -45,8 +45,14 @@ class Arrivals:
 
 @dataclass
 class Collectives(Peers):
-    """One worker of several, and its collectives with the others."""
+    """One worker of several, and its collectives with the others.
 
+    Attributes:
+        group: The process group of its collectives, if it is one of a part of the workers, which
+            are in step: none waits for another's work. None: all workers.
+    """
+
+    group: dist.ProcessGroup | None = None
     _arrivals: Arrivals = field(default_factory=Arrivals, repr=False)  # the same in `at`'s copies
 
     @contextmanager
@@ -71,7 +77,7 @@ class Collectives(Peers):
             Preempted: If SIGTERM has come, and a worker has not arrived a few seconds later: it was
                 asked to end too, or is lost.
         """
-        if self.size == 1 or not self._arrivals.are_watched:
+        if self.size == 1 or self.group is not None or not self._arrivals.are_watched:
             return
         arrivals, store = self._arrivals, default_store()
         arrivals.number += 1  # no worker arrives again before all have, so one counter is enough
@@ -93,20 +99,14 @@ class Collectives(Peers):
                 time.sleep(min(longest, max(shortest, (now - start) / 20)))
                 arrived = store.add(arrivals.key, 0)
 
-    def gather(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-        """Every worker's `value`, in rank order, on every worker.
-
-        Args:
-            value: An object that can be pickled.
-            group: Some of the workers, which are in step; None: all, whoever is early waits.
-        """
+    def gather(self, value: T) -> list[T]:
+        """Every worker's `value`, in rank order, on every worker."""
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * dist.get_world_size(group)
-        if group is None:
-            self.wait_for_all()
+        values: list[Any] = [None] * self.size
+        self.wait_for_all()
         with self._collective():
-            dist.all_gather_object(values, value, group)
+            dist.all_gather_object(values, value, self.group)
         # gloo's thread frees what it sent only now, and needs the interpreter for it; a script that
         # ended this very moment would be aborted (torch 2.13).
         time.sleep(GLOO_SECONDS if self.backend == "gloo" else 0)
@@ -119,7 +119,7 @@ class Collectives(Peers):
         box: list[Any] = [value if self.is_main else None]
         self.wait_for_all()
         with self._collective():
-            dist.broadcast_object_list(box, src=0)
+            dist.broadcast_object_list(box, group=self.group, group_src=0)
         return box[0]
 
     def broadcast_(self, tensor: Tensor, *, source: int = 0) -> Tensor:
@@ -127,19 +127,16 @@ class Collectives(Peers):
         if self.size > 1:
             self.wait_for_all()
             with self._collective():
-                dist.broadcast(tensor, src=source)
+                dist.broadcast(tensor, group=self.group, group_src=source)
         return tensor
 
-    def all_reduce_(
-        self, tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None
-    ) -> None:
-        """Replaces each tensor in place by its sum over all workers, or those of a group.
+    def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces each tensor in place by its sum over all workers.
 
         Small tensors travel together in buckets of one dtype; large ones travel as they are.
 
         Args:
             tensors: Contiguous tensors of any shapes and dtypes, the same on every worker.
-            group: Some of the workers, each in one such group; None: all.
         """
         if self.size == 1:
             return
@@ -148,12 +145,38 @@ class Collectives(Peers):
             alone = len(bucket) == 1
             flat = bucket[0] if alone else torch.cat([t.reshape(-1) for t in bucket])
             with self._collective():
-                dist.all_reduce(flat, group=group)
+                dist.all_reduce(flat, group=self.group)
             if alone:
                 continue
             parts = flat.split([t.numel() for t in bucket])
             for tensor, part in zip(bucket, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
+
+    def moved(
+        self, tensors: Mapping[str, Tensor], source: int, target: int
+    ) -> Mapping[str, Tensor]:
+        """One worker's tensors, on another worker; empty on the others.
+
+        Args:
+            tensors: The tensors; used on the worker that has them alone.
+            source: Its rank.
+            target: The rank of the worker that gets them.
+        """
+        if source == target or self.rank not in (source, target):
+            return tensors if self.rank == target else {}
+        shapes: list[Any] = [[(name, t.shape, t.dtype) for name, t in tensors.items()]]
+        with self._collective():
+            if self.rank == source:
+                dist.send_object_list(shapes, dst=target)
+                for tensor in tensors.values():
+                    dist.send(tensor.contiguous().to(self.device), dst=target)
+                return {}
+            dist.recv_object_list(shapes, src=source)
+            arrived = {}
+            for name, shape, dtype in shapes[0]:
+                arrived[name] = torch.empty(shape, dtype=dtype, device=self.device)
+                dist.recv(arrived[name], src=source)
+            return arrived
 
     def all_to_all(
         self,
@@ -161,21 +184,18 @@ class Collectives(Peers):
         leaving: Tensor,
         arriving_sizes: Sequence[int],
         leaving_sizes: Sequence[int],
-        group: dist.ProcessGroup | None,
     ) -> dist.Work:
-        """Begins to send parts of a tensor to each worker of a group, and to receive theirs.
+        """Begins to send a part of a tensor to each worker, and to receive theirs.
 
         Args:
             arriving: Takes what the others send; not to be read before `wait`.
             leaving: What is sent; not to be changed before `wait`.
             arriving_sizes: Elements from each worker, in rank order.
             leaving_sizes: Elements for each worker.
-            group: The workers, which are in step.
         """
+        sizes = list(arriving_sizes), list(leaving_sizes)
         with self._collective():
-            work = dist.all_to_all_single(
-                arriving, leaving, list(arriving_sizes), list(leaving_sizes), group, async_op=True
-            )
+            work = dist.all_to_all_single(arriving, leaving, *sizes, self.group, async_op=True)
         assert work is not None
         return work
 

@@ -106,6 +106,16 @@ class World(Collectives):
         """The same worker, computing on another device."""
         return replace(self, device=device)
 
+    def within(self, group: Any) -> "World":
+        """The same worker among those of a group, which are in step."""
+        return replace(
+            self, group=group, rank=dist.get_rank(group), size=dist.get_world_size(group)
+        )
+
+    def alone(self) -> "World":
+        """The same worker without the others."""
+        return replace(self, rank=0, size=1)
+
     @property
     def who(self) -> str:
         """This worker in words."""

@@ -1,0 +1,57 @@
+"""Factors that are shared out among workers are those of one worker that holds them all."""
+
+from pathlib import Path
+
+import pytest
+from helpers.dense import dense_E, relative
+from helpers.networks import examples
+from helpers.workshop import run_workers
+from worker_shards import FITS, SETTINGS, made
+
+from ekfac_dist import estimate_factors, load_factors
+
+HERE = Path(__file__).parent
+MESHES = [  # workers, and how many of them share one copy
+    (2, 2),
+    (3, 3),
+    (4, 2),
+    pytest.param((4, 4), marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The same fits by one worker."""
+    root = tmp_path_factory.mktemp("alone")
+    for name, (_, number, settings) in FITS.items():
+        data = examples(number, prompts=True)
+        estimate_factors(made(name), data, output=root / name, **SETTINGS, **settings)
+    return root
+
+
+@pytest.fixture(scope="module", params=MESHES, ids=lambda mesh: f"{mesh[1]} of {mesh[0]}")
+def shared_out(request, tmp_path_factory):
+    """The fits by several workers."""
+    workers, shard = request.param
+    root = tmp_path_factory.mktemp("shared-out")
+    arguments = [str(root), str(shard)]
+    done = run_workers(HERE / "worker_shards.py", workers, *arguments, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_shared_out_factors_are_those_of_one_worker(alone, shared_out, fit):
+    whole, shards = load_factors(alone / fit), load_factors(shared_out / fit)
+    for key in ("num_sequences", "num_positions", "num_labels", "fingerprint"):
+        assert shards.manifest["data"][key] == whole.manifest["data"][key]
+    assert shards.manifest["modules"] == whole.manifest["modules"]
+    assert set(shards.manifest["files"]) == set(whole.manifest["files"])
+    for name, module in whole.modules.items():
+        assert relative(dense_E(shards, name), dense_E(whole, name)) < 1e-12
+        for factor in (module.input, module.output):
+            assert count_of(shards, factor) == count_of(whole, factor)
+
+
+def count_of(factors, factor):
+    return int(factors._source.header(f"covariance/{factor}.safetensors")["count"])

@@ -1,0 +1,46 @@
+"""Started on W workers by test_shards.py: fits the same factors, shared out among some of them."""
+
+import sys
+from pathlib import Path
+
+from accelerate import Accelerator
+from helpers.families import tiny_model
+from helpers.networks import CONFIGS, build, examples
+from helpers.workshop import leave
+from torch import nn
+
+from ekfac_dist import estimate_factors
+
+SETTINGS = {"accumulate": "float64", "batch_tokens": 16}
+# Family, number of sequences, arguments.
+FITS = {
+    "dense": ("llama", 13, {"labels": "data"}),
+    "sampled labels": ("gpt_neox", 9, {"labels": "sampled"}),
+    "conv1d, bias, per token": ("gpt2", 9, {"refit": "per_token"}),
+    "experts": ("MixtralForCausalLM", 7, {"labels": "data"}),
+    "experts that some workers reach": ("DeepseekV3ForCausalLM", 2, {"labels": "data"}),
+    "no refit, blocks": ("opt", 7, {"refit": "none", "blocks": 2}),
+    "blocks": ("llama_bias", 7, {"blocks": 2}),
+    "empty shards": ("llama_bias", 1, {"labels": "data"}),
+    "partitions": ("gpt_neox", 9, {"partitions": 3, "labels": "data"}),
+}
+
+
+def made(name: str) -> nn.Module:
+    family = FITS[name][0]
+    return build(family) if family in CONFIGS else tiny_model(family)
+
+
+def main(output: Path, shard: int) -> None:
+    """Fits everything into `output`, on all workers."""
+    Accelerator(cpu=True)
+    for name, (_, number, settings) in FITS.items():
+        data = examples(number, prompts=True)
+        estimate_factors(
+            made(name), data, output=output / name, shard=shard, **SETTINGS, **settings
+        )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
+    leave()

@@ -125,6 +125,11 @@ class LongSums(ABC):
         rows = self._rows(key, len(saved))
         rows.add_(saved.to(rows.device))
 
+    def holds(self, key: str) -> bool:
+        """Whether a tensor with a state key belongs to one of these sums."""
+        key = key.removeprefix(SECOND).rsplit("/", 1)[0] if key.startswith(SECOND) else key
+        return key.rsplit("/", 1)[0] in self.num_added
+
     def _rows(self, key: str, number: int) -> Tensor:
         """The matrix rows of a running sum that a state key of either level stands for."""
         if key.startswith(SECOND):

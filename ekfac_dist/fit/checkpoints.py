@@ -13,11 +13,15 @@ many tokens. A run that is resumed in the same way takes up each worker's own pa
 it keeps the parts that exist, shares out the sequences that are in none of them anew, as the next
 generation, and adds each part once at the end, on a worker that can read it. A part that is lost or
 damaged costs only its work. Before any part depends on it, the journal says which parts count.
+
+Where workers share out the sums of a copy, each has the sums of its own factors, over the sequences
+of all. So their parts count only together: all of a copy, after the same step. A worker removes its
+last part once all of its copy have the next one.
 """
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,6 +32,7 @@ from ekfac_dist.data.examples import Examples
 from ekfac_dist.factors.layout import STATE
 from ekfac_dist.factors.sinks import FactorSink
 from ekfac_dist.fit.saved_parts import LOSS, Identity, Part, Sums, write_part
+from ekfac_dist.passes.owners import Owners
 from ekfac_dist.passes.state import PassState
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.processes import World
@@ -42,7 +47,12 @@ class Checkpoints:
     saves = False
 
     def begin(
-        self, name: str, batches: Sequence[Sequence[int]], sums: Sums, of: str = ""
+        self,
+        name: str,
+        batches: Sequence[Sequence[int]],
+        sums: Sums,
+        owners: Owners,
+        of: str = "",
     ) -> PassState:
         """A worker's state at the start of a pass.
 
@@ -50,6 +60,7 @@ class Checkpoints:
             name: The pass.
             batches: Its batches, if nothing was done yet, as indices of sequences.
             sums: Its running sums, still zero; what was saved is put into them.
+            owners: Who holds which sums.
             of: Identifies what the sums depend on beside model and data; parts with another value
                 are ignored.
         """
@@ -90,30 +101,41 @@ class SavedCheckpoints(Checkpoints):
         self._minutes = minutes
 
     def begin(
-        self, name: str, batches: Sequence[Sequence[int]], sums: Sums, of: str = ""
+        self,
+        name: str,
+        batches: Sequence[Sequence[int]],
+        sums: Sums,
+        owners: Owners,
+        of: str = "",
     ) -> PassState:
         """See `Checkpoints.begin`; a collective."""
         world, directory = self._world, self._root / name
-        sharing = {"workers": world.size, "step_tokens": self._step_tokens, "of": of}
+        sharing = {
+            "workers": world.size,
+            "shard": owners.shard,
+            "step_tokens": self._step_tokens,
+            "of": of,
+        }
         record = self._sink.stored.records.get(f"shares {name}")
         latest: int = -1 if record is None else record["generation"]
         usable = record is not None and record["of"] == of
         parts = self._whole_parts(directory) if usable else {}
-        holders = self._holders(parts)
+        readers = self._readers(parts, owners)
         kept: list[str] = record["kept"] if record is not None and usable else []
         goes_on = (
             record is not None
-            and all(record[key] == value for key, value in sharing.items())
-            and all(part in holders for part in kept)
+            and all(record.get(key) == value for key, value in sharing.items())
+            and all(part in readers for part in kept)
         )
         if not goes_on:
-            kept = _kept(holders, kept, latest)
+            kept = _kept(readers, kept, latest)
             # Above those of a store that is being replaced, whose states are still there.
             latest = 1 + max(latest, *world.gather(_last_generation(directory)))
             outcome = {**sharing, "generation": latest, "kept": kept}
             world.on_main(lambda: self._sink.record(f"shares {name}", outcome))
-        own_parts = [parts[part] for part in kept if holders[part] == world.rank]
-        done = self._summed_sequences(own_parts)
+        first_read = [parts[part] for part in kept if min(readers[part].values()) == world.rank]
+        own_parts = [parts[part] for part in kept if world.rank in readers[part].values()]
+        done = self._summed_sequences(first_read)
         if done:
             left = np.setdiff1d(np.arange(len(self._sequences)), list(done))
             shares = worker_batches(
@@ -124,13 +146,21 @@ class SavedCheckpoints(Checkpoints):
                 self._sequences.equal_above,
             )
             batches = [left[batch].tolist() for batch in shares]
-        identity = Identity(self._sink.stored.run_id, latest, world.rank)
+        identity = Identity(self._sink.stored.run_id, latest, world.rank, owners.shard)
         state = _SavedState(
-            directory, identity, batches, sums, own_parts, self._minutes, self._sink
+            directory,
+            identity,
+            batches,
+            sums,
+            own_parts,
+            [part.name for part in first_read],
+            owners.notes,
+            self._minutes,
+            self._sink,
         )
-        for part in parts.values() if goes_on else ():
-            if part.share == (latest, world.rank):
-                state.take_up(part)
+        own = next((p for p in parts.values() if p.share == (latest, world.rank)), None)
+        if all(owners.notes.gather(goes_on and own is not None)) and own is not None:
+            state.take_up(own)
         state.is_resumed = any(world.gather(bool(own_parts) or state.steps > 0))
         return state
 
@@ -141,22 +171,26 @@ class SavedCheckpoints(Checkpoints):
             self._root.rmdir()
 
     def _whole_parts(self, directory: Path) -> dict[str, Part]:
-        """The newest undamaged part of each generation and rank that this worker can read.
+        """The newest undamaged parts of each generation and copy that this worker can read.
 
         One worker that can read a part verifies its checksums: the part's own, if it is among them.
         """
         world = self._world
-        newest: dict[tuple[int, int], Part] = {}
+        readable: dict[str, Part] = {}
         if directory.is_dir():
             for entry in sorted(directory.iterdir()):
                 part = Part.read(entry, self._sink.stored.run_id)
-                if part is not None and part.steps > getattr(newest.get(part.share), "steps", -1):
-                    newest[part.share] = part
-        readable = {part.name: part for part in newest.values()}
-        names_by_rank = [set(names) for names in world.gather(list(readable))]
+                if part is not None:
+                    readable[part.name] = part
+        shards_by_rank = world.gather({name: part.shard for name, part in readable.items()})
+        copies = _newest_copies(
+            {name: d for shards in shards_by_rank for name, d in shards.items()}
+        )
+        selected = {name for copy in copies for name in copy}
+        readable = {name: part for name, part in readable.items() if name in selected}
         verified = {}
         for name, part in readable.items():
-            ranks = [rank for rank, names in enumerate(names_by_rank) if name in names]
+            ranks = [rank for rank, shards in enumerate(shards_by_rank) if name in shards]
             if world.rank == (part.rank if part.rank in ranks else ranks[0]):
                 verified[name] = part.is_whole()
         damaged = {
@@ -165,15 +199,34 @@ class SavedCheckpoints(Checkpoints):
             for name, is_whole in of_worker.items()
             if not is_whole
         }
-        return {name: part for name, part in readable.items() if name not in damaged}
+        lost = {name for copy in copies if damaged & set(copy) for name in copy}
+        return {name: part for name, part in readable.items() if name not in lost}
 
-    def _holders(self, parts: Mapping[str, Part]) -> dict[str, int]:
-        """The rank that adds each part, by its name: the first that can read it."""
-        holders: dict[str, int] = {}
-        for rank, names in enumerate(self._world.gather(list(parts))):
-            for name in names:
-                holders.setdefault(name, rank)
-        return dict(sorted(holders.items()))
+    def _readers(self, parts: Mapping[str, Part], owners: Owners) -> dict[str, dict[int, int]]:
+        """The ranks that add each part, by the part's name and the place of the sums in it.
+
+        Each sum is added by the first worker that holds it and can read the part. Parts of a copy
+        are left out if any has a sum that nobody can add.
+        """
+        own_places = {
+            name: sorted({owners.place_of(each) for each in part.names} or {0})
+            for name, part in parts.items()
+        }
+        readers: dict[str, dict[int, int]] = {}
+        needed: dict[str, list[int]] = {}
+        shards: dict[str, int] = {}
+        reports = self._world.gather((own_places, {n: part.shard for n, part in parts.items()}))
+        for rank, (places, part_shards) in enumerate(reports):
+            shards |= part_shards
+            needed |= places
+            for name, of_part in places.items():
+                if rank % owners.shard in of_part:
+                    readers.setdefault(name, {}).setdefault(rank % owners.shard, rank)
+        missing = {
+            name for name, places in needed.items() if {*places} - readers.get(name, {}).keys()
+        }
+        lost = {name for copy in _newest_copies(shards) if missing & set(copy) for name in copy}
+        return {name: readers[name] for name in sorted(needed) if name not in lost}
 
     def _summed_sequences(self, own_parts: Sequence[Part]) -> set[int]:
         """Indices of the sequences that are in the parts of all workers."""
@@ -191,12 +244,15 @@ class _SavedState(PassState):
         batches: Sequence[Sequence[int]],
         sums: Sums,
         kept: Sequence[Part],
+        first_read: Collection[str],
+        copy: World,
         minutes: float,
         sink: FactorSink,
     ) -> None:
         super().__init__(batches)
         self._directory, self._identity, self._sink = directory, identity, sink
         self._all, self._sums, self._kept = batches, sums, kept
+        self._first_read, self._copy = first_read, copy
         self._interval = 60 * minutes
         self._least_interval = 0.0
         self.steps = self._saved_steps = 0
@@ -225,6 +281,9 @@ class _SavedState(PassState):
     def save(self, loss: float, num_labels: int, *, ends: bool) -> None:
         start = time.monotonic()
         self.leave(loss, num_labels)
+        if self._copy.size > 1:
+            self._copy.barrier()  # until all of the copy have saved this step
+            self._remove_older()
         self._last = time.monotonic()
         self._least_interval = _LEAST_RATIO * (self._last - start) if self._interval else 0.0
         if ends:
@@ -233,14 +292,14 @@ class _SavedState(PassState):
     def leave(self, loss: float, num_labels: int) -> None:
         if self.steps > self._saved_steps:
             self._write(loss, num_labels)
+            if self._copy.size == 1:
+                self._remove_older()
         self._sink.after_save()  # this worker's, or another's if it has none and the run ends
 
     def _write(self, loss: float, num_labels: int) -> None:
-        own = self._identity
-        directory = self._directory / f"{own.generation}-{own.rank}-{self.steps}"
         write_part(
-            directory,
-            own,
+            self._directory / self._name,
+            self._identity,
             self._sums,
             loss,
             [n for batch in self._all[: self.steps] for n in batch],
@@ -249,21 +308,30 @@ class _SavedState(PassState):
             seconds=self.seconds + time.monotonic() - self._start,
         )
         self._saved_steps = self.steps
+
+    @property
+    def _name(self) -> str:
+        own = self._identity
+        return f"{own.generation}-{own.rank}-{self.steps}"
+
+    def _remove_older(self) -> None:
+        own = self._identity
         for older in self._directory.glob(f"{own.generation}-{own.rank}-*"):
-            if older != directory:
+            if older.name != self._name:
                 shutil.rmtree(older, ignore_errors=True)
 
     def complete(self) -> tuple[float, int]:
         loss, num_labels = 0.0, 0
         for part in self._kept:
+            is_first = part.name in self._first_read
             for name, tensor in part.tensors():
                 if name == LOSS:
-                    loss += tensor.item()
-                else:
+                    loss += tensor.item() * is_first
+                elif self._sums.holds(name):
                     self._sums.add(name, tensor)
-            for name, count in part.counts.items():
-                self._sums.counts[name] += count
-            num_labels += part.num_labels
+            for name in self._sums.counts.keys() & part.counts.keys():
+                self._sums.counts[name] += part.counts[name]
+            num_labels += part.num_labels * is_first
             self.seconds = max(self.seconds, part.seconds)
         return loss, num_labels
 
@@ -274,15 +342,27 @@ def _last_generation(directory: Path) -> int:
     return max((int(name) for name in names if name.isdigit()), default=-1)
 
 
-def _kept(holders: Mapping[str, int], kept: Sequence[str], latest: int) -> list[str]:
-    """Names of the parts that the next generation builds on: those kept so far, and the latest's.
+def _newest_copies(shards: Mapping[str, int]) -> list[list[str]]:
+    """Names of the parts of each copy after its newest step that all of its workers have saved.
 
-    Where several hosts have parts of one share, the one with most steps counts.
+    Args:
+        shards: Names of parts, and how many workers share the copy that each is of.
     """
-    newest: dict[tuple[int, int], tuple[int, str]] = {}
-    for name in holders:
+    saved: dict[tuple[int, int, int], dict[int, list[str]]] = {}
+    for name, shard in shards.items():
         generation, rank, steps = map(int, name.split("-"))
-        if generation == latest:
-            share = generation, rank
-            newest[share] = max(newest.get(share, (-1, "")), (steps, name))
-    return [name for name in kept if name in holders] + [name for _, name in newest.values()]
+        of_copy = saved.setdefault((generation, rank // shard, shard), {})
+        of_copy.setdefault(steps, []).append(name)
+    copies = []
+    for (_, _, shard), of_copy in sorted(saved.items()):
+        whole = [steps for steps, names in of_copy.items() if len(names) == shard]
+        if whole:
+            copies.append(sorted(of_copy[max(whole)]))
+    return copies
+
+
+def _kept(readers: Iterable[str], kept: Sequence[str], latest: int) -> list[str]:
+    """Names of the parts that the next generation builds on: those kept, and the latest's."""
+    names = list(readers)
+    of_latest = [name for name in names if int(name.partition("-")[0]) == latest]
+    return [name for name in kept if name in names] + of_latest

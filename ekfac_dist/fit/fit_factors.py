@@ -57,9 +57,8 @@ def fit_factors(
         sequences.equal_above,
     )
     dtype = getattr(torch, inputs.settings.factors.accumulate)
-    owners = None
-    if inputs.settings.factors.shard not in (1, "auto"):
-        owners = Owners.of(world, int(inputs.settings.factors.shard), discovery.modules)
+    shard = inputs.settings.factors.shard
+    owners = Owners.of(world, 1 if shard == "auto" else shard, discovery.modules)
     context = PassContext(
         inputs.model,
         sequences,
@@ -76,7 +75,7 @@ def fit_factors(
     for number, group in enumerate(groups, start=1):
         name = f"{number}" if len(groups) == 1 else f"{number}/{len(groups)}"
         GroupFit(
-            name, group, context, share, inputs.settings.factors, sink, checkpoints, summary
+            name, group, context, owners, share, inputs.settings.factors, sink, checkpoints, summary
         ).fit()
     peaks = world.gather(peak_bytes(world.device))
     summary.peak_bytes = {place: max(p.get(place, 0) for p in peaks) for place in peaks[0]}

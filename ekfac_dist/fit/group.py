@@ -33,6 +33,7 @@ from ekfac_dist.models.find.faults import NO_GRADIENT, NOT_ROUTED, is_routed
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
 from ekfac_dist.passes.context import PassContext
 from ekfac_dist.passes.one_pass import run_pass
+from ekfac_dist.passes.owners import Owners
 from ekfac_dist.passes.state import PassState
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.progress import show_line
@@ -48,6 +49,7 @@ class GroupFit:
         name: The group's number, "1", or with that of all groups, "1/3".
         modules: The group, in model order; experts that turn out to have no factors are removed.
         context: Model, data, task and workers.
+        owners: Who holds which sums.
         share: The most that any worker has of the data.
         factors: What is fitted.
         sink: Where the factors are written.
@@ -58,6 +60,7 @@ class GroupFit:
     name: str
     modules: list[TrackedModule]
     context: PassContext
+    owners: Owners
     share: WorkerShare
     factors: FactorsConfig
     sink: FactorSink
@@ -115,7 +118,9 @@ class GroupFit:
         self._require_disk_space("covariance")
         start = time.perf_counter()
         sums = self._empty_covariance()
-        state = self.checkpoints.begin(self._state("covariance"), self.context.own_batches, sums)
+        state = self.checkpoints.begin(
+            self._state("covariance"), self.context.own_batches, sums, self.owners
+        )
         self._say_resumed("covariance", state)
         result = run_pass(
             self._shown("covariance"),
@@ -196,18 +201,12 @@ class GroupFit:
 
     def _owner_of(self, factor: str) -> int:
         """The rank of the worker of the first copy that holds a factor."""
-        owners = self.context.owners
-        module = next(m for m in self.modules if factor in (m.input, m.output))
-        return 0 if owners is None else owners.rank_of(module)
+        return self.owners.place_of(factor)
 
     def _of_all_owners(self, own: Mapping[str, T]) -> dict[str, T]:
         """What the owners of one copy know of their factors, together; a collective."""
-        owners = self.context.owners
-        if owners is None or owners.shard == 1:
-            return dict(own)
-        return {
-            name: value for of_owner in owners.notes.gather(own) for name, value in of_owner.items()
-        }
+        by_owner = self.owners.notes.gather(own)
+        return {name: value for of_owner in by_owner for name, value in of_owner.items()}
 
     def _leave_out(self, left_out: Mapping[str, list[str]]) -> None:
         for why, names in left_out.items():
@@ -241,7 +240,9 @@ class GroupFit:
         # Saved sums are of no use if the basis that they belong to was computed again.
         basis_files = map(eigenbasis_file, factor_sizes(self.modules))
         of = context.world.share(self.sink.content_sha256(basis_files))
-        state = self.checkpoints.begin(self._state("refit"), context.own_batches, sums, of)
+        state = self.checkpoints.begin(
+            self._state("refit"), context.own_batches, sums, self.owners, of
+        )
         self._say_resumed("refit", state)
         rule = LabelRule(self.factors.labels, self.factors.seed, REFIT_PASS)
         result = run_pass(self._shown("refit"), context, self.modules, sums, rule, state=state)

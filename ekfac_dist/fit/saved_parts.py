@@ -6,7 +6,7 @@ Which parts there are, and which of them count, is decided by `checkpoints`.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,14 +40,25 @@ class Sums(Protocol):
     def add(self, piece: str, saved: Tensor) -> None:
         """Adds a piece that was saved from other sums of the same shape."""
 
+    def holds(self, piece: str) -> bool:
+        """Whether a piece belongs to one of these sums."""
+
 
 @dataclass(frozen=True)
 class Identity:
-    """The run, the generation and the rank that a part belongs to."""
+    """What a part belongs to.
+
+    Attributes:
+        run: The run.
+        generation: The way of sharing out the remaining sequences.
+        rank: The worker.
+        shard: Number of workers that share one copy of the sums; their parts are of use together.
+    """
 
     run: str
     generation: int
     rank: int
+    shard: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,7 @@ class Part:
         directory: Its directory.
         generation: The way of sharing out that it belongs to.
         rank: The rank of its worker.
+        shard: Number of workers that share one copy of the sums.
         steps: Number of the worker's steps that are in the sums.
         num_labels: Number of labels in them.
         seconds: Time that they took.
@@ -69,6 +81,7 @@ class Part:
     directory: Path
     generation: int
     rank: int
+    shard: int
     steps: int
     num_labels: int
     seconds: float
@@ -91,13 +104,18 @@ class Part:
             return None
         if fields.pop("run", None) != run:
             return None
-        part = cls(directory, **fields)
+        part = cls(directory, **{"shard": 1, **fields})
         return part if part.name == f"{part.generation}-{part.rank}-{part.steps}" else None
 
     @property
     def share(self) -> tuple[int, int]:
         """Its generation and rank."""
         return self.generation, self.rank
+
+    @property
+    def names(self) -> Collection[str]:
+        """Names of the sums in it."""
+        return self.num_added.keys()
 
     def is_whole(self) -> bool:
         """Whether every file still has its size and SHA-256."""

@@ -98,7 +98,8 @@ def run_pass(
         run.all_steps(context.dtype if converted else None)
     except UserError as error:
         # This worker or another was asked to end: what this one has summed is not lost.
-        if error.status == Preempted.status and run.watch.last() is None:
+        is_asked = error.status == Preempted.status and run.is_between_steps
+        if is_asked and run.watch.last() is None:
             run.state.leave(run.loss.item(), run.num_labels)
         raise
     loss, num_labels = run.reduced()
@@ -113,6 +114,7 @@ class _Run:
         watch: Whether the running sums are finite.
         loss: Σ −log p(label) so far, a float64 scalar on the worker's device.
         num_labels: Labels so far.
+        is_between_steps: Whether the running sums hold whole steps.
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class _Run:
         self.watch = FiniteWatch(context.world.device, may_lag=not self._in_step)
         self.loss = torch.full((), state.loss, dtype=torch.float64, device=context.world.device)
         self.num_labels = state.num_labels
+        self.is_between_steps = True
         self._exchange: RowExchange | None = None
         if context.owners is not None and context.exchanges_rows:
             self._exchange = RowExchange(context, modules, observer, context.owners, state.batches)
@@ -160,21 +163,23 @@ class _Run:
             progress,
         ):
             for indices, batch in context.prefetched(self.state.batches):
-                ends = self._step(capture, indices, batch)
+                ends, is_due = self._step(capture, indices, batch)
                 progress.update(batch.num_positions, len(indices))
-                self.state.after_step()
-                if ends or self.state.is_due():
-                    self._require_finite(self.watch.last())
-                    self.state.save(self.loss.item(), self.num_labels, ends=ends)
+                self._after_step(ends=ends, is_due=is_due)
                 world.check_peers()
             self._require_finite(self.watch.last())
             for _ in range(self._num_idle):
-                self._idle_step(capture)
+                ends, is_due = self._idle_step(capture)
+                if self._exchange is not None:  # others' rows may be in its sums
+                    self._after_step(ends=ends, is_due=is_due)
+                elif ends:
+                    self.state.save(self.loss.item(), self.num_labels, ends=True)
 
-    def _step(self, capture: Capture, indices: Sequence[int], batch: Batch) -> bool:
-        """One forward and backward; True if the run is to end after it."""
+    def _step(self, capture: Capture, indices: Sequence[int], batch: Batch) -> tuple[bool, bool]:
+        """One forward and backward; whether the run is to end, or to save its state, after it."""
         if self._in_step:
             self._world.wait_for_all()  # another may be saving its state
+        self.is_between_steps = False
         result = capture.run(batch, self._rule)
         if self._exchange is not None:
             self._exchange.end_step()
@@ -185,33 +190,48 @@ class _Run:
         is_finite = torch.isfinite(self._observer.health() + self.loss)
         return self._agreed(self.watch.after(indices, is_finite), indices)
 
-    def _idle_step(self, capture: Capture) -> None:
-        """Takes part in a step of workers that have more batches."""
+    def _idle_step(self, capture: Capture) -> tuple[bool, bool]:
+        """Takes part in a step of workers that have more batches; see `_step`."""
         self._world.wait_for_all()
+        self.is_between_steps = False
         if is_sharded(self._context.model):
             with capture.unseen():
                 capture.run(self._context.shortest_batch(), self._rule)
+        is_finite = torch.isfinite(self.loss)
         if self._exchange is not None:
             self._exchange.end_step()
-        if self._agreed(None, []):
-            self.state.save(self.loss.item(), self.num_labels, ends=True)
+            is_finite = torch.isfinite(self._observer.health() + self.loss)
+        return self._agreed(self.watch.after([], is_finite), [])
 
-    def _agreed(self, bad_batch: Sequence[int] | None, batch: Sequence[int]) -> bool:
-        """Refuses sums that are not finite; True if the run is to end. Of any worker, if in step.
+    def _after_step(self, *, ends: bool, is_due: bool) -> None:
+        """Counts a step, and saves the running sums if it is time."""
+        self.state.after_step()
+        self.is_between_steps = True
+        if ends or is_due:
+            self._require_finite(self.watch.last())
+            self.state.save(self.loss.item(), self.num_labels, ends=ends)
+
+    def _agreed(self, bad_batch: Sequence[int] | None, batch: Sequence[int]) -> tuple[bool, bool]:
+        """Refuses sums that are not finite; of any worker, if in step.
 
         Args:
             bad_batch: This worker's batch after which its sums were not finite; None: none was.
             batch: This worker's batch of the step.
+
+        Returns:
+            Whether the run is to end after this step, and whether its state is to be saved.
         """
-        ends = preemption.requested()
+        ends, is_due = preemption.requested(), self.state.is_due()
         if self._in_step:
-            reports = self._world.gather((bad_batch, batch, ends))
-            bad_batch = next((bad for bad, _, _ in reports if bad is not None), None)
-            if bad_batch is not None and self._exchange is not None:
-                bad_batch = [index for _, every, _ in reports for index in every]  # anybody's rows
-            ends = any(ends for _, _, ends in reports)
+            reports = self._world.gather((bad_batch, batch, ends, is_due))
+            bad_batch = next((bad for bad, *_ in reports if bad is not None), None)
+            ends = any(ends for _, _, ends, _ in reports)
+            if self._exchange is not None:
+                is_due = any(is_due for *_, is_due in reports)
+                if bad_batch is not None:
+                    bad_batch = [index for _, every, *_ in reports for index in every]
         self._require_finite(bad_batch)
-        return ends
+        return ends, is_due
 
     def _require_finite(self, bad_batch: Sequence[int] | None) -> None:
         if bad_batch is not None:

@@ -85,6 +85,7 @@ class Owners:
     Attributes:
         shard: D, the number of workers that share one copy of the factors.
         places: The place of each family's owner, by its input factor.
+        sum_places: The same by the name of each factor, and of each module.
         place: This worker's place among the owners of its copy.
         copy: The workers of this worker's copy, by place.
         notes: The same workers, for objects on the CPU.
@@ -93,6 +94,7 @@ class Owners:
 
     shard: int
     places: Mapping[str, int]
+    sum_places: Mapping[str, int]
     place: int
     copy: World
     notes: World
@@ -108,8 +110,13 @@ class Owners:
             modules: The tracked modules, in model order.
         """
         places = assign_owners(modules, shard)
+        sum_places = {
+            name: places[module.input]
+            for module in modules
+            for name in (module.name, module.input, module.output)
+        }
         if shard == 1:
-            return cls(shard, places, 0, world.alone(), world.alone(), world)
+            return cls(shard, places, sum_places, 0, world.alone(), world.alone(), world)
         size = (world.size // shard, shard)
         names = ("copies", "owners")
         mesh = init_device_mesh(world.device.type, size, mesh_dim_names=names)
@@ -117,6 +124,7 @@ class Owners:
         return cls(
             shard,
             places,
+            sum_places,
             world.rank % shard,
             world.within(mesh.get_group("owners")),
             world.within(notes.get_group("owners")),
@@ -126,6 +134,10 @@ class Owners:
     def owns(self, module: TrackedModule) -> bool:
         """Whether this worker owns a module's family."""
         return self.places[module.input] == self.place
+
+    def place_of(self, name: str) -> int:
+        """The place of the owner of a factor, or of a module's Λ, by its name."""
+        return self.sum_places[name]
 
     def rank_of(self, module: TrackedModule, copy: int = 0) -> int:
         """The rank of a module's owner in one of the copies."""

@@ -4,15 +4,23 @@ Each worker runs its own batch; a module's rows of all workers of a copy are add
 that owns the module's family. An exchange is an observer that collects a worker's rows, sends them,
 and shows what arrives to the observer of the modules that this worker owns.
 
-    forward    window 1 │ window 2 │ …       a window: a few families, shared out among all owners
+    forward    window 1 │ window 2 │ …       a window: a few layers, shared out among all owners
                         └─ rows of window 1 travel while window 2 is computed,
                            and are summed while those of window 2 travel
     backward   … │ window 2 │ window 1          the same with output-gradients
+
+Large windows travel in rounds, so that little of them is held twice. In a round every worker sends
+to as many owners as it receives from senders, so all links are used alike:
+
+    distance       0           1           2          …        W = 4, D = 4
+    rank 0 sends   (its own)   to rank 1   to rank 2
+    rank 3 sends   (its own)   to rank 0   to rank 1
 
 Windows are exchanged in one order on all workers, whatever a worker's batch has: rows that come
 after their window has left, and those of a worker that has no batch left, change nothing in it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -35,6 +43,7 @@ INPUT, GRADIENT = "input", "gradient"
 Entry = tuple[str, str]  # a module's name, and INPUT or GRADIENT
 
 _ALIGNMENT = 16  # bytes; rows of any dtype begin at a multiple of it
+_ROUND_BYTES = 2**27  # a round of fewer would be mostly latency
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,8 @@ class _Noted:
     """An observer that notes in which order a step shows which rows, and their dtypes."""
 
     def __init__(self) -> None:
-        self.order: list[str] = []
+        self.inputs: list[str] = []  # in the order in which they are shown
+        self.num_inputs_before_gradients: int | None = None
         self.dtypes: dict[Entry, torch.dtype] = {}
         self.partial: set[str] = set()
 
@@ -72,13 +82,15 @@ class _Noted:
         self, module: TrackedModule, acts_Mi: Tensor, positions: CapturedPositions
     ) -> None:
         """Notes an input."""
-        self.order.append(module.input)
+        self.inputs.append(module.input)
         self._note((module.name, INPUT), acts_Mi, positions)
 
     def on_gradient(
         self, module: TrackedModule, grads_MO: Tensor, positions: CapturedPositions
     ) -> None:
         """Notes an output-gradient."""
+        if self.num_inputs_before_gradients is None:
+            self.num_inputs_before_gradients = len(self.inputs)
         self._note((module.name, GRADIENT), grads_MO, positions)
 
     def _note(self, entry: Entry, rows: Tensor, positions: CapturedPositions) -> None:
@@ -92,13 +104,15 @@ class Schedule:
     """In which order rows are exchanged; the same on every worker.
 
     Attributes:
-        slots: What travels together: the inputs of each window, then the output-gradients.
+        windows: What is exchanged together: the inputs of each window of families, then the
+            output-gradients. Inputs that only the backward shows, in a forward that is repeated for
+            it, come with their gradients.
         places: The place of each module's owner.
         routed: Names of modules that see only some of a batch's positions, or an unknown part.
         dtypes: Dtype of each module's rows, where it is the same in every step.
     """
 
-    slots: Sequence[Sequence[Entry]]
+    windows: Sequence[Sequence[Entry]]
     places: Mapping[str, int]
     routed: frozenset[str]
     dtypes: Mapping[Entry, torch.dtype]
@@ -117,23 +131,37 @@ class Schedule:
         noted = _Noted()
         with Capture(context.model, modules, noted, None, context.task) as capture:
             capture.run(context.shortest_batch(), LabelRule("data", 0, 0))
-        order, dtypes, partial = context.world.share((noted.order, noted.dtypes, noted.partial))
+        order, num_before = noted.inputs, noted.num_inputs_before_gradients
+        order, num_before, dtypes, partial = context.world.share(
+            (order, num_before, noted.dtypes, noted.partial)
+        )
         routed = partial | {m.name for m in modules if is_routed(context.model, m)}
         routed |= {m.name for m in modules if (m.name, GRADIENT) not in dtypes}
         members = families(modules)
-        # Families that the short sequence did not reach stay behind those before them.
-        place, places = -1.0, {}
+        in_forward = dict.fromkeys(order[:num_before], True) | dict.fromkeys(
+            order[num_before:], False
+        )
+        # Families that the short sequence did not reach are like those before them.
+        place, places = -1, {}
+        is_early, early = True, set()
         for name in members:
-            place = order.index(name) if name in order else place
+            place = order.index(name) if name in in_forward else place
             places[name] = place
-        ordered = [m for name in sorted(members, key=places.__getitem__) for m in members[name]]
-        inputs, gradients = [], []
-        for window in windows(ordered, owners.shard):
-            inputs.append([(members[name][0].name, INPUT) for name in window])
+            is_early = in_forward.get(name, is_early)
+            early |= {name} if is_early else set()
+        if len(early) == len(members):  # in the order of the forward
+            modules = [m for name in sorted(members, key=places.__getitem__) for m in members[name]]
+        inputs, rest = [], []
+        for window in windows(modules, owners.shard):
+            first = {name: (members[name][0].name, INPUT) for name in window}
             called = [module for name in window for module in members[name]]
-            gradients.append([(module.name, GRADIENT) for module in reversed(called)])
+            inputs.append([first[name] for name in window if name in early])
+            rest.append(
+                [first[name] for name in window if name not in early]
+                + [(module.name, GRADIENT) for module in reversed(called)]
+            )
         return cls(
-            [*inputs, *reversed(gradients)],
+            [window for window in (*inputs, *reversed(rest)) if window],
             {module.name: owners.places[module.input] for module in modules},
             frozenset(routed),
             dtypes,
@@ -173,24 +201,44 @@ class _Note:
 
 
 @dataclass
+class _Window:
+    """The rows of a window that are sent, or are to be.
+
+    Attributes:
+        leaving: This worker's rows, by the place of their owner.
+        notes: What comes to this worker, by the place of the sender.
+        rounds: The rounds in which they travel; in a round of distance d a worker sends to the
+            owner d places after its own, and its own rows stay where they are for d = 0.
+        num_sent: Number of rounds that have begun.
+    """
+
+    leaving: list[list[_Rows]]
+    notes: Sequence[Sequence[_Note]]
+    rounds: Sequence[Sequence[int]]
+    num_sent: int = 0
+
+
+@dataclass
 class _Travelling:
     """Rows on their way to this worker.
 
     Attributes:
-        notes: What comes from each place, in order.
+        senders: The places that they come from, in the order in which they are shown.
+        notes: What comes from each place.
         arriving: The bytes, place after place.
         sizes: Number of bytes from each place.
         own: This worker's own rows, which travel nowhere.
         work: Ends when all bytes are there, and those that were sent have left.
-        leaving: The bytes that are sent, held until then.
+        sent: The bytes that are sent, held until then.
     """
 
+    senders: Sequence[int]
     notes: Sequence[Sequence[_Note]]
     arriving: Tensor
     sizes: Sequence[int]
     own: Sequence[_Rows]
     work: Any
-    leaving: Tensor = field(repr=False)
+    sent: Tensor = field(repr=False)
 
 
 class RowExchange:
@@ -221,13 +269,28 @@ class RowExchange:
         self._observer, self._owners = observer, owners
         self._batches = owners.notes.gather(batches)
         schedule = self._schedule = Schedule.of(context, modules, owners)
-        self._slot_of = {
-            entry: number for number, slot in enumerate(schedule.slots) for entry in slot
+        self._window_of = {
+            entry: number for number, window in enumerate(schedule.windows) for entry in window
         }
-        self._step = self._slot = 0
+        lengths = context.sequences.num_positions
+        most_positions = max(
+            (int(lengths[batch].sum()) for own in self._batches for batch in own), default=0
+        )
+        # All windows travel in as many rounds, so that every worker knows it without being told.
+        largest = max(
+            sum(
+                most_positions * self._width(entry) * schedule.dtypes[entry].itemsize
+                for entry in window
+                if entry[0] not in schedule.routed
+            )
+            for window in schedule.windows
+        )
+        self._num_rounds = num_rounds(largest, owners.shard)
+        self._step = self._number = 0  # of the step, and of the window that is collected
         self._rows: dict[Entry, _Rows] = {}
         self._late: list[_Rows] = []
         self._late_families: set[str] = set()
+        self._window: _Window | None = None
         self._travelling: _Travelling | None = None
 
     # -- what the capture shows --------------------------------------------------------------------
@@ -245,49 +308,54 @@ class RowExchange:
         self._take(_Rows((module.name, GRADIENT), owned(grads_MO, positions), positions), module)
 
     def _take(self, rows: _Rows, module: TrackedModule) -> None:
-        slot = self._slot_of[rows.entry]
-        if slot < self._slot or module.input in self._late_families:
+        number = self._window_of[rows.entry]
+        if number < self._number or module.input in self._late_families:
             # A late input's gradients come after it.
             self._late_families.add(module.input)
             self._late.append(rows)
             return
-        while self._slot < slot:
-            self._send_slot()
+        while self._number < number:
+            self._close_window()
         self._rows[rows.entry] = rows
+        # The rows of the window before travel while this one is computed.
+        part = len(self._rows) / len(self._schedule.windows[number])
+        self._send_rounds(math.ceil(part * self._num_rounds))
 
     def end_step(self) -> None:
         """Exchanges what is left of a step, which may be all; every worker does as many steps."""
-        while self._slot < len(self._schedule.slots):
-            self._send_slot()
+        while self._number < len(self._schedule.windows):
+            self._close_window()
         if any(self._gathered(bool(self._late))):
-            self._send(self._late, self._gathered([rows.note for rows in self._late]))
+            self._begin(self._late, self._gathered([rows.note for rows in self._late]))
+        self._send_rounds(self._num_rounds)
         self._settle()
         self._rows.clear()
         self._late.clear()
         self._late_families.clear()
+        self._window = None
         self._step += 1
-        self._slot = 0
+        self._number = 0
 
     # -- sending -----------------------------------------------------------------------------------
 
-    def _send_slot(self) -> None:
-        """Sends the next slot, then shows what came with the one before."""
-        slot = self._schedule.slots[self._slot]
-        own = [self._rows.pop(entry) for entry in slot if entry in self._rows]
-        if any(name in self._schedule.routed for name, _ in slot):
+    def _close_window(self) -> None:
+        """Ends the collecting of a window's rows, which are sent while the next one is computed."""
+        window = self._schedule.windows[self._number]
+        own = [self._rows.pop(entry) for entry in window if entry in self._rows]
+        if any(name in self._schedule.routed for name, _ in window):
             notes = self._gathered([rows.note for rows in own])
         else:
-            notes = [self._expected(slot, batches) for batches in self._batches]
-        self._slot += 1
-        self._send(own, notes)
+            notes = [self._expected(window, batches) for batches in self._batches]
+        self._number += 1
+        self._begin(own, notes)
 
-    def _expected(self, slot: Sequence[Entry], batches: Sequence[Sequence[int]]) -> list[_Note]:
+    def _expected(self, window: Sequence[Entry], batches: Sequence[Sequence[int]]) -> list[_Note]:
         """What a worker sends that captures every position of its batch."""
         if self._step >= len(batches):
             return []
         batch = list(batches[self._step])
         notes = []
-        for entry in slot:
+        for entry in window:
             lengths = self._sequences.positions_of(entry[0])[batch]
             indices = tuple(self._sequences.indices[batch].tolist())
             note = _Note(
@@ -296,38 +364,60 @@ class RowExchange:
             notes += [note] * (sum(note.lengths) > 0)
         return notes
 
-    def _send(self, own: Sequence[_Rows], notes: Sequence[Sequence[_Note]]) -> None:
-        """Sends rows to their owners.
+    def _begin(self, own: Sequence[_Rows], notes: Sequence[Sequence[_Note]]) -> None:
+        """Makes rows ready to be sent, after all of those before them.
 
         Args:
             own: This worker's rows.
             notes: What every worker of the copy sends, in order.
         """
-        place, places = self._owners.place, self._schedule.places
-        leaving: list[list[Tensor]] = [[] for _ in range(self._owners.shard)]
+        self._send_rounds(self._num_rounds)
+        places, shard = self._schedule.places, self._owners.shard
+        leaving: list[list[_Rows]] = [[] for _ in range(shard)]
         for rows in own:
-            owner = places[rows.entry[0]]
-            if owner != place:
-                leaving[owner].append(_as_bytes(rows.values))
+            leaving[places[rows.entry[0]]].append(rows)
         arriving = [
-            [note for note in of_worker if places[note.entry[0]] == place] for of_worker in notes
+            [note for note in of_worker if places[note.entry[0]] == self._owners.place]
+            for of_worker in notes
         ]
-        sizes = [
-            0 if other == place else sum(map(self._num_bytes, of_worker))
-            for other, of_worker in enumerate(arriving)
-        ]
-        sent = [part for parts in leaving for part in parts]
+        bounds = [shard * k // self._num_rounds for k in range(self._num_rounds + 1)]
+        rounds = [range(*bounds[k : k + 2]) for k in range(self._num_rounds)]
+        self._window = _Window(leaving, arriving, rounds)
+
+    def _send_rounds(self, number: int) -> None:
+        """Begins the rounds of the closed window up to a number of them."""
+        window = self._window
+        while window is not None and window.num_sent < number:
+            self._send(window, window.rounds[window.num_sent])
+            window.num_sent += 1
+
+    def _send(self, window: _Window, distances: Sequence[int]) -> None:
+        """Begins one round, then shows what came with the round before."""
+        place, shard = self._owners.place, self._owners.shard
+        senders = [(place - distance) % shard for distance in distances]
+        leaving: list[list[Tensor]] = [[] for _ in range(shard)]
+        own: list[_Rows] = []
+        for distance in distances:
+            owner = (place + distance) % shard
+            rows, window.leaving[owner] = window.leaving[owner], []
+            if owner == place:
+                own = rows
+            else:
+                leaving[owner] = [_as_bytes(each.values) for each in rows]
+            del rows
+        sizes = [0] * shard
+        for sender in senders:
+            if sender != place:
+                sizes[sender] = sum(map(self._num_bytes, window.notes[sender]))
+        parts = [part for of_owner in leaving for part in of_owner]
         nothing = torch.empty(0, dtype=torch.uint8, device=self._owners.copy.device)
-        sent_bytes = torch.cat(sent) if sent else nothing
-        arriving_bytes = nothing.new_empty(sum(sizes))
-        work = self._owners.copy.all_to_all(
-            arriving_bytes,
-            sent_bytes,
-            sizes,
-            [sum(part.numel() for part in parts) for parts in leaving],
-        )
-        kept = [rows for rows in own if places[rows.entry[0]] == place]
-        travelling = _Travelling(arriving, arriving_bytes, sizes, kept, work, sent_bytes)
+        sent = torch.cat(parts) if parts else nothing
+        sent_sizes = [sum(part.numel() for part in of_owner) for of_owner in leaving]
+        parts.clear()
+        leaving.clear()
+        arriving = nothing.new_empty(sum(sizes))
+        work = self._owners.copy.all_to_all(arriving, sent, sizes, sent_sizes)
+        travelling = _Travelling(senders, window.notes, arriving, sizes, own, work, sent)
         self._settle()
         self._travelling = travelling
 
@@ -351,16 +441,15 @@ class RowExchange:
             return
         self._owners.copy.wait(travelling.work)
         parts = travelling.arriving.split(list(travelling.sizes))
-        for sender, (notes, part) in enumerate(zip(travelling.notes, parts, strict=True)):
+        for sender in travelling.senders:
             if sender == self._owners.place:
                 for rows in travelling.own:
-                    note = rows.note
-                    self._show(note, rows.values, sender)
+                    self._show(rows.note, rows.values, sender)
                 continue
             start = 0
-            for note in notes:
+            for note in travelling.notes[sender]:
                 size = sum(note.lengths) * self._width(note.entry) * note.dtype.itemsize
-                values = part[start : start + size].view(note.dtype)
+                values = parts[sender][start : start + size].view(note.dtype)
                 self._show(note, values.view(-1, self._width(note.entry)), sender)
                 start += _padded(size)
 
@@ -379,3 +468,13 @@ def _as_bytes(rows: Tensor) -> Tensor:
 
 def _padded(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def num_rounds(window_bytes: int, shard: int) -> int:
+    """In how many rounds the rows of a window travel: more where they are large, for the memory.
+
+    Args:
+        window_bytes: Bytes of one worker's rows of a window.
+        shard: D.
+    """
+    return max(1, min(shard - 1, window_bytes // _ROUND_BYTES))

@@ -14,10 +14,11 @@ something to do, and balanced over all windows, so that memory and work are.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from torch.distributed.device_mesh import init_device_mesh
 
-from ekfac_dist.models.modules import TrackedModule
+from ekfac_dist.models.modules import TrackedModule, layer_name
 from ekfac_dist.runtime.processes import World
 
 
@@ -37,7 +38,7 @@ def family_cost(members: Sequence[TrackedModule]) -> int:
 
 
 def windows(modules: Sequence[TrackedModule], shard: int) -> list[list[str]]:
-    """Input factors of neighbouring families, as few together as can be shared out evenly.
+    """Input factors of neighbouring layers, as few together as can be shared out evenly.
 
     Args:
         modules: The tracked modules, in the order in which they are called.
@@ -47,9 +48,9 @@ def windows(modules: Sequence[TrackedModule], shard: int) -> list[list[str]]:
     costs = {name: family_cost(family) for name, family in members.items()}
     parts: list[list[str]] = []
     window: list[str] = []
-    for name in members:
-        window.append(name)
-        own = [costs[each] for each in window]
+    for _, of_layer in groupby(members, key=lambda name: layer_name(members[name][0].name)):
+        window.extend(of_layer)
+        own = [costs[name] for name in window]
         if len(window) >= shard and sum(own) >= shard * max(own):
             parts.append(window)
             window = []

@@ -36,6 +36,8 @@ class ModelConfig:
         merge_adapter: Merge the adapter and track the merged weights, not its own matrices.
         quantization: Load linear weights in 8bit or 4bit (bitsandbytes); null: as stored.
         device_map: How Accelerate spreads a single worker's model over devices; null: all on one.
+        gradient_checkpointing: Repeat each layer's forward in the backward instead of holding its
+            activations; auto: where they would not fit into memory.
         trust_remote_code: Run Python code that comes with the model.
     """
 
@@ -47,6 +49,7 @@ class ModelConfig:
     merge_adapter: bool = False
     quantization: Quantization | None = None
     device_map: DeviceMap | None = None
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -54,6 +57,11 @@ class ModelConfig:
             require_choice("model.quantization", self.quantization, ("8bit", "4bit"))
         if self.device_map is not None:
             require_choice("model.device_map", self.device_map, get_args(DeviceMap))
+        if self.gradient_checkpointing not in ("auto", True, False):
+            raise ConfigError(
+                f"model.gradient_checkpointing is {self.gradient_checkpointing!r}; give true, "
+                "false or auto."
+            )
         require_choice(
             "model.dtype", self.dtype, ("float64", "float32", "bfloat16", "float16", "auto")
         )
@@ -112,7 +120,8 @@ class FactorsConfig:
         accumulate: Precision of every running sum, float32 or float64.
         eigen: Who decomposes factors: worker 0 alone, or every worker a share (sharded).
         shard: Among how many workers one copy of the factors is shared out; each holds some, and
-            inputs and gradients travel to them; auto: 1.
+            inputs and gradients travel to them; auto: 1 where one copy fits a worker, else the
+            fewest that fit one pair of passes.
         partitions: Groups of modules, with a pair of passes over the data each: more of them take
             less memory and more time; auto: the fewest that fit into memory.
         blocks: Diagonal blocks of each factor, for very large dimensions; 1: factors are whole.

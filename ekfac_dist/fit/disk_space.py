@@ -43,6 +43,7 @@ def disk(
     groups: Sequence[Sequence[TrackedModule]],
     factors: FactorsConfig,
     workers: int,
+    shard: int,
     share: WorkerShare,
     *,
     on_cpu: bool,
@@ -54,12 +55,13 @@ def disk(
         groups: Groups of modules, one pair of passes each.
         factors: What is fitted.
         workers: W.
+        shard: D, the number of workers that share one copy of the factors.
         share: Each worker's share of the data.
         on_cpu: Whether the workers compute on the CPU.
         saves: Whether states of passes are saved.
     """
     modules = [module for group in groups for module in group]
-    stages = [stage_bytes(group, factors, workers, share, on_cpu=on_cpu) for group in groups]
+    stages = [stage_bytes(group, factors, workers, shard, share, on_cpu=on_cpu) for group in groups]
     sizes = factor_sizes(modules)
     squares, bases, spectra = _file_bytes(modules, factors)
     num_files = len(sizes) * (1 + factors.keep_covariance) + len(modules)
@@ -75,6 +77,7 @@ def stage_bytes(
     group: Sequence[TrackedModule],
     factors: FactorsConfig,
     workers: int,
+    shard: int,
     share: WorkerShare,
     *,
     on_cpu: bool,
@@ -85,14 +88,16 @@ def stage_bytes(
         group: The modules.
         factors: What is fitted.
         workers: W.
+        shard: D, the number of workers that share one copy of the factors.
         share: Each worker's share of the data.
         on_cpu: Whether the workers compute on the CPU.
     """
     squares, bases, spectra = _file_bytes(group, factors)
-    copies = 2 * workers  # a new state is complete before the one before it is removed
+    # A new state is complete before the one before it is removed.
+    copies = 2 * workers // shard
     sizes = factor_sizes(group).values()
     sums = itemsize(factors) * sum(summed_elements(n, factors.blocks) for n in sizes)
-    second = second_level_bytes(group, factors, share, on_cpu=on_cpu)
+    second = second_level_bytes(group, factors, share.of(shard), on_cpu=on_cpu)
     refit_states = copies * (spectra + second["refit"]) if factors.refit != "none" else 0
     return {
         "covariance": (squares, copies * (sums + second["covariance"])),

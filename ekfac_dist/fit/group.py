@@ -279,7 +279,9 @@ class GroupFit:
         """
         world = self.context.world
         on_cpu = world.device.type == "cpu"
-        needed = stage_bytes(self.modules, self.factors, world.size, self.share, on_cpu=on_cpu)
+        needed = stage_bytes(
+            self.modules, self.factors, world.size, self.owners.shard, self.share, on_cpu=on_cpu
+        )
         results, states = needed[stage]
         states *= self.checkpoints.saves
         files = {

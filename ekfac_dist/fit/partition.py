@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from ekfac_dist.models.modules import TrackedModule
+from ekfac_dist.passes.owners import families, family_cost
 
 
 def partition(modules: Sequence[TrackedModule], number: int) -> list[list[TrackedModule]]:
@@ -14,19 +15,13 @@ def partition(modules: Sequence[TrackedModule], number: int) -> list[list[Tracke
         modules: In model order.
         number: Wanted number of groups; fewer if there are not enough modules.
     """
-    families: dict[str, list[TrackedModule]] = {}
-    for module in modules:
-        families.setdefault(module.input, []).append(module)
-    weights = [
-        members[0].input_size ** 2
-        + sum(m.num_outputs**2 + m.num_outputs * m.input_size for m in members)
-        for members in families.values()
-    ]
-    number = min(number, len(families))
+    by_input = families(modules)
+    weights = [family_cost(members) for members in by_input.values()]
+    number = min(number, len(by_input))
     groups: list[list[TrackedModule]] = []
     passed, whole = 0.0, sum(weights)
-    members_left = len(families)
-    for members, weight in zip(families.values(), weights, strict=True):
+    members_left = len(by_input)
+    for members, weight in zip(by_input.values(), weights, strict=True):
         begins = len(groups) * whole / number
         # A family begins a group once the groups before it have their share, and sooner if there
         # are only just enough families left for the groups still to come.

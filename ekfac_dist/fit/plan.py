@@ -11,11 +11,11 @@ from torch import nn
 
 from ekfac_dist.config import PlanConfig
 from ekfac_dist.curvature.costs import step_tokens
+from ekfac_dist.fit.arrangement import Arrangement, Limits, Needed, arrange, most_needed
 from ekfac_dist.fit.disk_space import Disk, disk
 from ekfac_dist.fit.operations import Operations, operations
-from ekfac_dist.fit.partition import partition
 from ekfac_dist.fit.sizes import WorkerShare
-from ekfac_dist.fit.worker_memory import Memory, fewest_groups, memory
+from ekfac_dist.fit.worker_memory import Memory, memory
 from ekfac_dist.models.find.discovery import Discovery
 from ekfac_dist.models.find.meta_device import (
     StepEstimate,
@@ -26,6 +26,7 @@ from ekfac_dist.models.find.meta_device import (
 from ekfac_dist.models.load.pretrained import context_length
 from ekfac_dist.models.modules import EXPERT, TrackedModule
 from ekfac_dist.models.sharding import bytes_of_worker, parameter_bytes
+from ekfac_dist.passes.owners import Places, require_divisor
 from ekfac_dist.runtime.memory import available_bytes, free_disk_bytes, own_bytes
 
 # What CUDA and its libraries hold on a GPU for each process.
@@ -53,6 +54,10 @@ class Plan:
         num_tokens: Positions of each sequence.
         step_tokens: Positions of a step.
         sharded: Whether every worker decomposes its share of the factors.
+        shard: D, the number of workers that share one copy of the factors.
+        checkpoints: Whether layers keep their inputs alone, and are computed again in the backward.
+        least_workers: How many more workers would do, if these are too few: a multiple of them;
+            None if no number would, or these fit.
     """
 
     discovery: Discovery
@@ -71,6 +76,9 @@ class Plan:
     num_tokens: int
     step_tokens: int
     sharded: bool
+    shard: int
+    checkpoints: bool
+    least_workers: int | None
 
     @property
     def seconds(self) -> dict[str, float] | None:
@@ -127,33 +135,56 @@ def make_plan(config: PlanConfig) -> Plan:
     discovery = discover_by_shape(model, config.model.modules)
     modules = discovery.modules
     machine = _machine(config)
+    require_divisor("factors.shard", factors.shard, machine.workers)
     tokens = step_tokens(config.batch_tokens, machine.device, machine.threads)
     length = min(config.data.max_tokens, context_length(model) or config.data.max_tokens)
     batch_size = max(1, tokens // length)
-    whole_step = estimate_step(model, modules, batch_size, length)
+    steps = {
+        checkpoints: estimate_step(model, modules, batch_size, length, checkpoints=checkpoints)
+        for checkpoints in (False, True)
+    }
     num_sequences = config.sequences or config.data.max_sequences or 1000
-    share = _share(num_sequences, batch_size, length, machine.workers)
-    weight_bytes = parameter_bytes(model)
-    if config.fsdp:
-        weight_bytes = bytes_of_worker(model, machine.workers)
 
-    def needed(group: Sequence[TrackedModule]) -> Memory:
-        return memory(
-            group,
-            whole_step,  # with the graph from the lowest module; groups above it hold less
-            batch_size * length,
-            share,
-            process_bytes=CUDA_CONTEXT_BYTES if machine.on_gpu else machine.own_bytes,
-            weight_bytes=weight_bytes,
-            factors=factors,
-            on_cpu=not machine.on_gpu,
-        )
+    def needed_by(workers: int) -> Needed:
+        weight_bytes = parameter_bytes(model)
+        if config.fsdp:
+            weight_bytes = bytes_of_worker(model, workers)
+        share = _share(num_sequences, batch_size, length, workers)
 
-    number = factors.partitions
-    if number == "auto":
-        number = fewest_groups(modules, needed, machine.free_bytes) or len(modules)
-    groups = partition(modules, number)
+        def needed(group: Sequence[TrackedModule], places: Places, checkpoints: bool) -> Memory:
+            return memory(
+                group,
+                steps[
+                    checkpoints
+                ],  # with the graph from the lowest module; groups above it hold less
+                batch_size * length,
+                share,
+                process_bytes=CUDA_CONTEXT_BYTES if machine.on_gpu else machine.own_bytes,
+                weight_bytes=weight_bytes,
+                factors=factors,
+                on_cpu=not machine.on_gpu,
+                places=places,
+            )
+
+        return needed
+
+    limits = Limits(machine.free_bytes)
+    checkpointing = config.model.gradient_checkpointing
+
+    def arranged(workers: int) -> tuple[Arrangement, Memory]:
+        needed = needed_by(workers)
+        arrangement = arrange(modules, workers, factors, checkpointing, needed, limits)
+        return arrangement, most_needed(arrangement, modules, needed)
+
+    arrangement, most = arranged(machine.workers)
+    groups = arrangement.groups
+    least_workers = None
+    if not limits.hold(most) and factors.shard == "auto":
+        more = [machine.workers * 2**k for k in range(1, 11)]
+        least_workers = next((n for n in more if limits.hold(arranged(n)[1])), None)
+    whole_step = steps[arrangement.checkpoints]
     per_token = [whole_step.operations(group) / (batch_size * length) for group in groups]
+    share = _share(num_sequences, batch_size, length, machine.workers)
     return Plan(
         discovery=discovery,
         model=_description(model),
@@ -162,11 +193,12 @@ def make_plan(config: PlanConfig) -> Plan:
         free_bytes=machine.free_bytes,
         groups=groups,
         is_chosen=factors.partitions == "auto",
-        memory=max(map(needed, groups), key=lambda of_group: of_group.peak),
+        memory=most,
         disk=disk(
             groups,
             factors,
             machine.workers,
+            arrangement.shard,
             share,
             on_cpu=not machine.on_gpu,
             saves=config.save_minutes is not None,
@@ -179,7 +211,10 @@ def make_plan(config: PlanConfig) -> Plan:
         num_sequences=num_sequences,
         num_tokens=length,
         step_tokens=batch_size * length,
-        sharded=factors.eigen == "sharded",
+        sharded=factors.eigen == "sharded" or (factors.eigen == "auto" and arrangement.shard > 1),
+        shard=arrangement.shard,
+        checkpoints=arrangement.checkpoints,
+        least_workers=least_workers,
     )
 
 

@@ -26,6 +26,10 @@ class WorkerShare:
     sequences: int
     positions: int
 
+    def of(self, shard: int) -> "WorkerShare":
+        """What an owner sums: the shares of as many workers as share one copy of the factors."""
+        return WorkerShare(shard * self.steps, shard * self.sequences, shard * self.positions)
+
     def is_long(self, positions_per_term: int) -> bool:
         """Whether sums over positions have enough terms to be flushed into a second level.
 
@@ -48,6 +52,17 @@ def square_elements(group: Iterable[TrackedModule], factors: FactorsConfig) -> l
 def lambda_elements(group: Iterable[TrackedModule]) -> list[int]:
     """Elements O·I of Λ of each module of a group."""
     return [module.num_outputs * module.input_size for module in group]
+
+
+def input_elements(group: Iterable[TrackedModule]) -> int:
+    """Elements I of the inputs of a group's modules at one position, shared ones once."""
+    return sum({module.input: module.input_size for module in group}.values())
+
+
+def row_elements(group: Iterable[TrackedModule]) -> int:
+    """Elements of a group's inputs, or of its output-gradients if those are more, at a position."""
+    group = list(group)
+    return max(input_elements(group), sum(module.num_outputs for module in group))
 
 
 def summed_elements(size: int, blocks: int) -> int:

@@ -1,26 +1,29 @@
-"""The memory that a worker needs for a fit, by part, and how many groups of modules fit into it.
+"""The memory that a worker needs for a fit, by part.
 
-Sums and bases are exact. What a step holds is what autograd saves for the backward; the constants
-here were measured.
+Sums and bases are exact: those of the worker that owns most. What a step holds is what autograd
+saves for the backward; the constants here were measured.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ekfac_dist.config import FactorsConfig
 from ekfac_dist.curvature.blocks import block_sizes
 from ekfac_dist.curvature.eigenbasis import workspace_bytes
-from ekfac_dist.fit.partition import partition
 from ekfac_dist.fit.sizes import (
     WorkerShare,
+    input_elements,
     itemsize,
     lambda_elements,
+    row_elements,
     second_level_bytes,
     square_elements,
 )
 from ekfac_dist.models.capture.saved_tensors import StepMemory
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
+from ekfac_dist.passes.exchange import num_rounds
+from ekfac_dist.passes.owners import NOT_SHARED, Places
 
 # The part of a step's memory that a CPU's allocator still holds at the next stage's peak: with
 # glibc 0.4 to 1.0 after the covariance pass of the three models of test_peak_memory.py.
@@ -41,6 +44,7 @@ class Memory:
         process: The program itself.
         weights: The model.
         step: One step: activations, logits and their gradient, inputs that wait for gradients.
+        exchange: Rows that are collected for their owners, and those on their way.
         covariance: Running sums of the covariance pass.
         bases: Eigenvectors of all factors of the group, in the refit.
         spectra: Running sums of the refit, and scratch matrices of one sequence's gradient.
@@ -53,6 +57,7 @@ class Memory:
     process: int
     weights: int
     step: int
+    exchange: int
     covariance: int
     bases: int
     spectra: int
@@ -77,9 +82,9 @@ class Memory:
         always = self.process + self.weights
         second_level = self.on_cpu * self.second_levels["covariance"]
         return {
-            "covariance": always + self.step + self.covariance + second_level,
+            "covariance": always + self.step + self.exchange + self.covariance + second_level,
             "eigenbasis": always + self.retained + self.covariance + self.workspace,
-            "refit": always + self.retained + self.step + self.sums,
+            "refit": always + self.retained + self.step + self.exchange + self.sums,
         }
 
     @property
@@ -110,6 +115,7 @@ def memory(
     *,
     factors: FactorsConfig,
     on_cpu: bool,
+    places: Places = NOT_SHARED,
     process_bytes: int = 0,
     weight_bytes: int = 0,
 ) -> Memory:
@@ -122,53 +128,48 @@ def memory(
         share: The worker's share of the data.
         factors: What is fitted.
         on_cpu: Whether it computes on the CPU, in the host's memory.
+        places: Who owns what.
         process_bytes: The program itself; 0 if it is running already.
         weight_bytes: The model; 0 if it is loaded already.
     """
+    shard = places.shard
+    parts = [part for part in places.parts(group) if part]
     bytes_each, sizes = itemsize(factors), factor_sizes(group)
-    squares = bytes_each * sum(square_elements(group, factors))
-    input_sizes = {module.input: module.input_size for module in group}
-    # Inputs wait in the eigenbasis for their gradients; and the backward of the widest layer.
-    waiting = step_tokens * sum(input_sizes.values()) * bytes_each
-    matrices = lambda_elements(group)
+    squares = max((bytes_each * sum(square_elements(part, factors)) for part in parts), default=0)
     widest = max(sizes.values(), default=0)
-    backward = step_tokens * 4 * widest * step.itemsize
+    largest_window = max((row_elements(window) for window in places.windows(group)), default=0)
+    window_bytes = step_tokens * step.itemsize * largest_window
+    rounds = num_rounds(window_bytes, shard)
+    # Inputs wait, as float numbers, for their gradients: those of all workers, at their owner; of
+    # layers that are repeated, only those of one window, and of the senders of one round.
+    waiting_parts = parts
+    senders = shard
+    if step.checkpoints:
+        waiting_parts = [part for window in places.windows(group) for part in places.parts(window)]
+        senders = -(-shard // rounds)
+    waiting_inputs = max(map(input_elements, waiting_parts), default=0)
+    waiting = senders * step_tokens * bytes_each * waiting_inputs
+    backward = step_tokens * 4 * widest * step.itemsize  # of the widest layer
     step_bytes = step.activation_bytes + 2 * step.logit_bytes + waiting + backward
+    # A window's rows leave while those of the next are collected; a round is held by sender and
+    # owner, and so is the one before it.
+    exchange = window_bytes * 3 // 2 + 4 * window_bytes // rounds if shard > 1 else 0
+    matrices = [lambda_elements(part) for part in parts]
+    spectra = max((sum(own) + 3 * max(own) for own in matrices), default=0)
+    levels = [second_level_bytes(part, factors, share.of(shard), on_cpu=on_cpu) for part in parts]
     return Memory(
         process=process_bytes,
         weights=weight_bytes,
         step=step_bytes,
+        exchange=exchange,
         covariance=squares,
         bases=squares,
-        spectra=bytes_each * (sum(matrices) + 3 * max(matrices, default=0)),
+        spectra=bytes_each * spectra,
         workspace=workspace_bytes(max(block_sizes(widest, factors.blocks), default=0)),
         retained=int(RETAINED * step_bytes) if on_cpu else 0,
-        second_levels=second_level_bytes(group, factors, share, on_cpu=on_cpu),
+        second_levels={
+            stage: max((level[stage] for level in levels), default=0)
+            for stage in ("covariance", "refit")
+        },
         on_cpu=on_cpu,
     )
-
-
-def fewest_groups(
-    modules: Sequence[TrackedModule],
-    needed: Callable[[Sequence[TrackedModule]], Memory],
-    free_bytes: float,
-    free_host_bytes: float = math.inf,
-) -> int | None:
-    """The smallest number of groups that each fit into a worker's memory; None if none does.
-
-    Args:
-        modules: All modules.
-        needed: The memory that a worker needs for a group.
-        free_bytes: As for `Memory.lack`.
-        free_host_bytes: As for `Memory.lack`.
-    """
-    families = len({module.input for module in modules})
-    # Every number up to 64, then steps of a sixteenth, and at last a group for each shared input.
-    numbers = [n for n in range(1, 65) if n < families]
-    while numbers and numbers[-1] >= 64 and numbers[-1] * 17 // 16 < families:
-        numbers.append(numbers[-1] * 17 // 16)
-    for number in (*numbers, families):
-        groups = partition(modules, number)
-        if all(needed(group).lack(free_bytes, free_host_bytes) is None for group in groups):
-            return len(groups)
-    return None

@@ -12,12 +12,13 @@ Families are assigned in windows of neighbours, so that within a few layers ever
 something to do, and balanced over all windows, so that memory and work are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from torch.distributed.device_mesh import init_device_mesh
 
+from ekfac_dist.errors import ConfigError
 from ekfac_dist.models.modules import TrackedModule, layer_name
 from ekfac_dist.runtime.processes import World
 
@@ -59,24 +60,78 @@ def windows(modules: Sequence[TrackedModule], shard: int) -> list[list[str]]:
     return parts
 
 
-def assign_owners(modules: Sequence[TrackedModule], shard: int) -> dict[str, int]:
-    """The place of each family's owner, by the input factor's name.
-
-    Window by window, the costliest family first, each to the owner with least so far.
+def require_divisor(name: str, shard: int | str, workers: int) -> None:
+    """Checks that workers can form copies of the factors.
 
     Args:
-        modules: The tracked modules, in model order.
-        shard: D.
+        name: The setting's name, for the error.
+        shard: D, or "auto".
+        workers: W.
+
+    Raises:
+        ConfigError: If D does not divide W.
     """
-    members = families(modules)
-    loads = [0] * shard
-    places: dict[str, int] = {}
-    for window in windows(modules, shard):
-        for name in sorted(window, key=lambda each: -family_cost(members[each])):
-            place = loads.index(min(loads))
-            places[name] = place
-            loads[place] += family_cost(members[name])
-    return places
+    if isinstance(shard, int) and workers % shard:
+        fits = [number for number in range(1, workers + 1) if workers % number == 0]
+        numbers = ", ".join(map(str, fits[:-1])) + " or " * (len(fits) > 1) + str(fits[-1])
+        raise ConfigError(
+            f"{name} is {shard}, but there {'is' if workers == 1 else 'are'} {workers} "
+            f"worker{'s' * (workers > 1)}, which cannot form copies of {shard} each; give {numbers}, or auto."
+        )
+
+
+@dataclass(frozen=True)
+class Places:
+    """Which of the owners of a copy owns what.
+
+    Attributes:
+        shard: D, the number of workers that share one copy of the factors.
+        of_families: The place of each family's owner, by its input factor; all have place 0 if it
+            is empty.
+    """
+
+    shard: int
+    of_families: Mapping[str, int]
+
+    @classmethod
+    def of(cls, modules: Sequence[TrackedModule], shard: int) -> "Places":
+        """Window by window, the costliest family first, each to the owner with least so far.
+
+        Args:
+            modules: All tracked modules, in model order.
+            shard: D.
+        """
+        members = families(modules)
+        loads = [0] * shard
+        places: dict[str, int] = {}
+        for window in windows(modules, shard):
+            for name in sorted(window, key=lambda each: -family_cost(members[each])):
+                place = loads.index(min(loads))
+                places[name] = place
+                loads[place] += family_cost(members[name])
+        return cls(shard, places)
+
+    def of_module(self, module: TrackedModule) -> int:
+        """The place of a module's owner."""
+        return self.of_families[module.input] if self.shard > 1 else 0
+
+    def parts(self, group: Iterable[TrackedModule]) -> list[list[TrackedModule]]:
+        """The modules of a group that each owner owns, by place."""
+        parts: list[list[TrackedModule]] = [[] for _ in range(self.shard)]
+        for module in group:
+            parts[self.of_module(module)].append(module)
+        return parts
+
+    def windows(self, group: Sequence[TrackedModule]) -> list[list[TrackedModule]]:
+        """The modules of a group whose rows are exchanged together."""
+        members = families(group)
+        return [
+            [module for name in window for module in members[name]]
+            for window in windows(group, self.shard)
+        ]
+
+
+NOT_SHARED = Places(1, {})
 
 
 @dataclass(frozen=True)
@@ -110,7 +165,7 @@ class Owners:
             shard: D, which divides their number.
             modules: The tracked modules, in model order.
         """
-        places = assign_owners(modules, shard)
+        places = Places.of(modules, shard).of_families
         sum_places = {
             name: places[module.input]
             for module in modules

@@ -82,6 +82,16 @@ def _plan_lines(plan: Plan) -> list[str]:
         f"workers       {num_workers}{as_text(plan.free_bytes)} of memory each ({plan.device})",
         f"partitions    {len(plan.groups)}, a pair of passes each"
         + (", the fewest that fit" if plan.is_chosen and plan.fits else ""),
+        *(
+            [f"factors       each copy of them is shared out among {plan.shard} workers"]
+            if plan.shard > 1
+            else []
+        ),
+        *(
+            ["layers        are repeated in the backward (model.gradient_checkpointing)"]
+            if plan.checkpoints
+            else []
+        ),
         f"data          {plan.num_sequences:,} sequences of {plan.num_tokens} tokens, in steps of "
         f"{plan.step_tokens}",
     ]
@@ -93,6 +103,7 @@ def _memory_table(plan: Plan) -> str:
         "program": memory.process,
         "weights": memory.weights,
         "step: activations, logits, rows": memory.step,
+        **({"rows on their way to owners": memory.exchange} if memory.exchange else {}),
         "covariance sums": memory.covariance,
         "eigenvectors": memory.bases,
         "sums of the refit": memory.spectra,
@@ -137,9 +148,12 @@ def _time_table(plan: Plan) -> str:
 def _verdict(plan: Plan) -> str:
     needed, free = as_text(plan.memory.peak), as_text(plan.free_bytes)
     if not plan.fits:
+        more = "" if plan.is_chosen else "more partitions, "
+        if plan.least_workers is not None:
+            more += f"{plan.least_workers} workers, "
         return (
-            f"It does not fit: a worker needs {needed} and has {free}. Use more partitions, "
-            "smaller batch_tokens, a narrower model.dtype, or larger devices."
+            f"It does not fit: a worker needs {needed} and has {free}. Use {more}smaller "
+            "batch_tokens, a narrower model.dtype, or larger devices."
         )
     if plan.fits_on_disk is False:
         return (

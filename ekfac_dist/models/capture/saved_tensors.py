@@ -19,11 +19,13 @@ class StepMemory:
             the forward, in a graph that begins at the lowest tracked module.
         logit_bytes: Bytes of the logits.
         itemsize: Bytes of one element in the model's dtype.
+        checkpoints: Whether layers keep their inputs alone, and are computed again.
     """
 
     activation_bytes: int
     logit_bytes: int
     itemsize: int
+    checkpoints: bool = False
 
     @classmethod
     def nothing(cls) -> "StepMemory":

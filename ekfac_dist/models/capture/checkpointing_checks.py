@@ -55,7 +55,7 @@ def why_not_repeated(
     except torch.OutOfMemoryError:
         raise  # a pass would run out of memory, too
     except ModelError as error:
-        compared.fault = first_line(error)
+        compared.fault = str(error)
     except Exception as error:  # a model that fails so is not run so
         compared.fault = (
             f"{class_of(model).__name__} fails when its layers are computed again in the backward "

@@ -24,7 +24,7 @@ from ekfac_dist.passes.context import PassContext, measured_step
 
 FIT = {"labels": "data", "accumulate": "float64", "batch_tokens": 24}
 EXACT = 1e-10
-WRITES_INTO_A_CACHE = {"XLMWithLMHeadModel"}  # refused, see test_checkpointing of the capture
+WRITES_INTO_A_CACHE = {"XLMWithLMHeadModel"}  # refused, see test_checkpointing
 
 
 @pytest.mark.parametrize("family", [*PLAIN, *WITH_EXPERTS])
@@ -86,7 +86,7 @@ def test_factors_of_experts_are_as_dense_autograd_has_them(repeats):
     ("made", "data", "settings"),
     [
         (partial(build, "llama"), examples(9), {"labels": "sampled", "refit": "per_token"}),
-        (partial(build, "opt"), examples(9), {"partitions": 3, "blocks": 2}),
+        (partial(build, "opt"), examples(7), {"partitions": 2, "blocks": 2}),
         (bert, masked_examples(9), {"task": MaskedLM()}),
         (t5, translated_examples(9), {"task": Seq2SeqLM()}),
         (bart, translated_examples(9), {"task": Seq2SeqLM()}),
@@ -99,7 +99,13 @@ def test_factors_are_as_without(made, data, settings, repeats, monkeypatch):
     same(again, estimate_factors(made(), data, **(FIT | settings)))
 
 
-@pytest.mark.parametrize("pick", PICKS)
+@pytest.mark.parametrize(
+    "pick",
+    [
+        "tokens[None, index]",
+        *(pytest.param(pick, marks=pytest.mark.slow) for pick in PICKS if "None" not in pick),
+    ],
+)
 def test_experts_in_lists_are_as_without(pick, repeats, monkeypatch):
     model, data = tiny_model("MixtralForCausalLM"), examples(8)
     for layer in model.model.layers:
@@ -120,7 +126,7 @@ def test_a_weight_that_is_nan_is_named_where_it_is_met_first(repeats):
 
 
 def test_a_measured_step_keeps_less(monkeypatch):
-    model, data, measured = build("llama"), examples(9), []
+    model, data, measured = tiny_model("LlamaForCausalLM", num_hidden_layers=6), examples(9), []
     plain = fit_factors._largest_share
 
     def measure(context):
@@ -134,5 +140,5 @@ def test_a_measured_step_keeps_less(monkeypatch):
     monkeypatch.setattr(fit_factors, "_largest_share", measure)
     estimate_factors(model, data, **FIT)
     whole, again = measured
-    assert 0 < again.activation_bytes < 0.8 * whole.activation_bytes
+    assert 0 < again.activation_bytes < 0.5 * whole.activation_bytes
     assert (again.logit_bytes, again.itemsize) == (whole.logit_bytes, whole.itemsize)

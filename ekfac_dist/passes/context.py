@@ -8,10 +8,11 @@ from torch import nn
 
 from ekfac_dist.data.batches import Batch
 from ekfac_dist.data.examples import Examples
+from ekfac_dist.models.capture.checkpointing import LayerCheckpointing
 from ekfac_dist.models.capture.hooks import Capture
 from ekfac_dist.models.capture.labels import LabelRule
-from ekfac_dist.models.capture.observers import NullObserver
-from ekfac_dist.models.capture.saved_tensors import StepMemory, noting_saved_tensors
+from ekfac_dist.models.capture.observers import NullObserver, Observer
+from ekfac_dist.models.capture.saved_tensors import SavedTensors, StepMemory, noting_saved_tensors
 from ekfac_dist.models.capture.tasks import CAUSAL_LM, Task
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.models.sharding import is_sharded
@@ -35,6 +36,7 @@ class PassContext:
         wider: What an error advises against a running sum that overflows.
         task: What the model is asked, and what its loss is.
         owners: Who owns which factors; None: every worker holds all that a pass sums.
+        checkpoints: Whether layers keep their inputs alone, and are computed again in the backward.
     """
 
     model: nn.Module
@@ -47,6 +49,7 @@ class PassContext:
     wider: str = "Use factors.accumulate: float64"
     task: Task = CAUSAL_LM
     owners: Owners | None = None
+    checkpoints: bool = False
 
     @property
     def exchanges_rows(self) -> bool:
@@ -66,6 +69,26 @@ class PassContext:
     def runs_in_step(self) -> bool:
         """Whether a step is a collective, of a sharded model or of rows: all do as many."""
         return is_sharded(self.model) or self.exchanges_rows
+
+    def capture(
+        self,
+        modules: Sequence[TrackedModule],
+        observer: Observer,
+        dtype: torch.dtype | None,
+        device: torch.device | None = None,
+        saved: SavedTensors | None = None,
+    ) -> Capture:
+        """How a pass runs a batch.
+
+        Args:
+            modules: The tracked modules of the pass.
+            observer: What is done with inputs and output-gradients.
+            dtype: What those are converted to; None: the model's own.
+            device: Where they are moved to; None: nowhere.
+            saved: Where to note what checkpointed layers keep; None: nowhere.
+        """
+        checkpointing = LayerCheckpointing(self.model, modules, saved) if self.checkpoints else None
+        return Capture(self.model, modules, observer, dtype, self.task, device, checkpointing)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Some sequences as a batch on the worker's device."""
@@ -105,7 +128,7 @@ def measured_step(context: PassContext, modules: Sequence[TrackedModule]) -> Ste
     rule = LabelRule("data", 0, 0)
     with (
         noting_saved_tensors(context.model) as saved,
-        Capture(context.model, modules, NullObserver(), None, context.task) as capture,
+        context.capture(modules, NullObserver(), None, saved=saved) as capture,
     ):
         result = capture.run(batch, rule)
     return StepMemory(saved.num_bytes, result.logit_bytes, result.gradient.dtype.itemsize)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ekfac_dist.data.batches import CapturedPositions
 from ekfac_dist.errors import NonFiniteError
-from ekfac_dist.models.capture.hooks import Capture
 from ekfac_dist.models.capture.labels import LabelRule
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.passes.context import PassContext
@@ -65,17 +64,32 @@ class FiniteWatch:
 
 
 class _FirstNonFinite:
-    """An observer that remembers the first input, and the first gradient, that is not finite."""
+    """An observer that remembers the first input, and the first gradient, that is not finite.
 
-    def __init__(self) -> None:
-        self.input: str | None = None
+    The first input in model order: checkpointed layers show theirs from the last to the first.
+
+    Args:
+        modules: The tracked modules, in model order.
+    """
+
+    def __init__(self, modules: Sequence[TrackedModule]) -> None:
+        self._order = {module.name: number for number, module in enumerate(modules)}
+        self._first_input: TrackedModule | None = None
         self.gradient: str | None = None
+
+    @property
+    def input(self) -> str | None:
+        """What to call the first input that is not finite; None: all are."""
+        first = self._first_input
+        return None if first is None else f"the input of module {first.name}"
 
     def on_input(
         self, module: TrackedModule, acts_Mi: Tensor, positions: CapturedPositions
     ) -> None:
-        if self.input is None and not torch.isfinite(acts_Mi).all():
-            self.input = f"the input of module {module.name}"
+        order, first = self._order, self._first_input
+        is_earlier = first is None or order[module.name] < order[first.name]
+        if is_earlier and not torch.isfinite(acts_Mi).all():
+            self._first_input = module
 
     def on_gradient(
         self, module: TrackedModule, grads_MO: Tensor, positions: CapturedPositions
@@ -109,8 +123,8 @@ def raise_non_finite(
     )
     for index in batch:
         single = context.batch([index])
-        first = _FirstNonFinite()
-        with Capture(context.model, modules, first, context.dtype, context.task) as capture:
+        first = _FirstNonFinite(modules)
+        with context.capture(modules, first, context.dtype) as capture:
             loss = capture.run(single, rule).loss
         logits = None if torch.isfinite(loss) else "the logits"
         where = first.input or logits or first.gradient  # in the order in which they are computed

@@ -157,9 +157,7 @@ class _Run:
             self._exchange.dtype, dtype, observer = dtype, None, self._exchange
         with (
             world.agree(together=together),
-            Capture(
-                context.model, self._modules, observer, dtype, context.task, world.device
-            ) as capture,
+            context.capture(self._modules, observer, dtype, world.device) as capture,
             progress,
         ):
             for indices, batch in context.prefetched(self.state.batches):

@@ -7,12 +7,14 @@ from datasets import Dataset
 from torch import nn
 
 from ekfac_dist.config import DataConfig
+from ekfac_dist.data.batches import Batch
 from ekfac_dist.data.examples import Examples, TaskExamples
 from ekfac_dist.data.sequences import Sequence, Sequences, collate
 from ekfac_dist.data.source import content_of, open_source
 from ekfac_dist.data.tokenizing import tokenize
 from ekfac_dist.errors import DataError, ModelError, UserError
 from ekfac_dist.models.capture.batch_checks import BatchChecks
+from ekfac_dist.models.capture.checkpointing_checks import why_not_repeated
 from ekfac_dist.models.capture.chunked_head import CausalLMInChunks, in_chunks
 from ekfac_dist.models.capture.padding_checks import require_unpadded_losses
 from ekfac_dist.models.capture.rotary import equal_lengths_above
@@ -23,7 +25,7 @@ from ekfac_dist.models.sharding import agreeing, class_of
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
 
-# Positions of a sequence that a chunked head is tried with.
+# Positions of a sequence that a chunked head, or repeated layers, are tried with.
 _TRIED_POSITIONS = 64
 
 
@@ -105,14 +107,47 @@ def with_chunked_head(
     """
     if not isinstance(sequences, Sequences) or type(task) is not CausalLM:
         return task
+    batch = _short_batch(sequences).to(world.device)
+    with agreeing(world, model):
+        chunked = in_chunks(model, modules, batch)
+    return chunked if all(world.gather(chunked is not None)) and chunked is not None else task
+
+
+def why_not_checkpointed(
+    model: nn.Module,
+    modules: SequenceOf[TrackedModule],
+    sequences: Examples,
+    task: Task,
+    world: World,
+) -> str | None:
+    """Why passes cannot use gradient checkpointing: a sentence; None if they can; a collective.
+
+    Args:
+        model: The prepared model.
+        modules: The tracked modules.
+        sequences: The sequences; the shortest one, or the beginnings of two, are tried.
+        task: What the model is asked, and what its loss is, as passes compute it.
+        world: The workers.
+
+    Raises:
+        ModelError: If a pass without checkpointing would raise it, too.
+    """
+    if isinstance(sequences, Sequences):
+        batch = _short_batch(sequences)
+    else:
+        batch = sequences.batch([int(sequences.num_positions.argmin())])
+    with agreeing(world, model, ModelError):
+        reason = why_not_repeated(model, modules, batch.to(world.device), task)
+    return next((each for each in world.gather(reason) if each is not None), None)
+
+
+def _short_batch(sequences: Sequences) -> Batch:
+    """The beginnings of two sequences, of different lengths."""
     lengths = sequences.num_positions
     shortest = sequences[int(lengths.argmin())].inputs[:_TRIED_POSITIONS]
     # No longer ones: whether the model remembers those is tried by `exactly_batched`.
     tried = [shortest, sequences[int(lengths.argmax())].inputs[: -(-len(shortest) // 2)]]
-    batch = collate([Sequence(k, ids, ids) for k, ids in enumerate(tried)]).to(world.device)
-    with agreeing(world, model):
-        chunked = in_chunks(model, modules, batch)
-    return chunked if all(world.gather(chunked is not None)) and chunked is not None else task
+    return collate([Sequence(k, ids, ids) for k, ids in enumerate(tried)])
 
 
 def exactly_batched(

@@ -4,6 +4,7 @@ worker_sharded.py OUTPUT: stores are `whole/NAME` and `sharded/NAME` there
 """
 
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -18,6 +19,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ekfac_dist import Seq2SeqLM, estimate_factors
+from ekfac_dist.data.tokenized_examples import from_examples
+from ekfac_dist.fit import fit_factors
+from ekfac_dist.models.capture.prepare import prepared
+from ekfac_dist.models.capture.tasks import CAUSAL_LM
+from ekfac_dist.models.find.on_workers import find
+from ekfac_dist.passes.context import PassContext
+from ekfac_dist.passes.sequences import why_not_checkpointed
+from ekfac_dist.runtime.processes import World
 
 SETTINGS = {"accumulate": "float64", "batch_tokens": 12}
 # Family, number of sequences, arguments.
@@ -31,6 +40,9 @@ FITS = {
     "embeddings and head apart": ("mistral", 9, {"labels": "data"}),
     "encoder-decoder": ("t5", 7, {"task": Seq2SeqLM()}),
     "checkpointing": ("qwen2", 8, {"labels": "data"}),
+    # The sharded model's alone.
+    "layers computed again": ("llama", 9, {}),
+    "experts computed again": ("Qwen3MoeForCausalLM", 9, {"labels": "data"}),
 }
 
 
@@ -60,6 +72,36 @@ def sharded(model: nn.Module, name: str) -> nn.Module:
     return model
 
 
+def told_apart(world: World) -> None:
+    """Whether layers can be computed again is found out together, and the model goes on."""
+    model, data = sharded(build("llama"), "proof"), from_examples(examples(4))
+    last = model.model.layers[1].mlp
+    plain, calls = last.act_fn.forward, []
+
+    def counting(x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return plain(x) * (2.0 if len(calls) == 3 else 1.0)
+
+    def failing(x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:  # in the backward of the run that computes layers again
+            raise ValueError("not again")
+        return plain(x)
+
+    with prepared(model):
+        modules = find(model, None, world).modules
+        for forward, reason in (
+            (plain, None),
+            (counting, "model.layers.1.mlp.down_proj changes"),
+            (failing, "(not again)"),
+            (plain, None),
+        ):
+            last.act_fn.forward = forward
+            calls.clear()
+            found = why_not_checkpointed(model, modules, data, CAUSAL_LM, world)
+            assert found == reason or reason in found, found
+
+
 if __name__ == "__main__":
     PartialState(cpu=True)
     for kind, (name, (family, number, settings)) in product(("whole", "sharded"), FITS.items()):
@@ -70,9 +112,12 @@ if __name__ == "__main__":
                 with torch.no_grad():  # which leaves some weights gathered
                     model(input_ids=torch.ones(1, 3, dtype=torch.int64))
         data = translated_examples(number) if family == "t5" else examples(number, prompts=True)
+        repeats = kind == "sharded" and name.endswith("computed again")
+        fit_factors.PassContext = partial(PassContext, checkpoints=repeats)
         flags = [parameter.requires_grad for parameter in model.parameters()]
         estimate_factors(model, data, output=Path(sys.argv[1], kind, name), **SETTINGS, **settings)
         assert [parameter.requires_grad for parameter in model.parameters()] == flags
         assert all(parameter.grad is None for parameter in model.parameters())
+    told_apart(World.start())
     torch.distributed.barrier()
     leave()

@@ -235,7 +235,7 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
 # -- is it the same? -------------------------------------------------------------------------------
 
 # Relative change of the gradient's norm that rounding explains.
-_ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 0.03}
+ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 0.03}
 
 
 def in_chunks(
@@ -312,7 +312,7 @@ def _is_exact(model: nn.Module, body: str, batch: Batch) -> bool:
     except Exception:  # a model that fails so is not run so
         forget_forward(model)
         return False
-    rounding = _ROUNDING[logits.dtype]
+    rounding = ROUNDING[logits.dtype]
     if chunked.gradient.shape != expected.shape or chunked.scale != whole.scale:
         return False
     return all(

@@ -5,12 +5,16 @@
 
 Parameters are frozen, so no weight gradient is ever computed. Where nothing before a module's
 output requires a gradient, that output becomes the start of the graph, so that the backward stops
-at the lowest tracked module. With gradient checkpointing a forward is repeated inside the backward;
-the repeated one is not observed again, and the hook that it leaves on its output never fires.
+at the lowest tracked module.
+
+With `LayerCheckpointing`, a layer is computed twice: the first time, the outputs of its modules are
+hooked; the second time, in the backward, their inputs are observed. Where a model checkpoints by
+itself, inputs are observed in the forward: the repeated one is not observed again, and the hook
+that it leaves on its output never fires.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +22,7 @@ from torch import Tensor, nn
 
 from ekfac_dist.data.batches import Batch, Grid, RoutedPositions
 from ekfac_dist.errors import ModelError
+from ekfac_dist.models.capture.checkpointing import ADVICE, LayerCall, LayerCheckpointing
 from ekfac_dist.models.capture.expert_lists import in_expert_list, picked_positions
 from ekfac_dist.models.capture.experts import Listener, Routed, fused_experts, listening
 from ekfac_dist.models.capture.labels import LabelRule, LossGradient
@@ -49,6 +54,7 @@ class Capture:
         task: What the model is asked, and what its loss is.
         device: Where they are moved to; None leaves them where they are, on several devices if
             the model is spread over several.
+        checkpointing: Computes layers again in the backward; None: their activations are kept.
     """
 
     def __init__(
@@ -59,6 +65,7 @@ class Capture:
         dtype: torch.dtype | None,
         task: Task = CAUSAL_LM,
         device: torch.device | None = None,
+        checkpointing: LayerCheckpointing | None = None,
     ) -> None:
         self.device = device
         self.model = model
@@ -69,7 +76,11 @@ class Capture:
         self._stack = ExitStack()
         self._batch: Batch | None = None
         self._in_forward = False
-        self._with_input: set[str] = set()
+        self._checkpointing = checkpointing
+        # The first of the modules that read an input: whichever layer is computed first.
+        self._readers = {module.input: module for module in reversed(modules)}
+        self._called: set[str] = set()
+        self._positions_of_input: dict[str, Grid | RoutedPositions] = {}
         self._with_gradient: set[str] = set()
         # Each shared input with its version, until the last module that shares it has read it.
         self._inputs = SharedInputs[tuple[Tensor, int]](modules)
@@ -109,6 +120,9 @@ class Capture:
             if self._batch is None:
                 return None
             grid, tensor = self._batch.grid(module.name), only_input(args, kwargs)
+            if module.name in self._in_lists and self._is_first_of_two:
+                # Where autograd saved nothing, the graph shows no positions.
+                return self._on_forward(module, tensor, output, grid)
             positions = self._positions(module, tensor, grid)
             if not positions.num_positions:
                 return None  # padding alone
@@ -168,7 +182,8 @@ class Capture:
                 input does not have one vector for each position of the batch.
         """
         self._batch = batch
-        self._with_input.clear()
+        self._called.clear()
+        self._positions_of_input.clear()
         self._with_gradient.clear()
         self._in_forward = True
         reset_frequencies(self._rotary)
@@ -177,18 +192,20 @@ class Capture:
             with (
                 torch.compiler.set_stance("force_eager"),
                 attending_within(self.model, batch),
+                self._checkpointing.active() if self._checkpointing else nullcontext(),
             ):
                 start, result = self.task.loss_gradient(self.model, batch, rule)
                 self._in_forward = False
                 everywhere = {module.name for module in self.modules if module.kind != EXPERT}
                 everywhere -= self._in_lists
-                self._require_all(everywhere - self._with_input, "was not used in this forward")
+                self._require_all(everywhere - self._called, "was not used in this forward")
                 if start.requires_grad:
                     self._scale = result.scale
                     with torch.autocast(start.device.type, enabled=False):  # meant for forwards
                         torch.autograd.backward(start, result.gradient)
+            reached = everywhere | (self._called - self._in_lists) | {*self._positions_of_input}
             self._require_all(
-                self._with_input - self._with_gradient | everywhere - self._with_gradient,
+                reached - self._with_gradient,
                 "received no gradient: its output does not reach the loss through differentiable "
                 "operations (reentrant gradient checkpointing does this; set use_reentrant=False)",
             )
@@ -233,6 +250,16 @@ class Capture:
         output = self._on_forward(module, routed.inputs, routed.outputs, positions)
         return routed.outputs if output is None else output
 
+    @property
+    def _layer_call(self) -> LayerCall | None:
+        """The call of a checkpointed layer that is being computed."""
+        return None if self._checkpointing is None else self._checkpointing.call
+
+    @property
+    def _is_first_of_two(self) -> bool:
+        """Whether a layer is computed in the forward that is computed again in the backward."""
+        return self._layer_call is not None and not self._layer_call.is_repeated
+
     def _on_forward(
         self,
         module: TrackedModule,
@@ -241,7 +268,10 @@ class Capture:
         positions: Grid | RoutedPositions,
     ) -> Tensor | None:
         """Observes the input, hooks the output; gives the output to go on with (None: as it is)."""
+        call = self._layer_call
         if self._in_forward:
+            self._require_first_use(module)
+        if call.is_repeated if call is not None else self._in_forward:
             self._observe_input(module, tensor, positions)
         if not torch.is_grad_enabled():
             return None
@@ -253,20 +283,26 @@ class Capture:
             output = output.clone()
 
         def on_gradient(gradient: Tensor) -> None:
-            self._observe_gradient(module, gradient, positions)
+            if call is not None:
+                call.repeat()
+            self._observe_gradient(module, gradient)
 
-        output.register_hook(on_gradient)
+        if call is None or not call.is_repeated:
+            output.register_hook(on_gradient)
         return output
 
-    def _observe_input(
-        self, module: TrackedModule, tensor: Tensor, positions: Grid | RoutedPositions
-    ) -> None:
-        if module.name in self._with_input:
+    def _require_first_use(self, module: TrackedModule) -> None:
+        if module.name in self._called:
             raise ModelError(
                 f"Module {module.name} is used twice in one forward; its uses share one weight and "
                 "cannot be told apart. Leave it out with model.modules."
             )
-        self._with_input.add(module.name)
+        self._called.add(module.name)
+
+    def _observe_input(
+        self, module: TrackedModule, tensor: Tensor, positions: Grid | RoutedPositions
+    ) -> None:
+        self._positions_of_input[module.name] = positions
         versioned = (tensor, tensor._version)
         if module not in self._inputs:  # the first module that reads it
             self._inputs.put(module, versioned)
@@ -274,7 +310,7 @@ class Capture:
                 acts_Mi = self._captured(
                     module, "input", tensor.detach(), module.num_inputs, positions
                 )
-                self.observer.on_input(module, acts_Mi, positions)
+                self.observer.on_input(self._readers[module.input], acts_Mi, positions)
         if not same_tensor(self._inputs.take(module), versioned):
             raise ModelError(
                 f"Module {module.name} shared its input with another when the model was traced, "
@@ -283,9 +319,14 @@ class Capture:
             )
 
     @torch.no_grad()
-    def _observe_gradient(
-        self, module: TrackedModule, gradient: Tensor, positions: Grid | RoutedPositions
-    ) -> None:
+    def _observe_gradient(self, module: TrackedModule, gradient: Tensor) -> None:
+        positions = self._positions_of_input.get(module.name)
+        if positions is None and module.name in self._in_lists:
+            return  # padding alone
+        if positions is None:
+            raise ModelError(
+                f"Module {module.name} was not used when its layer was computed again. {ADVICE}"
+            )
         if module.name in self._with_gradient:
             raise ModelError(f"Module {module.name} received two gradients in one backward.")
         self._with_gradient.add(module.name)

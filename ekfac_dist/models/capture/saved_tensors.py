@@ -1,6 +1,6 @@
 """Tensors that autograd saves in a forward for the backward: most of a step's memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,7 +16,8 @@ class StepMemory:
 
     Attributes:
         activation_bytes: Bytes of the tensors that autograd saves for the backward, at the end of
-            the forward, in a graph that begins at the lowest tracked module.
+            the forward, in a graph that begins at the lowest tracked module. With gradient
+            checkpointing: of all layers' inputs, and what the largest layer saves beside.
         logit_bytes: Bytes of the logits.
         itemsize: Bytes of one element in the model's dtype.
         checkpoints: Whether layers keep their inputs alone, and are computed again.
@@ -35,31 +36,58 @@ class StepMemory:
 
 @dataclass
 class SavedTensors:
-    """Tensors that autograd saves for the backward, each storage once.
+    """Tensors that are kept for the backward, each storage once.
+
+    With gradient checkpointing, tensors in a layer are kept for one layer at a time.
 
     Attributes:
-        tensors: {address of a storage: one tensor that uses it}.
+        of_model: Addresses of the storages of the model's parameters and buffers, which are not
+            counted.
+        tensors: {address of a storage: one tensor that uses it}, for those kept all the time.
+        largest_layer_bytes: Size of what else the largest layer's backward needs; 0 without
+            checkpointing.
     """
 
+    of_model: set[int]
     tensors: dict[int, Tensor] = field(default_factory=dict)
+    largest_layer_bytes: int = 0
 
     @property
     def num_bytes(self) -> int:
-        """Size of all storages in bytes."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
+        """Size in bytes of all storages that are kept at once."""
+        return _bytes_of(self.tensors) + self.largest_layer_bytes
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Notes tensors that are kept all the time."""
+        for tensor in tensors:
+            if storage_of(tensor) not in self.of_model:
+                # Holding the tensor keeps its address from reuse.
+                self.tensors[storage_of(tensor)] = tensor
+
+    def add_layer(self, tensors: Iterable[Tensor], layer: nn.Module) -> None:
+        """Notes tensors that are kept while the backward of one layer runs.
+
+        Args:
+            tensors: All tensors that autograd saves in the layer.
+            layer: The layer; its weights, which may be gathered now, are not counted.
+        """
+        weights = {storage_of(parameter) for parameter in layer.parameters()}
+        known = weights | self.of_model | self.tensors.keys()
+        own = {storage_of(t): t for t in tensors if storage_of(t) not in known}
+        self.largest_layer_bytes = max(self.largest_layer_bytes, _bytes_of(own))
+
+
+def _bytes_of(tensors: Mapping[int, Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
 
 
 @contextmanager
 def noting_saved_tensors(model: nn.Module) -> Iterator[SavedTensors]:
     """Collects the tensors that autograd saves, except the model's parameters and buffers."""
-    model_storages = {storage_of(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    saved = SavedTensors()
+    saved = SavedTensors({storage_of(tensor) for tensor in [*model.parameters(), *model.buffers()]})
 
     def keep(tensor: Tensor) -> Tensor:
-        if storage_of(tensor) not in model_storages:
-            saved.tensors[storage_of(tensor)] = (
-                tensor  # holding the tensor keeps its address from reuse
-            )
+        saved.add([tensor])
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

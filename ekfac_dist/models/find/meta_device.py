@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ekfac_dist.config import ModelConfig
 from ekfac_dist.errors import ModelError, first_line
+from ekfac_dist.models.capture.checkpointing import LayerCheckpointing
 from ekfac_dist.models.capture.chunked_head import logit_bytes
 from ekfac_dist.models.capture.experts import experts_computed_by, fused_experts, matrices
 from ekfac_dist.models.capture.packing import attention_configs
@@ -27,6 +28,7 @@ from ekfac_dist.models.find.discovery import Discovery, discovered
 from ekfac_dist.models.find.trace import Trace, few_tokens
 from ekfac_dist.models.load.pretrained import without_weights
 from ekfac_dist.models.modules import EXPERT, TrackedModule, linear_modules, only_input
+from ekfac_dist.models.sharding import layers
 
 IMPLEMENTATION = "ekfac_dist_meta_device"
 
@@ -40,17 +42,20 @@ class StepEstimate(StepMemory):
         below: {module: operations of the forward before it}.
         routed: {collection of experts: fraction of the positions that each of its experts sees, if
             all see the same number}.
+        repeated: (operations of the forward before it, its own) for each call of a layer that is
+            computed again in the backward.
     """
 
     forward: int
     below: Mapping[str, int]
     routed: Mapping[str, float]
+    repeated: Sequence[tuple[int, int]] = ()
 
     def operations(self, modules: Sequence[TrackedModule]) -> int:
         """Operations of the forward, and of the backward down to the lowest of the modules."""
-        return 2 * self.forward - min(
-            self.below.get(_called_module(module), 0) for module in modules
-        )
+        lowest = min(self.below.get(_called_module(module), 0) for module in modules)
+        repeated = sum(own for before, own in self.repeated if before + own >= lowest)
+        return 2 * self.forward - lowest + repeated
 
 
 def model_without_weights(config: ModelConfig) -> nn.Module:
@@ -99,7 +104,12 @@ def discover_by_shape(model: nn.Module, globs: Sequence[str] | None) -> Discover
 
 
 def estimate_step(
-    model: nn.Module, modules: Sequence[TrackedModule], num_sequences: int, num_tokens: int
+    model: nn.Module,
+    modules: Sequence[TrackedModule],
+    num_sequences: int,
+    num_tokens: int,
+    *,
+    checkpoints: bool = False,
 ) -> StepEstimate:
     """Memory and operations of a step, whose graph begins at the lowest tracked module.
 
@@ -108,6 +118,7 @@ def estimate_step(
         modules: The tracked modules.
         num_sequences: B.
         num_tokens: T.
+        checkpoints: Whether layers keep their inputs alone, and are computed again.
     """
     counter = FlopCounterMode(display=False)
     below: dict[str, int] = {}
@@ -138,6 +149,9 @@ def estimate_step(
         for name, experts in fused_experts(model).items():
             stack.callback(experts.register_forward_hook(routed_fraction(name)).remove)
         saved = stack.enter_context(noting_saved_tensors(model))
+        repeated = stack.enter_context(_counting_layers(model, counter)) if checkpoints else []
+        if checkpoints:
+            stack.enter_context(LayerCheckpointing(model, modules, saved).active())
         stack.enter_context(counter)
         logits = _logits_by_shape(model, num_sequences, num_tokens)
     return StepEstimate(
@@ -147,7 +161,28 @@ def estimate_step(
         forward=counter.get_total_flops(),
         below=below,
         routed=routed,
+        repeated=repeated,
     )
+
+
+@contextmanager
+def _counting_layers(model: nn.Module, counter: FlopCounterMode) -> Iterator[list[tuple[int, int]]]:
+    """While it lasts, lists (operations before it, its own) for each call of a layer."""
+    counts: list[tuple[int, int]] = []
+    before: list[int] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        before.append(counter.get_total_flops())
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        start = before.pop()
+        counts.append((start, counter.get_total_flops() - start))
+
+    with ExitStack() as stack:
+        for layer in layers(model).values():
+            stack.callback(layer.register_forward_pre_hook(enter).remove)
+            stack.callback(layer.register_forward_hook(leave).remove)
+        yield counts
 
 
 def _called_module(module: TrackedModule) -> str:

@@ -1,27 +1,31 @@
 """How a fit is arranged so that it fits into the workers' memory.
 
-Three things make a worker hold less, and each costs something:
+Four things make a worker hold less, and each costs something:
 
-    gradient checkpointing    each layer's forward is repeated in the backward
     shard                     captured rows travel to the owners of factors
+    gradient checkpointing    each layer's forward is repeated in the backward
+    smaller steps             more of them, each less efficient
     partitions                each has a pair of passes of its own
 
-So passes are kept few first, and then layers are repeated only if they have to be. What is
-configured is kept to.
+So passes are kept few first, then steps large, then layers are repeated only if they have to be.
+What is configured is kept to; `batch_tokens` is the most that a step may have.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Literal
 
 from ekfac_dist.config import FactorsConfig
 from ekfac_dist.fit.partition import partition
 from ekfac_dist.fit.worker_memory import Memory
 from ekfac_dist.models.modules import TrackedModule
-from ekfac_dist.passes.owners import Places
+from ekfac_dist.passes.owners import Places, divisors
 
 Group = Sequence[TrackedModule]
+Checkpointing = bool | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,13 @@ class Arrangement:
     Attributes:
         shard: D, the number of workers that share one copy of the factors.
         checkpoints: Whether layers keep their inputs alone, and are computed again in the backward.
+        step_tokens: Most positions of a step.
         groups: Groups of modules, a pair of passes each.
     """
 
     shard: int
     checkpoints: bool
+    step_tokens: int
     groups: Sequence[Group]
 
 
@@ -56,14 +62,15 @@ class Limits:
         return memory.lack(self.device, self.host) is None
 
 
-Needed = Callable[[Group, Places, bool], Memory]
+Needed = Callable[[Group, Places, bool, int], Memory]
 
 
 def arrange(
     modules: Group,
     workers: int,
     factors: FactorsConfig,
-    checkpointing: bool | Literal["auto"],
+    checkpointing: Checkpointing,
+    step_sizes: Sequence[int],
     needed: Needed,
     limits: Limits,
 ) -> Arrangement:
@@ -73,41 +80,55 @@ def arrange(
         modules: All tracked modules, in model order.
         workers: W.
         factors: Gives the partitions and the shard, "auto" or fixed.
-        checkpointing: Whether layers are repeated, "auto" or fixed.
+        checkpointing: Whether layers are computed again in the backward, "auto" or fixed.
+        step_sizes: Positions that a step may have at most, descending; see `step_sizes`.
         needed: The memory that a worker needs for a group, with given owners, with or without
-            layers that are repeated.
+            gradient checkpointing, in steps of a given size.
         limits: What workers have.
     """
     shards = divisors(workers) if factors.shard == "auto" else [factors.shard]
     modes = [False, True] if checkpointing == "auto" else [checkpointing]
     places = {shard: Places.of(modules, shard) for shard in shards}
-    fixed = 1 if factors.partitions == "auto" else factors.partitions
-    groups = partition(modules, fixed)
+    groups = partition(modules, 1 if factors.partitions == "auto" else factors.partitions)
 
-    def fits(group: Group, shard: int, checkpoints: bool) -> bool:
-        return limits.hold(needed(group, places[shard], checkpoints))
+    def fits(group: Group, shard: int, checkpoints: bool, tokens: int) -> bool:
+        return limits.hold(needed(group, places[shard], checkpoints, tokens))
 
-    for checkpoints in modes:
-        for shard in shards:
-            if all(fits(group, shard, checkpoints) for group in groups):
-                return Arrangement(shard, checkpoints, groups)
-    shard = shards[-1]
+    for tokens, checkpoints, shard in product(step_sizes, modes, shards):
+        if all(fits(group, shard, checkpoints, tokens) for group in groups):
+            return Arrangement(shard, checkpoints, tokens, groups)
+    shard, tokens = shards[-1], step_sizes[-1]
     if factors.partitions != "auto":
-        return Arrangement(shard, modes[-1], groups)
-    found: list[tuple[int, bool, Sequence[Group]]] = []
+        return Arrangement(shard, modes[-1], tokens, groups)
+    # Groups become fewer with smaller steps: more of the memory is left for sums.
+    found: list[Arrangement] = []
     for checkpoints in modes:
-        fewest = _fewest_groups(modules, lambda group, r=checkpoints: fits(group, shard, r))
-        if fewest is not None:
-            found.append((len(fewest), checkpoints, fewest))
+        fit = partial(fits, shard=shard, checkpoints=checkpoints, tokens=tokens)
+        fewest = _fewest_groups(modules, fit)
+        if fewest is None:
+            continue
+        largest = next(
+            size
+            for size in step_sizes
+            if all(fits(group, shard, checkpoints, size) for group in fewest)
+        )
+        found.append(Arrangement(shard, checkpoints, largest, fewest))
     if not found:
-        return Arrangement(shard, modes[-1], partition(modules, len(modules)))
-    _, checkpoints, fewest = min(found, key=lambda one: one[:2])
-    return Arrangement(shard, checkpoints, fewest)
+        return Arrangement(shard, modes[-1], tokens, partition(modules, len(modules)))
+    return min(found, key=lambda one: len(one.groups))
 
 
-def divisors(workers: int) -> list[int]:
-    """The numbers of workers that can share one copy of the factors, ascending."""
-    return [number for number in range(1, workers + 1) if workers % number == 0]
+def step_sizes(most: int, longest: int) -> list[int]:
+    """Sizes of steps to choose from, in positions, descending: each half of the one before.
+
+    Args:
+        most: The largest.
+        longest: Positions of the longest sequence, which a step has to hold.
+    """
+    sizes = [most]
+    while sizes[-1] // 2 >= max(1, longest):
+        sizes.append(sizes[-1] // 2)
+    return sizes
 
 
 def most_needed(arrangement: Arrangement, modules: Group, needed: Needed) -> Memory:
@@ -119,7 +140,10 @@ def most_needed(arrangement: Arrangement, modules: Group, needed: Needed) -> Mem
         needed: As for `arrange`.
     """
     places = Places.of(modules, arrangement.shard)
-    of_groups = [needed(group, places, arrangement.checkpoints) for group in arrangement.groups]
+    of_groups = [
+        needed(group, places, arrangement.checkpoints, arrangement.step_tokens)
+        for group in arrangement.groups
+    ]
     return max(of_groups, key=lambda memory: memory.peak)
 
 

@@ -52,6 +52,7 @@ class Checkpoints:
         batches: Sequence[Sequence[int]],
         sums: Sums,
         owners: Owners,
+        step_tokens: int,
         of: str = "",
     ) -> PassState:
         """A worker's state at the start of a pass.
@@ -61,6 +62,7 @@ class Checkpoints:
             batches: Its batches, if nothing was done yet, as indices of sequences.
             sums: Its running sums, still zero; what was saved is put into them.
             owners: Who holds which sums.
+            step_tokens: Token budget of a batch.
             of: Identifies what the sums depend on beside model and data; parts with another value
                 are ignored.
         """
@@ -78,7 +80,6 @@ class SavedCheckpoints(Checkpoints):
         world: The workers.
         sink: Where the journal is.
         sequences: All sequences of the run.
-        step_tokens: Token budget of a batch.
         minutes: Time between two savings; 0: after every step.
     """
 
@@ -90,14 +91,12 @@ class SavedCheckpoints(Checkpoints):
         world: World,
         sink: FactorSink,
         sequences: Examples,
-        step_tokens: int,
         minutes: float,
     ) -> None:
         self._root = Path(output) / STATE
         self._world = world
         self._sink = sink
         self._sequences = sequences
-        self._step_tokens = step_tokens
         self._minutes = minutes
 
     def begin(
@@ -106,6 +105,7 @@ class SavedCheckpoints(Checkpoints):
         batches: Sequence[Sequence[int]],
         sums: Sums,
         owners: Owners,
+        step_tokens: int,
         of: str = "",
     ) -> PassState:
         """See `Checkpoints.begin`; a collective."""
@@ -113,7 +113,7 @@ class SavedCheckpoints(Checkpoints):
         sharing = {
             "workers": world.size,
             "shard": owners.shard,
-            "step_tokens": self._step_tokens,
+            "step_tokens": step_tokens,
             "of": of,
         }
         record = self._sink.stored.records.get(f"shares {name}")
@@ -140,7 +140,7 @@ class SavedCheckpoints(Checkpoints):
             left = np.setdiff1d(np.arange(len(self._sequences)), list(done))
             shares = worker_batches(
                 self._sequences.num_positions[left],
-                self._step_tokens,
+                step_tokens,
                 world.size,
                 world.rank,
                 self._sequences.equal_above,

@@ -121,6 +121,7 @@ def estimate_factors(
     accumulate: str = "float32",
     eigen: str = "rank0",
     shard: int | str = "auto",
+    gradient_checkpointing: bool | str = "auto",
     partitions: int | str = "auto",
     blocks: int = 1,
     batch_tokens: int = 4096,
@@ -150,7 +151,10 @@ def estimate_factors(
         refit: "per_sequence", "per_token" or "none".
         accumulate: Precision of running sums, "float32" or "float64".
         eigen: Who decomposes the factors: "rank0", or every worker its share, "sharded".
-        shard: Among how many workers one copy of the factors is shared out; "auto": 1.
+        shard: Among how many workers one copy of the factors is shared out; "auto": 1 where one
+            copy fits a worker, else the fewest that fit one pair of passes.
+        gradient_checkpointing: Compute each layer again in the backward instead of holding its
+            activations; "auto": where they would not fit into memory.
         partitions: Number of groups of modules, one pair of passes each; "auto": the fewest that
             fit into the workers' memory.
         blocks: Diagonal blocks of each factor, for very large dimensions; 1: factors are whole.
@@ -190,6 +194,7 @@ def estimate_factors(
                 name=str(getattr(model, "name_or_path", "") or class_of(model).__name__),
                 dtype="auto",
                 modules=None if globs is None else list(globs),
+                gradient_checkpointing=gradient_checkpointing,  # type: ignore[arg-type]
             ),
             DataConfig(source=type(data).__name__, max_tokens=max_tokens or _max_tokens(sequences)),
             FactorsConfig(

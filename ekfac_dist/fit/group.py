@@ -27,6 +27,7 @@ from ekfac_dist.fit.disk_space import stage_bytes
 from ekfac_dist.fit.eigenbasis import Basis, run_eigenbasis
 from ekfac_dist.fit.manifest import FitSummary
 from ekfac_dist.fit.refit import LambdaSums
+from ekfac_dist.fit.saved_parts import Sums
 from ekfac_dist.fit.sizes import WorkerShare
 from ekfac_dist.models.capture.labels import COVARIANCE_PASS, REFIT_PASS, LabelRule
 from ekfac_dist.models.find.faults import NO_GRADIENT, NOT_ROUTED, is_routed
@@ -49,6 +50,7 @@ class GroupFit:
         name: The group's number, "1", or with that of all groups, "1/3".
         modules: The group, in model order; experts that turn out to have no factors are removed.
         context: Model, data, task and workers.
+        step_tokens: Token budget of a batch.
         owners: Who holds which sums.
         share: The most that any worker has of the data.
         factors: What is fitted.
@@ -60,6 +62,7 @@ class GroupFit:
     name: str
     modules: list[TrackedModule]
     context: PassContext
+    step_tokens: int
     owners: Owners
     share: WorkerShare
     factors: FactorsConfig
@@ -118,10 +121,7 @@ class GroupFit:
         self._require_disk_space("covariance")
         start = time.perf_counter()
         sums = self._empty_covariance()
-        state = self.checkpoints.begin(
-            self._state("covariance"), self.context.own_batches, sums, self.owners
-        )
-        self._say_resumed("covariance", state)
+        state = self._begun("covariance", sums)
         result = run_pass(
             self._shown("covariance"),
             self.context,
@@ -240,10 +240,7 @@ class GroupFit:
         # Saved sums are of no use if the basis that they belong to was computed again.
         basis_files = map(eigenbasis_file, factor_sizes(self.modules))
         of = context.world.share(self.sink.content_sha256(basis_files))
-        state = self.checkpoints.begin(
-            self._state("refit"), context.own_batches, sums, self.owners, of
-        )
-        self._say_resumed("refit", state)
+        state = self._begun("refit", sums, of)
         rule = LabelRule(self.factors.labels, self.factors.seed, REFIT_PASS)
         result = run_pass(self._shown("refit"), context, self.modules, sums, rule, state=state)
         for total in sums.sums.values():
@@ -336,9 +333,13 @@ class GroupFit:
         """The name of a stage of this group in progress and errors."""
         return f"{stage} {self.name}" if "/" in self.name else stage
 
-    def _say_resumed(self, stage: str, state: PassState) -> None:
+    def _begun(self, stage: str, sums: Sums, of: str = "") -> PassState:
+        """The state of a pass of this group, with what was saved of it; see `Checkpoints.begin`."""
+        name, batches = self._state(stage), self.context.own_batches
+        state = self.checkpoints.begin(name, batches, sums, self.owners, self.step_tokens, of)
         if state.is_resumed and self.context.show_progress and self.context.world.is_main:
             show_line(self._shown(stage), "goes on")
+        return state
 
     def _add_to_summary(self, stage: str, outcome: Mapping[str, Any]) -> None:
         """Adds the time, loss and labels of a stage."""

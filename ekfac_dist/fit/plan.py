@@ -11,7 +11,7 @@ from torch import nn
 
 from ekfac_dist.config import PlanConfig
 from ekfac_dist.curvature.costs import step_tokens
-from ekfac_dist.fit.arrangement import Arrangement, Limits, Needed, arrange, most_needed
+from ekfac_dist.fit.arrangement import Arrangement, Limits, Needed, arrange, most_needed, step_sizes
 from ekfac_dist.fit.disk_space import Disk, disk
 from ekfac_dist.fit.operations import Operations, operations
 from ekfac_dist.fit.sizes import WorkerShare
@@ -139,6 +139,7 @@ def make_plan(config: PlanConfig) -> Plan:
     tokens = step_tokens(config.batch_tokens, machine.device, machine.threads)
     length = min(config.data.max_tokens, context_length(model) or config.data.max_tokens)
     batch_size = max(1, tokens // length)
+    most_tokens = batch_size * length
     steps = {
         checkpoints: estimate_step(model, modules, batch_size, length, checkpoints=checkpoints)
         for checkpoints in (False, True)
@@ -149,9 +150,11 @@ def make_plan(config: PlanConfig) -> Plan:
         weight_bytes = parameter_bytes(model)
         if config.fsdp:
             weight_bytes = bytes_of_worker(model, workers)
-        share = _share(num_sequences, batch_size, length, workers)
+        share = _share(num_sequences, batch_size, length, workers)  # of the largest steps
 
-        def needed(group: Sequence[TrackedModule], places: Places, checkpoints: bool) -> Memory:
+        def needed(
+            group: Sequence[TrackedModule], places: Places, checkpoints: bool, tokens: int
+        ) -> Memory:
             return memory(
                 group,
                 steps[
@@ -170,10 +173,11 @@ def make_plan(config: PlanConfig) -> Plan:
 
     limits = Limits(machine.free_bytes)
     checkpointing = config.model.gradient_checkpointing
+    sizes = step_sizes(most_tokens, length)
 
     def arranged(workers: int) -> tuple[Arrangement, Memory]:
         needed = needed_by(workers)
-        arrangement = arrange(modules, workers, factors, checkpointing, needed, limits)
+        arrangement = arrange(modules, workers, factors, checkpointing, sizes, needed, limits)
         return arrangement, most_needed(arrangement, modules, needed)
 
     arrangement, most = arranged(machine.workers)
@@ -183,7 +187,7 @@ def make_plan(config: PlanConfig) -> Plan:
         more = [machine.workers * 2**k for k in range(1, 11)]
         least_workers = next((n for n in more if limits.hold(arranged(n)[1])), None)
     whole_step = steps[arrangement.checkpoints]
-    per_token = [whole_step.operations(group) / (batch_size * length) for group in groups]
+    per_token = [whole_step.operations(group) / most_tokens for group in groups]
     share = _share(num_sequences, batch_size, length, machine.workers)
     return Plan(
         discovery=discovery,
@@ -210,7 +214,7 @@ def make_plan(config: PlanConfig) -> Plan:
         rate=_operations_per_second(config, machine),
         num_sequences=num_sequences,
         num_tokens=length,
-        step_tokens=batch_size * length,
+        step_tokens=arrangement.step_tokens,
         sharded=factors.eigen == "sharded" or (factors.eigen == "auto" and arrangement.shard > 1),
         shard=arrangement.shard,
         checkpoints=arrangement.checkpoints,

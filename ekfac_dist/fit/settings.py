@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ekfac_dist.config import (
     DataConfig,
@@ -23,6 +23,7 @@ class FitSettings:
     Attributes:
         modules: Globs of the names of tracked modules; None for every MLP linear.
         factors: Labels, precision, eigenvalue correction and partitions.
+        gradient_checkpointing: Whether layers are computed again in the backward, or "auto".
         batch_tokens: Token budget of a batch, per worker and step.
         save_minutes: How often each worker saves the state of a pass; None for never.
         recorded: The whole configuration as the manifest keeps it, in nested dictionaries.
@@ -30,6 +31,7 @@ class FitSettings:
 
     modules: Sequence[str] | None
     factors: FactorsConfig
+    gradient_checkpointing: bool | Literal["auto"]
     batch_tokens: int
     save_minutes: float | None
     recorded: Mapping[str, Any]
@@ -40,6 +42,7 @@ class FitSettings:
         return cls(
             config.model.modules,
             config.factors,
+            config.model.gradient_checkpointing,
             config.batch_tokens,
             config.save_minutes,
             config.as_dict(),
@@ -80,4 +83,11 @@ class FitSettings:
             "save_minutes": save_minutes,
             "output": "(memory)" if output is None else os.path.expanduser(output),
         }
-        return cls(model.modules, factors, batch_tokens, save_minutes, recorded)
+        return cls(
+            model.modules,
+            factors,
+            model.gradient_checkpointing,
+            batch_tokens,
+            save_minutes,
+            recorded,
+        )

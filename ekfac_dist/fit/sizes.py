@@ -59,10 +59,16 @@ def input_elements(group: Iterable[TrackedModule]) -> int:
     return sum({module.input: module.input_size for module in group}.values())
 
 
-def row_elements(group: Iterable[TrackedModule]) -> int:
-    """Elements of a group's inputs, or of its output-gradients if those are more, at a position."""
+def row_elements(group: Iterable[TrackedModule], *, together: bool) -> int:
+    """Elements of a group's rows at one position that are exchanged together.
+
+    Args:
+        group: The modules.
+        together: Whether inputs and output-gradients are; else the more of both counts.
+    """
     group = list(group)
-    return max(input_elements(group), sum(module.num_outputs for module in group))
+    inputs, gradients = input_elements(group), sum(module.num_outputs for module in group)
+    return inputs + gradients if together else max(inputs, gradients)
 
 
 def summed_elements(size: int, blocks: int) -> int:

@@ -139,9 +139,7 @@ def opened_store(
         sink = NullStore(earlier) if writer is None else writer
         checkpoints, minutes = Checkpoints(), inputs.settings.save_minutes
         if minutes is not None:
-            checkpoints = SavedCheckpoints(
-                output, world, sink, inputs.sequences, inputs.step_tokens, minutes
-            )
+            checkpoints = SavedCheckpoints(output, world, sink, inputs.sequences, minutes)
         yield sink, checkpoints
     finally:
         if writer is not None:

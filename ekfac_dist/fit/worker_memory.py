@@ -29,11 +29,14 @@ from ekfac_dist.passes.owners import NOT_SHARED, Places
 # glibc 0.4 to 1.0 after the covariance pass of the three models of test_peak_memory.py.
 RETAINED = 0.6
 
+# Rows that are collected at once, over those of the largest window.
+_COLLECTED = 1.25
+
 # The part of free memory that is planned for; the rest is for the allocator, and for chance.
 USABLE = 0.9
 
-# If eigenvectors and sums take less than this part of free memory, all modules are one group.
-LARGE_SUMS = 0.2
+# If a fit takes less than this part of free memory, the simplest arrangement is taken.
+LARGE = 0.5
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,14 @@ class Memory:
 
     @property
     def host(self) -> int:
-        """What a worker on a GPU holds in its host's memory, beside the program; 0 on a CPU."""
-        return 0 if self.on_cpu else max(self.second_levels.values())
+        """What a worker on a GPU holds in its host's memory, beside the program; 0 on a CPU.
+
+        While a factor is decomposed, the sums and the weights are there, and its float64 matrix.
+        """
+        if self.on_cpu:
+            return 0
+        matrices = self.workspace // 6 * 2  # the sum that is decomposed, and the eigenvectors
+        return max(*self.second_levels.values(), self.covariance + self.weights + matrices)
 
     @property
     def passes(self) -> dict[str, int]:
@@ -83,7 +92,9 @@ class Memory:
         second_level = self.on_cpu * self.second_levels["covariance"]
         return {
             "covariance": always + self.step + self.exchange + self.covariance + second_level,
-            "eigenbasis": always + self.retained + self.covariance + self.workspace,
+            "eigenbasis": self.retained
+            + self.workspace
+            + (always + self.covariance if self.on_cpu else self.process),
             "refit": always + self.retained + self.step + self.exchange + self.sums,
         }
 
@@ -137,23 +148,25 @@ def memory(
     bytes_each, sizes = itemsize(factors), factor_sizes(group)
     squares = max((bytes_each * sum(square_elements(part, factors)) for part in parts), default=0)
     widest = max(sizes.values(), default=0)
-    largest_window = max((row_elements(window) for window in places.windows(group)), default=0)
-    window_bytes = step_tokens * step.itemsize * largest_window
+    windows = places.windows(group)
+    rows = [row_elements(window, together=step.checkpoints) for window in windows]
+    window_bytes = step_tokens * step.itemsize * max(rows, default=0)
     rounds = num_rounds(window_bytes, shard)
     # Inputs wait, as float numbers, for their gradients: those of all workers, at their owner; of
     # layers that are repeated, only those of one window, and of the senders of one round.
     waiting_parts = parts
     senders = shard
     if step.checkpoints:
-        waiting_parts = [part for window in places.windows(group) for part in places.parts(window)]
+        waiting_parts = [part for window in windows for part in places.parts(window)]
         senders = -(-shard // rounds)
     waiting_inputs = max(map(input_elements, waiting_parts), default=0)
     waiting = senders * step_tokens * bytes_each * waiting_inputs
     backward = step_tokens * 4 * widest * step.itemsize  # of the widest layer
     step_bytes = step.activation_bytes + 2 * step.logit_bytes + waiting + backward
-    # A window's rows leave while those of the next are collected; a round is held by sender and
-    # owner, and so is the one before it.
-    exchange = window_bytes * 3 // 2 + 4 * window_bytes // rounds if shard > 1 else 0
+    # The rows of a window leave while those of the next are collected. A round's rows are held by
+    # their sender and their owner, and so are those of the round before.
+    travelling = 4 * window_bytes * (shard - 1) // shard // rounds
+    exchange = int(_COLLECTED * window_bytes) + travelling if shard > 1 else 0
     matrices = [lambda_elements(part) for part in parts]
     spectra = max((sum(own) + 3 * max(own) for own in matrices), default=0)
     levels = [second_level_bytes(part, factors, share.of(shard), on_cpu=on_cpu) for part in parts]

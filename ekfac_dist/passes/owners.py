@@ -14,13 +14,17 @@ something to do, and balanced over all windows, so that memory and work are.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from torch.distributed.device_mesh import init_device_mesh
 
 from ekfac_dist.errors import ConfigError
 from ekfac_dist.models.modules import TrackedModule, layer_name
 from ekfac_dist.runtime.processes import World
+
+# Least mean load of the owners in a window, over the load of the busiest: larger windows are shared
+# out more evenly, and their rows take more memory.
+_EVEN = 0.75
 
 
 def families(modules: Sequence[TrackedModule]) -> dict[str, list[TrackedModule]]:
@@ -39,7 +43,7 @@ def family_cost(members: Sequence[TrackedModule]) -> int:
 
 
 def windows(modules: Sequence[TrackedModule], shard: int) -> list[list[str]]:
-    """Input factors of neighbouring layers, as few together as can be shared out evenly.
+    """Input factors of neighbouring layers, as few together as can be shared out about evenly.
 
     Args:
         modules: The tracked modules, in the order in which they are called.
@@ -47,17 +51,18 @@ def windows(modules: Sequence[TrackedModule], shard: int) -> list[list[str]]:
     """
     members = families(modules)
     costs = {name: family_cost(family) for name, family in members.items()}
-    parts: list[list[str]] = []
-    window: list[str] = []
-    for _, of_layer in groupby(members, key=lambda name: layer_name(members[name][0].name)):
-        window.extend(of_layer)
-        own = [costs[name] for name in window]
-        if len(window) >= shard and sum(own) >= shard * max(own):
-            parts.append(window)
-            window = []
-    if window:  # too few to be shared out evenly
-        parts[-1:] = [[*parts[-1], *window]] if parts else [window]
-    return parts
+    layers = [
+        list(of_layer)
+        for _, of_layer in groupby(members, key=lambda name: layer_name(members[name][0].name))
+    ]
+    number = 0  # of windows that are large enough
+    window: list[int] = []  # costs in the next one
+    for layer in layers:
+        window.extend(costs[name] for name in layer)
+        if len(window) >= shard and sum(window) >= _EVEN * shard * max(window):
+            number, window = number + 1, []
+    bounds = [len(layers) * k // max(number, 1) for k in range(max(number, 1) + 1)]
+    return [[name for layer in layers[i:j] for name in layer] for i, j in pairwise(bounds)]
 
 
 def require_divisor(name: str, shard: int | str, workers: int) -> None:
@@ -72,12 +77,17 @@ def require_divisor(name: str, shard: int | str, workers: int) -> None:
         ConfigError: If D does not divide W.
     """
     if isinstance(shard, int) and workers % shard:
-        fits = [number for number in range(1, workers + 1) if workers % number == 0]
-        numbers = ", ".join(map(str, fits[:-1])) + " or " * (len(fits) > 1) + str(fits[-1])
+        there = "is 1 worker" if workers == 1 else f"are {workers} workers"
+        fits = ", ".join(map(str, divisors(workers)))
         raise ConfigError(
-            f"{name} is {shard}, but there {'is' if workers == 1 else 'are'} {workers} "
-            f"worker{'s' * (workers > 1)}, which cannot form copies of {shard} each; give {numbers}, or auto."
+            f"{name} is {shard}, but there {there}, who cannot form groups of {shard}; give one of "
+            f"{fits}, or auto."
         )
+
+
+def divisors(workers: int) -> list[int]:
+    """The numbers of workers that can share one copy of the factors, ascending."""
+    return [number for number in range(1, workers + 1) if workers % number == 0]
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,16 @@ from ekfac_dist.curvature import long_sums
 from ekfac_dist.errors import Preempted
 from ekfac_dist.factors.layout import STATE
 from ekfac_dist.fit import checkpoints
+from ekfac_dist.fit.arrangement import Limits, arrange
 from ekfac_dist.fit.covariance import CovarianceSums
 from ekfac_dist.fit.disk_space import stage_bytes
 from ekfac_dist.fit.eigenbasis import Basis
 from ekfac_dist.fit.refit import LambdaSums
 from ekfac_dist.fit.sizes import WorkerShare
-from ekfac_dist.fit.worker_memory import fewest_groups, memory
+from ekfac_dist.fit.worker_memory import memory
 from ekfac_dist.models.capture.saved_tensors import StepMemory
 from ekfac_dist.models.modules import LINEAR, TrackedModule
+from ekfac_dist.passes.owners import NOT_SHARED
 from ekfac_dist.runtime import preemption
 
 HERE = Path(__file__).parent
@@ -289,15 +291,19 @@ def test_memory_of_second_levels_is_planned_where_it_is(on_cpu: bool):
 
 
 def test_groups_are_chosen_by_the_hosts_memory_too():
-    def needs(group):
-        return memory(group, StepMemory.nothing(), 0, LONG, factors=FactorsConfig(), on_cpu=False)
+    nothing, factors = StepMemory.nothing(), FactorsConfig()
+
+    def needs(group, places=NOT_SHARED, checkpoints=False):
+        return memory(group, nothing, 0, LONG, factors=factors, on_cpu=False, places=places)
+
+    def groups_for(host):
+        return arrange(modules, 1, factors, False, needs, Limits(1e12, host)).groups
 
     modules = wide_modules(8)
     all_at_once = needs(modules).host
-    assert fewest_groups(modules, needs, 1e12, 2 * all_at_once) == 1
-    assert fewest_groups(modules, needs, 1e12, all_at_once / 2) > 2
-    assert fewest_groups(modules, needs, 1e12, 100) is None
-    assert needs(modules[:1]).lack(1e12, 100) == (needs(modules[:1]).host, 100)
+    assert len(groups_for(2 * all_at_once)) == 1
+    assert len(groups_for(all_at_once / 2)) > 2
+    assert needs(groups_for(100)[0]).lack(1e12, 100) == (needs(modules[:1]).host, 100)
 
 
 @pytest.mark.usefixtures("frequent")
@@ -320,7 +326,7 @@ def test_room_for_states_counts_their_second_levels(
     )
     modules = list(factors.modules.values())
     long, short = (
-        stage_bytes(modules, FactorsConfig(), 1, share, on_cpu=True)
+        stage_bytes(modules, FactorsConfig(), 1, 1, share, on_cpu=True)
         for share in (WorkerShare(9, 9, 99), WorkerShare(1, 1, 1))
     )
     for stage, size in written.items():

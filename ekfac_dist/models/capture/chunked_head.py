@@ -41,7 +41,7 @@ from ekfac_dist.models.modules import EXPERT, TrackedModule, is_quantised, linea
 from ekfac_dist.models.sharding import forget_forward, is_sharded, reshard
 
 # Elements of the logits that are held at a time. The head's product is slow for few positions.
-_CHUNK_ELEMENTS = 2**24
+CHUNK_ELEMENTS = 2**24
 
 
 class CausalLMInChunks(CausalLM):
@@ -53,7 +53,7 @@ class CausalLMInChunks(CausalLM):
         chunk_elements: Elements of the logits that are held at a time.
     """
 
-    def __init__(self, model: nn.Module, body: str, chunk_elements: int = _CHUNK_ELEMENTS) -> None:
+    def __init__(self, model: nn.Module, body: str, chunk_elements: int = CHUNK_ELEMENTS) -> None:
         self.body = body
         self._model, self._chunk_elements = model, chunk_elements
 
@@ -275,7 +275,7 @@ def logit_bytes(model: nn.Module, modules: Sequence[TrackedModule], logits: Tens
         modules: The tracked modules.
         logits: Logits of a whole step.
     """
-    chunk = max(_CHUNK_ELEMENTS, logits.shape[-1]) * logits.element_size()
+    chunk = max(CHUNK_ELEMENTS, logits.shape[-1]) * logits.element_size()
     return min(chunk, logits.nbytes) if _bodies(model, modules) else logits.nbytes
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,10 @@ class StepMemory:
     logit_bytes: int
     itemsize: int
     checkpoints: bool = False
+
+    def scaled(self, part: float) -> "StepMemory":
+        """The memory of a step of a part of the positions; logits are held in chunks, so as now."""
+        return replace(self, activation_bytes=int(part * self.activation_bytes))
 
     @classmethod
     def nothing(cls) -> "StepMemory":

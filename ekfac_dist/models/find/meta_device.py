@@ -33,7 +33,7 @@ from ekfac_dist.models.sharding import layers
 IMPLEMENTATION = "ekfac_dist_meta_device"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepEstimate(StepMemory):
     """Memory and operations of one step's forward and backward, without running sums.
 
@@ -158,6 +158,7 @@ def estimate_step(
         activation_bytes=saved.num_bytes,
         logit_bytes=logit_bytes(model, modules, logits),
         itemsize=logits.dtype.itemsize,
+        checkpoints=checkpoints,
         forward=counter.get_total_flops(),
         below=below,
         routed=routed,

@@ -94,7 +94,13 @@ def arrange(
     def fits(group: Group, shard: int, checkpoints: bool, tokens: int) -> bool:
         return limits.hold(needed(group, places[shard], checkpoints, tokens))
 
-    for tokens, checkpoints, shard in product(step_sizes, modes, shards):
+    # Nothing needs less than small steps with checkpointing: other shards need not be looked into.
+    possible = [
+        shard
+        for shard in shards
+        if all(fits(group, shard, modes[-1], step_sizes[-1]) for group in groups)
+    ]
+    for tokens, checkpoints, shard in product(step_sizes, modes, possible):
         if all(fits(group, shard, checkpoints, tokens) for group in groups):
             return Arrangement(shard, checkpoints, tokens, groups)
     shard, tokens = shards[-1], step_sizes[-1]

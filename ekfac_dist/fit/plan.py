@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -140,10 +141,11 @@ def make_plan(config: PlanConfig) -> Plan:
     length = min(config.data.max_tokens, context_length(model) or config.data.max_tokens)
     batch_size = max(1, tokens // length)
     most_tokens = batch_size * length
-    steps = {
-        checkpoints: estimate_step(model, modules, batch_size, length, checkpoints=checkpoints)
-        for checkpoints in (False, True)
-    }
+
+    @cache
+    def step(checkpoints: bool) -> StepEstimate:
+        return estimate_step(model, modules, batch_size, length, checkpoints=checkpoints)
+
     num_sequences = config.sequences or config.data.max_sequences or 1000
 
     def needed_by(workers: int) -> Needed:
@@ -157,10 +159,9 @@ def make_plan(config: PlanConfig) -> Plan:
         ) -> Memory:
             return memory(
                 group,
-                steps[
-                    checkpoints
-                ],  # with the graph from the lowest module; groups above it hold less
-                batch_size * length,
+                # With the graph from the lowest module; groups above it hold less.
+                step(checkpoints).scaled(tokens / most_tokens),
+                tokens,
                 share,
                 process_bytes=CUDA_CONTEXT_BYTES if machine.on_gpu else machine.own_bytes,
                 weight_bytes=weight_bytes,
@@ -186,7 +187,7 @@ def make_plan(config: PlanConfig) -> Plan:
     if not limits.hold(most) and factors.shard == "auto":
         more = [machine.workers * 2**k for k in range(1, 11)]
         least_workers = next((n for n in more if limits.hold(arranged(n)[1])), None)
-    whole_step = steps[arrangement.checkpoints]
+    whole_step = step(arrangement.checkpoints)
     per_token = [whole_step.operations(group) / most_tokens for group in groups]
     share = _share(num_sequences, batch_size, length, machine.workers)
     return Plan(

@@ -12,7 +12,7 @@ from helpers.networks import CONFIGS, build, examples
 from helpers.workshop import run_here, save_tiny_gpt2, save_tiny_llama, texts, write_jsonl
 
 from ekfac_dist import estimate_factors
-from ekfac_dist.config import FactorsConfig, ModelConfig, PlanConfig
+from ekfac_dist.config import DataConfig, FactorsConfig, ModelConfig, PlanConfig
 from ekfac_dist.errors import ConfigError, ModelError
 from ekfac_dist.factors.reader import StoreReader
 from ekfac_dist.fit import fit_factors as fitting
@@ -20,7 +20,11 @@ from ekfac_dist.fit import group
 from ekfac_dist.fit.plan import make_plan
 from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.find.discovery import discover
-from ekfac_dist.models.find.meta_device import discover_by_shape, model_without_weights
+from ekfac_dist.models.find.meta_device import (
+    discover_by_shape,
+    estimate_step,
+    model_without_weights,
+)
 
 CPU = torch.device("cpu")
 SHAPES = {
@@ -83,7 +87,7 @@ def test_large_models_are_planned_from_their_configuration_alone(name: str, tmp_
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
     planned = plan_of(
         tmp_path,
-        factors=FactorsConfig(keep_covariance=False, partitions=1),
+        factors=FactorsConfig(keep_covariance=False, partitions=1, shard=1),
         device_memory="80GiB",
         workers=8,
     )
@@ -97,14 +101,72 @@ def test_large_models_are_planned_from_their_configuration_alone(name: str, tmp_
     assert planned.fits == (name == "GPT-2")
 
 
+def plan_of_shape(name: str, directory: Path, workers: int, **settings):
+    """The plan of a large model in bfloat16 on GPUs of 80 GiB, 1,000 sequences of 2,048 tokens."""
+    SHAPES[name].save_pretrained(directory)
+    model = ModelConfig(name=str(directory), dtype="bfloat16")
+    config = PlanConfig(
+        model=model,
+        data=DataConfig(max_tokens=2048),
+        batch_tokens=8192,
+        workers=workers,
+        device_memory="80GiB",
+        gflops=400e3,
+        **settings,
+    )
+    return make_plan(config)
+
+
 def test_the_fewest_partitions_that_fit_are_chosen(tmp_path: Path):
-    SHAPES["Llama-3-8B"].save_pretrained(tmp_path)
-    settings = {"device_memory": "80GiB", "workers": 8, "batch_tokens": 4096}
-    model = ModelConfig(name=str(tmp_path), dtype="bfloat16")
-    planned = make_plan(PlanConfig(model=model, gflops=1e5, **settings))
+    planned = plan_of_shape("Llama-3-8B", tmp_path, 1)
     assert planned.fits
+    assert len(planned.groups) > 1
     fewer = FactorsConfig(partitions=len(planned.groups) - 1)
-    assert not make_plan(PlanConfig(model=model, gflops=1e5, factors=fewer, **settings)).fits
+    assert not plan_of_shape("Llama-3-8B", tmp_path, 1, factors=fewer).fits
+
+
+@pytest.mark.parametrize(
+    ("name", "workers", "passes"),
+    [
+        ("Llama-3-8B", 2, 1),
+        ("Llama-3-8B", 8, 1),
+        pytest.param("Llama-3-70B", 8, 4, marks=pytest.mark.slow),
+        pytest.param("Llama-3-70B", 16, 2, marks=pytest.mark.slow),
+        ("Llama-3-70B", 32, 1),
+        pytest.param("Llama-3-70B", 64, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_what_fits_all_workers_together_takes_few_passes(
+    name: str, workers: int, passes: int, tmp_path: Path
+):
+    planned = plan_of_shape(name, tmp_path, workers, fsdp="70B" in name)
+    assert planned.fits
+    assert len(planned.groups) == passes
+    assert workers % planned.shard == 0
+    _, squares, store = KNOWN[name]
+    # The busiest owner has little more than its share of the factors and of Λ.
+    of_worker = planned.memory.bases * planned.shard * passes
+    assert squares <= of_worker * 1.002 < 1.1 * squares
+    assert planned.memory.spectra * planned.shard * passes < 2.2 * (store - squares)
+
+
+def test_a_step_holds_little_with_checkpointing_and_a_chunked_head(tmp_path: Path):
+    factors = FactorsConfig(shard=32)
+    planned = plan_of_shape("Llama-3-70B", tmp_path, 32, fsdp=True, factors=factors)
+    assert planned.checkpoints
+    model = model_without_weights(ModelConfig(name=str(tmp_path), dtype="bfloat16"))
+    modules = planned.discovery.modules
+    step = estimate_step(model, modules, 4, 2048, checkpoints=True)
+    assert step.activation_bytes + 2 * step.logit_bytes < 16e9
+    assert estimate_step(model, modules, 4, 2048).activation_bytes > 150e9
+
+
+def test_the_least_number_of_workers_that_would_do_is_named(tmp_path: Path):
+    planned = plan_of_shape("Llama-3-70B", tmp_path, 1, fsdp=True)
+    assert not planned.fits
+    assert planned.least_workers is not None
+    assert plan_of_shape("Llama-3-70B", tmp_path, planned.least_workers, fsdp=True).fits
+    assert not plan_of_shape("Llama-3-70B", tmp_path, planned.least_workers // 2, fsdp=True).fits
 
 
 @pytest.mark.parametrize("family", CONFIGS)

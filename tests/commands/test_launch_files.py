@@ -2,11 +2,13 @@
 
 import dataclasses
 import os
+import re
 import stat
 import subprocess
 from pathlib import Path
 
 import pytest
+import transformers
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
@@ -17,11 +19,13 @@ from ekfac_dist.config import (
     EstimateConfig,
     FactorsConfig,
     ModelConfig,
+    PlanConfig,
     QueryConfig,
     ScoresConfig,
     field_types,
 )
 from ekfac_dist.demo.run import DemoSettings
+from ekfac_dist.fit.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
 QUERY = ROOT / "configs" / "query.yaml"
@@ -62,6 +66,46 @@ def test_a_configuration_is_an_estimate_configuration(path):
     config = as_config(plain)
     assert config.output.startswith("runs/")
     assert config.factors.accumulate == "float32"
+
+
+SHAPES = {  # what the named models' own configurations say
+    "demo": transformers.LlamaConfig(vocab_size=4096, hidden_size=256, intermediate_size=688),
+    "gpt2": transformers.GPT2Config(),
+    "llama-3-8b": transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+    ),
+    "pythia-1.4b": transformers.GPTNeoXConfig(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=16
+    ),
+}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_configuration_fits_the_machine_that_it_names_in_one_pair_of_passes(path, tmp_path):
+    machine = re.search(
+        r"^# Machine: --workers (\d+) --device_memory (\w+)$", path.read_text(), re.M
+    )
+    assert machine is not None
+    plain = load(path)
+    SHAPES[path.stem].save_pretrained(tmp_path)
+    planned = make_plan(
+        PlanConfig(
+            model=ModelConfig(name=str(tmp_path), dtype=plain["model"]["dtype"]),
+            data=DataConfig(max_tokens=plain["data"]["max_tokens"]),
+            factors=FactorsConfig(**plain["factors"]),
+            batch_tokens=plain["batch_tokens"],
+            workers=int(machine[1]),
+            device_memory=machine[2],
+            gflops=1000,
+        )
+    )
+    assert planned.fits
+    assert len(planned.groups) == 1
 
 
 def test_the_queries_configuration_is_a_query_configuration():

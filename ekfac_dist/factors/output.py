@@ -24,7 +24,7 @@ from ekfac_dist.runtime.resuming import require_same_config
 
 OVERWRITE_ADVICE = "give another directory, or begin anew with --overwrite"
 # Configuration fields that may change when an unfinished run is resumed: no result depends on them.
-_MAY_CHANGE = ("save_minutes", "output", "model.device_map")
+_MAY_CHANGE = ("save_minutes", "output", "model.device_map", "factors.shard", "factors.eigen")
 
 
 def _require_nothing_else(path: Path) -> None:

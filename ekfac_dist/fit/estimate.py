@@ -119,7 +119,7 @@ def estimate_factors(
     seed: int = 0,
     refit: str = "per_sequence",
     accumulate: str = "float32",
-    eigen: str = "rank0",
+    eigen: str = "auto",
     shard: int | str = "auto",
     partitions: int | str = "auto",
     blocks: int = 1,
@@ -149,7 +149,8 @@ def estimate_factors(
         seed: Seed of sampled labels.
         refit: "per_sequence", "per_token" or "none".
         accumulate: Precision of running sums, "float32" or "float64".
-        eigen: Who decomposes the factors: "rank0", or every worker its share, "sharded".
+        eigen: Who decomposes the factors: "rank0", or every worker its share, "sharded"; "auto":
+            "sharded" where factors are shared out, else "rank0".
         shard: Among how many workers one copy of the factors is shared out; "auto": 1.
         partitions: Number of groups of modules, one pair of passes each; "auto": the fewest that
             fit into the workers' memory.

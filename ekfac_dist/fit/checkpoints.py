@@ -259,8 +259,9 @@ class SavedCheckpoints(Checkpoints):
         if lost:
             log_on_main(
                 self._world,
-                f"saved states  {name}: {' and '.join(lost)} cannot be read by any worker; what "
-                "they hold is summed again",
+                f"saved states  {name}: {' and '.join(lost)} cannot be read by any worker"
+                f"{', or not with all of their copy' if record['shard'] > 1 else ''}; what they "
+                "hold is summed again",
             )
 
     def _summed_sequences(self, own_parts: Sequence[Part]) -> set[int]:

@@ -5,9 +5,10 @@ workers of a host take part as its memory allows. Where factors are shared out, 
 that hold a factor share it out among themselves; or worker 0 decomposes all, to which one factor at
 a time is lent. Workers work in rounds of one factor each; after each round the new eigenvectors are
 stored, and all workers that hold a factor get them, so that an interrupted run loses one round at
-most.
+most. A GPU has one factor at a time; see `offloading`.
 """
 
+import itertools
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,15 +18,24 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.curvature.blocks import block_sizes
-from ekfac_dist.curvature.eigenbasis import decompose, header_of, workspace_bytes
+from ekfac_dist.curvature.eigenbasis import (
+    CUDA_12_LIMIT,
+    can_decompose,
+    decompose,
+    decomposing_device,
+    header_of,
+    workspace_bytes,
+)
 from ekfac_dist.data.batch_plan import assign_batches
 from ekfac_dist.factors.layout import block_keys, covariance_file, eigenbasis_file
 from ekfac_dist.fit.covariance import CovarianceSums
+from ekfac_dist.fit.offloading import HOST, free_bytes, sums_and_weights_on_host
 from ekfac_dist.fit.storing import StoreFile, Storing
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
 from ekfac_dist.passes.context import PassContext
 from ekfac_dist.runtime import preemption
-from ekfac_dist.runtime.memory import available_bytes
+from ekfac_dist.runtime.logs import log_on_main
+from ekfac_dist.runtime.memory import as_text
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
 
@@ -81,7 +91,13 @@ def run_eigenbasis(
     """
     start = time.perf_counter()
     run = _Decompositions(covariance, modules, context, storing, keep_covariance, num_blocks)
-    bases = run.all(name, sharded=sharded)
+    with sums_and_weights_on_host(covariance, context.model, context.world):
+        bases = run.all(name, sharded=sharded)
+    covariance.move_to(context.world.device)
+    bases = {
+        factor: Basis(covariance.sums.pop(factor), basis.eigenvalues)
+        for factor, basis in bases.items()
+    }
     covariance.sums.clear()
     return bases, time.perf_counter() - start
 
@@ -178,11 +194,14 @@ class _Decompositions:
             blocks, count = self._covariance.sums[own], self._covariance.counts[own]
         values: Tensor | None = None
         header: dict[str, str] = {}
+        lines: list[str] = []
         with world.agree(takes_part=own is not None):
             preemption.end_if_requested()
             if own is not None:
-                values, header = _decompose(own, blocks, count, world)
-        headers = world.gather(header)
+                values, header, lines = _decompose(own, blocks, count, world.device)
+        headers, all_lines = zip(*world.gather((header, lines)), strict=True)
+        for line in itertools.chain.from_iterable(all_lines):
+            log_on_main(world, line)
         bases: dict[str, Basis] = {}
         files = []
         for rank, factor in decomposed.items():
@@ -215,7 +234,8 @@ class _Decompositions:
                 tensors["count"] = torch.tensor(covariance.counts[factor])
             tensors = world.moved(tensors, self._places[factor], rank)
             if rank == world.rank:
-                blocks, count = [tensors[key] for key in keys], int(tensors["count"])
+                blocks = [tensors[key].to(HOST) for key in keys]
+                count = int(tensors["count"])
         return blocks, count
 
     def _returned(self, factor: str, tensors: Mapping[str, Tensor], rank: int) -> Tensor | None:
@@ -241,8 +261,11 @@ class _Decompositions:
         if values is None:
             size = sum(self._sizes[factor])
             values = torch.empty(size, dtype=torch.float64, device=self._world.device)
-        for tensor in (*blocks, values):
-            self._holders.broadcast_(tensor, source=copy)
+        for tensor in (*blocks, values) if self._holders.size > 1 else ():
+            sent = tensor.to(self._world.device)  # where collectives need it
+            self._holders.broadcast_(sent, source=copy)
+            if sent is not tensor:
+                tensor.copy_(sent)
         return Basis(blocks, values.cpu())
 
     def _writer(self, rank: int, factor: str) -> int:
@@ -312,23 +335,45 @@ def _rounds(
 
 
 def _decompose(
-    factor: str, blocks: Sequence[Tensor], count: int, world: World
-) -> tuple[Tensor, dict[str, str]]:
-    """A factor's eigenvalues and the header of its file; its sums become its eigenvectors."""
-    values, checks = [], []
+    factor: str, blocks: Sequence[Tensor], count: int, device: torch.device
+) -> tuple[Tensor, dict[str, str], list[str]]:
+    """Decomposes a factor; its sums become its eigenvectors.
+
+    Args:
+        factor: The factor's name.
+        blocks: Its sums, wherever they are.
+        count: Number of summed outer products.
+        device: The worker's device.
+
+    Returns:
+        Its eigenvalues on the device, the header of its file, and lines about blocks that were
+        decomposed on the CPU instead of the device.
+    """
+    values, checks, lines = [], [], []
     for key, block in zip(block_keys(factor, len(blocks)), blocks, strict=True):
-        basis = decompose(key, block, count, world.device)
+        size, free = len(block), free_bytes(device)
+        first = decomposing_device(size, device, free)
+        basis = decompose(key, block, count, first)
+        if basis.device != device:
+            why = "it failed there"
+            if not can_decompose(device, size):
+                why = f"CUDA {torch.version.cuda} cannot decompose n ≥ {CUDA_12_LIMIT}"
+            elif first != device:
+                why = f"it needs {as_text(workspace_bytes(size))} there, {as_text(free)} are free"
+            lines.append(
+                f"decomposition {key} (n = {size}) on the {basis.device} instead of {device}: {why}"
+            )
         block.copy_(basis.eigenvectors)
-        values.append(basis.eigenvalues.to(world.device))
+        values.append(basis.eigenvalues.to(device))
         checks.append(basis.checks)
         del basis  # it is float64, and large
-    return torch.cat(values), {"count": str(count), **header_of(checks)}
+    return torch.cat(values), {"count": str(count), **header_of(checks)}, lines
 
 
 def _ranks_with_memory(largest: int, world: World) -> Sequence[int]:
     """Ranks of the workers that have the memory to decompose at the same time."""
     need = workspace_bytes(largest)
-    places = world.gather((socket.gethostname(), str(world.device), available_bytes(world.device)))
+    places = world.gather((socket.gethostname(), str(world.device), free_bytes(world.device)))
     ranks: list[int] = []
     taken: dict[tuple[str, str], int] = {}
     for rank, (host, device, free) in enumerate(places):

@@ -6,12 +6,13 @@ import pytest
 import torch
 from helpers.dense import dense_E, relative
 from helpers.networks import KINDS, build, examples
-from helpers.workshop import run_cli, save_tiny_llama, texts, write_jsonl
+from helpers.workshop import logged, run_cli, save_tiny_llama, texts, write_jsonl
 
 from ekfac_dist import estimate_factors, influence_scores, load_factors
 from ekfac_dist.curvature.covariance import multiplies_wide
 from ekfac_dist.curvature.eigenbasis import decompose
 from ekfac_dist.errors import NonFiniteError
+from ekfac_dist.fit import eigenbasis
 from ekfac_dist.functional import cache_linears, ihvp_at_x_ekfac
 
 pytestmark = pytest.mark.gpu
@@ -68,6 +69,49 @@ def test_a_decomposition_that_fails_on_the_gpu_is_made_on_the_cpu(monkeypatch):
     basis = decompose("f", rows.T @ rows, 50, torch.device("cuda"))
     assert basis.attempts == 3
     assert basis.residual < 1e-12
+
+
+def test_sums_and_weights_leave_the_gpu_while_factors_are_decomposed(monkeypatch):
+    model, eigh, held, weights = build("llama").cuda(), torch.linalg.eigh, [], []
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    own = torch.cuda.memory_allocated()
+
+    def look(matrix):
+        assert matrix.is_cuda
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated() - matrix.nbytes)
+        weights.extend(weight.untyped_storage().nbytes() for weight in model.parameters())
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", look)
+    data = examples(16)
+    fit = estimate_factors(model, data, labels="data", accumulate="float64")
+    assert held
+    assert max(held) < own  # `before` alone, and no sums
+    assert not any(weights)
+    for name, weight in model.state_dict().items():
+        assert weight.is_cuda
+        assert torch.equal(weight, before[name])
+    monkeypatch.undo()
+    on_cpu = estimate_factors(build("llama"), data, labels="data", accumulate="float64")
+    for name in on_cpu.modules:
+        assert relative(dense_E(fit, name), dense_E(on_cpu, name)) < 1e-8
+
+
+def test_a_factor_for_which_the_gpu_has_no_room_is_decomposed_on_the_cpu_and_that_is_said(
+    monkeypatch,
+):
+    eigh = torch.linalg.eigh
+
+    def look(matrix):
+        assert not matrix.is_cuda
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", look)
+    monkeypatch.setattr(eigenbasis, "free_bytes", lambda device: 1000)
+    with logged() as lines:
+        estimate_factors(build("llama").cuda(), examples(16))
+    assert any("on the cpu instead of cuda:0: it needs" in line for line in lines)
 
 
 def test_the_command_line_fits_on_one_gpu(tmp_path):

@@ -20,6 +20,7 @@ Quantization = Literal["8bit", "4bit"]
 Labels = Literal["sampled", "data"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 Refit = Literal["per_sequence", "per_token", "none"]
+Eigen = Literal["auto", "rank0", "sharded"]
 
 
 @dataclass(kw_only=True)
@@ -118,7 +119,8 @@ class FactorsConfig:
         seed: Seed of the sampled labels.
         refit: Kind of Λ: per_sequence; per_token (faster, approximate); or none (K-FAC).
         accumulate: Precision of every running sum, float32 or float64.
-        eigen: Who decomposes factors: worker 0 alone, or every worker a share (sharded).
+        eigen: Who decomposes factors: worker 0 alone (rank0), or every worker a share (sharded);
+            auto: sharded where factors are shared out, else rank0.
         shard: Among how many workers one copy of the factors is shared out; each holds some, and
             inputs and gradients travel to them; auto: 1 where one copy fits a worker, else the
             fewest that fit one pair of passes.
@@ -132,7 +134,7 @@ class FactorsConfig:
     seed: int = 0
     refit: Refit = "per_sequence"
     accumulate: Literal["float32", "float64"] = "float32"
-    eigen: Literal["rank0", "sharded"] = "rank0"
+    eigen: Eigen = "auto"
     shard: int | Literal["auto"] = "auto"
     partitions: int | Literal["auto"] = "auto"
     blocks: int = 1
@@ -150,8 +152,16 @@ class FactorsConfig:
             require_positive("factors.partitions", self.partitions)
         if self.shard != "auto":
             require_positive("factors.shard", self.shard)
-        require_choice("factors.eigen", self.eigen, ("rank0", "sharded"))
+        require_choice("factors.eigen", self.eigen, get_args(Eigen))
         require_positive("factors.blocks", self.blocks)
+
+    def shares_decompositions(self, shard: int) -> bool:
+        """Whether every worker decomposes a share of the factors, instead of worker 0 all.
+
+        Args:
+            shard: Number of workers among which one copy of the factors is shared out.
+        """
+        return self.eigen == "sharded" or (self.eigen == "auto" and shard > 1)
 
 
 @dataclass(kw_only=True)

@@ -19,6 +19,9 @@ from ekfac_dist.errors import DecompositionError, NonFiniteError, first_line
 
 # Above this n LAPACK's 32-bit workspace size overflows: torch 2.13 was seen to crash the process.
 MAX_CPU_SIZE = 32_766
+# From about this n cuSOLVER's 32-bit workspace size overflows, in CUDA before 13: decompositions
+# fail.
+CUDA_12_LIMIT = 25_000
 # Largest residual, orthogonality and trace error of an accepted decomposition; see `Eigenbasis`.
 TOLERANCE = 1e-9
 
@@ -37,6 +40,7 @@ class Eigenbasis:
         orthogonality: Largest entry of |QᵀQ − I|.
         trace_error: |Σλ − tr A| / tr A.
         attempts: Number of decompositions that were tried; 0 for a zero or 1×1 factor.
+        device: Where the last of them ran.
     """
 
     eigenvectors: Tensor
@@ -45,6 +49,7 @@ class Eigenbasis:
     orthogonality: float
     trace_error: float
     attempts: int
+    device: torch.device
 
     @property
     def checks(self) -> dict[str, float]:
@@ -76,8 +81,39 @@ def workspace_bytes(size: int) -> int:
     return 6 * 8 * size**2
 
 
+def can_decompose(device: torch.device, size: int, cuda: str | None = torch.version.cuda) -> bool:
+    """Whether a device's library can decompose factors of a size, given the memory.
+
+    Args:
+        device: The device.
+        size: n, the size of the factor.
+        cuda: Version of CUDA, such as "12.8"; None if it is not known.
+    """
+    if device.type == "cpu":
+        return size <= MAX_CPU_SIZE
+    return size < CUDA_12_LIMIT or cuda is None or int(cuda.partition(".")[0]) >= 13
+
+
+def decomposing_device(
+    size: int, device: torch.device, free_bytes: float, cuda: str | None = torch.version.cuda
+) -> torch.device:
+    """Where a worker decomposes a factor first: on its device, or on the CPU.
+
+    Args:
+        size: n, the size of the factor.
+        device: The worker's device.
+        free_bytes: Free memory of that device, with sums and weights out of the way.
+        cuda: As for `can_decompose`.
+    """
+    cpu = torch.device("cpu")
+    has_room = workspace_bytes(size) <= free_bytes
+    if (has_room and can_decompose(device, size, cuda)) or not can_decompose(cpu, size):
+        return device
+    return cpu
+
+
 def check_size(name: str, size: int, device: torch.device) -> None:
-    """Checks that a factor is not too large for the device.
+    """Checks that a factor is not too large for the device, nor for the CPU in its place.
 
     Args:
         name: The factor's name, for the error.
@@ -85,12 +121,15 @@ def check_size(name: str, size: int, device: torch.device) -> None:
         device: Where it is to be decomposed.
 
     Raises:
-        DecompositionError: If n ≥ 32 767 on a CPU, where LAPACK would crash the process.
+        DecompositionError: If n ≥ 32 767 on a CPU, where LAPACK would crash the process, or on a
+            GPU with CUDA before 13.
     """
-    if device.type == "cpu" and size > MAX_CPU_SIZE:
+    if not can_decompose(device, size) and size > MAX_CPU_SIZE:
+        too_old = "" if device.type == "cpu" else f", nor can CUDA {torch.version.cuda}"
         raise DecompositionError(
-            f"The factor {name} has n = {size}, and a CPU cannot decompose n ≥ {MAX_CPU_SIZE + 1}; "
-            "run worker 0 on a GPU, or leave this module out with model.modules."
+            f"The factor {name} has n = {size}, and a CPU cannot decompose n ≥ {MAX_CPU_SIZE + 1}"
+            f"{too_old}; run worker 0 on a GPU{' with CUDA 13 or later' if too_old else ''}, or "
+            "leave this module out with model.modules."
         )
 
 
@@ -123,10 +162,10 @@ def decompose(name: str, sum_nn: Tensor, count: int, device: torch.device) -> Ei
     scale = matrix.abs().max().item()
     if scale == 0.0:
         zeros = torch.zeros(size, dtype=torch.float64)
-        return Eigenbasis(torch.eye(size, dtype=torch.float64), zeros, 0.0, 0.0, 0.0, 0)
+        return Eigenbasis(torch.eye(size, dtype=torch.float64), zeros, 0.0, 0.0, 0.0, 0, device)
     if size == 1:
         identity = torch.ones(1, 1, dtype=torch.float64)
-        return Eigenbasis(identity, matrix[0].clamp(min=0), 0.0, 0.0, 0.0, 0)
+        return Eigenbasis(identity, matrix[0].clamp(min=0), 0.0, 0.0, 0.0, 0, device)
     matrix.div_(scale)
 
     other_device = torch.device("cpu")
@@ -139,12 +178,13 @@ def decompose(name: str, sum_nn: Tensor, count: int, device: torch.device) -> Ei
         try:
             check_size(name, size, tried_device)
             values, vectors = _eigh(matrix, tried_device, is_reversed)
+            checks = _check(matrix, values, vectors)
         except (RuntimeError, DecompositionError) as error:
             failures.append(f"on {tried_device}: {first_line(error)}")
             continue
-        checks = _check(matrix, values, vectors)
         if max(checks) <= TOLERANCE:
-            return Eigenbasis(vectors.cpu(), values.cpu().clamp(min=0) * scale, *checks, attempt)
+            values = values.cpu().clamp(min=0) * scale
+            return Eigenbasis(vectors.cpu(), values, *checks, attempt, tried_device)
         failures.append(
             f"on {tried_device}: residual {checks[0]:.1e}, orthogonality {checks[1]:.1e}, "
             f"trace error {checks[2]:.1e}, over {TOLERANCE:.0e}"

@@ -30,6 +30,7 @@ _MAY_CHANGE = (
     "model.device_map",
     "model.gradient_checkpointing",
     "factors.shard",
+    "factors.eigen",
 )
 
 

@@ -1,11 +1,13 @@
 """Where a fit puts its factors: a directory (`StoreWriter`), memory, or nowhere.
 
 A fit writes to its sink stage by stage, and asks it at the start what is stored already, so that a
-restarted run repeats no finished stage. Only worker 0 writes; the others have a `NullStore`. Sinks
-know file names and tensors, not how those were computed.
+restarted run repeats no finished stage. Of a store on a disk, worker 0 has the `StoreWriter`, which
+alone lists files as stored; workers that see its directory have a `FileWriter`, for files that
+worker 0 then lists; all others have a `NullStore`. Sinks know file names and tensors, not how those
+were computed.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -49,7 +51,18 @@ class DiskNeed:
 
 
 class FactorSink(Protocol):
-    """Where a run puts its factors."""
+    """Where a run puts its factors.
+
+    Attributes:
+        writers: Ranks of the workers that can write and read files of the store, the same on every
+            worker; empty if each worker keeps all factors in its memory.
+    """
+
+    writers: Collection[int]
+
+    @property
+    def will_replace(self) -> bool:
+        """Whether worker 0's next file replaces another run's store; False on other workers."""
 
     @property
     def stored(self) -> StoredWork:
@@ -66,6 +79,28 @@ class FactorSink(Protocol):
             header: Strings for the file's own header.
         """
 
+    def write_file(
+        self, file: str, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """Writes one safetensors file without listing it as stored; only on `writers`.
+
+        Arguments as of `write`.
+
+        Returns:
+            Its size and SHA-256, for `list_file` on worker 0.
+
+        Raises:
+            OutputError: If it cannot be written.
+        """
+
+    def list_file(self, file: str, listed: Mapping[str, Any]) -> None:
+        """Lists a file as stored that is in place, written by any worker.
+
+        Args:
+            file: Its path inside the store.
+            listed: Its size and SHA-256, from `write_file`.
+        """
+
     def require_disk_space(self, need: DiskNeed) -> None:
         """Checks, before a stage, that the disk has space for it.
 
@@ -77,7 +112,7 @@ class FactorSink(Protocol):
         """SHA-256 over the contents of some stored files; "" where there are no files to resume."""
 
     def read(self, file: str, key: str) -> Tensor:
-        """One tensor of a stored file; on worker 0 only."""
+        """One tensor of a stored file; only on `writers`."""
 
     def remove(self, file: str) -> None:
         """Removes a file, if it is stored."""
@@ -102,19 +137,31 @@ class FactorSink(Protocol):
 
 
 class NullStore:
-    """The sink of workers that do not write the store: it ignores everything.
+    """The sink of workers that do not see the store's directory: it ignores everything.
 
     Args:
         stored: What worker 0 found in the store.
+        writers: See `FactorSink`.
     """
 
-    def __init__(self, stored: StoredWork | None = None) -> None:
-        self.stored = stored or StoredWork()
+    will_replace = False
+
+    def __init__(self, stored: StoredWork | None = None, writers: Collection[int] = (0,)) -> None:
+        self.stored, self.writers = stored or StoredWork(), writers
 
     def write(
         self, file: str, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
     ) -> None:
         """Ignores a file: worker 0 writes it."""
+
+    def write_file(
+        self, file: str, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """Always fails: this worker does not see the store's directory."""
+        raise NotImplementedError(f"{file} is another worker's to write")
+
+    def list_file(self, file: str, listed: Mapping[str, Any]) -> None:
+        """Ignores a file: worker 0 lists it."""
 
     def require_disk_space(self, need: DiskNeed) -> None:
         """Checks nothing: worker 0 does."""
@@ -124,8 +171,8 @@ class NullStore:
         return ""
 
     def read(self, file: str, key: str) -> Tensor:
-        """Always fails: only worker 0 has the files."""
-        raise NotImplementedError(f"{file} is worker 0's to read")
+        """Always fails: this worker does not see the store's directory."""
+        raise NotImplementedError(f"{file} is another worker's to read")
 
     def remove(self, file: str) -> None:
         """Ignores a file: worker 0 removes it."""
@@ -148,6 +195,8 @@ class MemoryStore:
     """
 
     stored = StoredWork()
+    writers: Collection[int] = ()
+    will_replace = False
 
     def __init__(self) -> None:
         self.manifest: dict[str, Any] = {}
@@ -160,6 +209,15 @@ class MemoryStore:
         """Keeps copies of one file's tensors on the CPU."""
         self._tensors[file] = {name: t.detach().cpu().clone() for name, t in tensors.items()}
         self._headers[file] = dict(header or {})
+
+    def write_file(
+        self, file: str, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """Always fails: there are no files."""
+        raise NotImplementedError(f"{file} is no file of a store in memory")
+
+    def list_file(self, file: str, listed: Mapping[str, Any]) -> None:
+        """Ignores a file: there are none."""
 
     def require_disk_space(self, need: DiskNeed) -> None:
         """Checks nothing: no disk is used."""

@@ -1,7 +1,7 @@
 """Writing a factor store: each file whole or not at all, the manifest last.
 
-Worker 0 writes, and holds the directory's lock. The unfinished store of a run has, beside its
-factor files,
+Worker 0 holds the directory's lock, lists the files that are in place, and writes those of workers
+that do not see the directory. The unfinished store of a run has, beside its factor files,
 
     manifest.json     complete: false, the configuration, and fingerprints of the run's inputs
     journal.jsonl     one line per file that is in place and per finished stage
@@ -14,7 +14,7 @@ finished store is, `replacement` how an unfinished one takes another run's place
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from ekfac_dist.factors.layout import (
 )
 from ekfac_dist.factors.output import OVERWRITE_ADVICE, check_output, require_resumable
 from ekfac_dist.factors.replacement import Replacement, finish_or_remove
-from ekfac_dist.factors.sinks import DiskNeed, StoredWork
+from ekfac_dist.factors.sinks import DiskNeed, NullStore, StoredWork
 from ekfac_dist.runtime.files import is_as_listed, safetensors_parts, write_listed
 from ekfac_dist.runtime.journal import JOURNAL, Journal
 from ekfac_dist.runtime.lock import DirectoryLock
@@ -66,6 +66,7 @@ class StoreWriter:
         records: Results of finished stages, by the stage's name.
         stored: What was in the store at the start; without files until `drop_damaged` has checked
             them.
+        writers: See `FactorSink`.
 
     Raises:
         OutputError: If the directory cannot be written, is being written by another run, or holds
@@ -82,6 +83,7 @@ class StoreWriter:
         replace: bool = False,
     ) -> None:
         self.path = Path(path)
+        self.writers: Collection[int] = (0,)
         self.files: dict[str, dict[str, Any]] = {}
         self.records: dict[str, dict[str, Any]] = {}
         self.stored = StoredWork()
@@ -178,13 +180,25 @@ class StoreWriter:
         Raises:
             OutputError: If it cannot be written.
         """
-        parts = safetensors_parts(tensors, header)
         if self.will_replace:
-            self._replace(file, parts)
-            return
-        listed = write_listed(self.path / file, parts)
+            self._replace(file, safetensors_parts(tensors, header))
+        else:
+            self.list_file(file, self.write_file(file, tensors, header))
+
+    def write_file(
+        self, file: str, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """Writes one file of this run's own store; see `FactorSink.write_file`."""
+        return _write_file(self.path, file, tensors, header)
+
+    def list_file(self, file: str, listed: Mapping[str, Any]) -> None:
+        """Lists a file in the journal; see `FactorSink.list_file`.
+
+        Raises:
+            OutputError: If the journal cannot be written.
+        """
         self._journal.append({"file": file, **listed})
-        self.files[file] = listed
+        self.files[file] = dict(listed)
 
     def after_save(self) -> None:
         """Replaces another run's store, if one is still in place."""
@@ -238,8 +252,7 @@ class StoreWriter:
 
     def read(self, file: str, key: str) -> Tensor:
         """One tensor of a file that is in place."""
-        with safe_open(self.path / file, framework="pt") as opened:
-            return opened.get_tensor(key)
+        return _read(self.path, file, key)
 
     def remove(self, file: str) -> None:
         """Removes a file, if it is in place."""
@@ -287,3 +300,38 @@ class StoreWriter:
             self._replacement.give_up()
         self._replacement = None
         self._lock.release()
+
+
+class FileWriter(NullStore):
+    """The sink of a worker other than 0 that sees the store's directory: it writes and reads files.
+
+    Args:
+        path: The store's directory.
+        stored: What worker 0 found in the store.
+        writers: See `FactorSink`.
+    """
+
+    def __init__(self, path: str | Path, stored: StoredWork, writers: Collection[int]) -> None:
+        super().__init__(stored, writers)
+        self._path = Path(path)
+
+    def write_file(
+        self, file: str, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """Writes one file, which worker 0 lists; see `FactorSink.write_file`."""
+        return _write_file(self._path, file, tensors, header)
+
+    def read(self, file: str, key: str) -> Tensor:
+        """One tensor of a file that is in place."""
+        return _read(self._path, file, key)
+
+
+def _write_file(
+    store: Path, file: str, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None
+) -> dict[str, Any]:
+    return write_listed(store / file, safetensors_parts(tensors, header))
+
+
+def _read(store: Path, file: str, key: str) -> Tensor:
+    with safe_open(store / file, framework="pt") as opened:
+        return opened.get_tensor(key)

@@ -24,10 +24,11 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ekfac_dist.data.batch_plan import worker_batches
+from ekfac_dist.data.batch_plan import plan_batches, worker_batches
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.factors.layout import STATE
 from ekfac_dist.factors.sinks import FactorSink
@@ -35,6 +36,7 @@ from ekfac_dist.fit.saved_parts import LOSS, Identity, Part, Sums, write_part
 from ekfac_dist.passes.owners import Owners
 from ekfac_dist.passes.state import PassState
 from ekfac_dist.runtime import preemption
+from ekfac_dist.runtime.logs import log_on_main
 from ekfac_dist.runtime.processes import World
 
 # Saving takes at most 1/50 of a pass: the next one waits for 50 times as long as the last took.
@@ -117,6 +119,8 @@ class SavedCheckpoints(Checkpoints):
             "of": of,
         }
         record = self._sink.stored.records.get(f"shares {name}")
+        if record is not None:
+            record = {"shard": 1, **record}  # not in those of earlier versions
         latest: int = -1 if record is None else record["generation"]
         usable = record is not None and record["of"] == of
         parts = self._whole_parts(directory) if usable else {}
@@ -127,6 +131,8 @@ class SavedCheckpoints(Checkpoints):
             and all(record.get(key) == value for key, value in sharing.items())
             and all(part in readers for part in kept)
         )
+        if record is not None and usable:
+            self._log_lost(name, record, readers)
         if not goes_on:
             kept = _kept(readers, kept, latest)
             # Above those of a store that is being replaced, whose states are still there.
@@ -227,6 +233,36 @@ class SavedCheckpoints(Checkpoints):
         }
         lost = {name for copy in _newest_copies(shards) if missing & set(copy) for name in copy}
         return {name: readers[name] for name in sorted(needed) if name not in lost}
+
+    def _log_lost(self, name: str, record: Mapping[str, Any], readers: Collection[str]) -> None:
+        """Logs which saved states should be there, and cannot be read by any worker; a collective.
+
+        Args:
+            name: The pass.
+            record: What the journal says of its last generation.
+            readers: Names of the parts that can be read.
+        """
+        latest, missing = record["generation"], []
+        if any(self._world.gather(_last_generation(self._root / name) == latest)):
+            lengths, equal_above = self._sequences.num_positions, self._sequences.equal_above
+            number = record["workers"]
+            if record["shard"] == 1:  # a worker without a batch saves nothing
+                batches = plan_batches(lengths, record["step_tokens"], equal_above)
+                number = min(number, len(batches))
+            read = {int(part.split("-")[1]) for part in readers if part.startswith(f"{latest}-")}
+            missing = [str(rank) for rank in range(number) if rank not in read]
+        number_lost = sum(part not in readers for part in record["kept"])
+        lost = [f"{number_lost} of {len(record['kept'])} that it builds on"] * (number_lost > 0)
+        if missing:
+            workers = "worker" if len(missing) == 1 else "workers"
+            lost.append(f"those of {workers} {', '.join(missing)} of {record['workers']}")
+        if lost:
+            log_on_main(
+                self._world,
+                f"saved states  {name}: {' and '.join(lost)} cannot be read by any worker"
+                f"{', or not with all of their copy' if record['shard'] > 1 else ''}; what they "
+                "hold is summed again",
+            )
 
     def _summed_sequences(self, own_parts: Sequence[Part]) -> set[int]:
         """Indices of the sequences that are in the parts of all workers."""

@@ -93,6 +93,12 @@ class CovarianceSums(long_sums.LongSums):
         self.counts = {name: count for name, count in self.counts.items() if name in factors}
         self.num_added = {name: self.num_added[name] for name in self.sums}
 
+    def move_to(self, device: torch.device) -> None:
+        """Moves the sums to another device, one after the other."""
+        for blocks in self.sums.values():
+            for number, block in enumerate(blocks):
+                blocks[number] = block.to(device)
+
     def health(self) -> Tensor:
         """Σ of all diagonals, a float64 scalar: finite exactly as long as every sum is."""
         traces = [s.diagonal().sum(dtype=torch.float64) for s in self._blocks()]

@@ -1,29 +1,41 @@
 """The decomposition of all factors, by worker 0 or shared out over the workers.
 
 Shares are balanced by n³: the largest factor first, each to the worker with least to do. As many
-workers of a host take part as its memory allows. They work in rounds of one factor each; after each
-round worker 0 stores the new eigenvectors, and all workers get them, so that an interrupted run
-loses one round at most.
+workers of a host take part as its memory allows. Where factors are shared out, those of all copies
+that hold a factor share it out among themselves; or worker 0 decomposes all, to which one factor at
+a time is lent. Workers work in rounds of one factor each; after each round the new eigenvectors are
+stored, and all workers that hold a factor get them, so that an interrupted run loses one round at
+most. A GPU has one factor at a time; see `offloading`.
 """
 
+import itertools
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ekfac_dist.curvature.blocks import block_sizes
-from ekfac_dist.curvature.eigenbasis import decompose, header_of, workspace_bytes
+from ekfac_dist.curvature.eigenbasis import (
+    CUDA_12_LIMIT,
+    can_decompose,
+    decompose,
+    decomposing_device,
+    header_of,
+    workspace_bytes,
+)
 from ekfac_dist.data.batch_plan import assign_batches
 from ekfac_dist.factors.layout import block_keys, covariance_file, eigenbasis_file
-from ekfac_dist.factors.sinks import FactorSink
 from ekfac_dist.fit.covariance import CovarianceSums
+from ekfac_dist.fit.offloading import HOST, free_bytes, sums_and_weights_on_host
+from ekfac_dist.fit.storing import StoreFile, Storing
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
 from ekfac_dist.passes.context import PassContext
 from ekfac_dist.runtime import preemption
-from ekfac_dist.runtime.memory import available_bytes
+from ekfac_dist.runtime.logs import log_on_main
+from ekfac_dist.runtime.memory import as_text
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
 
@@ -47,7 +59,7 @@ def run_eigenbasis(
     covariance: CovarianceSums,
     modules: Sequence[TrackedModule],
     context: PassContext,
-    sink: FactorSink,
+    storing: Storing,
     *,
     sharded: bool,
     keep_covariance: bool,
@@ -62,7 +74,7 @@ def run_eigenbasis(
         covariance: The reduced sums that this worker holds; empty afterwards.
         modules: The modules of the group, in model order.
         context: The workers, and who holds which factors.
-        sink: Where the factors are written, by worker 0.
+        storing: Where the factors are written.
         sharded: Whether every worker decomposes its share of the factors; else worker 0 all.
         keep_covariance: Whether raw sums stay in the store; else each is removed when its factor is
             decomposed.
@@ -74,12 +86,18 @@ def run_eigenbasis(
     Raises:
         DecompositionError: If no attempt could decompose a factor; on every worker.
         NonFiniteError: If a sum holds NaN or infinity; on every worker.
-        OutputError: If worker 0 could not write; on every worker.
+        OutputError: If a worker could not write; on every worker.
         Preempted: If SIGTERM has come; what is decomposed is stored.
     """
     start = time.perf_counter()
-    run = _Decompositions(covariance, modules, context, sink, keep_covariance, num_blocks)
-    bases = run.all(name, sharded=sharded)
+    run = _Decompositions(covariance, modules, context, storing, keep_covariance, num_blocks)
+    with sums_and_weights_on_host(covariance, context.model, context.world):
+        bases = run.all(name, sharded=sharded)
+    covariance.move_to(context.world.device)
+    bases = {
+        factor: Basis(covariance.sums.pop(factor), basis.eigenvalues)
+        for factor, basis in bases.items()
+    }
     covariance.sums.clear()
     return bases, time.perf_counter() - start
 
@@ -92,11 +110,12 @@ class _Decompositions:
         covariance: CovarianceSums,
         modules: Sequence[TrackedModule],
         context: PassContext,
-        sink: FactorSink,
+        storing: Storing,
         keep_covariance: bool,
         num_blocks: int,
     ) -> None:
-        self._covariance, self._sink, self._keep_covariance = covariance, sink, keep_covariance
+        self._covariance, self._storing = covariance, storing
+        self._keep_covariance = keep_covariance
         self._world, self._holders = context.world, context.summed_over
         self._show_progress = context.show_progress
         self._sizes = {
@@ -105,22 +124,25 @@ class _Decompositions:
         self._shard = 1 if context.owners is None else context.owners.shard
         self._places = dict.fromkeys(self._sizes, 0)  # of each factor's owner
         if context.owners is not None:
-            for module in modules:
-                place = context.owners.places[module.input]
-                self._places |= {module.input: place, module.output: place}
+            self._places = {factor: context.owners.place_of(factor) for factor in self._sizes}
 
     def all(self, name: str, *, sharded: bool) -> dict[str, Basis]:
         """The basis of each factor that this worker holds."""
-        world, sink = self._world, self._sink
+        world, sink = self._world, self._storing.sink
         costs = {factor: sum(n**3 for n in sizes) for factor, sizes in self._sizes.items()}
         stored = [factor for factor in costs if eigenbasis_file(factor) in sink.stored.files]
-        bases: dict[str, Basis] = {}
-        for factor in stored:
-            bases |= self._stored(factor)
-        with world.agree(takes_part=world.is_main):
-            for factor in () if self._keep_covariance else stored:
-                sink.remove(covariance_file(factor))  # the run may have ended just before that
+        bases = self._stored(stored)
+        if not self._keep_covariance:
+            self._remove_covariances(stored)  # the run may have ended just before that
         left = {factor: cost for factor, cost in costs.items() if factor not in stored}
+        rounds = _rounds(
+            left,
+            max((max(self._sizes[factor]) for factor in left), default=0),
+            world,
+            sharded=sharded,
+            places=self._places,
+            shard=self._shard,
+        )
         progress = Progress(
             name,
             total=sum(left.values()),
@@ -129,30 +151,34 @@ class _Decompositions:
             show_rate=False,
         )
         with progress:
-            for decomposed in self._rounds(left, sharded=sharded):
+            for decomposed in rounds:
                 bases |= self._one_round(decomposed)
                 progress.update(sum(left[factor] for factor in decomposed.values()))
         return {factor: bases[factor] for factor in costs if factor in bases}
 
-    def _stored(self, factor: str) -> dict[str, Basis]:
-        """A basis that an earlier start of the run stored, sent by worker 0 to its holders."""
-        world, file = self._world, eigenbasis_file(factor)
-        number = len(self._sizes[factor])
-        keys = [*block_keys("eigenvectors", number), *block_keys("eigenvalues", number)]
-        tensors: Mapping[str, Tensor] = {}
-        with world.agree(takes_part=world.is_main):
-            if world.is_main:
-                tensors = {key: self._sink.read(file, key) for key in keys}
-        tensors = world.moved(tensors, 0, self._places[factor])
-        blocks = self._covariance.sums.get(factor)
-        if blocks is None:
-            return {}
-        values = self._empty_values(factor)
-        if tensors:
-            for key, block in zip(keys, blocks, strict=False):
+    def _stored(self, factors: Sequence[str]) -> dict[str, Basis]:
+        """Bases that an earlier start of the run stored, of the factors that this worker holds."""
+        files = {eigenbasis_file(factor): factor for factor in factors}
+        values: dict[str, Tensor] = {}
+
+        def take(file: str, tensors: Mapping[str, Tensor]) -> None:
+            factor = files[file]
+            vectors, parts = self._keys(factor)
+            for key, block in zip(vectors, self._covariance.sums[factor], strict=True):
                 block.copy_(tensors[key])
-            values.copy_(torch.cat([tensors[key] for key in keys[number:]]))
-        return {factor: self._sent(blocks, values, 0)}
+            values[factor] = torch.cat([tensors[key] for key in parts]).to(self._world.device)
+
+        self._storing.read(
+            {
+                file: [*vectors, *parts]
+                for file in files
+                for vectors, parts in [self._keys(files[file])]
+            },
+            {file: self._places[factor] for file, factor in files.items()},
+            take,
+        )
+        held = [factor for factor in factors if factor in self._covariance.sums]
+        return {factor: self._sent(factor, values.get(factor), 0) for factor in held}
 
     def _one_round(self, decomposed: Mapping[int, str]) -> dict[str, Basis]:
         """Decomposes one factor a worker at most, stores the bases, and sends them to all holders.
@@ -160,94 +186,194 @@ class _Decompositions:
         Args:
             decomposed: The factor of each worker that takes part, by rank.
         """
-        world, covariance = self._world, self._covariance
-        header: dict[str, str] = {}
+        world = self._world
+        lent = {r: f for r, f in decomposed.items() if r % self._shard != self._places[f]}
         own = decomposed.get(world.rank)
-        own_values = torch.empty(0)
+        blocks, count = self._borrowed(lent)
+        if own is not None and own not in lent.values():
+            blocks, count = self._covariance.sums[own], self._covariance.counts[own]
+        values: Tensor | None = None
+        header: dict[str, str] = {}
+        lines: list[str] = []
         with world.agree(takes_part=own is not None):
             preemption.end_if_requested()
             if own is not None:
-                own_values, header = _decompose(own, covariance, world)
-        headers, bases = world.gather(header), {}
+                values, header, lines = _decompose(own, blocks, count, world.device)
+        headers, all_lines = zip(*world.gather((header, lines)), strict=True)
+        for line in itertools.chain.from_iterable(all_lines):
+            log_on_main(world, line)
+        bases: dict[str, Basis] = {}
+        files = []
         for rank, factor in decomposed.items():
             tensors: Mapping[str, Tensor] = {}
-            blocks = covariance.sums.get(factor)
-            if blocks is not None:
-                values = own_values if rank == world.rank else self._empty_values(factor)
-                basis = bases[factor] = self._sent(blocks, values, rank // self._shard)
-                sizes, number = self._sizes[factor], len(blocks)
-                tensors = dict(zip(block_keys("eigenvectors", number), blocks, strict=True))
-                parts = basis.eigenvalues.split(sizes)
-                tensors |= zip(block_keys("eigenvalues", number), parts, strict=True)
-            tensors = world.moved(tensors, self._places[factor], 0)
-            with world.agree(takes_part=world.is_main):
-                self._sink.write(eigenbasis_file(factor), tensors, headers[rank])
-                if not self._keep_covariance:
-                    self._sink.remove(covariance_file(factor))
+            if rank == world.rank and values is not None:
+                tensors = self._tensors(factor, blocks, values)
+            copy, own_values = rank // self._shard, values if rank == world.rank else None
+            if rank in lent:
+                copy, own_values = 0, self._returned(factor, tensors, rank)
+            if factor in self._covariance.sums:
+                basis = bases[factor] = self._sent(factor, own_values, copy)
+                tensors = self._tensors(factor, basis.eigenvectors, basis.eigenvalues)
+            writer = self._writer(rank, factor)
+            files.append(StoreFile(eigenbasis_file(factor), writer, tensors, headers[rank]))
+        self._storing.put(files)
+        if not self._keep_covariance:
+            self._remove_covariances(decomposed.values())
         return bases
 
-    def _empty_values(self, factor: str) -> Tensor:
-        """An uninitialised vector for a factor's eigenvalues."""
-        size = sum(self._sizes[factor])
-        return torch.empty(size, dtype=torch.float64, device=self._world.device)
+    def _borrowed(self, lent: Mapping[int, str]) -> tuple[Sequence[Tensor], int]:
+        """Sums, and their count, that come from a factor's owner to a worker that holds none."""
+        world, covariance = self._world, self._covariance
+        blocks: Sequence[Tensor] = []
+        count = 0
+        for rank, factor in lent.items():
+            keys = block_keys("sum", len(self._sizes[factor]))
+            tensors: Mapping[str, Tensor] = {}
+            if factor in covariance.sums:
+                tensors = dict(zip(keys, covariance.sums[factor], strict=True))
+                tensors["count"] = torch.tensor(covariance.counts[factor])
+            tensors = world.moved(tensors, self._places[factor], rank)
+            if rank == world.rank:
+                blocks = [tensors[key].to(HOST) for key in keys]
+                count = int(tensors["count"])
+        return blocks, count
 
-    def _sent(self, blocks: Sequence[Tensor], values: Tensor, copy: int) -> Basis:
-        """One holder's basis, sent to all."""
-        for block in blocks:
-            self._holders.broadcast_(block, source=copy)
-        return Basis(blocks, self._holders.broadcast_(values, source=copy).cpu())
+    def _returned(self, factor: str, tensors: Mapping[str, Tensor], rank: int) -> Tensor | None:
+        """The eigenvalues that come with the eigenvectors from a worker to a factor's owner."""
+        owner = self._places[factor]
+        tensors = self._world.moved(tensors, rank, owner)
+        if self._world.rank != owner:
+            return None
+        vectors, parts = self._keys(factor)
+        for key, block in zip(vectors, self._covariance.sums[factor], strict=True):
+            block.copy_(tensors[key])
+        return torch.cat([tensors[key] for key in parts])
 
-    def _rounds(self, costs: Mapping[str, int], *, sharded: bool) -> list[dict[int, str]]:
-        """The rounds of decompositions, each {rank: factor}.
-
-        Factors come in model order; the costliest first if several workers take part.
+    def _sent(self, factor: str, values: Tensor | None, copy: int) -> Basis:
+        """A factor's basis on one copy's holder, sent to those of all copies.
 
         Args:
-            costs: n³ of each factor, summed over its blocks.
-            sharded: Whether workers other than 0 may take part.
+            factor: The factor; its eigenvectors have taken the place of its sums in that copy.
+            values: Its eigenvalues, on that copy's holder.
+            copy: The number of that copy.
         """
-        if not costs:
-            return []
-        ranks: Sequence[int] = [0]
-        if sharded or self._shard > 1:
-            largest = max(max(self._sizes[factor]) for factor in costs)
-            ranks = _ranks_with_memory(largest, self._world)
-        names = list(costs)
-        if len(ranks) > 1 or self._shard > 1:
-            names.sort(key=lambda factor: -costs[factor])  # a round is as long as its longest
-        shares: dict[int, list[str]] = {}
-        for place in range(self._shard):
-            holders = [rank for rank in ranks if rank % self._shard == place] or [place]
-            own = [name for name in names if self._places[name] == place]
-            for rank, share in zip(
-                holders, assign_batches([costs[name] for name in own], len(holders)), strict=True
-            ):
-                shares[rank] = [own[number] for number in share]
-        return [
-            {rank: share[number] for rank, share in shares.items() if number < len(share)}
-            for number in range(max(map(len, shares.values())))
-        ]
+        blocks = self._covariance.sums[factor]
+        if values is None:
+            size = sum(self._sizes[factor])
+            values = torch.empty(size, dtype=torch.float64, device=self._world.device)
+        for tensor in (*blocks, values) if self._holders.size > 1 else ():
+            sent = tensor.to(self._world.device)  # where collectives need it
+            self._holders.broadcast_(sent, source=copy)
+            if sent is not tensor:
+                tensor.copy_(sent)
+        return Basis(blocks, values.cpu())
+
+    def _writer(self, rank: int, factor: str) -> int:
+        """The worker that stores a basis: who decomposed it, if another holder need not."""
+        writers = self._storing.sink.writers
+        holders = range(self._places[factor], self._world.size, self._shard)
+        return next((each for each in (rank, *holders) if each in writers), rank)
+
+    def _keys(self, factor: str) -> tuple[list[str], list[str]]:
+        """Names of a factor's eigenvectors and eigenvalues in its file."""
+        number = len(self._sizes[factor])
+        return block_keys("eigenvectors", number), block_keys("eigenvalues", number)
+
+    def _tensors(self, factor: str, blocks: Sequence[Tensor], values: Tensor) -> dict[str, Tensor]:
+        """The tensors of a factor's file."""
+        vectors, parts = self._keys(factor)
+        tensors = dict(zip(vectors, blocks, strict=True))
+        return tensors | dict(zip(parts, values.split(self._sizes[factor]), strict=True))
+
+    def _remove_covariances(self, factors: Iterable[str]) -> None:
+        """Removes the stored sums of factors whose bases are stored."""
+        with self._world.agree(takes_part=self._world.is_main):
+            for factor in factors:
+                self._storing.sink.remove(covariance_file(factor))
+
+
+def _rounds(
+    costs: Mapping[str, int],
+    largest: int,
+    world: World,
+    *,
+    sharded: bool,
+    places: Mapping[str, int] | None = None,
+    shard: int = 1,
+) -> list[dict[int, str]]:
+    """The rounds of decompositions, each {rank: factor}; a collective if `sharded`.
+
+    Factors come in model order; the costliest first if several workers take part.
+
+    Args:
+        costs: n³ of each factor, summed over its blocks.
+        largest: n of the largest block.
+        world: The workers.
+        sharded: Whether every worker decomposes factors that it holds; else worker 0 all.
+        places: The place of each factor's owner; None: all are 0.
+        shard: Number of workers that share one copy of the factors.
+    """
+    if not costs:
+        return []
+    if not sharded:
+        return [{0: factor} for factor in costs]
+    ranks = _ranks_with_memory(largest, world)
+    names = list(costs)
+    if len(ranks) > 1 or shard > 1:
+        names.sort(key=lambda factor: -costs[factor])  # a round is as long as its longest
+    shares: dict[int, list[str]] = {}
+    for place in range(shard):
+        own = [name for name in names if places is None or places[name] == place]
+        holders = [rank for rank in ranks if rank % shard == place] or [place]
+        parts = assign_batches([costs[name] for name in own], len(holders))
+        for rank, part in zip(holders, parts, strict=True):
+            shares[rank] = [own[number] for number in part]
+    return [
+        {rank: share[number] for rank, share in shares.items() if number < len(share)}
+        for number in range(max(map(len, shares.values())))
+    ]
 
 
 def _decompose(
-    factor: str, covariance: CovarianceSums, world: World
-) -> tuple[Tensor, dict[str, str]]:
-    """A factor's eigenvalues and the header of its file; its sums become its eigenvectors."""
-    blocks, count = covariance.sums[factor], covariance.counts[factor]
-    values, checks = [], []
+    factor: str, blocks: Sequence[Tensor], count: int, device: torch.device
+) -> tuple[Tensor, dict[str, str], list[str]]:
+    """Decomposes a factor; its sums become its eigenvectors.
+
+    Args:
+        factor: The factor's name.
+        blocks: Its sums, wherever they are.
+        count: Number of summed outer products.
+        device: The worker's device.
+
+    Returns:
+        Its eigenvalues on the device, the header of its file, and lines about blocks that were
+        decomposed on the CPU instead of the device.
+    """
+    values, checks, lines = [], [], []
     for key, block in zip(block_keys(factor, len(blocks)), blocks, strict=True):
-        basis = decompose(key, block, count, world.device)
+        size, free = len(block), free_bytes(device)
+        first = decomposing_device(size, device, free)
+        basis = decompose(key, block, count, first)
+        if basis.device != device:
+            why = "it failed there"
+            if not can_decompose(device, size):
+                why = f"CUDA {torch.version.cuda} cannot decompose n ≥ {CUDA_12_LIMIT}"
+            elif first != device:
+                why = f"it needs {as_text(workspace_bytes(size))} there, {as_text(free)} are free"
+            lines.append(
+                f"decomposition {key} (n = {size}) on the {basis.device} instead of {device}: {why}"
+            )
         block.copy_(basis.eigenvectors)
-        values.append(basis.eigenvalues.to(world.device))
+        values.append(basis.eigenvalues.to(device))
         checks.append(basis.checks)
         del basis  # it is float64, and large
-    return torch.cat(values), {"count": str(count), **header_of(checks)}
+    return torch.cat(values), {"count": str(count), **header_of(checks)}, lines
 
 
 def _ranks_with_memory(largest: int, world: World) -> Sequence[int]:
     """Ranks of the workers that have the memory to decompose at the same time."""
     need = workspace_bytes(largest)
-    places = world.gather((socket.gethostname(), str(world.device), available_bytes(world.device)))
+    places = world.gather((socket.gethostname(), str(world.device), free_bytes(world.device)))
     ranks: list[int] = []
     taken: dict[tuple[str, str], int] = {}
     for rank, (host, device, free) in enumerate(places):

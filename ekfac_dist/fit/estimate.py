@@ -1,5 +1,6 @@
 """Fitting factors as a whole: the command `estimate`, and `estimate_factors` for Python."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import nn
 from ekfac_dist.config import DataConfig, EstimateConfig, FactorsConfig, ModelConfig
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.data.sequences import Sequences
+from ekfac_dist.errors import ConfigError
 from ekfac_dist.factors.factors import Factors
 from ekfac_dist.factors.opening import load_factors
 from ekfac_dist.factors.output import check_output
@@ -119,7 +121,7 @@ def estimate_factors(
     seed: int = 0,
     refit: str = "per_sequence",
     accumulate: str = "float32",
-    eigen: str = "rank0",
+    eigen: str = "auto",
     shard: int | str = "auto",
     gradient_checkpointing: bool | str = "auto",
     partitions: int | str = "auto",
@@ -143,14 +145,15 @@ def estimate_factors(
             wanted, `labels` (−100 for none) and `attention_mask`; padding is taken off. What other
             tasks' examples hold, the task says.
         output: Directory of the factor store, seen by every worker; None keeps the factors in
-            memory, on every worker. If it holds an unfinished run of the same arguments, model and
-            data, that run is resumed.
+            memory, whole on every worker. If it holds an unfinished run of the same arguments,
+            model and data, that run is resumed.
         modules: A glob of module names, or several; None for every MLP linear.
         labels: "sampled" from the model's softmax, or "data" for the data's own.
         seed: Seed of sampled labels.
         refit: "per_sequence", "per_token" or "none".
         accumulate: Precision of running sums, "float32" or "float64".
-        eigen: Who decomposes the factors: "rank0", or every worker its share, "sharded".
+        eigen: Who decomposes the factors: "rank0", or every worker its share, "sharded"; "auto":
+            "sharded" where factors are shared out, else "rank0".
         shard: Among how many workers one copy of the factors is shared out; "auto": 1 where one
             copy fits a worker, else the fewest that fit one pair of passes.
         gradient_checkpointing: Compute each layer again in the backward instead of holding its
@@ -212,6 +215,8 @@ def estimate_factors(
             save_minutes=save_minutes,
             output=None if output is None else str(output),
         )
+        if output is None:
+            settings = _held_whole(settings)
         if not is_sharded(model):
             world = world.at(device_of(model))
     if output is not None:
@@ -234,6 +239,21 @@ def estimate_factors(
                 fit_factors(inputs, world, sink, checkpoints, show_progress=progress)
     world.barrier()
     return Factors(memory) if output is None else load_factors(output)
+
+
+def _held_whole(settings: FitSettings) -> FitSettings:
+    """The settings of a fit that keeps its factors in memory, whole on every worker.
+
+    Raises:
+        ConfigError: If they are to be shared out.
+    """
+    if settings.factors.shard not in ("auto", 1):
+        raise ConfigError(
+            f"shard is {settings.factors.shard} and output is None: each worker keeps whole "
+            "factors in memory. Give an output directory for factors that are shared out, or "
+            "shard=1."
+        )
+    return dataclasses.replace(settings, factors=dataclasses.replace(settings.factors, shard=1))
 
 
 def _max_tokens(sequences: Examples) -> int:

@@ -6,7 +6,7 @@ same run has left there is not computed again.
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +29,7 @@ from ekfac_dist.fit.manifest import FitSummary
 from ekfac_dist.fit.refit import LambdaSums
 from ekfac_dist.fit.saved_parts import Sums
 from ekfac_dist.fit.sizes import WorkerShare
+from ekfac_dist.fit.storing import StoreFile, Storing
 from ekfac_dist.models.capture.labels import COVARIANCE_PASS, REFIT_PASS, LabelRule
 from ekfac_dist.models.find.faults import NO_GRADIENT, NOT_ROUTED, is_routed
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
@@ -36,7 +37,6 @@ from ekfac_dist.passes.context import PassContext
 from ekfac_dist.passes.one_pass import run_pass
 from ekfac_dist.passes.owners import Owners
 from ekfac_dist.passes.state import PassState
-from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.progress import show_line
 
 T = TypeVar("T")
@@ -69,6 +69,10 @@ class GroupFit:
     sink: FactorSink
     checkpoints: Checkpoints
     summary: FitSummary
+    storing: Storing = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.storing = Storing(self.context.world, self.sink)
 
     def fit(self) -> None:
         """Runs the stages that are not in the store yet."""
@@ -99,8 +103,8 @@ class GroupFit:
             covariance,
             self.modules,
             self.context,
-            self.sink,
-            sharded=self.factors.eigen == "sharded",
+            self.storing,
+            sharded=self.factors.shares_decompositions(self.owners.shard),
             keep_covariance=self.factors.keep_covariance,
             num_blocks=self.factors.blocks,
         )
@@ -136,11 +140,15 @@ class GroupFit:
         self._leave_out(left_out := self._without_factors(sums, counts))
         sums.keep(self.modules)
         if self.factors.keep_covariance or not isinstance(self.sink, MemoryStore):
-            for factor in factor_sizes(self.modules):
-                blocks = sums.sums.get(factor, [])
-                header = {"count": str(counts[factor])}
-                tensors = dict(zip(block_keys("sum", len(blocks)), blocks, strict=True))
-                self._put(covariance_file(factor), tensors, header, self._owner_of(factor))
+            self.storing.put(
+                StoreFile(
+                    covariance_file(factor),
+                    self._owner_of(factor),
+                    dict(zip(self._sum_keys(size), sums.sums.get(factor, []), strict=False)),
+                    {"count": str(counts[factor])},
+                )
+                for factor, size in factor_sizes(self.modules).items()
+            )
         seconds = state.seconds + time.perf_counter() - start
         counts = {factor: counts[factor] for factor in factor_sizes(self.modules)}
         outcome = {"counts": counts, "left_out": left_out, **vars(result), "seconds": seconds}
@@ -150,23 +158,37 @@ class GroupFit:
 
     def _stored_covariance(self, record: Mapping[str, Any]) -> CovarianceSums:
         """The covariances that an earlier start stored; zeros for factors that are decomposed."""
-        world = self.context.world
         sums = self._empty_covariance()
         sums.counts.update({factor: record["counts"][factor] for factor in sums.counts})
-        for factor, size in factor_sizes(self.modules).items():
-            if self._has([eigenbasis_file(factor)]):
-                continue
-            keys = block_keys("sum", len(block_sizes(size, self.factors.blocks)))
-            stored: dict[str, torch.Tensor] = {}
-            with world.agree(takes_part=world.is_main):
-                if world.is_main:
-                    stored = {key: self.sink.read(covariance_file(factor), key) for key in keys}
-            arrived = world.moved(stored, 0, self._owner_of(factor))
-            for key, block in zip(keys, sums.sums.get(factor, []), strict=False):
-                if key in arrived:
-                    block.copy_(arrived[key])
+        sizes = {
+            factor: size
+            for factor, size in factor_sizes(self.modules).items()
+            if not self._has([eigenbasis_file(factor)])
+        }
+        factors = {covariance_file(factor): factor for factor in sizes}
+
+        def take(file: str, tensors: Mapping[str, torch.Tensor]) -> None:
+            factor = factors[file]
+            for key, block in zip(self._sum_keys(sizes[factor]), sums.sums[factor], strict=True):
+                block.copy_(tensors[key])
+
+        self.storing.read(
+            {file: self._sum_keys(sizes[factor]) for file, factor in factors.items()},
+            {file: self._owner_of(factor) for file, factor in factors.items()},
+            take,
+        )
+        for factor in sizes:
+            for block in sums.sums.get(factor, []):
                 self.context.summed_over.broadcast_(block)
         return sums
+
+    def _sum_keys(self, size: int) -> list[str]:
+        """Names of the tensors in the file of a factor's sums.
+
+        Args:
+            size: n, the size of the factor.
+        """
+        return block_keys("sum", len(block_sizes(size, self.factors.blocks)))
 
     def _empty_covariance(self) -> CovarianceSums:
         context = self.context
@@ -264,9 +286,14 @@ class GroupFit:
 
     def _write(self, spectra: Mapping[str, torch.Tensor]) -> None:
         """Stores Λ of every module, from its owner."""
-        for module in self.modules:
-            tensors = {"lambda": spectra[module.name]} if module.name in spectra else {}
-            self._put(spectrum_file(module.name), tensors, None, self._owner_of(module.input))
+        self.storing.put(
+            StoreFile(
+                spectrum_file(module.name),
+                self._owner_of(module.input),
+                {"lambda": spectra[module.name]} if module.name in spectra else {},
+            )
+            for module in self.modules
+        )
 
     def _require_disk_space(self, stage: str) -> None:
         """Refuses a stage whose results and saved states do not fit on the disk.
@@ -291,27 +318,6 @@ class GroupFit:
             self.sink.require_disk_space(need)
 
     # -- the store, the journal, the summary -------------------------------------------------------
-
-    def _put(
-        self,
-        file: str,
-        tensors: Mapping[str, torch.Tensor],
-        header: Mapping[str, str] | None = None,
-        owner: int = 0,
-    ) -> None:
-        """Has worker 0 write a file of the store; a collective.
-
-        Args:
-            file: The file.
-            tensors: Its tensors; used on the owner alone.
-            header: Strings for the file's own header.
-            owner: The rank of the worker that has the tensors.
-        """
-        world = self.context.world
-        tensors = world.moved(tensors, owner, 0)
-        with world.agree(takes_part=world.is_main):
-            preemption.end_if_requested()
-            self.sink.write(file, tensors, header)
 
     def _has(self, files: Iterable[str]) -> bool:
         return all(file in self.sink.stored.files for file in files)

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from ekfac_dist.config import PlanConfig
+from ekfac_dist.curvature.blocks import block_sizes
 from ekfac_dist.curvature.costs import step_tokens
+from ekfac_dist.curvature.eigenbasis import decomposing_device
 from ekfac_dist.fit.arrangement import Arrangement, Limits, Needed, arrange, most_needed, step_sizes
 from ekfac_dist.fit.disk_space import Disk, disk
 from ekfac_dist.fit.operations import Operations, operations
@@ -59,6 +61,7 @@ class Plan:
         checkpoints: Whether layers keep their inputs alone, and are computed again in the backward.
         least_workers: How many more workers would do, if these are too few: a multiple of them;
             None if no number would, or these fit.
+        block_sizes: The sizes of blocks of factors that are decomposed.
     """
 
     discovery: Discovery
@@ -80,6 +83,7 @@ class Plan:
     shard: int
     checkpoints: bool
     least_workers: int | None
+    block_sizes: frozenset[int]
 
     @property
     def seconds(self) -> dict[str, float] | None:
@@ -87,6 +91,17 @@ class Plan:
         if self.rate is None:
             return None
         return self.operations.seconds(self.rate, self.workers, sharded=self.sharded)
+
+    @property
+    def decomposed(self) -> dict[str, list[int]]:
+        """Sizes of blocks of factors that are decomposed on each kind of device, ascending."""
+        device = torch.device("cpu" if self.memory.on_cpu else "cuda")
+        free = self.free_bytes - self.memory.process
+        places: dict[str, list[int]] = {}
+        for size in sorted(self.block_sizes):
+            where = decomposing_device(size, device, free, cuda=None)
+            places.setdefault("CPU" if where.type == "cpu" else "GPU", []).append(size)
+        return places
 
     @property
     def fits(self) -> bool:
@@ -216,10 +231,13 @@ def make_plan(config: PlanConfig) -> Plan:
         num_sequences=num_sequences,
         num_tokens=length,
         step_tokens=arrangement.step_tokens,
-        sharded=factors.eigen == "sharded" or (factors.eigen == "auto" and arrangement.shard > 1),
+        sharded=factors.shares_decompositions(arrangement.shard),
         shard=arrangement.shard,
         checkpoints=arrangement.checkpoints,
         least_workers=least_workers,
+        block_sizes=frozenset(
+            n for size in discovery.factors.values() for n in block_sizes(size, factors.blocks)
+        ),
     )
 
 

@@ -13,9 +13,10 @@ from ekfac_dist.curvature.blocks import block_sizes
 from ekfac_dist.curvature.costs import step_tokens
 from ekfac_dist.curvature.eigenbasis import check_size
 from ekfac_dist.data.examples import Examples, TaskExamples
-from ekfac_dist.factors.sinks import FactorSink, NullStore
-from ekfac_dist.factors.writer import StoreWriter
+from ekfac_dist.factors.sinks import FactorSink, NullStore, StoredWork
+from ekfac_dist.factors.writer import FileWriter, StoreWriter
 from ekfac_dist.fit.checkpoints import Checkpoints, SavedCheckpoints
+from ekfac_dist.fit.directories import workers_that_write
 from ekfac_dist.fit.manifest import FitInputs
 from ekfac_dist.fit.settings import FitSettings
 from ekfac_dist.models.capture.task_examples import few_examples
@@ -98,7 +99,7 @@ def opened_store(
     overwrite: bool,
     show_progress: bool,
 ) -> Iterator[tuple[FactorSink, Checkpoints]]:
-    """Opens the store that worker 0 writes, new or of an unfinished run, and its saved states.
+    """Opens the store that worker 0 leads, new or of an unfinished run, and its saved states.
 
     Args:
         output: The store's directory.
@@ -135,9 +136,17 @@ def opened_store(
 
     writer = world.on_main(opened)
     try:
-        earlier = world.share(None if writer is None else writer.stored)
-        sink = NullStore(earlier) if writer is None else writer
-        checkpoints, minutes = Checkpoints(), inputs.settings.save_minutes
+        minutes = inputs.settings.save_minutes
+        earlier = world.share(StoredWork() if writer is None else writer.stored)
+        writers = workers_that_write(output, world, saves=minutes is not None)
+        sink: FactorSink
+        if writer is not None:
+            writer.writers, sink = writers, writer
+        elif world.rank in writers:
+            sink = FileWriter(output, earlier, writers)
+        else:
+            sink = NullStore(earlier, writers)
+        checkpoints = Checkpoints()
         if minutes is not None:
             checkpoints = SavedCheckpoints(output, world, sink, inputs.sequences, minutes)
         yield sink, checkpoints

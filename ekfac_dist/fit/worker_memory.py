@@ -78,23 +78,30 @@ class Memory:
     def host(self) -> int:
         """What a worker on a GPU holds in its host's memory, beside the program; 0 on a CPU.
 
-        While a factor is decomposed, the sums and the weights are there, and its float64 matrix.
+        While factors are decomposed, sums and weights wait there, and so does one float64 matrix
+        with its eigenvectors; its workspace too, if the GPU has no room for that.
         """
         if self.on_cpu:
             return 0
-        matrices = self.workspace // 6 * 2  # the sum that is decomposed, and the eigenvectors
-        return max(*self.second_levels.values(), self.covariance + self.weights + matrices)
+        return max(
+            *self.second_levels.values(), self.covariance + self.weights + self.workspace // 3
+        )
 
     @property
     def passes(self) -> dict[str, int]:
-        """What is held at once in each stage."""
+        """What is held at once in each stage.
+
+        While factors are decomposed, sums and weights of a worker on a GPU are in its host's
+        memory; and a factor for whose workspace the GPU has no room is decomposed there.
+        """
         always = self.process + self.weights
         second_level = self.on_cpu * self.second_levels["covariance"]
+        eigenbasis = self.process
+        if self.on_cpu:
+            eigenbasis = always + self.retained + self.covariance + self.workspace
         return {
             "covariance": always + self.step + self.exchange + self.covariance + second_level,
-            "eigenbasis": self.retained
-            + self.workspace
-            + (always + self.covariance if self.on_cpu else self.process),
+            "eigenbasis": eigenbasis,
             "refit": always + self.retained + self.step + self.exchange + self.sums,
         }
 

@@ -88,6 +88,10 @@ def _plan_lines(plan: Plan) -> list[str]:
             else []
         ),
         *(
+            f"decomposition of sizes {', '.join(map(str, sizes))} on the {place}"
+            for place, sizes in plan.decomposed.items()
+        ),
+        *(
             ["layers        are repeated in the backward (model.gradient_checkpointing)"]
             if plan.checkpoints
             else []
@@ -107,7 +111,9 @@ def _memory_table(plan: Plan) -> str:
         "covariance sums": memory.covariance,
         "eigenvectors": memory.bases,
         "sums of the refit": memory.spectra,
-        "workspace of a decomposition": memory.workspace,
+        f"workspace of a decomposition{'' if memory.on_cpu else ', beside the program alone'}": (
+            memory.workspace
+        ),
         "kept by the allocator": memory.retained,
     }
     if any(memory.second_levels.values()):
@@ -115,6 +121,8 @@ def _memory_table(plan: Plan) -> str:
         parts[f"second level of sums{place}"] = max(memory.second_levels.values())
     rows = [[name, as_text(size)] for name, size in parts.items()]
     rows += [[f"at once, {stage}", as_text(size)] for stage, size in memory.passes.items()]
+    if memory.host:
+        rows.append(["in the host's memory, at most", as_text(memory.host)])
     return table(["memory of a worker", "bytes"], rows)
 
 

@@ -1,6 +1,8 @@
 """A run that was interrupted anywhere goes on, and ends with the same bytes as one that was not."""
 
+import hashlib
 import importlib.metadata
+import json
 import os
 import shutil
 from pathlib import Path
@@ -16,12 +18,13 @@ from helpers.killed_fits import (
     killed_at,
 )
 from helpers.networks import build, examples
-from helpers.workshop import run_workers
+from helpers.workshop import logged, rewrite_manifest, run_workers
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.errors import OutputError, StoreError
 from ekfac_dist.factors.layout import MANIFEST, STATE
-from ekfac_dist.fit.checkpoints import _kept
+from ekfac_dist.fit.checkpoints import _kept, _newest_copies
+from ekfac_dist.runtime.journal import JOURNAL
 
 HERE = Path(__file__).parent
 
@@ -134,6 +137,28 @@ def test_how_often_it_is_saved_may_change(tmp_path: Path, monkeypatch: pytest.Mo
     assert content(tmp_path / "a") == content(tmp_path / "b")
 
 
+def test_an_unfinished_run_of_an_earlier_version_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Which had no factors.shard, and where factors.eigen was rank0 if not given."""
+    store = tmp_path / "a"
+    assert killed_at(30, store, monkeypatch)
+    rewrite_manifest(store, lambda manifest: manifest["config"]["factors"].update(eigen="rank0"))
+    rewrite_manifest(store, lambda manifest: manifest["config"]["factors"].pop("shard"))
+    lines = []
+    for line in (store / JOURNAL).read_text().splitlines():
+        record = json.loads(line.partition(" ")[2])
+        record.pop("shard", None)
+        text = json.dumps(record)
+        lines.append(f"{hashlib.sha256(text.encode()).hexdigest()[:16]} {text}\n")
+    (store / JOURNAL).write_text("".join(lines))
+    with logged() as said:
+        fit(store)
+    assert any("goes on" in line for line in said)
+    fit(tmp_path / "b")
+    assert content(store) == content(tmp_path / "b")
+
+
 @pytest.mark.parametrize(
     ("damage", "settings"),
     [
@@ -227,7 +252,9 @@ def test_a_run_goes_on_by_itself_on_hosts_that_share_no_directory(tmp_path: Path
 
 
 def test_of_a_share_that_two_hosts_have_the_longer_part_counts():
-    holders = {"0-1-3": 2, "0-1-5": 1, "0-2-3": 1, "0-2-5": 2, "1-0-2": 0, "1-1-9": 1, "1-1-8": 2}
-    assert _kept(holders, [], 0) == ["0-1-5", "0-2-5"]
-    assert _kept(holders, ["0-1-5", "0-0-7"], 1) == ["0-1-5", "1-0-2", "1-1-9"]
-    assert _kept(holders, [], 7) == []
+    names = ["0-1-3", "0-1-5", "0-2-3", "0-2-5", "1-0-2", "1-1-9", "1-1-8"]
+    newest = [name for copy in _newest_copies(dict.fromkeys(names, 1)) for name in copy]
+    assert newest == ["0-1-5", "0-2-5", "1-0-2", "1-1-9"]
+    assert _kept(newest, [], 0) == ["0-1-5", "0-2-5"]
+    assert _kept(newest, ["0-1-5", "0-0-7"], 1) == ["0-1-5", "1-0-2", "1-1-9"]
+    assert _kept(newest, [], 7) == []

@@ -25,8 +25,10 @@ from ekfac_dist.models.sharding import agreeing, class_of
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
 
-# Positions of a sequence that a chunked head, or repeated layers, are tried with.
+# Positions of a sequence that a chunked head is tried with, and that checkpointing is, for which
+# the host keeps all inputs and output-gradients.
 _TRIED_POSITIONS = 64
+_KEPT_POSITIONS = 16
 
 
 def load_sequences(
@@ -107,7 +109,7 @@ def with_chunked_head(
     """
     if not isinstance(sequences, Sequences) or type(task) is not CausalLM:
         return task
-    batch = _short_batch(sequences).to(world.device)
+    batch = _short_batch(sequences, _TRIED_POSITIONS).to(world.device)
     with agreeing(world, model):
         chunked = in_chunks(model, modules, batch)
     return chunked if all(world.gather(chunked is not None)) and chunked is not None else task
@@ -133,7 +135,7 @@ def why_not_checkpointed(
         ModelError: If a pass without checkpointing would raise it, too.
     """
     if isinstance(sequences, Sequences):
-        batch = _short_batch(sequences)
+        batch = _short_batch(sequences, _KEPT_POSITIONS)
     else:
         batch = sequences.batch([int(sequences.num_positions.argmin())])
     with agreeing(world, model, ModelError):
@@ -141,10 +143,10 @@ def why_not_checkpointed(
     return next((each for each in world.gather(reason) if each is not None), None)
 
 
-def _short_batch(sequences: Sequences) -> Batch:
-    """The beginnings of two sequences, of different lengths."""
+def _short_batch(sequences: Sequences, num_positions: int) -> Batch:
+    """The beginnings of two sequences, of up to as many positions and of half of that."""
     lengths = sequences.num_positions
-    shortest = sequences[int(lengths.argmin())].inputs[:_TRIED_POSITIONS]
+    shortest = sequences[int(lengths.argmin())].inputs[:num_positions]
     # No longer ones: whether the model remembers those is tried by `exactly_batched`.
     tried = [shortest, sequences[int(lengths.argmax())].inputs[: -(-len(shortest) // 2)]]
     return collate([Sequence(k, ids, ids) for k, ids in enumerate(tried)])

@@ -77,7 +77,7 @@ class Capture:
         self._batch: Batch | None = None
         self._in_forward = False
         self._checkpointing = checkpointing
-        # The first of the modules that read an input: whichever layer is computed first.
+        # The first module, in model order, that reads each input.
         self._readers = {module.input: module for module in reversed(modules)}
         self._called: set[str] = set()
         self._positions_of_input: dict[str, Grid | RoutedPositions] = {}

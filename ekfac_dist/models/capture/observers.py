@@ -5,6 +5,9 @@ read it; in the backward that follows, each module's output-gradient, the last m
 
     forward     on_input(gate, x)              gate and up read the same x: it is shown once
     backward    on_gradient(up, g), on_gradient(gate, g)
+
+Where layers are computed again in the backward, a layer's inputs come there, right before its
+gradients. In either case an input comes before the gradients of all modules that read it.
 """
 
 from abc import ABC, abstractmethod
@@ -30,10 +33,10 @@ class Observer(Protocol):
     def on_input(
         self, module: TrackedModule, acts_Mi: Tensor, positions: CapturedPositions
     ) -> None:
-        """Takes an input [M, i] from the first module that reads it.
+        """Takes an input [M, i] of one or more modules.
 
         Args:
-            module: That module.
+            module: The first, in model order, of the observed modules that read it.
             acts_Mi: The input without the bias coordinate.
             positions: Which sequence each of the M positions belongs to.
         """

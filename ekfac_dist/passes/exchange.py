@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.data.batches import CapturedPositions
-from ekfac_dist.models.capture.hooks import Capture
 from ekfac_dist.models.capture.labels import LabelRule
 from ekfac_dist.models.capture.observers import Observer, owned
 from ekfac_dist.models.find.faults import is_routed
@@ -129,7 +128,7 @@ class Schedule:
             owners: The mesh.
         """
         noted = _Noted()
-        with Capture(context.model, modules, noted, None, context.task) as capture:
+        with context.capture(modules, noted, None) as capture:
             capture.run(context.shortest_batch(), LabelRule("data", 0, 0))
         order, num_before = noted.inputs, noted.num_inputs_before_gradients
         order, num_before, dtypes, partial = context.world.share(

@@ -88,7 +88,7 @@ def _plan_lines(plan: Plan) -> list[str]:
             else []
         ),
         *(
-            f"decomposition of sizes {', '.join(map(str, sizes))} on the {place}"
+            f"decomposed    factors of size {', '.join(map(str, sizes))} on the {place}"
             for place, sizes in plan.decomposed.items()
         ),
         *(

@@ -35,7 +35,7 @@ def shared_out(request, tmp_path_factory):
     workers, shard = request.param
     root = tmp_path_factory.mktemp("shared-out")
     arguments = [str(root), str(shard)]
-    done = run_workers(HERE / "worker_shards.py", workers, *arguments, timeout=200)
+    done = run_workers(HERE / "worker_shards.py", workers, *arguments, timeout=500)
     assert done.returncode == 0, done.stderr
     return root
 

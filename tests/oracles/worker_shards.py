@@ -22,6 +22,12 @@ FITS = {
     "no refit, blocks": ("opt", 7, {"refit": "none", "blocks": 2}),
     "blocks": ("llama_bias", 7, {"blocks": 2}),
     "empty shards": ("llama_bias", 1, {"labels": "data"}),
+    "repeated layers": ("llama", 9, {"gradient_checkpointing": True, "labels": "data"}),
+    "repeated experts": (
+        "MixtralForCausalLM",
+        7,
+        {"gradient_checkpointing": True, "labels": "data"},
+    ),
     "partitions": ("gpt_neox", 9, {"partitions": 3, "labels": "data"}),
 }
 

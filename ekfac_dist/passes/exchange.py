@@ -324,6 +324,7 @@ class RowExchange:
         """Exchanges what is left of a step, which may be all; every worker does as many steps."""
         while self._number < len(self._schedule.windows):
             self._close_window()
+        self._send_rounds(self._num_rounds)
         if any(self._gathered(bool(self._late))):
             self._begin(self._late, self._gathered([rows.note for rows in self._late]))
         self._send_rounds(self._num_rounds)
@@ -339,6 +340,8 @@ class RowExchange:
 
     def _close_window(self) -> None:
         """Ends the collecting of a window's rows, which are sent while the next one is computed."""
+        # Before anything is gathered: the order of collectives is the same on all workers.
+        self._send_rounds(self._num_rounds)
         window = self._schedule.windows[self._number]
         own = [self._rows.pop(entry) for entry in window if entry in self._rows]
         if any(name in self._schedule.routed for name, _ in window):
@@ -364,13 +367,12 @@ class RowExchange:
         return notes
 
     def _begin(self, own: Sequence[_Rows], notes: Sequence[Sequence[_Note]]) -> None:
-        """Makes rows ready to be sent, after all of those before them.
+        """Makes rows ready to be sent; all of those before them have been.
 
         Args:
             own: This worker's rows.
             notes: What every worker of the copy sends, in order.
         """
-        self._send_rounds(self._num_rounds)
         places, shard = self._schedule.places, self._owners.shard
         leaving: list[list[_Rows]] = [[] for _ in range(shard)]
         for rows in own:

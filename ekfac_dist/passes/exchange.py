@@ -13,7 +13,8 @@ Windows are exchanged in one order on all workers, whatever a worker's batch has
 after their window has left, and those of a worker that has no batch left, change nothing in it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from ekfac_dist.models.capture.labels import LabelRule
 from ekfac_dist.models.capture.observers import Observer, owned
 from ekfac_dist.models.find.faults import is_routed
 from ekfac_dist.models.modules import TrackedModule
+from ekfac_dist.models.sharding import is_sharded
 from ekfac_dist.passes.context import PassContext
 from ekfac_dist.passes.owners import Owners, families, windows
 
@@ -229,6 +231,19 @@ class RowExchange:
         self._late: list[_Rows] = []
         self._late_families: set[str] = set()
         self._travelling: _Travelling | None = None
+        # Between the layers of a sharded model, which are collectives, all workers have to exchange
+        # the same; but which experts a worker's batch reaches, and when, is its own.
+        self._only_at_end = is_sharded(context.model) and bool(schedule.routed)
+        self._is_idle = False
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Has no rows of its own to send in a step, but takes part in what is exchanged in it."""
+        self._is_idle = True
+        try:
+            yield
+        finally:
+            self._is_idle = False
 
     # -- what the capture shows --------------------------------------------------------------------
 
@@ -249,11 +264,13 @@ class RowExchange:
         if slot < self._slot or module.input in self._late_families:
             # A late input's gradients come after it.
             self._late_families.add(module.input)
-            self._late.append(rows)
+            if not self._is_idle:
+                self._late.append(rows)
             return
-        while self._slot < slot:
+        while self._slot < slot and not self._only_at_end:
             self._send_slot()
-        self._rows[rows.entry] = rows
+        if not self._is_idle:
+            self._rows[rows.entry] = rows
 
     def end_step(self) -> None:
         """Exchanges what is left of a step, which may be all; every worker does as many steps."""

@@ -1,4 +1,4 @@
-"""1, 2 and 3 real workers, whatever number fitted the factors: the same answers, on each."""
+"""1 to 4 real workers, which share out factors or not: the same answers, on each."""
 
 from pathlib import Path
 
@@ -6,65 +6,78 @@ import pytest
 import torch
 from helpers.dense import relative
 from helpers.dense_scores import DenseScores
-from helpers.networks import build, examples
 from helpers.workshop import run_workers
-from worker_scores import ANSWERS, FAMILIES
+from worker_scores import MESHES, MODELS, asked, file_of, made, task
 
 from ekfac_dist import estimate_factors, load_factors
 
 HERE = Path(__file__).parent
+PLACES = [(workers, *mesh) for workers in MESHES for mesh in MESHES[workers] if workers > 1]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Factors, and the answers that each of 1, 2 and 3 workers got with them."""
+    """Factors, and the answers that each of 1, 2, 3 and 4 workers got with them."""
     root = tmp_path_factory.mktemp("answers")
-    train = examples(11, seed=1, prompts=True)
-    for family in FAMILIES:
-        estimate_factors(
-            build(family), train, labels="data", accumulate="float64", output=root / family
-        )
-    for workers in (1, 2, 3):
-        done = run_workers(HERE / "worker_scores.py", workers, root, timeout=120)
+    for name, (_, _, modules) in MODELS.items():
+        train = asked("biased" if name == "one query, one sequence" else name)[1]
+        settings = {"labels": "data", "accumulate": "float64", "task": task(name)}
+        estimate_factors(made(name), train, modules=modules, output=root / name, **settings)
+    for workers in MESHES:
+        done = run_workers(HERE / "worker_scores.py", workers, root, timeout=200)
         assert done.returncode == 0, done.stderr
     return root
 
 
-def answers(root, workers, rank=0, family=FAMILIES[0]):
-    return torch.load(root / f"{family}-{workers}-{rank}.pt", weights_only=False)
+def answers(root, name, workers=1, rank=0, mesh=(1, False)):
+    return torch.load(file_of(root, name, workers, rank, mesh), weights_only=False)
 
 
-@pytest.mark.parametrize("answer", ANSWERS)
-def test_any_number_of_workers_gives_the_same_answer(root, answer):
-    alone = answers(root, 1)[answer]
-    for workers in (2, 3):
-        for rank in range(workers):
-            found = answers(root, workers, rank)[answer]
-            assert found["top"] == alone["top"]
-            assert found["num_scans"] == alone["num_scans"]
-            assert found["losses"] == pytest.approx(alone["losses"], rel=1e-12)
+@pytest.mark.parametrize("workers, shard, is_sharded", PLACES)
+@pytest.mark.parametrize("name", MODELS)
+def test_any_number_of_workers_gives_the_same_answer(root, name, workers, shard, is_sharded):
+    alone = answers(root, name)
+    for rank in range(workers):
+        of_rank = answers(root, name, workers, rank, (shard, is_sharded))
+        for answer in MODELS[name][1]:
+            found, wanted = of_rank[answer], alone[answer]
+            assert found["top"] == wanted["top"]
+            assert found["ranks"] == wanted["ranks"]
+            assert found["damping"] == wanted["damping"]
+            assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-12)
+            if shard == 1:
+                assert found["num_scans"] == wanted["num_scans"]
             for key in ("scores", "shares", "self_influence", "token_scores", "parts", "details"):
-                assert (found[key] is None) == (alone[key] is None)
-                if alone[key] is not None:
-                    assert relative(found[key], alone[key]) < 1e-10, key
-            for one, other in zip(found["exact"], alone["exact"], strict=True):
+                assert (found[key] is None) == (wanted[key] is None)
+                if wanted[key] is not None:
+                    assert relative(found[key], wanted[key]) < 1e-10, key
+            for one, other in zip(found["exact"], wanted["exact"], strict=True):
                 assert relative(one, other) < 1e-10
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_scores_are_the_dense_ones(root, family, workers):
-    model, train = build(family), examples(11, seed=1, prompts=True)
-    queries = examples(4, seed=2, prompts=True)
-    names = load_factors(root / family).modules
-    expected = DenseScores(model, names, train).scores(queries, train)
+@pytest.mark.parametrize("workers, shard, is_sharded", [(1, 1, False), *PLACES])
+@pytest.mark.parametrize("name", ["biased", "dense", "conv1d"])
+def test_workers_scores_are_the_dense_ones(root, name, workers, shard, is_sharded):
+    queries, train = asked(name)
+    expected = DenseScores(made(name), load_factors(root / name).modules, train)
+    expected = expected.scores(queries, train)
     expected = torch.stack([expected[0], expected[1] + expected[3], expected[2]])
-    found = answers(root, workers, family=family)["exact"]["scores"]
+    found = answers(root, name, workers, 0, (shard, is_sharded))["exact"]["scores"]
     assert relative(found, expected) < 1e-10
 
 
+@pytest.mark.parametrize("workers, shard", [(2, 1), (2, 2), (3, 3), (4, 2)])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_worker_reads_the_factors_of_its_own_modules_alone(root, name, workers, shard):
+    held = [answers(root, name, workers, rank, (shard, False))["held"] for rank in range(workers)]
+    everything = sorted(load_factors(root / name).modules)
+    for first in range(0, workers, shard):
+        assert sorted(sum(held[first : first + shard], [])) == everything
+
+
 def test_blocks_were_really_several(root):
-    assert answers(root, 2)["blocks"]["num_scans"] > 1
+    number = {shard: answers(root, "biased", 2, 0, (shard, False)) for shard in (1, 2)}
+    assert number[1]["blocks"]["num_scans"] > number[2]["blocks"]["num_scans"] > 1
 
 
 def test_workers_that_are_given_different_arguments_are_told(tmp_path):

@@ -18,7 +18,7 @@ from ekfac_dist.influence.results import MANIFEST
 
 pytestmark = pytest.mark.slow
 NUMBER = 10
-PIECES = {"scan": "state/scan-3.safetensors", "details": "state/details-4.safetensors"}
+PIECES = {"scan": "state/scan-2-2.safetensors", "details": "state/details-3-3.safetensors"}
 
 
 def arguments(root: Path, output: Path) -> list[str | Path]:

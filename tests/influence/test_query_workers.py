@@ -33,7 +33,7 @@ def answers(root, name, workers=1, rank=0, mesh=(1, False)):
     return torch.load(file_of(root, name, workers, rank, mesh), weights_only=False)
 
 
-@pytest.mark.parametrize("workers, shard, is_sharded", PLACES)
+@pytest.mark.parametrize(("workers", "shard", "is_sharded"), PLACES)
 @pytest.mark.parametrize("name", MODELS)
 def test_any_number_of_workers_gives_the_same_answer(root, name, workers, shard, is_sharded):
     alone = answers(root, name)
@@ -55,7 +55,7 @@ def test_any_number_of_workers_gives_the_same_answer(root, name, workers, shard,
                 assert relative(one, other) < 1e-10
 
 
-@pytest.mark.parametrize("workers, shard, is_sharded", [(1, 1, False), *PLACES])
+@pytest.mark.parametrize(("workers", "shard", "is_sharded"), [(1, 1, False), *PLACES])
 @pytest.mark.parametrize("name", ["biased", "dense", "conv1d"])
 def test_workers_scores_are_the_dense_ones(root, name, workers, shard, is_sharded):
     queries, train = asked(name)
@@ -66,13 +66,14 @@ def test_workers_scores_are_the_dense_ones(root, name, workers, shard, is_sharde
     assert relative(found, expected) < 1e-10
 
 
-@pytest.mark.parametrize("workers, shard", [(2, 1), (2, 2), (3, 3), (4, 2)])
+@pytest.mark.parametrize(("workers", "shard"), [(2, 1), (2, 2), (3, 3), (4, 2)])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_worker_reads_the_factors_of_its_own_modules_alone(root, name, workers, shard):
     held = [answers(root, name, workers, rank, (shard, False))["held"] for rank in range(workers)]
     everything = sorted(load_factors(root / name).modules)
     for first in range(0, workers, shard):
-        assert sorted(sum(held[first : first + shard], [])) == everything
+        of_copy = held[first : first + shard]
+        assert sorted(name for names in of_copy for name in names) == everything
 
 
 def test_blocks_were_really_several(root):

@@ -322,13 +322,13 @@ def test_a_damaged_piece_is_computed_again_and_that_is_said(
     output, name = tmp_path / "scores", "all parts"
     wanted, passes = whole(name)
     fails_in_pass(len(passes), root, output, name, monkeypatch)
-    piece = output / "state" / "scan-1.safetensors"
+    piece = output / "state" / "scan-0-1.safetensors"
     held = bytearray(piece.read_bytes())
     held[-1] ^= 4
     piece.write_bytes(held)
     with watched(monkeypatch) as again:
         said = ask(root, output, name)
-    assert any("damaged       state/scan-1.safetensors has changed" in line for line in said)
+    assert any("damaged       state/scan-0-1.safetensors has changed" in line for line in said)
     assert over_data(again) == ["scan 1/2", "details 2/2"]
     assert content(output) == wanted
 

@@ -23,7 +23,7 @@ ANSWERS = {
     "exact": {"per_token": "top", "per_module": True},
     "eigenbasis": {"normalize": "cosine", "self_influence": True, "per_token": "all"},
     "two stages": {"rank": 2, "rescore": 5, "per_token": "top"},
-    "blocks": {"query_memory_gb": 2e-5, "per_layer": True},
+    "blocks": {"query_memory_gb": 9e-6, "per_layer": True},
     "one candidate": {"candidates": [3], "top_k": 1, "per_token": "top"},
 }
 # Family, what is asked, and what of the model is tracked: all, or some.

@@ -64,12 +64,11 @@ def require_shard(shard: int | str, workers: int) -> None:
     """
     if shard == "auto" or workers % int(shard) == 0:
         return
-    *fewer, most = map(str, _divisors(workers))
-    choices = f"{', '.join(fewer)} or {most}" if fewer else most
-    fault = "which it does not divide" if int(shard) < workers else "which is fewer"
+    choices = ", ".join(map(str, _divisors(workers)))
+    fault = "which it does not divide" if int(shard) < workers else "which is less"
     raise ConfigError(
-        f"scores.shard is {shard}, but the number of workers is {workers}, {fault}; give {choices},"
-        " or auto."
+        f"scores.shard is {shard}, but the number of workers is {workers}, {fault}; give {choices} "
+        "or auto."
     )
 
 

@@ -36,12 +36,17 @@ MODELS = {
     "one query, one sequence": ("gpt_neox", ["exact"], None),
     "encoder-decoder": ("t5", ["eigenbasis"], None),
 }
-# By the number of workers: how many share a copy, and whether FSDP2 shards the model.
+# By the number of workers, by how many share a copy and whether FSDP2 shards the model: the models.
 MESHES = {
-    1: [(1, False)],
-    2: [(1, False), (2, False), (1, True), (2, True)],
-    3: [(1, False), (3, False)],
-    4: [(2, False)],
+    1: {(1, False): list(MODELS)},
+    2: {
+        (1, False): ["biased", "dense", "conv1d"],
+        (2, False): list(MODELS),
+        (1, True): ["dense", "experts"],
+        (2, True): ["biased", "conv1d", "experts", "encoder-decoder"],
+    },
+    3: {(1, False): ["biased"], (3, False): list(MODELS)},
+    4: {(1, False): ["biased"], (2, False): ["biased", "experts", "one module"]},
 }
 
 
@@ -86,8 +91,8 @@ def main(root: Path) -> None:
     """Answers everything with the factors in `root`, on all workers; each keeps what it got."""
     accelerator = Accelerator(cpu=True)
     workers, rank = accelerator.num_processes, accelerator.process_index
-    for name in MODELS:
-        for mesh in MESHES[workers]:
+    for mesh, names in MESHES[workers].items():
+        for name in names:
             model = sharded(made(name), workers) if mesh[1] else made(name)
             torch.save(
                 answers(root, name, model, mesh[0]), file_of(root, name, workers, rank, mesh)

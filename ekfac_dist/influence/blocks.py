@@ -18,7 +18,7 @@ Only arithmetic; nothing is computed or saved here.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,11 @@ class Block:
 
     def __len__(self) -> int:
         return len(self.groups)
+
+    def numbered_parts(self) -> Iterator[tuple[str, list[int], str]]:
+        """(name, groups, what the names of its passes end in) of each piece after the scan."""
+        for number, (piece, groups) in enumerate(self.following.items(), start=1):
+            yield piece, groups, f" (part {number})" if len(groups) < len(self) else ""
 
 
 def require_shard(shard: int | str, workers: int) -> None:
@@ -136,7 +141,7 @@ def plan_blocks(
     """
     rank = config.effective_rank
     at_a_time = groups_at_a_time(context, config, rank)
-    kind, size = (DETAILS, at_a_time)
+    kind, size = DETAILS, at_a_time
     if config.rescore:
         kind, size = RESCORE, groups_at_a_time(context, config, None)
     blocks = []

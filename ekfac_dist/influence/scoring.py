@@ -237,23 +237,23 @@ class _Scoring:
         prepared = self._scan(block, suffix)
         if self.config.rescore:
             del prepared  # its memory is needed for whole gradients
-            for number, (piece, groups) in enumerate(block.following.items(), start=1):
-                part = f" (part {number})" if len(groups) < len(block) else ""
+            for piece, groups, part in block.numbered_parts():
                 self._rescore(piece, groups, suffix + part)
             return
         columns, indices = np.arange(len(self.scored)), self.result.indices
         for group in block.groups:
             scores = self.result.scores[group]
             self.lists[group] = make_lists(scores, columns, indices, self.list_lengths)
-        for piece, groups in block.following.items():
+        for piece, groups, part in block.numbered_parts():
             if self.saved.has(piece):
                 self.details.append(details_of(self.saved.load(piece)))
                 continue
             if prepared is None or prepared.groups != groups:
                 prepared = None  # its memory is needed
-                prepared = self._prepare("queries" + suffix, groups, self.config.effective_rank)
+                rank = self.config.effective_rank
+                prepared = self._prepare("queries" + suffix + part, groups, rank)
             pairs = listed_pairs(groups, self.lists)
-            details = self._passes.details("details" + suffix, prepared, pairs)
+            details = self._passes.details("details" + suffix + part, prepared, pairs)
             require_scan_agrees(self.context, self.result, details)
             self.saved.keep(piece, details_tensors(details))
             self.details.append(details)

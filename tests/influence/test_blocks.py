@@ -17,7 +17,7 @@ DOUBLE = torch.float64
 
 @pytest.fixture(scope="module")
 def modules():
-    """Two layers of a gate and an up projection 8 → 12 and a down projection 12 → 8, with biases."""
+    """Two layers, each of a gate and an up projection 8 → 12 and a down projection 12 → 8."""
     return discover(build("llama_bias"), None, torch.device("cpu")).modules
 
 

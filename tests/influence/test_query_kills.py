@@ -1,6 +1,10 @@
-"""Real queries that are killed or preempted: they go on, on as many workers as there are then."""
+"""Real queries that are killed or preempted: they go on, on as many workers as there are then.
+
+The more there are, the more of them share the gradients of all rows, and the more fit together.
+"""
 
 import json
+import re
 import signal
 import subprocess
 from contextlib import suppress
@@ -18,14 +22,14 @@ from ekfac_dist.influence.results import MANIFEST
 
 pytestmark = pytest.mark.slow
 NUMBER = 10
-PIECES = {"scan": "state/scan-2-2.safetensors", "details": "state/details-3-3.safetensors"}
+PIECES = {"scan": "state/scan-4-5.safetensors", "details": "state/details-6-7.safetensors"}
 
 
 def arguments(root: Path, output: Path) -> list[str | Path]:
-    """A query of a block for each row."""
+    """A query whose blocks have as many rows as there are workers."""
     return [
         *("query", "--factors", root / "store", "--queries", root / "queries.jsonl"),
-        *("--scores.query_memory_gb", "1e-6", "--scores.normalize", "relatif_l"),
+        *("--scores.query_memory_gb", "2e-5", "--scores.normalize", "relatif_l"),
         *("--scores.top_k", "5", "--batch_tokens", "40", "--output", output),
     ]
 
@@ -56,7 +60,11 @@ def goes_on_to_the_end(root: Path, output: Path, workers: int) -> None:
     done = run_cli(arguments(root, output), workers=workers, timeout=180)
     assert done.returncode == 0, done.stderr
     assert "goes on" in done.stdout
-    assert "scan 1/10" not in done.stderr
+    assert "shard         " + str(workers) in done.stdout or workers == 1
+    assert re.findall(r"scan 1/\d", done.stderr) == []
+    # Three blocks of two rows are saved, perhaps the fourth too.
+    last = re.findall(r"scan (\d+)/\d+", done.stderr)[-1]
+    assert int(last) in {1: (7, 8), 2: (5,), 3: (5,)}[workers]
     if workers == 2:
         assert content(output) == content(root / "whole")
         return

@@ -259,9 +259,8 @@ def test_a_run_that_goes_on_with_smaller_blocks_keeps_what_is_done(
     assert over_data(again) == left
     whole(name)
     for file in ("scores.safetensors", "details.safetensors"):
-        found, wanted = (
-            load_file(path / file) for path in (tmp_path / "scores", root / f"whole {name}")
-        )
+        found = load_file(tmp_path / "scores" / file)
+        wanted = load_file(root / f"whole {name}" / file)
         assert found.keys() == wanted.keys()
         for key, values in found.items():
             assert relative(values.double(), wanted[key].double()) < 1e-5, key

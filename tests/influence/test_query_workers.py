@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import worker_scores
 from helpers.dense import relative
 from helpers.dense_scores import DenseScores
 from helpers.workshop import run_workers
@@ -15,14 +16,14 @@ from ekfac_dist import estimate_factors, load_factors
 HERE = Path(__file__).parent
 
 
-def runs(*, of=tuple(MODELS), alone=False):
+def runs(of=tuple(MODELS)):
     """The model, the workers, how many of them share a copy, and whether the model is sharded."""
     each = [
         pytest.param(name, workers, *mesh, marks=[pytest.mark.slow] * (workers == 3))
         for workers, meshes in MESHES.items()
         for mesh, names in meshes.items()
         for name in names
-        if name in of and (alone or workers > 1)
+        if name in of
     ]
     return pytest.mark.parametrize(("name", "workers", "shard", "is_sharded"), each)
 
@@ -39,6 +40,12 @@ def stores(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def alone(stores):
+    """What a single worker answers for a model."""
+    return functools.cache(lambda name: worker_scores.answers(stores, name, made(name)))
+
+
+@pytest.fixture(scope="module")
 def answers(stores):
     """What a worker of several, which are started once, has answered for a model."""
 
@@ -47,7 +54,7 @@ def answers(stores):
         done = run_workers(HERE / "worker_scores.py", workers, stores, timeout=200)
         assert done.returncode == 0, done.stderr
 
-    def of(name, workers=1, rank=0, shard=1, is_sharded=False):
+    def of(name, workers, rank, shard, is_sharded=False):
         start(workers)
         path = file_of(stores, name, workers, rank, (shard, is_sharded))
         return torch.load(path, weights_only=False)
@@ -56,12 +63,13 @@ def answers(stores):
 
 
 @runs()
-def test_any_number_of_workers_gives_the_same_answer(answers, name, workers, shard, is_sharded):
-    alone = answers(name)
+def test_any_number_of_workers_gives_the_same_answer(
+    alone, answers, name, workers, shard, is_sharded
+):
     for rank in range(workers):
         of_rank = answers(name, workers, rank, shard, is_sharded)
         for answer in MODELS[name][1]:
-            found, wanted = of_rank[answer], alone[answer]
+            found, wanted = of_rank[answer], alone(name)[answer]
             assert found["top"] == wanted["top"]
             assert found["ranks"] == wanted["ranks"]
             assert found["damping"] == wanted["damping"]
@@ -76,14 +84,16 @@ def test_any_number_of_workers_gives_the_same_answer(answers, name, workers, sha
                 assert relative(one, other) < 1e-10
 
 
-@runs(of=("biased", "dense", "conv1d"), alone=True)
-def test_workers_scores_are_the_dense_ones(answers, stores, name, workers, shard, is_sharded):
+@runs(of=("biased", "dense", "conv1d"))
+def test_workers_scores_are_the_dense_ones(
+    alone, answers, stores, name, workers, shard, is_sharded
+):
     queries, train = asked(name)
     expected = DenseScores(made(name), load_factors(stores / name).modules, train)
     expected = expected.scores(queries, train)
     expected = torch.stack([expected[0], expected[1] + expected[3], expected[2]])
-    found = answers(name, workers, 0, shard, is_sharded)["exact"]["scores"]
-    assert relative(found, expected) < 1e-10
+    for found in (alone(name), answers(name, workers, 0, shard, is_sharded)):
+        assert relative(found["exact"]["scores"], expected) < 1e-10
 
 
 @runs()

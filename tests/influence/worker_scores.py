@@ -38,7 +38,6 @@ MODELS = {
 }
 # By the number of workers, by how many share a copy and whether FSDP2 shards the model: the models.
 MESHES = {
-    1: {(1, False): list(MODELS)},
     2: {
         (1, False): ["biased", "dense", "conv1d"],
         (2, False): list(MODELS),
@@ -46,7 +45,7 @@ MESHES = {
         (2, True): ["biased", "conv1d", "experts", "encoder-decoder"],
     },
     3: {(1, False): ["biased"], (3, False): list(MODELS)},
-    4: {(1, False): ["biased"], (2, False): ["biased", "experts", "one module"]},
+    4: {(2, False): ["biased", "experts", "one module"]},
 }
 
 
@@ -99,7 +98,7 @@ def main(root: Path) -> None:
             )
 
 
-def answers(root: Path, name: str, model: nn.Module, shard: int) -> dict:
+def answers(root: Path, name: str, model: nn.Module, shard: int = 1) -> dict:
     """Everything that is asked of one model."""
     factors = load_factors(root / name, model=model)
     queries, train = asked(name)

@@ -6,9 +6,8 @@
 A random-weight Llama in float32 (hidden 512, MLP 1408, 4 layers) is fitted by one process, and then
 4 workers answer the same queries with `shard` 1 and with `shard` 4, in processes of their own.
 Shown are, of the worker that has most: the factors that it has read and the query gradients that it
-holds, and its peak memory above what it had before the scores were asked for. The latter holds the
-work of a step and of gloo too, which do not depend on the shard; what is left of it without the
-queries, in a run of one row and one module, is shown beside it. Also the seconds of the call.
+holds; its peak of anonymous memory above what it had before the scores were asked for, to which the
+work of a step adds, but not the factors, whose files are mapped; and the seconds of the call.
 """
 
 import argparse

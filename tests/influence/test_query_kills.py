@@ -10,6 +10,7 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -19,6 +20,7 @@ from helpers.workshop import run_cli, save_tiny_llama, texts, write_jsonl
 from safetensors.torch import load_file
 
 from ekfac_dist.influence.results import MANIFEST
+from ekfac_dist.influence.scores import Details
 
 pytestmark = pytest.mark.slow
 NUMBER = 10
@@ -29,7 +31,7 @@ def arguments(root: Path, output: Path) -> list[str | Path]:
     """A query whose blocks have as many rows as there are workers."""
     return [
         *("query", "--factors", root / "store", "--queries", root / "queries.jsonl"),
-        *("--scores.query_memory_gb", "2e-5", "--scores.normalize", "relatif_l"),
+        *("--scores.query_memory_gb", "1e-5", "--scores.normalize", "relatif_l"),
         *("--scores.top_k", "5", "--batch_tokens", "40", "--output", output),
     ]
 
@@ -69,11 +71,21 @@ def goes_on_to_the_end(root: Path, output: Path, workers: int) -> None:
         assert content(output) == content(root / "whole")
         return
     assert {p.name for p in output.iterdir()} == {p.name for p in (root / "whole").iterdir()}
-    for file in ("scores.safetensors", "details.safetensors"):
-        found, wanted = load_file(output / file), load_file(root / "whole" / file)
+    for read in (lambda results: load_file(results / "scores.safetensors"), details):
+        found, wanted = read(output), read(root / "whole")
         assert found.keys() == wanted.keys()
         for name, values in found.items():
             assert relative(values.double(), wanted[name].double()) < 1e-6, name
+
+
+def details(results: Path) -> dict[str, torch.Tensor]:
+    """Those of each pair, by query and sequence: they are stored block by block."""
+    stored = load_file(results / "details.safetensors")
+    rows, columns = stored["pair_query"].numpy(), stored["pair_index"].numpy()
+    offsets, layers = stored["offsets"].numpy(), stored["layer_token_scores"]
+    found = Details(rows, columns, offsets, layers, stored["module_scores"])
+    ordered = found.take(np.lexsort((columns, rows)))
+    return {name: torch.as_tensor(value) for name, value in vars(ordered).items()}
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])

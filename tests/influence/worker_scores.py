@@ -33,7 +33,7 @@ MODELS = {
     "conv1d": ("gpt2", ["exact", "two stages"], None),
     "experts": ("MixtralForCausalLM", ["exact", "eigenbasis", "two stages"], None),
     "one module": ("llama", ["eigenbasis"], "*.0.mlp.down_proj"),
-    "one query, one sequence": ("gpt_neox", ["exact"], None),
+    "one query, one sequence": ("Starcoder2ForCausalLM", ["exact"], None),
     "encoder-decoder": ("t5", ["eigenbasis"], None),
 }
 # By the number of workers, by how many share a copy and whether FSDP2 shards the model: the models.
@@ -42,7 +42,7 @@ MESHES = {
         (1, False): ["biased", "dense", "conv1d"],
         (2, False): list(MODELS),
         (1, True): ["dense", "experts"],
-        (2, True): ["biased", "conv1d", "experts", "encoder-decoder"],
+        (2, True): [*("biased", "conv1d", "experts"), *list(MODELS)[-2:]],
     },
     3: {(1, False): ["biased"], (3, False): list(MODELS)},
     4: {(2, False): ["biased", "experts", "one module"]},
@@ -53,6 +53,8 @@ def made(name: str) -> nn.Module:
     family = MODELS[name][0]
     if family == "t5":
         return t5()
+    if name == "one query, one sequence":  # layers enough for rows to travel between them
+        return tiny_model(family, num_hidden_layers=6)
     return build(family) if family in CONFIGS else tiny_model(family)
 
 

@@ -12,10 +12,12 @@ Families are assigned in windows of neighbours, so that within a few layers ever
 something to do, and balanced over all windows, so that memory and work are.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch.distributed.device_mesh import init_device_mesh
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.runtime.processes import World
@@ -78,6 +80,18 @@ def assign_owners(modules: Sequence[TrackedModule], shard: int) -> dict[str, int
     return places
 
 
+@functools.cache
+def _mesh(device_type: str, size: tuple[int, int], everyone: int) -> DeviceMesh:
+    """The mesh of a size, made once: its groups keep threads and sockets until the process ends.
+
+    Args:
+        device_type: Where the groups' collectives are.
+        size: Number of copies, and of owners.
+        everyone: Identifies the group of all workers.
+    """
+    return init_device_mesh(device_type, size, mesh_dim_names=("copies", "owners"))
+
+
 @dataclass(frozen=True)
 class Owners:
     """A mesh of copies × owners, seen by one worker, and who owns what.
@@ -118,9 +132,8 @@ class Owners:
         if shard == 1:
             return cls(shard, places, sum_places, 0, world.alone(), world.alone(), world)
         size = (world.size // shard, shard)
-        names = ("copies", "owners")
-        mesh = init_device_mesh(world.device.type, size, mesh_dim_names=names)
-        notes = init_device_mesh("cpu", size, mesh_dim_names=names)
+        everyone = id(dist.group.WORLD)
+        mesh, notes = (_mesh(kind, size, everyone) for kind in (world.device.type, "cpu"))
         return cls(
             shard,
             places,

@@ -81,12 +81,13 @@ def assign_owners(modules: Sequence[TrackedModule], shard: int) -> dict[str, int
 
 
 @functools.cache
-def _mesh(device_type: str, size: tuple[int, int], everyone: int) -> DeviceMesh:
+def _mesh(device_type: str, size: tuple[int, int], use: str, everyone: int) -> DeviceMesh:
     """The mesh of a size, made once: its groups keep threads and sockets until the process ends.
 
     Args:
         device_type: Where the groups' collectives are.
         size: Number of copies, and of owners.
+        use: What is sent: notes do not wait for rows.
         everyone: Identifies the group of all workers.
     """
     return init_device_mesh(device_type, size, mesh_dim_names=("copies", "owners"))
@@ -133,7 +134,8 @@ class Owners:
             return cls(shard, places, sum_places, 0, world.alone(), world.alone(), world)
         size = (world.size // shard, shard)
         everyone = id(dist.group.WORLD)
-        mesh, notes = (_mesh(kind, size, everyone) for kind in (world.device.type, "cpu"))
+        mesh = _mesh(world.device.type, size, "rows", everyone)
+        notes = _mesh("cpu", size, "notes", everyone)
         return cls(
             shard,
             places,

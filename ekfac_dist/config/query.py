@@ -162,6 +162,9 @@ class ScoresConfig:
             data: then scores are given in nats too, to first order; null: no nats.
         query_memory_gb: Each worker's budget for query gradients, in GB (10⁹ bytes); queries that
             do not fit are answered in several blocks, with one scan of the data each.
+        shard: Among how many workers one copy of the factors and of the query gradients is shared
+            out; each holds those of some modules, and inputs and output-gradients travel to it;
+            auto: as few as can hold all query gradients in one block, or all workers.
     """
 
     normalize: Normalize = "none"
@@ -177,6 +180,7 @@ class ScoresConfig:
     candidates: list[int] | str | None = None
     training_size: int | None = None
     query_memory_gb: float = 4.0
+    shard: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         require_choice("scores.normalize", self.normalize, get_args(Normalize))
@@ -197,6 +201,8 @@ class ScoresConfig:
                 "scores.rescore is given, but scores are exact already; give scores.rank too, or "
                 "neither."
             )
+        if self.shard != "auto":
+            require_positive("scores.shard", self.shard)
         memory = self.query_memory_gb
         if not isinstance(memory, (int, float)) or not 0 < memory < math.inf:
             raise ConfigError(

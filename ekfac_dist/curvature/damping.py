@@ -89,10 +89,15 @@ class Damping:
         Raises:
             ConfigError: If neither `modules` nor `value` has a value for the module.
         """
-        value = self._value(name)
+        value = self.value_of(name)
         return value * lambda_OI.double().mean().item() if self.relative else value
 
-    def _value(self, name: str) -> float:
+    def value_of(self, name: str) -> float:
+        """The value of one module: λ, or a multiple of its mean(Λ).
+
+        Raises:
+            ConfigError: If neither `modules` nor `value` has one.
+        """
         if name in self.modules:
             return self.modules[name]
         for glob, value in self.modules.items():

@@ -74,6 +74,7 @@ def check_model(
     """
     fitted = factors.manifest["model"]
     # The parenthesis is closed by the errors, which may add to it.
+    class_name = class_of(model).__name__
     fitted_for = f"{path} holds factors of {fitted.get('name')} ({fitted.get('class')}"
     _require_same_modules(fitted_for, factors, model)
     modules = tuple(factors.modules.values())
@@ -83,7 +84,7 @@ def check_model(
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         raise StoreError(
             f"{fitted_for}, {fitted.get('dtype')}) with parameter fingerprint "
-            f"{fitted['fingerprint'][:12]}…; the given {type(model).__name__} ({dtype}) has "
+            f"{fitted['fingerprint'][:12]}…; the given {class_name} ({dtype}) has "
             f"{in_hand.tracked[:12]}…: its weights differ; {_ADVICE}."
         )
     if "whole" not in fitted:
@@ -102,7 +103,7 @@ def check_model(
         )
     if differs and not allow_changes:
         raise StoreError(
-            f"{fitted_for}); the given {type(model).__name__} differs from it outside the tracked "
+            f"{fitted_for}); the given {class_name} differs from it outside the tracked "
             f"modules. {' '.join(differs)} {_ADVICE[0].upper()}{_ADVICE[1:]}; or, if the change is "
             "meant, set model.allow_changes (allow_changes=True from Python), and every result "
             "will tell of it."
@@ -113,17 +114,17 @@ def check_model(
 def _require_same_modules(fitted_for: str, factors: Factors, model: nn.Module) -> None:
     """Checks that a model has every tracked module, of the same kind and shape."""
     candidates, names = candidates_of(model), {name for name, _ in model.named_modules()}
+    class_name = class_of(model).__name__
     for module in factors.modules.values():
         candidate = candidates.get(module.name)
         if candidate is None and module.name not in names:
             raise StoreError(
-                f"{fitted_for}), whose module {module.name} this {type(model).__name__} lacks; "
-                f"{_ADVICE}."
+                f"{fitted_for}), whose module {module.name} this {class_name} lacks; {_ADVICE}."
             )
         if candidate is None or _shape(candidate) != _shape(module):
             raise StoreError(
                 f"{fitted_for}), whose module {module.name} is {_module_in_words(module)}; in this "
-                f"{type(model).__name__} it is {_module_in_words(candidate)}; {_ADVICE}."
+                f"{class_name} it is {_module_in_words(candidate)}; {_ADVICE}."
             )
 
 

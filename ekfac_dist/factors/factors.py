@@ -7,7 +7,7 @@ A module's factors are read when they are first used. This module knows what a s
 a directory is laid out on the disk beyond the files' names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -146,8 +146,14 @@ class Factors:
             lambda_OI=self._lambdas[name],
         )
 
-    def chosen_damping(self, damping: Damping) -> dict[str, float]:
-        """The absolute λ of each module, by name.
+    def chosen_damping(
+        self, damping: Damping, names: Iterable[str] | None = None
+    ) -> dict[str, float]:
+        """The absolute λ of some modules, by name.
+
+        Args:
+            damping: How λ is chosen, for all modules.
+            names: The modules, whose Λ are read; None: all.
 
         Raises:
             ConfigError: If a value belongs to no module, or a module has no value; or if λ is zero
@@ -155,8 +161,11 @@ class Factors:
         """
         damping.require_used(self.modules)
         for name in self.modules:
+            damping.value_of(name)
+        names = list(self.modules if names is None else names)
+        for name in names:
             self.damped(name, damping)
-        return {name: damping.absolute(name, self.module(name).lambda_OI) for name in self.modules}
+        return {name: damping.absolute(name, self.module(name).lambda_OI) for name in names}
 
     def damped(self, name: str, damping: Damping, factors: ModuleFactors | None = None) -> Tensor:
         """Λ + λ of one module, [O, I].

@@ -1,25 +1,37 @@
 """Plans the work: blocks of query groups, and the pieces in which a block is computed and saved.
 
 A block holds the query groups whose gradients fit the memory budget together; the training data is
-scanned once per block. Each block is computed in pieces. Those of block 2, for example, are
+scanned once per block. Each block is computed in pieces, named by their first and last group. Those
+of the groups 10 to 19, for example, are
 
-    scan-2                      scores of all sequences
-    details-2                   then: scores of positions, layers and modules for listed sequences
-    rescore-2-1, rescore-2-2    or: exact scores, and details, of the sequences that the scan ranks
-                                first and last; for as many groups at a time as fit the budget with
-                                whole gradients
+    scan-10-19                          scores of all sequences
+    details-10-19                       then: scores of positions, layers and modules for listed
+                                        sequences
+    rescore-10-13, -14-17 and -18-19    or: exact scores, and details, of the sequences that the
+                                        scan ranks first and last; for as many groups at a time as
+                                        fit the budget with whole gradients
+
+How many groups fit depends on the number of workers. So a run that is resumed by another number of
+them keeps the pieces that are saved, and plans blocks of its own for the groups between those.
 
 Only arithmetic; nothing is computed or saved here.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from ekfac_dist.config import ScoresConfig
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.influence.context import ScoringContext
 from ekfac_dist.influence.preconditioned import bytes_per_group
 from ekfac_dist.influence.scores import InfluenceScores
+from ekfac_dist.models.modules import TrackedModule
+from ekfac_dist.passes.owners import divisors, require_divisor
+
+SCAN, DETAILS, RESCORE = "scan", "details", "rescore"  # kinds of pieces
 
 
 @dataclass(frozen=True)
@@ -39,35 +51,113 @@ class Block:
     def __len__(self) -> int:
         return len(self.groups)
 
+    def numbered_parts(self) -> Iterator[tuple[str, list[int], str]]:
+        """(name, groups, what the names of its passes end in) of each piece after the scan."""
+        for number, (piece, groups) in enumerate(self.following.items(), start=1):
+            yield piece, groups, f" (part {number})" if len(groups) < len(self) else ""
 
-def plan_blocks(num_groups: int, context: ScoringContext, config: ScoresConfig) -> list[Block]:
+
+def choose_shard(
+    num_groups: int,
+    modules: Sequence[TrackedModule],
+    dtype: torch.dtype,
+    workers: int,
+    config: ScoresConfig,
+) -> int:
+    """Among how many workers a copy of factors and query gradients is shared out.
+
+    By default as few as can hold the gradients of all groups in one block: a scan of the data that
+    is saved is worth more than what the rows' travel costs. All workers, if none can.
+
+    Args:
+        num_groups: Number of query groups.
+        modules: The tracked modules.
+        dtype: The gradients' dtype.
+        workers: W.
+        config: The scores that are asked for, and the memory budget.
+
+    Raises:
+        ConfigError: As `require_divisor`.
+    """
+    require_divisor("scores.shard", config.shard, workers)
+    if config.shard != "auto":
+        return config.shard
+    rank = config.effective_rank
+    fits = (
+        shard
+        for shard in divisors(workers)
+        if _groups_in_budget(config, bytes_per_group(modules, rank, dtype, shard)) >= num_groups
+    )
+    return next(fits, workers)
+
+
+def groups_at_a_time(context: ScoringContext, config: ScoresConfig, rank: int | None) -> int:
+    """How many groups' gradients of a rank (None: whole) fit the budget together, at least 1."""
+    each = bytes_per_group(context.modules, rank, context.dtype, context.shard)
+    return max(1, _groups_in_budget(config, each))
+
+
+def _groups_in_budget(config: ScoresConfig, bytes_each: int) -> int:
+    return int(config.query_memory_gb * 1e9 // bytes_each)
+
+
+def plan_blocks(
+    num_groups: int,
+    context: ScoringContext,
+    config: ScoresConfig,
+    saved: Collection[str] = (),
+) -> list[Block]:
     """Cuts all query groups into blocks; a group that exceeds the budget alone is a block.
 
     Args:
         num_groups: Number of query groups, 1 or more.
-        context: Gives the modules and the gradients' dtype.
+        context: Gives the modules, the gradients' dtype and the workers that share them.
         config: The scores that are asked for, and the memory budget.
+        saved: Names of the pieces that are saved.
     """
+    rank = config.effective_rank
+    at_a_time = groups_at_a_time(context, config, rank)
+    kind, size = DETAILS, at_a_time
+    if config.rescore:
+        kind, size = RESCORE, groups_at_a_time(context, config, None)
     blocks = []
-    scanned = _cut_into_blocks(range(num_groups), context, config, config.effective_rank)
-    for number, groups in enumerate(scanned, start=1):
-        following = {}
-        if config.rescore:
-            parts = enumerate(_cut_into_blocks(groups, context, config, None), start=1)
-            following = {f"rescore-{number}-{k}": part for k, part in parts}
-        elif config.per_token != "none":
-            following = {f"details-{number}": groups}
-        blocks.append(Block(groups, f"scan-{number}", following))
+    for groups in _parts(SCAN, range(num_groups), at_a_time, saved):
+        following: dict[str, list[int]] = {}
+        if config.rescore or config.per_token != "none":
+            following = {_name(kind, part): part for part in _parts(kind, groups, size, saved)}
+        blocks.append(Block(groups, _name(SCAN, groups), following))
     return blocks
 
 
-def _cut_into_blocks(
-    groups: Sequence[int], context: ScoringContext, config: ScoresConfig, rank: int | None
-) -> list[list[int]]:
-    """Parts of the groups whose gradients of a rank (None: whole) fit the budget together."""
-    each = bytes_per_group(context.modules, rank, context.dtype)
-    size = max(1, int(config.query_memory_gb * 1e9 // each))
-    return [list(groups[k : k + size]) for k in range(0, len(groups), size)]
+def _name(kind: str, groups: Sequence[int]) -> str:
+    return f"{kind}-{groups[0]}-{groups[-1]}"
+
+
+def _parts(kind: str, groups: Sequence[int], size: int, saved: Collection[str]) -> list[list[int]]:
+    """The groups of each piece of a kind, in order: those that are saved, and others between.
+
+    Args:
+        kind: The kind of pieces.
+        groups: Indices of all their groups, consecutive.
+        size: Number of groups of a piece that is not saved, at most.
+        saved: Names of the pieces that are saved, of any kind; those that hold other groups too
+            do not count.
+    """
+    first, end = groups[0], groups[-1] + 1
+    ends = {}
+    for name in saved:
+        if found := re.fullmatch(rf"{kind}-(\d+)-(\d+)", name):
+            ends[int(found[1])] = int(found[2]) + 1
+    parts = []
+    while first < end:
+        if first in ends and ends[first] <= end:
+            last = ends[first]
+        else:
+            next_saved = min((start for start in ends if first < start < end), default=end)
+            last = min(first + size, next_saved)
+        parts.append(list(range(first, last)))
+        first = last
+    return parts
 
 
 def bytes_on_disk(

@@ -11,6 +11,7 @@ from ekfac_dist.factors.factors import Factors, ModuleFactors
 from ekfac_dist.models.capture.labels import COVARIANCE_PASS, LabelRule
 from ekfac_dist.models.capture.tasks import CAUSAL_LM, Task
 from ekfac_dist.models.modules import TrackedModule
+from ekfac_dist.passes.owners import Owners
 from ekfac_dist.runtime.processes import World
 
 # Gradients are of the data's own labels, also where the Fisher was fitted with sampled labels.
@@ -36,6 +37,7 @@ class ScoringContext:
             norms are cheap but training gradients have to be rotated; else in the parameters' own
             basis.
         task: The task whose loss gradients are of.
+        owners: Who holds which modules' factors and query gradients; None: every worker all.
     """
 
     model: nn.Module
@@ -47,11 +49,29 @@ class ScoringContext:
     show_progress: bool
     in_eigenbasis: bool = False
     task: Task = CAUSAL_LM
+    owners: Owners | None = None
 
     @property
     def modules(self) -> tuple[TrackedModule, ...]:
         """The tracked modules, in model order."""
         return tuple(self.factors.modules.values())
+
+    @property
+    def own_modules(self) -> tuple[TrackedModule, ...]:
+        """Those whose factors and query gradients this worker holds, in model order."""
+        owners = self.owners
+        return tuple(m for m in self.modules if owners is None or owners.owns(m))
+
+    @property
+    def shard(self) -> int:
+        """Number of workers that share one copy of the factors and query gradients."""
+        return 1 if self.owners is None else self.owners.shard
+
+    @property
+    def copy_ranks(self) -> range:
+        """Ranks of the workers that share this worker's copy."""
+        first = self.world.rank // self.shard * self.shard
+        return range(first, first + self.shard)
 
     @property
     def model_dtype(self) -> torch.dtype:

@@ -166,6 +166,7 @@ class DataPasses:
             context.show_progress,
             wider=OVERFLOW_ADVICE,
             task=context.task,
+            owners=context.owners,
         )
         state = PassState(own_batches, STORED)
         run_pass(name, pass_context, context.modules, observer, DATA_LABELS, state=state)

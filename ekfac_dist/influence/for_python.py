@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -32,8 +32,10 @@ from ekfac_dist.influence.scoring import compute_scores
 from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.capture.task_fingerprint import task_fingerprint
 from ekfac_dist.models.capture.tasks import CausalLM, Task, require_task
-from ekfac_dist.models.load.on_workers import refuse_sharded, unwrapped
+from ekfac_dist.models.load.on_workers import unwrapped
 from ekfac_dist.models.modules import device_of
+from ekfac_dist.models.sharding import is_sharded
+from ekfac_dist.passes.owners import require_divisor
 from ekfac_dist.runtime.heartbeat import heartbeat
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.same_settings import require_same_settings
@@ -62,6 +64,7 @@ def influence_scores(
     batch_tokens: int = 4096,
     max_tokens: int | None = None,
     query_memory_gb: float = 4.0,
+    shard: int | Literal["auto"] = "auto",
     progress: bool = False,
     task: Task | None = None,
     allow_changes: bool = False,
@@ -102,6 +105,9 @@ def influence_scores(
         max_tokens: Longer training sequences are cut to this many tokens; None leaves them whole.
         query_memory_gb: Each worker's budget for query gradients, in units of 10⁹ bytes; queries
             that exceed it take more scans.
+        shard: Among how many workers one copy of the factors and of the query gradients is shared
+            out; it divides the number of workers. "auto": as few as can hold all query gradients
+            in one block, or all workers.
         progress: Show progress on worker 0.
         task: The task that the factors were fitted with; None for causal language modelling. Other
             tasks' queries and training sequences are their examples.
@@ -134,7 +140,9 @@ def influence_scores(
             candidates=None if candidates is None else list(candidates),
             training_size=training_size,
             query_memory_gb=query_memory_gb,
+            shard=shard,
         )
+        require_divisor("shard", shard, world.size)
         task = require_task(task)
         arguments |= {"task": task.name, "the task's fingerprint": task_fingerprint(task)}
     require_same_settings(world, arguments, "arguments")
@@ -146,7 +154,6 @@ def influence_scores(
         if max_tokens is not None:
             require_positive("max_tokens", max_tokens)
         damping_rule = Damping.of(damping, relative)
-        refuse_sharded(world, model)
         require_fitted_task(name, factors, task)
         query_set = queries_of(queries, tokenizer, model, task)
         sequences = sequences_of(train, tokenizer, max_tokens, model, task)
@@ -154,16 +161,34 @@ def influence_scores(
         advice = "give max_tokens={context}"
         if not isinstance(task, CausalLM):
             advice = "cut the examples to {context} or less"
+        if not is_sharded(model):
+            world = world.at(device_of(model))
+    with heartbeat(world, owns_process=False), torch.inference_mode(False):
         comparison = check_model_and_sequences(
-            name, factors, model, scored, query_set, advice=advice, allow_changes=allow_changes
+            name,
+            factors,
+            model,
+            scored,
+            query_set,
+            world,
+            advice=advice,
+            allow_changes=allow_changes,
         )
-        world = world.at(device_of(model))
-        context = scoring_context(model, factors, damping_rule, world, batch_tokens, progress, task)
-    require_same_inputs(context, scored, query_set, comparison)
-    if world.is_main:
-        comparison.warn()
-    watching = heartbeat(world, owns_process=False)
-    with watching, torch.inference_mode(False), prepared(model):
-        scores = compute_scores(context, query_set, scored, config)
+        require_same_inputs(world, factors, model, scored, query_set, comparison)
+        if world.is_main:
+            comparison.warn()
+        context = scoring_context(
+            model,
+            factors,
+            damping_rule,
+            world,
+            batch_tokens,
+            progress,
+            config,
+            len(query_set.members),
+            task,
+        )
+        with prepared(model):
+            scores = compute_scores(context, query_set, scored, config)
     scores.model_differs, scores.not_compared = comparison.differs, comparison.not_compared
     return scores

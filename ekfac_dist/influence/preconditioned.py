@@ -16,6 +16,7 @@ from torch import Tensor
 from ekfac_dist.curvature import products
 from ekfac_dist.influence.context import ScoringContext
 from ekfac_dist.models.modules import TrackedModule
+from ekfac_dist.passes.owners import Places
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,11 @@ class LowRankGradients:
 
 @dataclass
 class PreparedQueries:
-    """The preconditioned gradients of a block of query groups, the same on every worker.
+    """The preconditioned gradients of a block of query groups.
 
     Attributes:
         groups: Index of each query group of the block, by slot.
-        gradients: The gradients in each module, by its name.
+        gradients: The gradients in each module that this worker holds, by its name.
         self_influence: ⟨∇, (F + λ)⁻¹ ∇⟩ of each group [Q], float64.
         losses: −log p of each query of the block, by the query's index, in nats.
     """
@@ -130,20 +131,30 @@ class PreparedQueries:
     losses: dict[int, float] = field(default_factory=dict)
 
 
-def bytes_per_group(modules: Sequence[TrackedModule], rank: int | None, dtype: torch.dtype) -> int:
-    """Memory of one query group's gradients in all modules, in bytes.
+def rank_in(module: TrackedModule, rank: int) -> int:
+    """The rank of gradients in a module: the one asked for, or the module's own if less."""
+    return min(rank, module.num_outputs, module.input_size)
+
+
+def bytes_per_group(
+    modules: Sequence[TrackedModule], rank: int | None, dtype: torch.dtype, shard: int = 1
+) -> int:
+    """Memory of one query group's gradients on the worker that holds most of them, in bytes.
 
     Args:
         modules: The tracked modules.
         rank: Rank of the gradients; None: whole matrices.
         dtype: Their dtype.
+        shard: Among how many workers the modules are shared out.
     """
-    num_elements = 0
+    places = Places.of(modules, shard)
+    num_elements = [0] * shard
     for module in modules:
         sizes = (module.num_outputs, module.input_size)
         whole = sizes[0] * sizes[1]
-        num_elements += whole if rank is None else min(rank, *sizes) * sum(sizes)
-    return num_elements * dtype.itemsize
+        held = whole if rank is None else rank_in(module, rank) * sum(sizes)
+        num_elements[places.of_module(module)] += held
+    return max(num_elements) * dtype.itemsize
 
 
 def empty_gradients(
@@ -160,7 +171,7 @@ def empty_gradients(
     num_outputs, num_inputs = module.num_outputs, module.input_size
     if rank is None:
         return WholeGradients(context.zeros(num_groups, num_outputs, num_inputs))
-    rank = min(rank, num_outputs, num_inputs)
+    rank = rank_in(module, rank)
     return LowRankGradients(
         context.zeros(num_groups, num_outputs, rank), context.zeros(num_groups, num_inputs, rank)
     )

@@ -1,15 +1,19 @@
 """Computes preconditioned query gradients, P_q = (F + λ)⁻¹ ∇_q, in every module.
 
 ∇_q is the gradient of a query group's loss. The groups of a block are shared out over the workers;
-each computes its own, and a sum over workers gives all of them to every worker. A module's factors
-are on the device only while they are used. A gradient is preconditioned, and reduced to low rank,
-as soon as the last query of its group has been through the model.
+each runs its own through the model, and a sum over workers gives all of them to every worker. Where
+modules are shared out too, the gradients of a copy's groups are computed by the modules' owners,
+and summed over the owners of the same modules in all copies. A module's factors are on the device
+only while they are used. A gradient is preconditioned, and reduced to low rank, as soon as the last
+query of its group has been through the model.
 
 Query gradients and training gradients are both of losses, −log p, so that the signs cancel in their
 product: a positive score means that more of the training sequence makes the query more likely.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain, zip_longest
 
 import numpy as np
 import torch
@@ -57,11 +61,17 @@ def prepare(
     """
     world, lengths = context.world, queries.sequences.num_positions
     costs = [int(lengths[list(queries.members[group])].sum()) for group in groups]
-    own_groups = [groups[k] for k in assign_batches(costs, world.size)[world.rank]]
-    own_queries = [query for group in own_groups for query in queries.members[group]]
     limit = equal_lengths_above(context.model)
-    batches = list(_batches_in_order(own_queries, lengths, context.batch_tokens, limit))
-    observer = _QueryGradients(context, queries, list(groups), rank)
+
+    def batches_of(own: Sequence[int]) -> list[list[int]]:
+        own_queries = [query for k in own for query in queries.members[groups[k]]]
+        return list(_batches_in_order(own_queries, lengths, context.batch_tokens, limit))
+
+    batches_by_rank = [batches_of(own) for own in assign_batches(costs, world.size)]
+    batches = batches_by_rank[world.rank]
+    in_copy = [batches_by_rank[rank] for rank in context.copy_ranks]
+    steps = [list(chain(*step)) for step in zip_longest(*in_copy, fillvalue=())]
+    observer = _QueryGradients(context, queries, list(groups), rank, steps)
     # The pass sees the queries of this block only, so that its progress is the block's.
     block_queries = sorted(query for group in groups for query in queries.members[group])
     index_in_block = {query: k for k, query in enumerate(block_queries)}
@@ -76,10 +86,17 @@ def prepare(
         called="query {} (from 0)",
         wider=OVERFLOW_ADVICE,
         task=context.task,
+        owners=context.owners,
     )
-    state = PassState(block_batches, STORED)
     run_pass(
-        name, pass_context, context.modules, observer, DATA_LABELS, observer.on_loss, state=state
+        name,
+        pass_context,
+        context.modules,
+        observer,
+        DATA_LABELS,
+        observer.on_loss,
+        on_step=observer.on_step,
+        state=PassState(block_batches, STORED),
     )
     losses = observer.losses.tolist()
     return PreparedQueries(
@@ -115,22 +132,29 @@ def _batches_in_order(
 
 
 class _QueryGradients(PairObserver[CapturedPositions]):
-    """The observer that computes the preconditioned gradients of this worker's query groups.
+    """The observer that computes preconditioned gradients, of this worker's query groups or copy's.
 
     Args:
         context: Model, factors, damping, workers.
         queries: All queries.
         groups: Indices of the block's query groups; a group's slot is its index among them.
         rank: Rank of the gradients; None: whole.
+        steps: Indices of the queries that this worker, or all of its copy, run in each step.
 
     Attributes:
-        gradients: The gradients in each module, by its name; zero in slots of other workers.
-        self_influence: ⟨∇, (F + λ)⁻¹ ∇⟩ of each group [Q], float64.
+        gradients: The gradients in each module that this worker holds, by its name; zero in slots
+            of other copies.
+        self_influence: ⟨∇, (F + λ)⁻¹ ∇⟩ of each group in these modules [Q], float64.
         losses: −log p of every query, by its index, float64.
     """
 
     def __init__(
-        self, context: ScoringContext, queries: QuerySet, groups: list[int], rank: int | None
+        self,
+        context: ScoringContext,
+        queries: QuerySet,
+        groups: list[int],
+        rank: int | None,
+        steps: Sequence[Sequence[int]],
     ) -> None:
         super().__init__(context.modules)
         self._context = context
@@ -139,13 +163,14 @@ class _QueryGradients(PairObserver[CapturedPositions]):
         self._num_queries = {group: len(queries.members[group]) for group in groups}
         # By (module, group): sums over the queries that a module has seen, and how many those are.
         self._partial_sums: dict[tuple[str, int], tuple[Tensor, int]] = {}
-        self._num_done: dict[int, int] = {}  # queries of each group that went through the model
+        self._steps = iter(steps)
+        self._num_done = Counter[int]()  # queries of each group that went through the model
         self._total = context.zeros(dtype=torch.float64)
         self.self_influence = context.zeros(len(groups), dtype=torch.float64)
         self.losses = context.zeros(len(queries.sequences), dtype=torch.float64)
         self.gradients: dict[str, WholeGradients | LowRankGradients] = {
             module.name: empty_gradients(context, len(groups), module, rank)
-            for module in context.modules
+            for module in context.own_modules
         }
 
     def prepare_input(
@@ -219,15 +244,16 @@ class _QueryGradients(PairObserver[CapturedPositions]):
         gradients.left_QOr[slot], gradients.right_QIr[slot] = left_Or, right_Ir
 
     def on_loss(self, batch: Batch, losses_B: Tensor) -> None:
-        """Takes −log p of each query of a batch, and finishes the groups that are complete with it.
+        """Takes −log p of each query of a batch."""
+        self.losses[list(batch.indices)] = losses_B
+
+    def on_step(self) -> None:
+        """Finishes the groups that are complete with a step.
 
         An expert sees only the queries that have tokens routed to it. So where a group's queries
         have all gone through the model, the sums of such a module are complete too.
         """
-        self.losses[list(batch.indices)] = losses_B
-        for query in batch.indices:
-            group = self._group_of[query]
-            self._num_done[group] = self._num_done.get(group, 0) + 1
+        self._num_done.update(self._group_of[query] for query in next(self._steps, ()))
         done = {
             group for group, number in self._num_done.items() if number == self._num_queries[group]
         }
@@ -241,8 +267,8 @@ class _QueryGradients(PairObserver[CapturedPositions]):
         return self._total
 
     def reduce(self, world: World) -> None:
-        """Gives every worker's results to all: a sum, as other workers' slots are zero."""
+        """Adds up over all workers what each has; gradients over those with the same modules."""
         assert not self._partial_sums
-        world.all_reduce_([self.self_influence, self.losses])
+        self._context.world.all_reduce_([self.self_influence, self.losses])
         for gradients in self.gradients.values():
             world.all_reduce_(gradients.tensors())

@@ -39,8 +39,9 @@ from ekfac_dist.influence.scoring import compute_scores, list_lengths
 from ekfac_dist.influence.unfinished import check_results_output
 from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.capture.tasks import CAUSAL_LM
-from ekfac_dist.models.load.on_workers import load, refuse_sharded
+from ekfac_dist.models.load.on_workers import load
 from ekfac_dist.models.load.pretrained import context_length, load_tokenizer
+from ekfac_dist.passes.owners import require_divisor
 from ekfac_dist.passes.sequences import load_with_examples
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.logs import log_on_main
@@ -61,7 +62,7 @@ def run_query(config: QueryConfig, world: World) -> Answer:
     start = time.perf_counter()
     world.on_main(lambda: check_results_output(output, config.as_dict()))
     with world.agree():
-        refuse_sharded(world)
+        require_divisor("scores.shard", config.scores.shard, world.size)
         damping = Damping(config.damping.value, config.damping.relative, config.damping.modules)
         texts = read_queries(queries_file)
         candidates = read_candidates(config.scores.candidates)
@@ -132,20 +133,28 @@ def _answer(config: QueryConfig, inputs: _Inputs, world: World, start: float) ->
     with prepared(model):
         with world.agree():
             queries = tokenize_queries(inputs.texts, inputs.tokenizer, context_length(model))
-            comparison = check_model_and_sequences(
-                store,
-                factors,
-                model,
-                scored,
-                queries,
-                advice="set data.max_tokens to {context} or less",
-                allow_changes=config.model.allow_changes,
-            )
-            _log_split_tokens(world, queries.split_notes)
-            context = scoring_context(
-                model, factors, inputs.damping, world, config.batch_tokens, True
-            )
-        require_same_inputs(context, scored, queries, comparison)
+        comparison = check_model_and_sequences(
+            store,
+            factors,
+            model,
+            scored,
+            queries,
+            world,
+            advice="set data.max_tokens to {context} or less",
+            allow_changes=config.model.allow_changes,
+        )
+        _log_split_tokens(world, queries.split_notes)
+        require_same_inputs(world, factors, model, scored, queries, comparison)
+        context = scoring_context(
+            model,
+            factors,
+            inputs.damping,
+            world,
+            config.batch_tokens,
+            True,
+            config.scores,
+            len(queries.members),
+        )
         for sentence in comparison.differs:
             log_on_main(world, f"model differs {sentence}")
         for sentence in comparison.not_compared:

@@ -1,14 +1,14 @@
 """Finished pieces of the work, saved as tensors so that a resumed run does not repeat them.
 
 The pieces, each a safetensors file (see `blocks` for their names and `unfinished` for the files).
-q counts the block's query groups, P the pairs of a group and a sequence.
+q counts the piece's query groups, P the pairs of a group and a sequence.
 
-    scan-K         scores [q, N] and, if asked for, query_norms [q], module_scores [q, modules, N],
-                   layer_scores [q, layers, N], token_scores [q, positions]; query_losses [queries];
-                   ranks [modules] at low rank; with the first block norms, self_influence [N]
-    details-K      the fields of `Details` of the listed pairs
-    rescore-K-J    exact_rows, exact_columns, exact_scores [P] of all pairs that were scored again;
-                   query_losses [queries]; the fields of `Details` of the listed ones, if asked for
+    scan       scores [q, N] and, if asked for, query_norms [q], module_scores [q, modules, N],
+               layer_scores [q, layers, N], token_scores [q, positions]; query_losses [queries];
+               ranks [modules] at low rank; with the first group norms, self_influence [N]
+    details    the fields of `Details` of the listed pairs
+    rescore    exact_rows, exact_columns, exact_scores [P] of all pairs that were scored again;
+               query_losses [queries]; the fields of `Details` of the listed ones, if asked for
 """
 
 import hashlib
@@ -46,9 +46,11 @@ class SavedBlocks:
     Every worker calls each method, in the same order: in subclasses they are collectives.
     """
 
+    finished: frozenset[str] = frozenset()  # pieces that were before this run was resumed
+
     def has(self, piece: str) -> bool:
         """Whether a piece was finished before this run was resumed."""
-        return False
+        return piece in self.finished
 
     def load(self, piece: str) -> dict[str, Tensor]:
         """The tensors of a saved piece, on the CPU of every worker.
@@ -81,11 +83,7 @@ class BlocksOnDisk(SavedBlocks):
     def __init__(self, world: World, directory: UnfinishedResults | None) -> None:
         self._directory = directory
         self._world = world
-        self._finished = world.share(frozenset(() if directory is None else directory.pieces))
-
-    def has(self, piece: str) -> bool:
-        """Whether a piece was finished before this run was resumed."""
-        return piece in self._finished
+        self.finished = world.share(frozenset(() if directory is None else directory.pieces))
 
     def load(self, piece: str) -> dict[str, Tensor]:
         """The tensors of a saved piece, which worker 0 reads and sends to the others."""
@@ -212,7 +210,7 @@ def run_inputs(
 def scan_tensors(
     result: InfluenceScores, groups: list[int], queries: list[int]
 ) -> dict[str, Tensor]:
-    """The tensors of the piece `scan-K`, from the results that the block's scan has filled in.
+    """The tensors of a scan's piece, from the results that the block's scan has filled in.
 
     Args:
         result: The results.

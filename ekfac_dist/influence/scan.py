@@ -8,7 +8,8 @@ sequences: `Scan` sums scores over positions as soon as it can, for all query gr
 a sequence.
 
 The scored sequences are the columns of the scores, in data order. Everything is in the basis in
-which gradients are multiplied: the parameters' own, or the eigenbasis.
+which gradients are multiplied: the parameters' own, or the eigenbasis. Where modules are shared out
+among workers, an observer is shown the sequences of all of them in its own modules alone.
 """
 
 from abc import abstractmethod
@@ -179,9 +180,9 @@ class Scan(_TrainingPairs):
         return scores_Qn
 
     def reduce(self, world: World) -> None:
-        """Sums scores and norms over the workers, each of which has scored other sequences."""
+        """Sums scores and norms over all workers: of other sequences, or in other modules."""
         results = (self.scores, self.part_scores, self.norms, self.position_scores)
-        world.all_reduce_([tensor for tensor in results if tensor is not None])
+        self._context.world.all_reduce_([tensor for tensor in results if tensor is not None])
 
 
 @dataclass(frozen=True)
@@ -267,8 +268,8 @@ class DetailSums(_TrainingPairs):
             self._total += scores_M.sum(dtype=torch.float64)
 
     def reduce(self, world: World) -> None:
-        """Sums scores over the workers, each of which has scored other sequences."""
-        world.all_reduce_([self.module_scores, self.layer_position_scores])
+        """Sums scores over all workers: of other sequences, or in other modules."""
+        self._context.world.all_reduce_([self.module_scores, self.layer_position_scores])
 
 
 class Columns:

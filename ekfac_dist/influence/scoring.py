@@ -22,7 +22,7 @@ from torch import Tensor
 from ekfac_dist.config import DEFAULT_TOP_K, ScoresConfig
 from ekfac_dist.data.examples import Examples, TaskExamples
 from ekfac_dist.errors import ConfigError
-from ekfac_dist.influence.blocks import Block, bytes_on_disk, plan_blocks
+from ekfac_dist.influence.blocks import Block, bytes_on_disk, groups_at_a_time, plan_blocks
 from ekfac_dist.influence.context import ScoringContext
 from ekfac_dist.influence.data_passes import DataPasses, require_scan_agrees
 from ekfac_dist.influence.lists import (
@@ -33,7 +33,7 @@ from ekfac_dist.influence.lists import (
     listed_pairs,
     make_lists,
 )
-from ekfac_dist.influence.preconditioned import LowRankGradients, PreparedQueries, bytes_per_group
+from ekfac_dist.influence.preconditioned import PreparedQueries, bytes_per_group, rank_in
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.influence.query_gradients import prepare
 from ekfac_dist.influence.saved_blocks import (
@@ -175,10 +175,17 @@ class _Scoring:
         """Computes every block, and puts lists and details into the results."""
         rows = range(len(self.queries.members))
         rank, result = self.config.effective_rank, self.result
-        blocks = plan_blocks(len(rows), self.context, self.config)
+        context, world = self.context, self.context.world
+        blocks = plan_blocks(len(rows), context, self.config, self.saved.finished)
         result.num_scans = len(blocks)
-        num_bytes = bytes_per_group(self.context.modules, rank, self.context.dtype)
+        num_bytes = bytes_per_group(context.modules, rank, context.dtype, context.shard)
         one = as_text(num_bytes)
+        if world.size > 1:
+            self._log(
+                f"shard         {context.shard}: a copy of the factors and query gradients for "
+                f"every {'worker' if context.shard == 1 else f'{context.shard} workers'} of "
+                f"{world.size}"
+            )
         kind = "whole" if rank is None else f"of rank {rank}"
         scans = f"{len(blocks)} scan{'s' * (len(blocks) > 1)} of the data"
         budget = self.config.query_memory_gb * 1e9
@@ -189,7 +196,8 @@ class _Scoring:
             )
         self._log(
             f"queries       {len(self.queries.sequences)} in {len(rows)} rows of scores; gradients "
-            f"{kind}, {one} a row, {len(blocks[0])} at a time: {scans}"
+            f"{kind}, {one} a row{' on a worker' * (context.shard > 1)}, "
+            f"{min(len(rows), groups_at_a_time(context, self.config, rank))} at a time: {scans}"
         )
         self.saved.require_disk_space(
             *bytes_on_disk(result, self.scored, self.config, self.list_lengths)
@@ -229,24 +237,23 @@ class _Scoring:
         prepared = self._scan(block, suffix)
         if self.config.rescore:
             del prepared  # its memory is needed for whole gradients
-            for number, (piece, groups) in enumerate(block.following.items(), start=1):
-                part = f" (part {number})" if len(groups) < len(block) else ""
+            for piece, groups, part in block.numbered_parts():
                 self._rescore(piece, groups, suffix + part)
             return
         columns, indices = np.arange(len(self.scored)), self.result.indices
         for group in block.groups:
             scores = self.result.scores[group]
             self.lists[group] = make_lists(scores, columns, indices, self.list_lengths)
-        for piece in block.following:
+        for piece, groups, part in block.numbered_parts():
             if self.saved.has(piece):
                 self.details.append(details_of(self.saved.load(piece)))
                 continue
-            if prepared is None:
-                prepared = self._prepare(
-                    "queries" + suffix, block.groups, self.config.effective_rank
-                )
-            pairs = listed_pairs(block.groups, self.lists)
-            details = self._passes.details("details" + suffix, prepared, pairs)
+            if prepared is None or prepared.groups != groups:
+                prepared = None  # its memory is needed
+                rank = self.config.effective_rank
+                prepared = self._prepare("queries" + suffix + part, groups, rank)
+            pairs = listed_pairs(groups, self.lists)
+            details = self._passes.details("details" + suffix + part, prepared, pairs)
             require_scan_agrees(self.context, self.result, details)
             self.saved.keep(piece, details_tensors(details))
             self.details.append(details)
@@ -258,8 +265,7 @@ class _Scoring:
             put_scan(self.result, self.saved.load(block.scan), block.groups, queries)
             return None
         prepared = self._prepare("queries" + suffix, block.groups, self.config.effective_rank)
-        if self.config.effective_rank is not None:
-            self._note_ranks(prepared)
+        self._note_ranks()
         self._passes.scan("scan" + suffix, prepared)
         self.saved.keep(block.scan, scan_tensors(self.result, block.groups, queries))
         return prepared
@@ -274,14 +280,13 @@ class _Scoring:
             self.result.query_losses[query] = loss
         return prepared
 
-    def _note_ranks(self, prepared: PreparedQueries) -> None:
-        first_time = not self.result.ranks
-        for name, gradients in prepared.gradients.items():
-            assert isinstance(gradients, LowRankGradients)
-            self.result.ranks[name] = gradients.left_QOr.shape[-1]
+    def _note_ranks(self) -> None:
         asked = self.config.effective_rank
+        if asked is None or self.result.ranks:
+            return
+        self.result.ranks = {module.name: rank_in(module, asked) for module in self.context.modules}
         reduced = {name: rank for name, rank in self.result.ranks.items() if rank != asked}
-        if reduced and first_time:
+        if reduced:
             name, rank = next(iter(reduced.items()))
             self._log(
                 f"rank          {asked} is more than {len(reduced)} of {len(self.result.ranks)} "

@@ -37,11 +37,11 @@ from ekfac_dist.runtime.memory import as_text, free_disk_bytes
 from ekfac_dist.runtime.resuming import require_same_beginning, require_same_config
 
 # Version of the pieces' content; a run with pieces of another version cannot be resumed.
-UNFINISHED_FORMAT = 1
+UNFINISHED_FORMAT = 2
 
 _ADVICE = "give another directory, or remove this one"
 # Configuration fields that may change when a run is resumed: no score depends on them.
-_MAY_CHANGE = ("output", "model.device_map")
+_MAY_CHANGE = ("output", "model.device_map", "scores.shard")
 _RESULTS = (
     results.QUERIES,
     results.SCORES,

@@ -21,7 +21,8 @@ after their window has left, and those of a worker that has no batch left, chang
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -34,6 +35,7 @@ from ekfac_dist.models.capture.labels import LabelRule
 from ekfac_dist.models.capture.observers import Observer, owned
 from ekfac_dist.models.find.faults import is_routed
 from ekfac_dist.models.modules import TrackedModule
+from ekfac_dist.models.sharding import is_sharded
 from ekfac_dist.passes.context import PassContext
 from ekfac_dist.passes.owners import Owners, families, windows
 
@@ -286,11 +288,25 @@ class RowExchange:
         )
         self._num_rounds = num_rounds(largest, owners.shard)
         self._step = self._number = 0  # of the step, and of the window that is collected
+        self._num_taken = 0  # rows of that window so far
         self._rows: dict[Entry, _Rows] = {}
         self._late: list[_Rows] = []
         self._late_families: set[str] = set()
         self._window: _Window | None = None
         self._travelling: _Travelling | None = None
+        # Between the layers of a sharded model, which are collectives, all workers have to exchange
+        # the same; but which experts a worker's batch reaches, and when, is its own.
+        self._only_at_end = is_sharded(context.model) and bool(schedule.routed)
+        self._is_idle = False
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Has no rows of its own to send in a step, but takes part in what is exchanged in it."""
+        self._is_idle = True
+        try:
+            yield
+        finally:
+            self._is_idle = False
 
     # -- what the capture shows --------------------------------------------------------------------
 
@@ -311,13 +327,18 @@ class RowExchange:
         if number < self._number or module.input in self._late_families:
             # A late input's gradients come after it.
             self._late_families.add(module.input)
-            self._late.append(rows)
+            if not self._is_idle:
+                self._late.append(rows)
+            return
+        if not self._is_idle:
+            self._rows[rows.entry] = rows
+        if self._only_at_end:
             return
         while self._number < number:
             self._close_window()
-        self._rows[rows.entry] = rows
+        self._num_taken += 1
         # The rows of the window before travel while this one is computed.
-        part = len(self._rows) / len(self._schedule.windows[number])
+        part = self._num_taken / len(self._schedule.windows[number])
         self._send_rounds(math.ceil(part * self._num_rounds))
 
     def end_step(self) -> None:
@@ -334,7 +355,7 @@ class RowExchange:
         self._late_families.clear()
         self._window = None
         self._step += 1
-        self._number = 0
+        self._number = self._num_taken = 0
 
     # -- sending -----------------------------------------------------------------------------------
 
@@ -349,6 +370,7 @@ class RowExchange:
         else:
             notes = [self._expected(window, batches) for batches in self._batches]
         self._number += 1
+        self._num_taken = 0
         self._begin(own, notes)
 
     def _expected(self, window: Sequence[Entry], batches: Sequence[Sequence[int]]) -> list[_Note]:

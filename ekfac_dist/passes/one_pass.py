@@ -68,6 +68,7 @@ def run_pass(
     rule: LabelRule,
     on_loss: Callable[[Batch, Tensor], None] | None = None,
     *,
+    on_step: Callable[[], None] | None = None,
     converted: bool = True,
     state: PassState | None = None,
 ) -> PassResult:
@@ -80,6 +81,9 @@ def run_pass(
         observer: What is done with inputs and output-gradients.
         rule: Where labels come from.
         on_loss: Called after each batch with −log p of each of its sequences [B], float64.
+        on_step: Called after each step, once the observer has been shown all that belongs to it:
+            what this worker captured; where rows travel, what all workers of its copy did, also in
+            steps that this worker has no batch for.
         converted: Whether the observer is given float32 or float64, as its sums are; else the
             model's own dtype.
         state: Which batches are left, and how running sums are saved; None: all, and not at all.
@@ -91,9 +95,8 @@ def run_pass(
         OutputError: If the state cannot be saved.
     """
     start = time.perf_counter()
-    run = _Run(
-        name, context, modules, observer, rule, on_loss, state or PassState(context.own_batches)
-    )
+    state = state or PassState(context.own_batches)
+    run = _Run(name, context, modules, observer, rule, on_loss, on_step, state)
     try:
         run.all_steps(context.dtype if converted else None)
     except UserError as error:
@@ -125,10 +128,12 @@ class _Run:
         observer: SummingObserver,
         rule: LabelRule,
         on_loss: Callable[[Batch, Tensor], None] | None,
+        on_step: Callable[[], None] | None,
         state: PassState,
     ) -> None:
         self._name, self._context, self._modules = name, context, modules
-        self._observer, self._rule, self._on_loss = observer, rule, on_loss
+        self._observer, self._rule = observer, rule
+        self._on_loss, self._on_step = on_loss, on_step
         self._world, self._in_step = context.world, context.runs_in_step
         self.state = state
         self.watch = FiniteWatch(context.world.device, may_lag=not self._in_step)
@@ -185,6 +190,8 @@ class _Run:
         self.num_labels += result.num_labels
         if self._on_loss is not None:
             self._on_loss(batch, result.losses)
+        if self._on_step is not None:
+            self._on_step()
         is_finite = torch.isfinite(self._observer.health() + self.loss)
         return self._agreed(self.watch.after(indices, is_finite), indices)
 
@@ -193,11 +200,13 @@ class _Run:
         self._world.wait_for_all()
         self.is_between_steps = False
         if is_sharded(self._context.model):
-            with capture.unseen():
+            with capture.unseen() if self._exchange is None else self._exchange.idle():
                 capture.run(self._context.shortest_batch(), self._rule)
         is_finite = torch.isfinite(self.loss)
         if self._exchange is not None:
             self._exchange.end_step()
+            if self._on_step is not None:
+                self._on_step()
             is_finite = torch.isfinite(self._observer.health() + self.loss)
         return self._agreed(self.watch.after([], is_finite), [])
 

@@ -12,11 +12,13 @@ Families are assigned in windows of neighbours, so that within a few layers ever
 something to do, and balanced over all windows, so that memory and work are.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
-from torch.distributed.device_mesh import init_device_mesh
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ekfac_dist.errors import ConfigError
 from ekfac_dist.models.modules import TrackedModule, layer_name
@@ -66,7 +68,7 @@ def windows(modules: Sequence[TrackedModule], shard: int) -> list[list[str]]:
 
 
 def require_divisor(name: str, shard: int | str, workers: int) -> None:
-    """Checks that workers can form copies of the factors.
+    """Refuses a number of workers that the workers cannot be divided into.
 
     Args:
         name: The setting's name, for the error.
@@ -74,15 +76,16 @@ def require_divisor(name: str, shard: int | str, workers: int) -> None:
         workers: W.
 
     Raises:
-        ConfigError: If D does not divide W.
+        ConfigError: If D is above W, or does not divide it.
     """
-    if isinstance(shard, int) and workers % shard:
-        there = "is 1 worker" if workers == 1 else f"are {workers} workers"
-        fits = ", ".join(map(str, divisors(workers)))
-        raise ConfigError(
-            f"{name} is {shard}, but there {there}, who cannot form groups of {shard}; give one of "
-            f"{fits}, or auto."
-        )
+    if shard == "auto" or workers % int(shard) == 0:
+        return
+    choices = ", ".join(map(str, divisors(workers)))
+    fault = "which it does not divide" if int(shard) < workers else "which is less"
+    raise ConfigError(
+        f"{name} is {shard}, but the number of workers is {workers}, {fault}; give {choices} "
+        "or auto."
+    )
 
 
 def divisors(workers: int) -> list[int]:
@@ -144,6 +147,19 @@ class Places:
 NOT_SHARED = Places(1, {})
 
 
+@functools.cache
+def _mesh(device_type: str, size: tuple[int, int], use: str, everyone: int) -> DeviceMesh:
+    """The mesh of a size, made once: its groups keep threads and sockets until the process ends.
+
+    Args:
+        device_type: Where the groups' collectives are.
+        size: Number of copies, and of owners.
+        use: What is sent: notes do not wait for rows.
+        everyone: Identifies the group of all workers.
+    """
+    return init_device_mesh(device_type, size, mesh_dim_names=("copies", "owners"))
+
+
 @dataclass(frozen=True)
 class Owners:
     """A mesh of copies × owners, seen by one worker, and who owns what.
@@ -184,9 +200,9 @@ class Owners:
         if shard == 1:
             return cls(shard, places, sum_places, 0, world.alone(), world.alone(), world)
         size = (world.size // shard, shard)
-        names = ("copies", "owners")
-        mesh = init_device_mesh(world.device.type, size, mesh_dim_names=names)
-        notes = init_device_mesh("cpu", size, mesh_dim_names=names)
+        everyone = id(dist.group.WORLD)
+        mesh = _mesh(world.device.type, size, "rows", everyone)
+        notes = _mesh("cpu", size, "notes", everyone)
         return cls(
             shard,
             places,

@@ -131,6 +131,7 @@ STAND_FOR_ALL = (
     "a query longer than the model reads",
     "top_k above the data",
     "candidates that are [0, 12]",
+    "a shard above the workers",
     "a damping that is negative",
     "no damping where the spectrum has zeros",
     "an unknown option",
@@ -542,6 +543,13 @@ SCORES = [
         for value in (0, -4.0, float("nan"), float("inf"))
     ),
     *(
+        case(f"a shard of {value}", config("scores.shard", value),
+             rf"scores\.shard is {value} … 1 or more")
+        for value in (0, -2)
+    ),
+    case("a shard above the workers", config("scores.shard", 3),
+         r"scores\.shard is 3 … number of workers is … which is less; give 1 … or auto"),
+    *(
         case(f"batch_tokens of {value}", options(f"--batch_tokens={value}"),
              f"batch_tokens is {value} … 1 or more")
         for value in (0, -256)
@@ -679,6 +687,7 @@ CONFIGURATIONS = [
             ("scores.top_k", "many", "is many; it must be a whole number or null"),
             ("scores.rank", 2.5, "is 2.5; it must be a whole number or null"),
             ("scores.per_module", "perhaps", "is perhaps; it must be true or false"),
+            ("scores.shard", "some", "is some; it must be a whole number or auto"),
             ("scores.query_memory_gb", "much", "is much; it must be a number"),
             ("damping.relative", "perhaps", "is perhaps; it must be true or false"),
             ("damping.modules", [0.1],
@@ -1078,6 +1087,9 @@ CALLS: list[tuple[dict[str, Any], type[UserError], str]] = [
     ({"query_memory_gb": 0}, ConfigError, "query_memory_gb is 0; it must be a finite"),
     ({"query_memory_gb": "4"}, ConfigError, "query_memory_gb is '4'; it must be a finite"),
     ({"query_memory_gb": float("inf")}, ConfigError, "query_memory_gb is inf; it must be"),
+    ({"shard": 0}, ConfigError, "shard is 0; it must be a whole number of 1 or more"),
+    ({"shard": "all"}, ConfigError, "shard is 'all'; it must be a whole number"),
+    ({"shard": 2}, ConfigError, "the number of workers is 1, which is less; give 1 or auto"),
     ({"batch_tokens": 0}, ConfigError, "batch_tokens is 0; it must be a whole number"),
     ({"max_tokens": 0}, ConfigError, "max_tokens is 0"),
     ({"max_tokens": -3}, ConfigError, "max_tokens is -3"),

@@ -1,11 +1,16 @@
-"""Real queries that are killed or preempted: they go on, on as many workers as there are then."""
+"""Real queries that are killed or preempted: they go on, on as many workers as there are then.
+
+The more there are, the more of them share the gradients of all rows, and the more fit together.
+"""
 
 import json
+import re
 import signal
 import subprocess
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -15,17 +20,18 @@ from helpers.workshop import run_cli, save_tiny_llama, texts, write_jsonl
 from safetensors.torch import load_file
 
 from ekfac_dist.influence.results import MANIFEST
+from ekfac_dist.influence.scores import Details
 
 pytestmark = pytest.mark.slow
 NUMBER = 10
-PIECES = {"scan": "state/scan-3.safetensors", "details": "state/details-4.safetensors"}
+PIECES = {"scan": "state/scan-4-5.safetensors", "details": "state/details-6-7.safetensors"}
 
 
 def arguments(root: Path, output: Path) -> list[str | Path]:
-    """A query of a block for each row."""
+    """A query whose blocks have as many rows as there are workers."""
     return [
         *("query", "--factors", root / "store", "--queries", root / "queries.jsonl"),
-        *("--scores.query_memory_gb", "1e-6", "--scores.normalize", "relatif_l"),
+        *("--scores.query_memory_gb", "1e-5", "--scores.normalize", "relatif_l"),
         *("--scores.top_k", "5", "--batch_tokens", "40", "--output", output),
     ]
 
@@ -56,16 +62,30 @@ def goes_on_to_the_end(root: Path, output: Path, workers: int) -> None:
     done = run_cli(arguments(root, output), workers=workers, timeout=180)
     assert done.returncode == 0, done.stderr
     assert "goes on" in done.stdout
-    assert "scan 1/10" not in done.stderr
+    assert "shard         " + str(workers) in done.stdout or workers == 1
+    assert re.findall(r"scan 1/\d", done.stderr) == []
+    # Three blocks of two rows are saved, perhaps the fourth too; a block then has a row a worker.
+    last = re.findall(r"scan (\d+)/\d+", done.stderr)[-1]
+    assert int(last) in {1: (6, 7), 2: (5,), 3: (5,)}[workers]
     if workers == 2:
         assert content(output) == content(root / "whole")
         return
     assert {p.name for p in output.iterdir()} == {p.name for p in (root / "whole").iterdir()}
-    for file in ("scores.safetensors", "details.safetensors"):
-        found, wanted = load_file(output / file), load_file(root / "whole" / file)
+    for read in (lambda results: load_file(results / "scores.safetensors"), details):
+        found, wanted = read(output), read(root / "whole")
         assert found.keys() == wanted.keys()
         for name, values in found.items():
             assert relative(values.double(), wanted[name].double()) < 1e-6, name
+
+
+def details(results: Path) -> dict[str, torch.Tensor]:
+    """Those of each pair, by query and sequence: they are stored block by block."""
+    stored = load_file(results / "details.safetensors")
+    rows, columns = stored["pair_query"].numpy(), stored["pair_index"].numpy()
+    offsets, layers = stored["offsets"].numpy(), stored["layer_token_scores"]
+    found = Details(rows, columns, offsets, layers, stored["module_scores"])
+    ordered = found.take(np.lexsort((columns, rows)))
+    return {name: torch.as_tensor(value) for name, value in vars(ordered).items()}
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])

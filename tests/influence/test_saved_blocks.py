@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from helpers.dense import relative
 from helpers.refusals import contents
 from helpers.workshop import logged, save_tiny_llama, texts, write_jsonl
+from safetensors.torch import load_file
 
 from ekfac_dist import cli
 from ekfac_dist.config import (
@@ -26,7 +28,7 @@ from ekfac_dist.config import (
 )
 from ekfac_dist.errors import OutputError, StoreError
 from ekfac_dist.fit.estimate import run_estimate
-from ekfac_dist.influence import data_passes
+from ekfac_dist.influence import blocks, data_passes
 from ekfac_dist.influence import query_gradients as gradients
 from ekfac_dist.influence.results import MANIFEST, ResultsReader
 from ekfac_dist.influence.run import run_query
@@ -234,6 +236,36 @@ def test_what_is_done_is_not_done_again_and_the_bytes_are_the_same(
     assert any(line.startswith(f"goes on       {scored} of 2 blocks are scored") for line in said)
 
 
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("exact", ["details (part 1)", "details (part 2)"]),
+        ("two stages", ["re-score (part 2)", "re-score (part 3)"]),
+    ],
+)
+def test_a_run_that_goes_on_with_smaller_blocks_keeps_what_is_done(
+    name: str, left: list[str], root: Path, tmp_path: Path, whole, monkeypatch: pytest.MonkeyPatch
+):
+    """As of several workers that shared all rows' gradients, and of one that cannot hold them."""
+    held = blocks.bytes_per_group
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks, "bytes_per_group", lambda *of: held(*of) // (3 if of[1] else 2))
+        # After the scan of the one block, and where rows are scored again after the first of two.
+        fails_in_pass(3 if name == "exact" else 5, root, tmp_path / "scores", name, patch)
+    saved = {path.stem for path in (tmp_path / "scores" / "state").iterdir()}
+    assert saved == {"scan-0-2"} | ({"rescore-0-0"} if name == "two stages" else set())
+    with watched(monkeypatch) as again:
+        ask(root, tmp_path / "scores", name)
+    assert over_data(again) == left
+    whole(name)
+    for file in ("scores.safetensors", "details.safetensors"):
+        found = load_file(tmp_path / "scores" / file)
+        wanted = load_file(root / f"whole {name}" / file)
+        assert found.keys() == wanted.keys()
+        for key, values in found.items():
+            assert relative(values.double(), wanted[key].double()) < 1e-5, key
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ASKED)
 def test_a_run_that_fails_in_any_pass_goes_on(
@@ -322,13 +354,13 @@ def test_a_damaged_piece_is_computed_again_and_that_is_said(
     output, name = tmp_path / "scores", "all parts"
     wanted, passes = whole(name)
     fails_in_pass(len(passes), root, output, name, monkeypatch)
-    piece = output / "state" / "scan-1.safetensors"
+    piece = output / "state" / "scan-0-1.safetensors"
     held = bytearray(piece.read_bytes())
     held[-1] ^= 4
     piece.write_bytes(held)
     with watched(monkeypatch) as again:
         said = ask(root, output, name)
-    assert any("damaged       state/scan-1.safetensors has changed" in line for line in said)
+    assert any("damaged       state/scan-0-1.safetensors has changed" in line for line in said)
     assert over_data(again) == ["scan 1/2", "details 2/2"]
     assert content(output) == wanted
 

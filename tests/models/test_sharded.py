@@ -150,15 +150,38 @@ def test_what_cannot_be_sharded_is_refused(setting, tmp_path, changes, says):
 
 
 @pytest.mark.slow
-def test_queries_are_not_answered_with_a_sharded_model(setting, tmp_path):
+def test_queries_are_answered_with_a_sharded_model_as_with_a_whole_one(setting, tmp_path):
+    asked = [{"prompt": "The worker", "completion": " reads a batch"}, {"text": "Every sum."}]
+    queries = write_jsonl(tmp_path / "queries.jsonl", asked)
+    found = {}
+    for name, env, shard in (("whole", {}, 1), ("sharded", FSDP, 1), ("both", FSDP, 2)):
+        given = ["query", "--factors", setting / "whole", "--queries", queries]
+        given += ["--scores.shard", str(shard), "--output", tmp_path / name]
+        done = run_cli(given, workers=2, env=env, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert f"shard         {shard}: " in done.stdout
+        found[name] = load_file(tmp_path / name / "scores.safetensors")["scores"].double()
+    for name in ("sharded", "both"):
+        assert relative(found[name], found["whole"]) < 1e-5
+
+
+@pytest.mark.slow
+def test_another_model_is_refused_once_and_by_name_though_it_is_sharded(setting, tmp_path):
     queries = write_jsonl(tmp_path / "queries.jsonl", [{"prompt": "a", "completion": "b"}])
+    save_tiny_llama(tmp_path / "model", seed=5)
     done = run_cli(
-        ["query", "--factors", setting / "whole", "--queries", queries, "--output", tmp_path / "o"],
+        [
+            *("query", "--factors", setting / "whole", "--queries", queries),
+            *("--model.name", tmp_path / "model", "--output", tmp_path / "scores"),
+        ],
         workers=2,
         env=FSDP,
     )
     assert done.returncode == 2, done.stderr
-    assert "Queries are not answered with a sharded model" in done.stderr
+    said = re.findall(r"ekfac-dist: error: (.*)", done.stderr)
+    assert len(said) == 1
+    assert "the given LlamaForCausalLM (float32) has" in said[0]
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from ekfac_dist.models.load.fingerprints import Fingerprints, fingerprints, narr
 from ekfac_dist.models.load.fsdp import ModelLayout, reshards_after_forward, shard_model
 from ekfac_dist.models.load.pretrained import load_model, loads_quantised, without_weights
 from ekfac_dist.models.modules import TrackedModule
-from ekfac_dist.models.sharding import agreeing, class_of, is_sharded, refuse_first_fsdp
+from ekfac_dist.models.sharding import agreeing, class_of, refuse_first_fsdp
 from ekfac_dist.runtime.processes import World
 
 _CPU = torch.device("cpu")
@@ -82,24 +82,6 @@ def unwrapped(model: nn.Module, world: World) -> nn.Module:
     with world.agree():
         refuse_first_fsdp(model)
     return extract_model_from_parallel(model, keep_torch_compile=False)
-
-
-def refuse_sharded(world: World, model: nn.Module | None = None) -> None:
-    """Refuses to answer queries with a sharded model.
-
-    Args:
-        world: The workers.
-        model: The caller's model; None: the one that would be loaded.
-
-    Raises:
-        ModelError: If the model is sharded, or the launcher's configuration would shard it.
-    """
-    if is_sharded(model) if model is not None else world.fsdp > 0:
-        raise ModelError(
-            "Queries are not answered with a sharded model; give every worker the whole model "
-            "(launch/accelerate/multi_gpu.yaml), or start one worker and set model.device_map: "
-            "auto if it is larger than a device."
-        )
 
 
 def model_fingerprints(

@@ -4,7 +4,6 @@ worker_sharded.py OUTPUT: stores are `whole/NAME` and `sharded/NAME` there
 """
 
 import sys
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -13,18 +12,16 @@ from accelerate import PartialState
 from helpers.families import tiny_model
 from helpers.networks import CONFIGS, build, examples
 from helpers.task_models import t5, translated_examples
-from helpers.workshop import leave
+from helpers.workshop import leave, logged
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ekfac_dist import Seq2SeqLM, estimate_factors
 from ekfac_dist.data.tokenized_examples import from_examples
-from ekfac_dist.fit import fit_factors
 from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.capture.tasks import CAUSAL_LM
 from ekfac_dist.models.find.on_workers import find
-from ekfac_dist.passes.context import PassContext
 from ekfac_dist.passes.sequences import why_not_checkpointed
 from ekfac_dist.runtime.processes import World
 
@@ -40,9 +37,14 @@ FITS = {
     "embeddings and head apart": ("mistral", 9, {"labels": "data"}),
     "encoder-decoder": ("t5", 7, {"task": Seq2SeqLM()}),
     "checkpointing": ("qwen2", 8, {"labels": "data"}),
-    # The sharded model's alone.
+    # The sharded model's alone; the whole one's workers each hold all factors and activations.
     "layers computed again": ("llama", 9, {}),
     "experts computed again": ("Qwen3MoeForCausalLM", 9, {"labels": "data"}),
+    "shared out": ("llama_bias", 13, {"labels": "data"}),
+    "shared out and computed again": ("llama", 9, {}),
+    "an empty shard, shared out": ("llama", 1, {}),
+    "experts shared out": ("MixtralForCausalLM", 9, {"labels": "data"}),
+    "experts shared out and computed again": ("Qwen3MoeForCausalLM", 9, {"labels": "data"}),
 }
 
 
@@ -113,9 +115,17 @@ if __name__ == "__main__":
                     model(input_ids=torch.ones(1, 3, dtype=torch.int64))
         data = translated_examples(number) if family == "t5" else examples(number, prompts=True)
         repeats = kind == "sharded" and name.endswith("computed again")
-        fit_factors.PassContext = partial(PassContext, checkpoints=repeats)
+        shares = kind == "sharded" and "shared out" in name
+        if repeats or shares:
+            shard = PartialState().num_processes if shares else 1
+            settings = settings | {"gradient_checkpointing": repeats, "shard": shard}
         flags = [parameter.requires_grad for parameter in model.parameters()]
-        estimate_factors(model, data, output=Path(sys.argv[1], kind, name), **SETTINGS, **settings)
+        output = Path(sys.argv[1], kind, name)
+        with logged() as lines:
+            estimate_factors(model, data, output=output, **SETTINGS, **settings)
+        if PartialState().is_main_process:
+            assert repeats == any("one layer at a time" in line for line in lines)
+            assert shares == any("shared out" in line for line in lines)
         assert [parameter.requires_grad for parameter in model.parameters()] == flags
         assert all(parameter.grad is None for parameter in model.parameters())
     told_apart(World.start())

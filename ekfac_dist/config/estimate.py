@@ -58,7 +58,9 @@ class ModelConfig:
             require_choice("model.quantization", self.quantization, ("8bit", "4bit"))
         if self.device_map is not None:
             require_choice("model.device_map", self.device_map, get_args(DeviceMap))
-        if self.gradient_checkpointing not in ("auto", True, False):
+        if self.gradient_checkpointing != "auto" and not isinstance(
+            self.gradient_checkpointing, bool
+        ):
             raise ConfigError(
                 f"model.gradient_checkpointing is {self.gradient_checkpointing!r}; give true, "
                 "false or auto."

@@ -121,7 +121,7 @@ def arrange(
         found.append(Arrangement(shard, checkpoints, largest, fewest))
     if not found:
         return Arrangement(shard, modes[-1], tokens, partition(modules, len(modules)))
-    return min(found, key=lambda one: len(one.groups))
+    return min(found, key=lambda one: (len(one.groups), -one.step_tokens))
 
 
 def step_sizes(most: int, longest: int) -> list[int]:

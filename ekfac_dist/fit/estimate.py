@@ -31,6 +31,7 @@ from ekfac_dist.models.load.on_workers import load, unwrapped
 from ekfac_dist.models.load.pretrained import load_tokenizer
 from ekfac_dist.models.modules import device_of
 from ekfac_dist.models.sharding import class_of, is_sharded
+from ekfac_dist.passes.owners import require_divisor
 from ekfac_dist.passes.sequences import load_sequences
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.heartbeat import heartbeat
@@ -66,7 +67,9 @@ def run_estimate(config: EstimateConfig, world: World, *, overwrite: bool = Fals
     """
     assert config.output is not None
     output = config.output
-    # First, because it costs nothing: can the result be written?
+    # First, because it costs nothing: can the factors be shared out so, and the result be written?
+    with world.agree():
+        require_divisor("factors.shard", config.factors.shard, world.size)
     world.on_main(lambda: check_output(output, config.as_dict(), replace=overwrite))
     tokenizer, tokenizer_fingerprint = world.main_first(lambda: load_tokenizer(config.model))
     sequences = load_sequences(config.data, tokenizer, tokenizer_fingerprint, world)
@@ -217,6 +220,7 @@ def estimate_factors(
         )
         if output is None:
             settings = _held_whole(settings)
+        require_divisor("shard", settings.factors.shard, world.size)
         if not is_sharded(model):
             world = world.at(device_of(model))
     if output is not None:

@@ -16,7 +16,7 @@ import torch
 
 from ekfac_dist.config import FactorsConfig
 from ekfac_dist.data.batch_plan import worker_batches
-from ekfac_dist.errors import ConfigError, ModelError
+from ekfac_dist.errors import ConfigError
 from ekfac_dist.factors.sinks import FactorSink
 from ekfac_dist.fit.arrangement import (
     Arrangement,
@@ -37,7 +37,7 @@ from ekfac_dist.models.load.on_workers import model_fingerprints
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.models.sharding import agreeing, gathered_bytes, is_sharded
 from ekfac_dist.passes.context import PassContext, measured_step
-from ekfac_dist.passes.owners import Owners, Places, require_divisor
+from ekfac_dist.passes.owners import Owners, Places
 from ekfac_dist.passes.sequences import why_not_checkpointed
 from ekfac_dist.runtime.logs import log_on_main
 from ekfac_dist.runtime.memory import as_text, available_bytes, peak_bytes
@@ -124,17 +124,11 @@ def _arrangement(inputs: FitInputs, context: PassContext, sink: FactorSink) -> A
     """How the fit is arranged: as configured, as the resumed run was, or the cheapest that fits.
 
     Raises:
-        ConfigError: If the shard does not divide the number of workers, or if nothing fits.
-        ModelError: If gradient checkpointing is configured, and the model's layers cannot be
-            computed again.
+        ConfigError: If nothing fits.
     """
     world, settings = context.world, inputs.settings
     factors, modules = settings.factors, inputs.discovery.modules
     checkpointing = settings.gradient_checkpointing
-    with world.agree():
-        require_divisor("factors.shard", factors.shard, world.size)
-    if checkpointing is True:
-        _require_checkpoints(inputs, world)
     record = sink.stored.records.get("groups")
     if record is not None:  # an earlier start of this run has arranged it
         factors = replace(factors, partitions=record["number"])
@@ -189,8 +183,9 @@ def _cheapest(
     if not _may_lack_memory(inputs, context, share, simplest, limits):
         return simplest
     modes: list[Literal[False, True]] = [False, True]
-    if checkpointing == "auto" and _why_not_checkpointed(inputs, world) is not None:
-        checkpointing = False
+    if checkpointing == "auto":
+        reason = why_not_checkpointed(inputs.model, modules, inputs.sequences, inputs.task, world)
+        checkpointing = "auto" if reason is None else False
     modes = modes if checkpointing == "auto" else [checkpointing]
     steps = {}
     for mode in modes:
@@ -226,19 +221,6 @@ def _cheapest(
                 "factors.shard to try all the same."
             )
     return arrangement
-
-
-def _why_not_checkpointed(inputs: FitInputs, world: World) -> str | None:
-    return why_not_checkpointed(
-        inputs.model, inputs.discovery.modules, inputs.sequences, inputs.task, world
-    )
-
-
-def _require_checkpoints(inputs: FitInputs, world: World) -> None:
-    reason = _why_not_checkpointed(inputs, world)
-    with world.agree():
-        if reason is not None:
-            raise ModelError(reason)
 
 
 def _largest_step(steps: Sequence[StepMemory]) -> StepMemory:

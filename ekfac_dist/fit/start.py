@@ -13,6 +13,7 @@ from ekfac_dist.curvature.blocks import block_sizes
 from ekfac_dist.curvature.costs import step_tokens
 from ekfac_dist.curvature.eigenbasis import check_size
 from ekfac_dist.data.examples import Examples, TaskExamples
+from ekfac_dist.errors import ModelError
 from ekfac_dist.factors.sinks import FactorSink, NullStore, StoredWork
 from ekfac_dist.factors.writer import FileWriter, StoreWriter
 from ekfac_dist.fit.checkpoints import Checkpoints, SavedCheckpoints
@@ -29,6 +30,7 @@ from ekfac_dist.passes.sequences import (
     check_sequences,
     exactly_batched,
     require_harmless_padding,
+    why_not_checkpointed,
     with_chunked_head,
 )
 from ekfac_dist.runtime.logs import log_on_main
@@ -54,7 +56,8 @@ def checked_inputs(
         task: What the model is asked, and what its loss is.
 
     Raises:
-        ModelError: As of `discover`, or if what the model gives a sequence depends on its batch.
+        ModelError: As of `discover`, if what the model gives a sequence depends on its batch, or if
+            gradient checkpointing is configured and the model's layers cannot be computed again.
         DataError: If a sequence is longer than the model's context or has an unknown token.
         LaunchError: If workers hold different data or models.
         DecompositionError: If a factor is too large for worker 0's device.
@@ -78,10 +81,16 @@ def checked_inputs(
     world.require_same("data, by fingerprint,", sequences.fingerprint)
     step = world.share(step_tokens(settings.batch_tokens, world.device))  # the same batches for all
     pass_task = with_chunked_head(model, discovery.modules, sequences, task, world)
+    sequences = exactly_batched(model, sequences, pass_task, world, step)
+    if settings.gradient_checkpointing is True:
+        reason = why_not_checkpointed(model, discovery.modules, sequences, pass_task, world)
+        with world.agree():
+            if reason is not None:
+                raise ModelError(reason)
     return FitInputs(
         settings,
         model,
-        exactly_batched(model, sequences, pass_task, world, step),
+        sequences,
         discovery,
         model_fingerprints(model, discovery.modules, world),
         pass_task,

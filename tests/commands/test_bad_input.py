@@ -48,7 +48,7 @@ from helpers.refusals import (
 )
 from helpers.workshop import CONTEXT, VOCABULARY, save_tiny, save_tiny_llama, texts, write_jsonl
 from safetensors.torch import load_file
-from transformers import MambaConfig
+from transformers import MambaConfig, XLMConfig
 
 from ekfac_dist import cli, load_factors
 
@@ -69,6 +69,7 @@ class Estimate(Command):
 
 # One for each kind of bad input: these run on two real workers every time, the others when asked.
 STAND_FOR_ALL = (
+    "factors shared out among more workers than there are",
     "a model whose MLPs are not found",
     "one sequence that makes activations infinite",
     "an empty .jsonl file",
@@ -93,6 +94,20 @@ def save_without_mlps(directory: Path) -> Path:
     """A causal language model that has linear modules but no MLP blocks."""
     config = MambaConfig(
         vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4, time_step_rank=2
+    )
+    return save_tiny(directory, config)
+
+
+def save_writing_into_a_cache(directory: Path) -> Path:
+    """A model whose layers cannot be computed again in the backward."""
+    config = XLMConfig(
+        vocab_size=VOCABULARY,
+        emb_dim=16,
+        n_layers=2,
+        n_heads=2,
+        max_position_embeddings=CONTEXT,
+        mask_token_id=0,
+        causal=True,
     )
     return save_tiny(directory, config)
 
@@ -146,6 +161,10 @@ MODELS = [
          r"\*\.mpl\.\* … none of … linear … such as"),
     case("a glob that matches no linear module", options("--model.modules", "['*norm']"),
          r"'\*norm' … LlamaRMSNorm … such as"),
+    case("layers that cannot be computed again",
+         (other_model("xlm", save_writing_into_a_cache),
+          options("--model.gradient_checkpointing", "true")),
+         "something else when it is computed again … Leave gradient checkpointing off"),
     case("no globs at all", config("model.modules", []), "model.modules … empty … null"),
     case("a weight that is not finite", tensors(lambda held: held[GATE][3, 5].fill_(torch.nan)),
          "NaN or infinity … input of module model.layers.1.mlp.down_proj",  # it reads the gate's
@@ -309,7 +328,9 @@ CONFIGURATIONS = [
             ("batch_tokens", 10.5, "a whole number"),
             ("factors.seed", "seven", "a whole number"),
             ("factors.partitions", "some", "a whole number or auto"),
+            ("factors.shard", "x", "a whole number or auto"),
             ("factors.keep_covariance", "perhaps", "true or false"),
+            ("model.gradient_checkpointing", "sometimes", "true or false or auto"),
             ("model.modules", {"a": 1}, "a list of texts or null"),
             ("model.name", [1], "text or null"),
         )
@@ -318,9 +339,16 @@ CONFIGURATIONS = [
          r"data\.max_tokens is twelve; it must be a whole number"),
     *(
         case(f"{name} of {value}", options(f"--{name}={value}"), f"{name} is {value} … 1 or more")
-        for name in ("data.max_tokens", "data.max_sequences", "batch_tokens", "factors.partitions")
+        for name in (
+            "data.max_tokens", "data.max_sequences", "batch_tokens", "factors.partitions",
+            "factors.shard",
+        )
         for value in (0, -3)
     ),
+    case("factors shared out among more workers than there are", options("--factors.shard", "5"),
+         r"factors\.shard is 5, but the number of workers is \d, which is less; give 1 … or auto"),
+    case("a model.gradient_checkpointing of 1", options("--model.gradient_checkpointing", "1"),
+         r"model\.gradient_checkpointing is 1; it must be true or false or auto"),
     case("sequences of one token", config("data.max_tokens", 1),
          r"data\.max_tokens is 1 … 2 tokens or more"),
     case("a negative seed", config("factors.seed", -1), r"factors\.seed is -1 … from 0 to"),
@@ -425,6 +453,17 @@ def test_two_workers_of_the_launcher_end_with_status_2(command: Estimate) -> Non
 @each(CASES, {case.name for case in CASES}.difference(STAND_FOR_ALL))
 def test_two_workers_refuse_as_well(case: Case, command: Estimate) -> None:
     require_refusal(case, command, lambda arguments: on_real_workers(arguments, 2))
+
+
+@pytest.mark.slow
+def test_workers_that_a_shard_does_not_divide_are_told_what_would_do(command: Estimate) -> None:
+    undivided = case(
+        "a shard of 2",
+        options("--factors.shard", "2"),
+        r"factors\.shard is 2, but the number of workers is 3, which it does not divide; "
+        r"give 1, 3 or auto\.",
+    )
+    require_refusal(undivided, command, lambda arguments: on_real_workers(arguments, 3))
 
 
 def test_the_cases_that_stand_for_all_exist() -> None:

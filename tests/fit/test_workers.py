@@ -117,6 +117,12 @@ def misuse(tmp_path_factory):
         ("other minutes", r"Worker 1 has other arguments .*\(save_minutes: 11 and 10\)"),
         ("another task", r"Worker 1 has other arguments .*\(the task's fingerprint: '"),
         ("other data", "Worker 1 has other data"),
+        ("another shard", r"Worker 1 has other arguments than worker 0 \(shard: 2 and 1\)"),
+        ("other checkpointing", r"Worker 1 has .* \(gradient_checkpointing: True and False\)"),
+        ("a shard of three", r"shard is 3, but the number of workers is 2, .* give 1, 2 or auto"),
+        ("a shard of none", "factors.shard is 0; it must be a whole number of 1 or more"),
+        ("a shard in words", "factors.shard is 'two'; it must be a whole number"),
+        ("checkpointing of one", "model.gradient_checkpointing is 1; give true, false or auto"),
         (
             "output on one",
             r"Worker 1 has other arguments than worker 0 \(output: None and 'given'\)",

@@ -66,6 +66,12 @@ if __name__ == "__main__":
     attempt("other minutes", save_minutes=10 + rank)
     attempt("another task", task=Scaled(rank))
     attempt("other data", data=examples(8, seed=rank))
+    attempt("another shard", shard=1 + rank)
+    attempt("other checkpointing", gradient_checkpointing=bool(rank))
+    attempt("a shard of three", shard=3, output=output / "three")
+    attempt("a shard of none", shard=0, output=output / "none")
+    attempt("a shard in words", shard="two", output=output / "two")
+    attempt("checkpointing of one", gradient_checkpointing=1)
     attempt("output on one", output=output / "one" if rank == 0 else None)
     attempt("afterwards again", output=output / "both")
 

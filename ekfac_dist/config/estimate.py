@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ekfac_dist.config.checks import (
+    require_checkpointing,
     require_choice,
     require_given,
     require_pass_settings,
@@ -19,6 +20,7 @@ Dtype = Literal["float64", "float32", "bfloat16", "float16", "auto"]
 Quantization = Literal["8bit", "4bit"]
 Labels = Literal["sampled", "data"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
+Checkpointing = bool | Literal["auto"]
 Refit = Literal["per_sequence", "per_token", "none"]
 Eigen = Literal["auto", "rank0", "sharded"]
 
@@ -50,7 +52,7 @@ class ModelConfig:
     merge_adapter: bool = False
     quantization: Quantization | None = None
     device_map: DeviceMap | None = None
-    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    gradient_checkpointing: Checkpointing = "auto"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -58,11 +60,7 @@ class ModelConfig:
             require_choice("model.quantization", self.quantization, ("8bit", "4bit"))
         if self.device_map is not None:
             require_choice("model.device_map", self.device_map, get_args(DeviceMap))
-        if self.gradient_checkpointing not in ("auto", True, False):
-            raise ConfigError(
-                f"model.gradient_checkpointing is {self.gradient_checkpointing!r}; give true, "
-                "false or auto."
-            )
+        require_checkpointing("model.gradient_checkpointing", self.gradient_checkpointing)
         require_choice(
             "model.dtype", self.dtype, ("float64", "float32", "bfloat16", "float16", "auto")
         )

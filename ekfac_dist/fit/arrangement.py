@@ -16,16 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Literal
 
-from ekfac_dist.config import FactorsConfig
+from ekfac_dist.config import Checkpointing, FactorsConfig
 from ekfac_dist.fit.partition import partition
 from ekfac_dist.fit.worker_memory import Memory
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.passes.owners import Places, divisors
 
 Group = Sequence[TrackedModule]
-Checkpointing = bool | Literal["auto"]
 
 
 @dataclass(frozen=True)

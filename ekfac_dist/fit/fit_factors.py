@@ -7,20 +7,18 @@
 How many groups there are, and what else is done for the workers' memory, `arrangement` decides.
 """
 
-import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
 import torch
 
-from ekfac_dist.config import FactorsConfig
+from ekfac_dist.config import Checkpointing, FactorsConfig
 from ekfac_dist.data.batch_plan import worker_batches
 from ekfac_dist.errors import ConfigError, ModelError
 from ekfac_dist.factors.sinks import FactorSink
 from ekfac_dist.fit.arrangement import (
     Arrangement,
-    Checkpointing,
     Limits,
     arrange,
     most_needed,
@@ -31,20 +29,18 @@ from ekfac_dist.fit.group import GroupFit
 from ekfac_dist.fit.manifest import FitInputs, FitSummary, store_manifest
 from ekfac_dist.fit.partition import partition
 from ekfac_dist.fit.sizes import WorkerShare
-from ekfac_dist.fit.worker_memory import LARGE, Memory, memory
+from ekfac_dist.fit.worker_memory import Memory, memory
 from ekfac_dist.models.capture.saved_tensors import StepMemory
 from ekfac_dist.models.load.on_workers import model_fingerprints
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.models.sharding import agreeing, gathered_bytes, is_sharded
-from ekfac_dist.passes.context import PassContext, measured_step
+from ekfac_dist.passes.context import PassContext
 from ekfac_dist.passes.owners import Owners, Places, require_divisor
 from ekfac_dist.passes.sequences import why_not_checkpointed
+from ekfac_dist.passes.step_memory import LARGE, free_bytes, largest_step, measured_step
 from ekfac_dist.runtime.logs import log_on_main
-from ekfac_dist.runtime.memory import as_text, available_bytes, peak_bytes
+from ekfac_dist.runtime.memory import as_text, peak_bytes
 from ekfac_dist.runtime.processes import World
-
-# Activations of a step over what its tracked modules read and give; more than any model has.
-_ACTIVATIONS_OF_ROWS = 4
 
 # Free memory of the worker with most over that of the worker with least, from which on it is said.
 _UNEQUAL = 1.25
@@ -262,7 +258,7 @@ def _arrangement_lines(arrangement: Arrangement, step_tokens: int) -> list[str]:
 
 def _limits(world: World) -> Limits:
     """What the worker with least memory has free; it is said if others have much more."""
-    free = world.gather(_free_bytes(world))
+    free = world.gather(free_bytes(world))
     least, most = min(device for device, _ in free), max(device for device, _ in free)
     if most > _UNEQUAL * least:
         rank = [device for device, _ in free].index(least)
@@ -272,15 +268,6 @@ def _limits(world: World) -> Limits:
             "planned by the least",
         )
     return Limits(least, min(host for _, host in free))
-
-
-def _free_bytes(world: World) -> tuple[int, int]:
-    """Each worker's part of the free memory of its device, and of its host."""
-    places = world.gather((socket.gethostname(), str(world.device)))
-    hosts = [host for host, _ in places]
-    on_device = available_bytes(world.device) // places.count(places[world.rank])
-    on_host = available_bytes(torch.device("cpu")) // hosts.count(hosts[world.rank])
-    return on_device, on_host
 
 
 def _may_lack_memory(
@@ -296,14 +283,12 @@ def _may_lack_memory(
     """
     world, modules = context.world, inputs.discovery.modules
     on_cpu = world.device.type == "cpu"
-    itemsize = next(context.model.parameters()).dtype.itemsize
-    rows = simplest.step_tokens * itemsize * sum(m.num_inputs + m.num_outputs for m in modules)
     needed = most_needed(
         simplest,
         modules,
         lambda group, places, _, tokens: memory(
             group,
-            StepMemory(_ACTIVATIONS_OF_ROWS * rows, 0, itemsize),
+            largest_step(context, modules, tokens),
             tokens,
             share,
             factors=inputs.settings.factors,

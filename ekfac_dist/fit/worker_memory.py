@@ -24,6 +24,7 @@ from ekfac_dist.models.capture.saved_tensors import StepMemory
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
 from ekfac_dist.passes.exchange import num_rounds
 from ekfac_dist.passes.owners import NOT_SHARED, Places
+from ekfac_dist.passes.step_memory import USABLE
 
 # The part of a step's memory that a CPU's allocator still holds at the next stage's peak: with
 # glibc 0.4 to 1.0 after the covariance pass of the three models of test_peak_memory.py.
@@ -31,12 +32,6 @@ RETAINED = 0.6
 
 # Rows that are collected at once, over those of the largest window.
 _COLLECTED = 1.25
-
-# The part of free memory that is planned for; the rest is for the allocator, and for chance.
-USABLE = 0.9
-
-# If a fit takes less than this part of free memory, the simplest arrangement is taken.
-LARGE = 0.5
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ worker_sharded.py OUTPUT: stores are `whole/NAME` and `sharded/NAME` there
 """
 
 import sys
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -20,11 +19,9 @@ from torch.distributed.fsdp import fully_shard
 
 from ekfac_dist import Seq2SeqLM, estimate_factors
 from ekfac_dist.data.tokenized_examples import from_examples
-from ekfac_dist.fit import fit_factors
 from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.capture.tasks import CAUSAL_LM
 from ekfac_dist.models.find.on_workers import find
-from ekfac_dist.passes.context import PassContext
 from ekfac_dist.passes.sequences import why_not_checkpointed
 from ekfac_dist.runtime.processes import World
 
@@ -113,9 +110,15 @@ if __name__ == "__main__":
                     model(input_ids=torch.ones(1, 3, dtype=torch.int64))
         data = translated_examples(number) if family == "t5" else examples(number, prompts=True)
         repeats = kind == "sharded" and name.endswith("computed again")
-        fit_factors.PassContext = partial(PassContext, checkpoints=repeats)
         flags = [parameter.requires_grad for parameter in model.parameters()]
-        estimate_factors(model, data, output=Path(sys.argv[1], kind, name), **SETTINGS, **settings)
+        estimate_factors(
+            model,
+            data,
+            output=Path(sys.argv[1], kind, name),
+            gradient_checkpointing=repeats,
+            **SETTINGS,
+            **settings,
+        )
         assert [parameter.requires_grad for parameter in model.parameters()] == flags
         assert all(parameter.grad is None for parameter in model.parameters())
     told_apart(World.start())

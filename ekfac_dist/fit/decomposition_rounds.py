@@ -41,15 +41,13 @@ def rounds(
         return [{0: factor} for factor in costs]
     hosts = world.gather((socket.gethostname(), str(world.device), free_bytes(world.device)))
     where = [(host, device) for host, device, _ in hosts]
-    # One at a time even if there is no memory for it: somebody has to.
-    most = {
-        (host, device): max(1, free // workspace_bytes(largest)) for host, device, free in hosts
-    }
+    need = workspace_bytes(largest)
+    most = {(host, device): free // need for host, device, free in hosts}
     taken: Counter[tuple[str, str]] = Counter()
     ranks = []
-    for rank, place in enumerate(where):
-        taken[place] += 1
-        if taken[place] <= most[place]:
+    for rank, machine in enumerate(where):
+        taken[machine] += 1
+        if taken[machine] <= most[machine] or rank == 0:  # which would have to do it alone, too
             ranks.append(rank)
     names = list(costs)
     if len(ranks) > 1 or shard > 1:

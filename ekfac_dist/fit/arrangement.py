@@ -28,7 +28,7 @@ Group = Sequence[TrackedModule]
 
 @dataclass(frozen=True)
 class Arrangement:
-    """One way of a fit.
+    """How a fit is divided, so that it fits into memory.
 
     Attributes:
         shard: D, the number of workers that share one copy of the factors.
@@ -56,7 +56,7 @@ class Limits:
     host: float = math.inf
 
     def hold(self, memory: Memory) -> bool:
-        """Whether it is enough."""
+        """Whether they are enough for a worker."""
         return memory.lack(self.device, self.host) is None
 
 

@@ -1,11 +1,10 @@
 """The decomposition of all factors, by worker 0 or shared out over the workers.
 
-Shares are balanced by n³: the largest factor first, each to the worker with least to do. As many
-workers of a host take part as its memory allows. Where factors are shared out, those of all copies
-that hold a factor share it out among themselves; or worker 0 decomposes all, to which one factor at
-a time is lent. Workers work in rounds of one factor each; after each round the new eigenvectors are
+Where factors are shared out, each is decomposed by one of the workers that hold it, one in each
+copy; or worker 0 decomposes all, and one factor at a time is sent to it and back. Workers work in
+rounds of one factor each, see `decomposition_rounds`; after each round the new eigenvectors are
 stored, and all workers that hold a factor get them, so that an interrupted run loses one round at
-most. A GPU has one factor at a time; see `offloading`.
+most. A GPU has one factor at a time, see `offloading`.
 """
 
 import itertools

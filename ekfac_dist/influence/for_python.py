@@ -107,9 +107,9 @@ def influence_scores(
         max_tokens: Longer training sequences are cut to this many tokens; None leaves them whole.
         query_memory_gb: Each worker's budget for query gradients, in units of 10⁹ bytes; queries
             that exceed it take more scans.
-        shard: Among how many workers one copy of the factors and of the query gradients is shared
-            out; it divides the number of workers. "auto": as few as can hold all query gradients
-            in one block, or all workers.
+        shard: Number of workers that share out one copy of the factors and query gradients, a
+            divisor of the number of workers. "auto": the fewest that hold all query gradients in
+            one block, or all workers.
         gradient_checkpointing: Compute each layer again in the backward instead of holding its
             activations; "auto": where they would not fit into memory.
         progress: Show progress on worker 0.

@@ -5,7 +5,7 @@
 
 A layer is computed again as soon as the gradient of one of its tracked modules arrives, or autograd
 asks for a tensor that the layer saved. So a layer's inputs are observed right before its gradients,
-and nobody has to hold those of all layers.
+and no observer has to hold those of all layers.
 
 `transformers`' own checkpointing acts in training mode only, and PyTorch's `checkpoint` may end the
 repeated forward before its last module, or leave it out where nothing was saved.
@@ -39,7 +39,7 @@ class LayerCheckpointing:
         saved: Where to note what is kept; None: nowhere.
 
     Attributes:
-        call: The layer's call that is being computed; None: nothing of a layer is.
+        call: The call of a layer that is being computed; None outside of layers.
     """
 
     def __init__(
@@ -220,7 +220,7 @@ class LayerCall:
 
 
 class _Place:
-    """Stands in the graph for a tensor that autograd saved, which is there after the repetition.
+    """Placeholder in the graph for a tensor that autograd saved; filled by `LayerCall.repeat`.
 
     Args:
         call: The layer's call.

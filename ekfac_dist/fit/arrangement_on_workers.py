@@ -52,12 +52,12 @@ def arranged(inputs: FitInputs, context: PassContext, sink: FactorSink) -> Arran
     if record is not None:  # an earlier start of this run has arranged it
         factors = replace(factors, partitions=record["number"])
         if factors.shard == "auto" and record.get("workers") == world.size:
-            factors = replace(factors, shard=record["shard"])
+            factors = replace(factors, shard=record.get("shard", 1))
         if checkpointing == "auto" and "checkpoints" in record:
             checkpointing = record["checkpoints"]
     sizes = step_sizes(inputs.step_tokens, int(inputs.sequences.num_positions.max()))
     if record is not None and record.get("workers") == world.size:
-        sizes = [size for size in sizes if size == record["step_tokens"]] or sizes
+        sizes = [size for size in sizes if size == record.get("step_tokens")] or sizes
     if "auto" in (factors.partitions, factors.shard, checkpointing):
         arrangement = _cheapest(inputs, context, factors, checkpointing, sizes)
     else:
@@ -127,7 +127,7 @@ def _cheapest(
 
     with world.agree():
         arrangement = arrange(modules, world.size, factors, checkpointing, sizes, needed, limits)
-        most = most_needed(arrangement, modules, needed)
+        most = most_needed(arrangement, modules, needed, limits)
         lack = most.lack(limits.device, limits.host)
         if lack is not None and factors.partitions == "auto":
             needs, left = lack
@@ -211,6 +211,7 @@ def _may_lack_memory(
             on_cpu=on_cpu,
             places=places,
         ),
+        limits,
     )
     return needed.peak > LARGE * limits.device or needed.host > LARGE * limits.host
 

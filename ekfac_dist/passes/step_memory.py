@@ -77,10 +77,16 @@ def measured_step(context: PassContext, modules: Sequence[TrackedModule]) -> Ste
         result = capture.run(batch, rule)
     scale = max(padded_sizes(lengths, batches), default=0) / int(lengths[longest])
     itemsize = result.gradient.dtype.itemsize
-    logit_bytes = int(scale * result.logit_bytes)
+    whole = logit_bytes = int(scale * result.logit_bytes)
     if isinstance(context.task, CausalLMInChunks):
-        logit_bytes = min(logit_bytes, max(CHUNK_ELEMENTS * itemsize, result.logit_bytes))
-    return StepMemory(int(scale * saved.num_bytes), logit_bytes, itemsize, context.checkpoints)
+        logit_bytes = min(whole, max(CHUNK_ELEMENTS * itemsize, result.logit_bytes))
+    return StepMemory(
+        int(scale * saved.num_bytes),
+        logit_bytes,
+        itemsize,
+        context.checkpoints,
+        are_logits_whole=logit_bytes == whole,
+    )
 
 
 def needs_checkpoints(

@@ -283,17 +283,3 @@ def by_layer(
         prefixes = (".".join(parts[:k]) for k in range(1, len(parts)))
         found.setdefault(next((p for p in prefixes if p in names), ""), []).append(module)
     return found
-
-
-def waiting_input_size(layer_names: Iterable[str], modules: Iterable[TrackedModule]) -> int:
-    """Largest Σ I of the input factors whose inputs wait for their gradients at one time.
-
-    Args:
-        layer_names: Names of the layers that are checkpointed.
-        modules: The tracked modules.
-    """
-    sizes = {
-        layer: sum({module.input: module.input_size for module in members}.values())
-        for layer, members in by_layer(layer_names, modules).items()
-    }
-    return sizes.pop("", 0) + max(sizes.values(), default=0)

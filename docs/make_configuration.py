@@ -70,7 +70,7 @@ FACTORS = """\
 ### What is fitted
 
 [Method](method.md) explains labels, Λ and precision; [Long runs](long-runs.md) partitions and
-memory.
+memory; [Many workers](distributed.md#factors-larger-than-a-gpu-shard) shard and eigen.
 """
 
 PLAN = """\

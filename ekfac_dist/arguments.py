@@ -4,8 +4,10 @@ An error names the field, the value that was given and what would do, in one sen
 found by parsing each given field alone, never by reading jsonargparse's own messages.
 """
 
+import argparse
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
@@ -45,6 +47,15 @@ class _Parser(ArgumentParser):
 class _HelpFormatter(DefaultHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34, width=100)
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        text: str = super()._expand_help(action)
+        # Not said: types of text, types that the default shows, and choices, listed before already.
+        plain = r"type: (Literal\[[^]]*\]|bool|int|float|str( \| null)?), "
+        text = re.sub(plain, "", text)
+        text = re.sub(r"Literal\[([^]]*)\]", lambda found: found[1].replace("'", ""), text)
+        text = re.sub(r"Optional\[(.*)\](?=, default)", r"\1, null", text)
+        return re.sub(r"Union\[(.*)\](?=, default)", r"\1", text)
 
 
 def command_parser(usage: str, description: str) -> ArgumentParser:

@@ -124,8 +124,9 @@ def plan(arguments: list[str]) -> int:
     """Says what a run of `estimate` would need, from configurations alone."""
     parser = command_parser(
         "plan --config FILE [--FIELD VALUE …] [--workers N] [--device_memory 80GiB]",
-        "What a run of `estimate` would need: modules, memory, disk, partitions, operations and "
-        "time. Reads the model's configuration, and neither weights nor data.",
+        "What a run of `estimate` would need: modules, memory, disk, partitions, among how many "
+        "workers factors are shared out, operations and time. Reads the model's configuration, "
+        "and neither weights nor data.",
     )
     parser.add_class_arguments(PlanConfig)
     config = parse_config(parser, PlanConfig, arguments)

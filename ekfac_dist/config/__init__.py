@@ -4,8 +4,14 @@ Every field has one meaning, one default, and one help text, its docstring here.
 be meant raises `ConfigError`; types are checked by the command line's parser.
 """
 
-from ekfac_dist.config.checks import require_given, require_pass_settings, require_positive
+from ekfac_dist.config.checks import (
+    require_checkpointing,
+    require_given,
+    require_pass_settings,
+    require_positive,
+)
 from ekfac_dist.config.estimate import (
+    Checkpointing,
     DataConfig,
     EstimateConfig,
     FactorsConfig,
@@ -27,6 +33,7 @@ from ekfac_dist.config.query import (
 
 __all__ = [
     "DEFAULT_TOP_K",
+    "Checkpointing",
     "DampingConfig",
     "DataConfig",
     "EstimateConfig",
@@ -42,6 +49,7 @@ __all__ = [
     "ScoresConfig",
     "dotted",
     "field_types",
+    "require_checkpointing",
     "require_given",
     "require_pass_settings",
     "require_positive",

@@ -44,3 +44,9 @@ def require_given(values: Mapping[str, object]) -> None:
     for name, value in values.items():
         if not value:
             raise ConfigError(f"{name} is not given; set it in the YAML file or as --{name}.")
+
+
+def require_checkpointing(name: str, value: object) -> None:
+    """Refuses everything but true, false and auto."""
+    if not isinstance(value, bool) and value != "auto":
+        raise ConfigError(f"{name} is {value!r}; give true, false or auto.")

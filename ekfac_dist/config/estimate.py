@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ekfac_dist.config.checks import (
+    require_checkpointing,
     require_choice,
     require_given,
     require_pass_settings,
@@ -19,6 +20,7 @@ Dtype = Literal["float64", "float32", "bfloat16", "float16", "auto"]
 Quantization = Literal["8bit", "4bit"]
 Labels = Literal["sampled", "data"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
+Checkpointing = bool | Literal["auto"]
 Refit = Literal["per_sequence", "per_token", "none"]
 Eigen = Literal["auto", "rank0", "sharded"]
 
@@ -37,8 +39,8 @@ class ModelConfig:
         merge_adapter: Merge the adapter and track the merged weights, not its own matrices.
         quantization: Load linear weights in 8bit or 4bit (bitsandbytes); null: as stored.
         device_map: How Accelerate spreads a single worker's model over devices; null: all on one.
-        gradient_checkpointing: Repeat each layer's forward in the backward instead of holding its
-            activations; auto: where they would not fit into memory.
+        gradient_checkpointing: Compute each layer again in the backward instead of holding its
+            activations; auto: where they would not fit.
         trust_remote_code: Run Python code that comes with the model.
     """
 
@@ -50,7 +52,7 @@ class ModelConfig:
     merge_adapter: bool = False
     quantization: Quantization | None = None
     device_map: DeviceMap | None = None
-    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    gradient_checkpointing: Checkpointing = "auto"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -58,13 +60,7 @@ class ModelConfig:
             require_choice("model.quantization", self.quantization, ("8bit", "4bit"))
         if self.device_map is not None:
             require_choice("model.device_map", self.device_map, get_args(DeviceMap))
-        if self.gradient_checkpointing != "auto" and not isinstance(
-            self.gradient_checkpointing, bool
-        ):
-            raise ConfigError(
-                f"model.gradient_checkpointing is {self.gradient_checkpointing!r}; give true, "
-                "false or auto."
-            )
+        require_checkpointing("model.gradient_checkpointing", self.gradient_checkpointing)
         require_choice(
             "model.dtype", self.dtype, ("float64", "float32", "bfloat16", "float16", "auto")
         )
@@ -120,12 +116,11 @@ class FactorsConfig:
             (empirical Fisher).
         seed: Seed of the sampled labels.
         refit: Kind of Λ: per_sequence; per_token (faster, approximate); or none (K-FAC).
-        accumulate: Precision of every running sum, float32 or float64.
-        eigen: Who decomposes factors: worker 0 alone (rank0), or every worker a share (sharded);
-            auto: sharded where factors are shared out, else rank0.
-        shard: Among how many workers one copy of the factors is shared out; each holds some, and
-            inputs and gradients travel to them; auto: 1 where one copy fits a worker, else the
-            fewest that fit one pair of passes.
+        accumulate: Precision of every running sum.
+        eigen: Who decomposes factors: worker 0 (rank0) or each a share (sharded); auto: sharded if
+            shard is above 1.
+        shard: Number of workers that share out one copy of the factors; auto: 1 where one copy fits
+            a worker, else the fewest that fit one pair of passes.
         partitions: Groups of modules, with a pair of passes over the data each: more of them take
             less memory and more time; auto: the fewest that fit into memory.
         blocks: Diagonal blocks of each factor, for very large dimensions; 1: factors are whole.
@@ -174,8 +169,8 @@ class EstimateConfig:
         model: Which model.
         data: Which text.
         factors: What is fitted.
-        batch_tokens: Most tokens in a batch, per worker and step, padding included; on a CPU not
-            more than 1024 a thread.
+        batch_tokens: Most tokens in a worker's step, padding included; fewer if memory is short; on
+            a CPU at most 1024 a thread.
         save_minutes: Minutes between savings of an unfinished pass's sums; 0: after every step;
             null: never.
         output: Directory of the factor store.
@@ -211,8 +206,8 @@ class PlanConfig(EstimateConfig):
 
     Args:
         workers: Number of workers; null: one for each GPU of this machine, or one.
-        device_memory: Memory of each worker's GPU, such as 80GiB; null: what is free on this
-            machine.
+        device_memory: Memory of each worker's GPU, such as 80GiB; null: plan for this
+            machine's own GPU, or CPU, and what is free there.
         fsdp: Plan for weights that are sharded over the workers, as with
             launch/accelerate/fsdp.yaml.
         sequences: Number of sequences in the data; null: data.max_sequences, or 1000.

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
 from ekfac_dist.config.checks import require_choice, require_count, require_given, require_positive
-from ekfac_dist.config.estimate import DataConfig, DeviceMap, Dtype, ModelConfig, Quantization
+from ekfac_dist.config.estimate import (
+    Checkpointing,
+    DataConfig,
+    DeviceMap,
+    Dtype,
+    ModelConfig,
+    Quantization,
+)
 from ekfac_dist.config.fields import field_types
 from ekfac_dist.errors import ConfigError
 
@@ -32,6 +39,9 @@ class QueryModelConfig:
         quantization: Quantise linear weights to 8bit or 4bit when they are loaded.
         device_map: How Accelerate spreads the model of a single worker over its devices; null: all
             on one device, however it was fitted.
+        gradient_checkpointing: Compute each layer again in the backward instead of holding its
+            activations: less memory, more work; auto: where they would not fit into memory. Never
+            taken from a store.
         trust_remote_code: Run Python code that comes with the model; never taken from a store.
         allow_changes: Answer even with a model that differs from the fitted one outside the
             tracked modules; the results say in what.
@@ -43,6 +53,7 @@ class QueryModelConfig:
     adapter: str | None = None
     quantization: Quantization | None = None
     device_map: DeviceMap | None = None
+    gradient_checkpointing: Checkpointing = "auto"
     trust_remote_code: bool = False
     allow_changes: bool = False
 
@@ -55,7 +66,8 @@ class QueryModelConfig:
         Raises:
             ConfigError: If no model is named, or the manifest has unknown fields.
         """
-        fitted = {**fitted, "device_map": None}  # belongs to the machine, not to the model
+        # These belong to the machine, not to the model.
+        fitted = {**fitted, "device_map": None, "gradient_checkpointing": "auto"}
         own_fields = _set_fields(self)
         del own_fields["allow_changes"]  # belongs to the comparison, not to the model
         model = _over(ModelConfig, fitted, own_fields)
@@ -162,9 +174,10 @@ class ScoresConfig:
             data: then scores are given in nats too, to first order; null: no nats.
         query_memory_gb: Each worker's budget for query gradients, in GB (10⁹ bytes); queries that
             do not fit are answered in several blocks, with one scan of the data each.
-        shard: Among how many workers one copy of the factors and of the query gradients is shared
-            out; each holds those of some modules, and inputs and output-gradients travel to it;
-            auto: as few as can hold all query gradients in one block, or all workers.
+        shard: Number of workers that share out one copy of the factors and query gradients, a
+            divisor of the number of workers; inputs and output gradients travel to the worker that
+            holds a module's. 1: every worker holds all; auto: the fewest that hold all query
+            gradients in one block, or all workers. It need not be that of the fit.
     """
 
     normalize: Normalize = "none"

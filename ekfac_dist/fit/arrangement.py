@@ -2,12 +2,13 @@
 
 Four things make a worker hold less, and each costs something:
 
-    shard                     captured rows travel to the owners of factors
     gradient checkpointing    each layer's forward is repeated in the backward
+    shard                     captured rows travel to the owners of factors
     smaller steps             more of them, each less efficient
     partitions                each has a pair of passes of its own
 
-So passes are kept few first, then steps large, then layers are repeated only if they have to be.
+So passes are kept few first, then steps large. Then every worker keeps a whole copy of the factors,
+if need be with gradient checkpointing; else as few workers as can share one, if need be with it.
 What is configured is kept to; `batch_tokens` is the most that a step may have.
 """
 
@@ -16,21 +17,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Literal
 
-from ekfac_dist.config import FactorsConfig
+from ekfac_dist.config import Checkpointing, FactorsConfig
 from ekfac_dist.fit.partition import partition
 from ekfac_dist.fit.worker_memory import Memory
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.passes.owners import Places, divisors
 
 Group = Sequence[TrackedModule]
-Checkpointing = bool | Literal["auto"]
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """One way of a fit.
+    """How a fit is divided, so that it fits into memory.
 
     Attributes:
         shard: D, the number of workers that share one copy of the factors.
@@ -58,7 +57,7 @@ class Limits:
     host: float = math.inf
 
     def hold(self, memory: Memory) -> bool:
-        """Whether it is enough."""
+        """Whether they are enough for a worker."""
         return memory.lack(self.device, self.host) is None
 
 
@@ -100,7 +99,7 @@ def arrange(
         for shard in shards
         if all(fits(group, shard, modes[-1], step_sizes[-1]) for group in groups)
     ]
-    for tokens, checkpoints, shard in product(step_sizes, modes, possible):
+    for tokens, shard, checkpoints in product(step_sizes, possible, modes):
         if all(fits(group, shard, checkpoints, tokens) for group in groups):
             return Arrangement(shard, checkpoints, tokens, groups)
     shard, tokens = shards[-1], step_sizes[-1]
@@ -137,20 +136,22 @@ def step_sizes(most: int, longest: int) -> list[int]:
     return sizes
 
 
-def most_needed(arrangement: Arrangement, modules: Group, needed: Needed) -> Memory:
-    """The memory that a worker needs for the group that needs most.
+def most_needed(arrangement: Arrangement, modules: Group, needed: Needed, limits: Limits) -> Memory:
+    """The memory that a worker needs for the group that needs most, or more than there is.
 
     Args:
         arrangement: The arrangement.
         modules: All tracked modules, in model order.
         needed: As for `arrange`.
+        limits: As for `arrange`.
     """
     places = Places.of(modules, arrangement.shard)
     of_groups = [
         needed(group, places, arrangement.checkpoints, arrangement.step_tokens)
         for group in arrangement.groups
     ]
-    return max(of_groups, key=lambda memory: memory.peak)
+    lacking = [memory for memory in of_groups if not limits.hold(memory)]
+    return max(lacking or of_groups, key=lambda memory: memory.peak)
 
 
 def _fewest_groups(modules: Group, fits: Callable[[Group], bool]) -> Sequence[Group] | None:

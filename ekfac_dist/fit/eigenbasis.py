@@ -1,15 +1,13 @@
 """The decomposition of all factors, by worker 0 or shared out over the workers.
 
-Shares are balanced by n³: the largest factor first, each to the worker with least to do. As many
-workers of a host take part as its memory allows. Where factors are shared out, those of all copies
-that hold a factor share it out among themselves; or worker 0 decomposes all, to which one factor at
-a time is lent. Workers work in rounds of one factor each; after each round the new eigenvectors are
+Where factors are shared out, each is decomposed by one of the workers that hold it, one in each
+copy; or worker 0 decomposes all, and one factor at a time is sent to it and back. Workers work in
+rounds of one factor each, see `decomposition_rounds`; after each round the new eigenvectors are
 stored, and all workers that hold a factor get them, so that an interrupted run loses one round at
-most. A GPU has one factor at a time; see `offloading`.
+most. A GPU has one factor at a time, see `offloading`.
 """
 
 import itertools
-import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +24,8 @@ from ekfac_dist.curvature.eigenbasis import (
     header_of,
     workspace_bytes,
 )
-from ekfac_dist.data.batch_plan import assign_batches
 from ekfac_dist.factors.layout import block_keys, covariance_file, eigenbasis_file
+from ekfac_dist.fit import decomposition_rounds
 from ekfac_dist.fit.covariance import CovarianceSums
 from ekfac_dist.fit.offloading import HOST, free_bytes, sums_and_weights_on_host
 from ekfac_dist.fit.storing import StoreFile, Storing
@@ -36,7 +34,6 @@ from ekfac_dist.passes.context import PassContext
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.logs import log_on_main
 from ekfac_dist.runtime.memory import as_text
-from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
 
 
@@ -135,7 +132,7 @@ class _Decompositions:
         if not self._keep_covariance:
             self._remove_covariances(stored)  # the run may have ended just before that
         left = {factor: cost for factor, cost in costs.items() if factor not in stored}
-        rounds = _rounds(
+        rounds = decomposition_rounds.rounds(
             left,
             max((max(self._sizes[factor]) for factor in left), default=0),
             world,
@@ -292,48 +289,6 @@ class _Decompositions:
                 self._storing.sink.remove(covariance_file(factor))
 
 
-def _rounds(
-    costs: Mapping[str, int],
-    largest: int,
-    world: World,
-    *,
-    sharded: bool,
-    places: Mapping[str, int] | None = None,
-    shard: int = 1,
-) -> list[dict[int, str]]:
-    """The rounds of decompositions, each {rank: factor}; a collective if `sharded`.
-
-    Factors come in model order; the costliest first if several workers take part.
-
-    Args:
-        costs: n³ of each factor, summed over its blocks.
-        largest: n of the largest block.
-        world: The workers.
-        sharded: Whether every worker decomposes factors that it holds; else worker 0 all.
-        places: The place of each factor's owner; None: all are 0.
-        shard: Number of workers that share one copy of the factors.
-    """
-    if not costs:
-        return []
-    if not sharded:
-        return [{0: factor} for factor in costs]
-    ranks = _ranks_with_memory(largest, world)
-    names = list(costs)
-    if len(ranks) > 1 or shard > 1:
-        names.sort(key=lambda factor: -costs[factor])  # a round is as long as its longest
-    shares: dict[int, list[str]] = {}
-    for place in range(shard):
-        own = [name for name in names if places is None or places[name] == place]
-        holders = [rank for rank in ranks if rank % shard == place] or [place]
-        parts = assign_batches([costs[name] for name in own], len(holders))
-        for rank, part in zip(holders, parts, strict=True):
-            shares[rank] = [own[number] for number in part]
-    return [
-        {rank: share[number] for rank, share in shares.items() if number < len(share)}
-        for number in range(max(map(len, shares.values())))
-    ]
-
-
 def _decompose(
     factor: str, blocks: Sequence[Tensor], count: int, device: torch.device
 ) -> tuple[Tensor, dict[str, str], list[str]]:
@@ -368,17 +323,3 @@ def _decompose(
         checks.append(basis.checks)
         del basis  # it is float64, and large
     return torch.cat(values), {"count": str(count), **header_of(checks)}, lines
-
-
-def _ranks_with_memory(largest: int, world: World) -> Sequence[int]:
-    """Ranks of the workers that have the memory to decompose at the same time."""
-    need = workspace_bytes(largest)
-    places = world.gather((socket.gethostname(), str(world.device), free_bytes(world.device)))
-    ranks: list[int] = []
-    taken: dict[tuple[str, str], int] = {}
-    for rank, (host, device, free) in enumerate(places):
-        place = (host, device)
-        taken[place] = taken.get(place, 0) + need
-        if taken[place] <= free or rank == 0:  # worker 0 would have to do it alone, too
-            ranks.append(rank)
-    return ranks

@@ -155,16 +155,18 @@ def estimate_factors(
         seed: Seed of sampled labels.
         refit: "per_sequence", "per_token" or "none".
         accumulate: Precision of running sums, "float32" or "float64".
-        eigen: Who decomposes the factors: "rank0", or every worker its share, "sharded"; "auto":
-            "sharded" where factors are shared out, else "rank0".
-        shard: Among how many workers one copy of the factors is shared out; "auto": 1 where one
-            copy fits a worker, else the fewest that fit one pair of passes.
+        eigen: Who decomposes the factors: worker 0 alone, "rank0", or every worker a share,
+            "sharded"; "auto": "rank0" if the shard is 1, else each worker those that it holds.
+        shard: Number of workers that share out one copy of the factors, a divisor of the number of
+            workers; above 1 only with `output`. "auto": 1 where one copy fits a worker, or without
+            `output`; else the fewest that fit one pair of passes.
         gradient_checkpointing: Compute each layer again in the backward instead of holding its
             activations; "auto": where they would not fit into memory.
         partitions: Number of groups of modules, one pair of passes each; "auto": the fewest that
             fit into the workers' memory.
         blocks: Diagonal blocks of each factor, for very large dimensions; 1: factors are whole.
-        batch_tokens: Token budget of a batch, padding included.
+        batch_tokens: Token budget of a batch, padding included; less is taken where it would not
+            fit into memory.
         max_tokens: Longer sequences are cut to this many tokens; None leaves them whole.
         keep_covariance: Store the raw covariance sums too.
         save_minutes: How often each worker saves the state of a pass under `output`; 0: after

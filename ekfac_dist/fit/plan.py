@@ -194,7 +194,7 @@ def make_plan(config: PlanConfig) -> Plan:
     def arranged(workers: int) -> tuple[Arrangement, Memory]:
         needed = needed_by(workers)
         arrangement = arrange(modules, workers, factors, checkpointing, sizes, needed, limits)
-        return arrangement, most_needed(arrangement, modules, needed)
+        return arrangement, most_needed(arrangement, modules, needed, limits)
 
     arrangement, most = arranged(machine.workers)
     groups = arrangement.groups

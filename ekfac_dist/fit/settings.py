@@ -4,9 +4,10 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ekfac_dist.config import (
+    Checkpointing,
     DataConfig,
     EstimateConfig,
     FactorsConfig,
@@ -31,7 +32,7 @@ class FitSettings:
 
     modules: Sequence[str] | None
     factors: FactorsConfig
-    gradient_checkpointing: bool | Literal["auto"]
+    gradient_checkpointing: Checkpointing
     batch_tokens: int
     save_minutes: float | None
     recorded: Mapping[str, Any]

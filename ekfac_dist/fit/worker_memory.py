@@ -24,6 +24,7 @@ from ekfac_dist.models.capture.saved_tensors import StepMemory
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
 from ekfac_dist.passes.exchange import num_rounds
 from ekfac_dist.passes.owners import NOT_SHARED, Places
+from ekfac_dist.passes.step_memory import USABLE
 
 # The part of a step's memory that a CPU's allocator still holds at the next stage's peak: with
 # glibc 0.4 to 1.0 after the covariance pass of the three models of test_peak_memory.py.
@@ -31,12 +32,6 @@ RETAINED = 0.6
 
 # Rows that are collected at once, over those of the largest window.
 _COLLECTED = 1.25
-
-# The part of free memory that is planned for; the rest is for the allocator, and for chance.
-USABLE = 0.9
-
-# If a fit takes less than this part of free memory, the simplest arrangement is taken.
-LARGE = 0.5
 
 
 @dataclass(frozen=True)
@@ -75,17 +70,17 @@ class Memory:
         return self.bases + self.spectra + self.on_cpu * self.second_levels["refit"]
 
     @property
-    def host(self) -> int:
-        """What a worker on a GPU holds in its host's memory, beside the program; 0 on a CPU.
+    def waiting(self) -> int:
+        """What a worker on a GPU holds in its host's memory while factors are decomposed.
 
-        While factors are decomposed, sums and weights wait there, and so does one float64 matrix
-        with its eigenvectors; its workspace too, if the GPU has no room for that.
+        Sums and weights wait there, and so does one float64 matrix with its eigenvectors.
         """
-        if self.on_cpu:
-            return 0
-        return max(
-            *self.second_levels.values(), self.covariance + self.weights + self.workspace // 3
-        )
+        return 0 if self.on_cpu else self.covariance + self.weights + self.workspace // 3
+
+    @property
+    def host(self) -> int:
+        """What a worker on a GPU holds in its host's memory, beside the program; 0 on a CPU."""
+        return 0 if self.on_cpu else max(*self.second_levels.values(), self.waiting)
 
     @property
     def passes(self) -> dict[str, int]:
@@ -119,9 +114,14 @@ class Memory:
             free_bytes: Free memory of the worker's device.
             free_host_bytes: Free memory of the host of a worker on a GPU.
         """
-        for needed, free in ((self.peak, free_bytes), (self.host, free_host_bytes)):
+        second_level = 0 if self.on_cpu else max(self.second_levels.values())
+        for needed, free in ((self.peak, free_bytes), (second_level, free_host_bytes)):
             if needed > USABLE * free:
                 return needed, free
+        # Where the host has no room for what waits, all of it stays on the device.
+        on_device = self.process + self.weights + self.covariance + self.workspace
+        if self.waiting > USABLE * free_host_bytes and on_device > USABLE * free_bytes:
+            return self.waiting, free_host_bytes
         return None
 
 

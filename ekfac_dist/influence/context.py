@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from ekfac_dist.curvature.kronecker import damped
+from ekfac_dist.data.batch_plan import worker_batches
+from ekfac_dist.data.examples import Examples
 from ekfac_dist.factors.factors import Factors, ModuleFactors
 from ekfac_dist.models.capture.labels import COVARIANCE_PASS, LabelRule
 from ekfac_dist.models.capture.tasks import CAUSAL_LM, Task
 from ekfac_dist.models.modules import TrackedModule
+from ekfac_dist.passes.context import PassContext
 from ekfac_dist.passes.owners import Owners
 from ekfac_dist.runtime.processes import World
 
@@ -38,6 +41,7 @@ class ScoringContext:
             basis.
         task: The task whose loss gradients are of.
         owners: Who holds which modules' factors and query gradients; None: every worker all.
+        checkpoints: Whether layers keep their inputs alone, and are computed again in the backward.
     """
 
     model: nn.Module
@@ -50,6 +54,7 @@ class ScoringContext:
     in_eigenbasis: bool = False
     task: Task = CAUSAL_LM
     owners: Owners | None = None
+    checkpoints: bool = False
 
     @property
     def modules(self) -> tuple[TrackedModule, ...]:
@@ -77,6 +82,29 @@ class ScoringContext:
     def model_dtype(self) -> torch.dtype:
         """Dtype of the model's parameters."""
         return next(self.model.parameters()).dtype
+
+    def over(self, sequences: Examples) -> PassContext:
+        """What a pass over some scored sequences, shared out over the workers, computes with."""
+        world = self.world
+        own_batches = worker_batches(
+            sequences.num_positions,
+            self.batch_tokens,
+            world.size,
+            world.rank,
+            sequences.equal_above,
+        )
+        return PassContext(
+            self.model,
+            sequences,
+            own_batches,
+            world,
+            self.dtype,
+            self.show_progress,
+            wider=OVERFLOW_ADVICE,
+            task=self.task,
+            owners=self.owners,
+            checkpoints=self.checkpoints,
+        )
 
     def zeros(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of zeros on the worker's device; of the gradients' dtype by default."""

@@ -13,16 +13,14 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.config import ScoresConfig
-from ekfac_dist.data.batch_plan import worker_batches
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.errors import ModelError
-from ekfac_dist.influence.context import DATA_LABELS, OVERFLOW_ADVICE, STORED, ScoringContext
+from ekfac_dist.influence.context import DATA_LABELS, STORED, ScoringContext
 from ekfac_dist.influence.preconditioned import PreparedQueries
 from ekfac_dist.influence.saved_blocks import put_rows
 from ekfac_dist.influence.scan import DetailSums, Pairs, Scan
 from ekfac_dist.influence.scores import Details, InfluenceScores
 from ekfac_dist.models.modules import EXPERT
-from ekfac_dist.passes.context import PassContext
 from ekfac_dist.passes.one_pass import SummingObserver, run_pass
 from ekfac_dist.passes.state import PassState
 
@@ -148,27 +146,9 @@ class DataPasses:
 
     def _run(self, name: str, observer: SummingObserver, columns: np.ndarray) -> None:
         """Runs some of the scored sequences through the model, shared out over the workers."""
-        context, world = self._context, self._context.world
-        sequences = self._scored.take(columns)
-        own_batches = worker_batches(
-            sequences.num_positions,
-            context.batch_tokens,
-            world.size,
-            world.rank,
-            sequences.equal_above,
-        )
-        pass_context = PassContext(
-            context.model,
-            sequences,
-            own_batches,
-            world,
-            context.dtype,
-            context.show_progress,
-            wider=OVERFLOW_ADVICE,
-            task=context.task,
-            owners=context.owners,
-        )
-        state = PassState(own_batches, STORED)
+        context = self._context
+        pass_context = context.over(self._scored.take(columns))
+        state = PassState(pass_context.own_batches, STORED)
         run_pass(name, pass_context, context.modules, observer, DATA_LABELS, state=state)
 
 

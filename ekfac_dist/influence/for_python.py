@@ -11,6 +11,7 @@ from ekfac_dist.config import (
     Normalize,
     PerToken,
     ScoresConfig,
+    require_checkpointing,
     require_positive,
 )
 from ekfac_dist.curvature.damping import DEFAULT, Damping
@@ -65,6 +66,7 @@ def influence_scores(
     max_tokens: int | None = None,
     query_memory_gb: float = 4.0,
     shard: int | Literal["auto"] = "auto",
+    gradient_checkpointing: bool | Literal["auto"] = "auto",
     progress: bool = False,
     task: Task | None = None,
     allow_changes: bool = False,
@@ -105,9 +107,11 @@ def influence_scores(
         max_tokens: Longer training sequences are cut to this many tokens; None leaves them whole.
         query_memory_gb: Each worker's budget for query gradients, in units of 10⁹ bytes; queries
             that exceed it take more scans.
-        shard: Among how many workers one copy of the factors and of the query gradients is shared
-            out; it divides the number of workers. "auto": as few as can hold all query gradients
-            in one block, or all workers.
+        shard: Number of workers that share out one copy of the factors and query gradients, a
+            divisor of the number of workers. "auto": the fewest that hold all query gradients in
+            one block, or all workers.
+        gradient_checkpointing: Compute each layer again in the backward instead of holding its
+            activations; "auto": where they would not fit into memory.
         progress: Show progress on worker 0.
         task: The task that the factors were fitted with; None for causal language modelling. Other
             tasks' queries and training sequences are their examples.
@@ -143,6 +147,7 @@ def influence_scores(
             shard=shard,
         )
         require_divisor("shard", shard, world.size)
+        require_checkpointing("gradient_checkpointing", gradient_checkpointing)
         task = require_task(task)
         arguments |= {"task": task.name, "the task's fingerprint": task_fingerprint(task)}
     require_same_settings(world, arguments, "arguments")
@@ -189,6 +194,8 @@ def influence_scores(
             task,
         )
         with prepared(model):
-            scores = compute_scores(context, query_set, scored, config)
+            scores = compute_scores(
+                context, query_set, scored, config, checkpointing=gradient_checkpointing
+            )
     scores.model_differs, scores.not_compared = comparison.differs, comparison.not_compared
     return scores

@@ -87,6 +87,7 @@ def prepare(
         wider=OVERFLOW_ADVICE,
         task=context.task,
         owners=context.owners,
+        checkpoints=context.checkpoints,
     )
     run_pass(
         name,

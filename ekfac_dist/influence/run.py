@@ -165,7 +165,9 @@ def _answer(config: QueryConfig, inputs: _Inputs, world: World, start: float) ->
             opened_results(str(config.output), config.as_dict(), recorded, world) as saved,
             preemption.deferred(),
         ):
-            scores = compute_scores(context, queries, scored, config.scores, saved)
+            scores = compute_scores(
+                context, queries, scored, config.scores, saved, inputs.model.gradient_checkpointing
+            )
             scores.model_differs = comparison.differs
             scores.not_compared = comparison.not_compared
             answer = Answer(

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ekfac_dist.config import DEFAULT_TOP_K, ScoresConfig
+from ekfac_dist.config import DEFAULT_TOP_K, Checkpointing, ScoresConfig
 from ekfac_dist.data.examples import Examples, TaskExamples
-from ekfac_dist.errors import ConfigError
+from ekfac_dist.errors import ConfigError, ModelError
 from ekfac_dist.influence.blocks import Block, bytes_on_disk, groups_at_a_time, plan_blocks
 from ekfac_dist.influence.context import ScoringContext
 from ekfac_dist.influence.data_passes import DataPasses, require_scan_agrees
@@ -47,7 +47,13 @@ from ekfac_dist.influence.saved_blocks import (
 )
 from ekfac_dist.influence.scores import Details, InfluenceScores, Rescored
 from ekfac_dist.models.modules import layer_name
-from ekfac_dist.passes.sequences import exactly_batched, require_harmless_padding, with_chunked_head
+from ekfac_dist.passes.sequences import (
+    exactly_batched,
+    require_harmless_padding,
+    why_not_checkpointed,
+    with_chunked_head,
+)
+from ekfac_dist.passes.step_memory import needs_checkpoints
 from ekfac_dist.runtime.logs import log_on_main
 from ekfac_dist.runtime.memory import as_text
 
@@ -58,6 +64,7 @@ def compute_scores(
     scored: Examples,
     config: ScoresConfig,
     saved: SavedBlocks | None = None,
+    checkpointing: Checkpointing = "auto",
 ) -> InfluenceScores:
     """Scores training sequences for queries; a collective.
 
@@ -67,6 +74,7 @@ def compute_scores(
         scored: The training sequences that are scored.
         config: The scores that are asked for.
         saved: Where finished pieces are saved; None: nowhere.
+        checkpointing: Whether layers are computed again in the backward, or "auto".
 
     Raises:
         UserError: If the user can correct the cause; on every worker alike.
@@ -81,6 +89,9 @@ def compute_scores(
     scored = exactly_batched(
         context.model, scored, context.task, context.world, context.batch_tokens
     )
+    num_groups = len(queries.members)
+    checkpoints = _checkpoints(context, scored, num_groups, config, checkpointing)
+    context = replace(context, checkpoints=checkpoints)
     # In the eigenbasis norms cost little, and query gradients need not be rotated back.
     needs_norms = config.self_influence or config.normalize != "none"
     context = replace(context, in_eigenbasis=needs_norms)
@@ -90,6 +101,43 @@ def compute_scores(
     )
     run.all_blocks()
     return result
+
+
+def _checkpoints(
+    context: ScoringContext,
+    scored: Examples,
+    num_groups: int,
+    config: ScoresConfig,
+    checkpointing: Checkpointing,
+) -> bool:
+    """Whether layers are computed again in the backward; a collective.
+
+    Args:
+        context: Model, factors, workers.
+        scored: The scored sequences.
+        num_groups: Number of query groups.
+        config: The scores that are asked for.
+        checkpointing: Whether it is asked for; "auto": where activations would not fit.
+
+    Raises:
+        ModelError: If it is asked for, and the model's layers cannot be computed again.
+    """
+    world, modules = context.world, context.modules
+    if checkpointing == "auto":
+        each = bytes_per_group(modules, config.effective_rank, context.dtype, context.shard)
+        held = each * min(num_groups, groups_at_a_time(context, config, config.effective_rank))
+        if not needs_checkpoints(context.over(scored), modules, context.batch_tokens, held):
+            return False
+    elif not checkpointing:
+        return False
+    reason = why_not_checkpointed(context.model, modules, scored, context.task, world)
+    if reason is None:
+        log_on_main(world, "activations   of one layer at a time (model.gradient_checkpointing)")
+        return True
+    with world.agree():
+        if checkpointing is True:
+            raise ModelError(reason)
+    return False
 
 
 def _empty_result(

@@ -41,7 +41,7 @@ UNFINISHED_FORMAT = 2
 
 _ADVICE = "give another directory, or remove this one"
 # Configuration fields that may change when a run is resumed: no score depends on them.
-_MAY_CHANGE = ("output", "model.device_map", "scores.shard")
+_MAY_CHANGE = ("output", "model.device_map", "model.gradient_checkpointing", "scores.shard")
 _RESULTS = (
     results.QUERIES,
     results.SCORES,

@@ -6,15 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ekfac_dist.data.batch_plan import padded_sizes
 from ekfac_dist.data.batches import Batch
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.models.capture.checkpointing import LayerCheckpointing
-from ekfac_dist.models.capture.chunked_head import CHUNK_ELEMENTS, CausalLMInChunks
 from ekfac_dist.models.capture.hooks import Capture
-from ekfac_dist.models.capture.labels import LabelRule
-from ekfac_dist.models.capture.observers import NullObserver, Observer
-from ekfac_dist.models.capture.saved_tensors import SavedTensors, StepMemory, noting_saved_tensors
+from ekfac_dist.models.capture.observers import Observer
+from ekfac_dist.models.capture.saved_tensors import SavedTensors
 from ekfac_dist.models.capture.tasks import CAUSAL_LM, Task
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.models.sharding import is_sharded
@@ -108,35 +105,3 @@ class PassContext:
         collated = prefetch(self.sequences.batch, batches)
         for indices, batch in zip(batches, collated, strict=True):
             yield indices, batch.to(self.world.device)
-
-
-def measured_step(context: PassContext, modules: Sequence[TrackedModule]) -> StepMemory:
-    """The memory of a step of this worker's largest batch, from a step of its longest sequence.
-
-    One sequence alone is run, since the whole batch may not fit. A collective if the model is
-    sharded.
-
-    Args:
-        context: Model, data and workers.
-        modules: All tracked modules.
-
-    Returns:
-        Zeros where the worker has no batch.
-    """
-    batches, lengths = context.own_batches, context.sequences.num_positions
-    if not batches and not context.runs_in_step:
-        return StepMemory.nothing()
-    longest = max((i for batch in batches for i in batch), key=lengths.__getitem__, default=0)
-    batch = context.batch([longest])
-    rule = LabelRule("data", 0, 0)
-    with (
-        noting_saved_tensors(context.model) as saved,
-        context.capture(modules, NullObserver(), None, saved=saved) as capture,
-    ):
-        result = capture.run(batch, rule)
-    scale = max(padded_sizes(lengths, batches), default=0) / int(lengths[longest])
-    itemsize = result.gradient.dtype.itemsize
-    logit_bytes = int(scale * result.logit_bytes)
-    if isinstance(context.task, CausalLMInChunks):
-        logit_bytes = min(logit_bytes, max(CHUNK_ELEMENTS * itemsize, result.logit_bytes))
-    return StepMemory(int(scale * saved.num_bytes), logit_bytes, itemsize, context.checkpoints)

@@ -171,7 +171,7 @@ class Schedule:
 
 @dataclass
 class _Rows:
-    """Rows of one entry that one worker has captured, and what they are of."""
+    """Rows of one entry that one worker has captured, and the positions that they are of."""
 
     entry: Entry
     values: Tensor
@@ -179,7 +179,7 @@ class _Rows:
 
     @property
     def note(self) -> "_Note":
-        """What another worker has to know of them."""
+        """Their description, for their owner."""
         positions = self.positions
         return _Note(
             self.entry,
@@ -192,7 +192,7 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Note:
-    """What the owner of rows has to know of them before they come."""
+    """Describes rows to their owner before they arrive; sequences as of `ArrivedPositions`."""
 
     entry: Entry
     dtype: torch.dtype
@@ -389,7 +389,7 @@ class RowExchange:
         return notes
 
     def _begin(self, own: Sequence[_Rows], notes: Sequence[Sequence[_Note]]) -> None:
-        """Makes rows ready to be sent; all of those before them have been.
+        """Prepares rows for sending; those before them have been sent.
 
         Args:
             own: This worker's rows.

@@ -13,6 +13,7 @@ happened in it.
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -161,6 +162,8 @@ class _Run:
         if self._exchange is not None:  # rows travel in the model's dtype
             self._exchange.dtype, dtype, observer = dtype, None, self._exchange
         with (
+            # A step may take longer than a worker waits for others; when it ends, all agree to end.
+            world.leaving_together() if self._in_step else nullcontext(),
             world.agree(together=together),
             context.capture(self._modules, observer, dtype, world.device) as capture,
             progress,

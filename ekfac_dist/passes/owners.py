@@ -16,13 +16,14 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ekfac_dist.errors import ConfigError
 from ekfac_dist.models.modules import TrackedModule, layer_name
-from ekfac_dist.runtime.processes import World
+from ekfac_dist.runtime.processes import COLLECTIVE_TIMEOUT, World
 
 # Least mean load of the owners in a window, over the load of the busiest: larger windows are shared
 # out more evenly, and their rows take more memory.
@@ -148,16 +149,25 @@ NOT_SHARED = Places(1, {})
 
 
 @functools.cache
-def _mesh(device_type: str, size: tuple[int, int], use: str, everyone: int) -> DeviceMesh:
+def _mesh(
+    device_type: str, backend: str, size: tuple[int, int], use: str, everyone: int
+) -> DeviceMesh:
     """The mesh of a size, made once: its groups keep threads and sockets until the process ends.
 
     Args:
         device_type: Where the groups' collectives are.
+        backend: Their backend.
         size: Number of copies, and of owners.
         use: What is sent: notes do not wait for rows.
         everyone: Identifies the group of all workers.
     """
-    return init_device_mesh(device_type, size, mesh_dim_names=("copies", "owners"))
+    groups: Any = dist
+    gloo = backend == "gloo"
+    options = groups.ProcessGroupGloo._Options() if gloo else groups.ProcessGroupNCCL.Options()
+    options._timeout = COLLECTIVE_TIMEOUT
+    names = ("copies", "owners")
+    override: Any = dict.fromkeys(names, (backend, options))
+    return init_device_mesh(device_type, size, mesh_dim_names=names, backend_override=override)
 
 
 @dataclass(frozen=True)
@@ -201,8 +211,8 @@ class Owners:
             return cls(shard, places, sum_places, 0, world.alone(), world.alone(), world)
         size = (world.size // shard, shard)
         everyone = id(dist.group.WORLD)
-        mesh = _mesh(world.device.type, size, "rows", everyone)
-        notes = _mesh("cpu", size, "notes", everyone)
+        mesh = _mesh(world.device.type, world.backend, size, "rows", everyone)
+        notes = _mesh("cpu", "gloo", size, "notes", everyone)
         return cls(
             shard,
             places,
@@ -220,7 +230,3 @@ class Owners:
     def place_of(self, name: str) -> int:
         """The place of the owner of a factor, or of a module's Λ, by its name."""
         return self.sum_places[name]
-
-    def rank_of(self, module: TrackedModule, copy: int = 0) -> int:
-        """The rank of a module's owner in one of the copies."""
-        return copy * self.shard + self.places[module.input]

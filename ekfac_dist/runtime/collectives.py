@@ -36,11 +36,13 @@ class Arrivals:
         key: The counter's key.
         number: How often this worker has arrived.
         are_watched: Whether a heartbeat notices workers that end; else nobody waits here.
+        may_leave: Whether a worker that SIGTERM has come to leaves if others do not arrive soon.
     """
 
     key: str = ""
     number: int = 0
     are_watched: bool = False
+    may_leave: bool = True
 
 
 @dataclass
@@ -67,6 +69,15 @@ class Collectives(Peers):
         finally:
             self._arrivals.are_watched = before
 
+    @contextmanager
+    def leaving_together(self) -> Iterator[None]:
+        """Declares that the workers agree on when to end: none leaves by itself on SIGTERM."""
+        before, self._arrivals.may_leave = self._arrivals.may_leave, False
+        try:
+            yield
+        finally:
+            self._arrivals.may_leave = before
+
     def wait_for_all(self) -> None:
         """Waits until every worker has arrived, without limit; returns at once if none is watched.
 
@@ -75,7 +86,7 @@ class Collectives(Peers):
         Raises:
             PeerError: If a worker will never arrive, because it failed or was lost.
             Preempted: If SIGTERM has come, and a worker has not arrived a few seconds later: it was
-                asked to end too, or is lost.
+                asked to end too, or is lost. Not while the workers leave together.
         """
         if self.size == 1 or self.group is not None or not self._arrivals.are_watched:
             return
@@ -92,7 +103,7 @@ class Collectives(Peers):
                     last_look = now
                     if store.check([self._failure_key + LEFT]):
                         self._raise_if_announced()
-                if asked_to_end is None and preemption.requested():
+                if arrivals.may_leave and asked_to_end is None and preemption.requested():
                     asked_to_end = now
                 if asked_to_end is not None and now - asked_to_end > LEAVING_SECONDS:
                     raise preemption.ended("what is done is stored")

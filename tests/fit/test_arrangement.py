@@ -78,11 +78,13 @@ def test_what_fits_as_it_is_stays_as_it_is():
 
 
 def test_each_means_is_taken_only_if_those_before_it_do_not_do():
-    assert chosen((WHOLE + 640) / USABLE - 1) == (1, 64, False, 2)
     half, quarter = (shared_by(number) for number in (2, 4))
-    assert chosen((half + 640) / USABLE - 1) == (1, 64, False, 4)
-    # A step of 64 tokens takes 192 bytes with checkpointing.
-    assert chosen((quarter + 640) / USABLE - 1) == (1, 64, True, 2)  # the least shard that does
+    # A step of 64 tokens takes 640 bytes, with checkpointing 192.
+    assert chosen((WHOLE + 640) / USABLE - 1) == (1, 64, True, 1)
+    assert chosen((WHOLE + 192) / USABLE - 1) == (1, 64, False, 2)
+    assert chosen((half + 640) / USABLE - 1) == (1, 64, True, 2)
+    assert chosen((half + 192) / USABLE - 1) == (1, 64, True, 4)
+    assert quarter + 640 > half + 192
     assert chosen((quarter + 192) / USABLE - 1)[1:] == (32, True, 4)
     assert chosen((quarter + 24) / USABLE) == (1, 8, True, 4)
     groups, *_, shard = chosen((quarter + 24) / USABLE - 1)
@@ -97,7 +99,7 @@ def shared_by(number: int) -> int:
 
 @pytest.mark.parametrize("workers", [1, 2, 4, 6])
 def test_no_arrangement_that_fits_is_cheaper(workers: int):
-    """All of them are tried: fewest groups, then large steps, then no checkpointing."""
+    """All are tried: fewest groups, then large steps, the least shard, no checkpointing."""
     shards = [d for d in range(1, workers + 1) if workers % d == 0]
     most = {}
     for number, shard in itertools.product(range(1, len(MODULES) + 1), shards):
@@ -106,12 +108,12 @@ def test_no_arrangement_that_fits_is_cheaper(workers: int):
         groups, places = partition(MODULES, number), Places.of(MODULES, shard)
         for tokens, checkpoints in itertools.product(SIZES, (False, True)):
             peaks = [needed(group, places, checkpoints, tokens).peak for group in groups]
-            most[len(groups), -tokens, checkpoints, shard] = max(peaks)
+            most[len(groups), -tokens, shard, checkpoints] = max(peaks)
     for free in range(200, 2500, 31):
         fitting = [cost for cost, peak in most.items() if peak <= USABLE * free]
         found = chosen(free, workers=workers)
         if fitting:
-            groups, tokens, checkpoints, shard = min(fitting)
+            groups, tokens, shard, checkpoints = min(fitting)
             assert found == (groups, -tokens, checkpoints, shard), free
         else:  # what needs least, to be refused or tried
             assert found == (len(MODULES), 8, True, workers)
@@ -144,7 +146,7 @@ def test_the_hosts_memory_counts_too():
 
 def test_the_most_that_any_group_needs_is_what_counts():
     found = Arrangement(2, False, 16, partition(MODULES, 3))
-    most = most_needed(found, MODULES, needed)
+    most = most_needed(found, MODULES, needed, Limits(math.inf))
     places = Places.of(MODULES, 2)
     peaks = [needed(group, places, False, 16).peak for group in found.groups]
     assert most.peak == max(peaks) > min(peaks)

@@ -15,7 +15,6 @@ from ekfac_dist import estimate_factors
 from ekfac_dist.config import DataConfig, FactorsConfig, ModelConfig, PlanConfig
 from ekfac_dist.errors import ConfigError, ModelError
 from ekfac_dist.factors.reader import StoreReader
-from ekfac_dist.fit import fit_factors as fitting
 from ekfac_dist.fit import group
 from ekfac_dist.fit.plan import make_plan
 from ekfac_dist.models.capture.prepare import prepared
@@ -25,6 +24,7 @@ from ekfac_dist.models.find.meta_device import (
     estimate_step,
     model_without_weights,
 )
+from ekfac_dist.passes import step_memory
 
 CPU = torch.device("cpu")
 SHAPES = {
@@ -161,6 +161,7 @@ def test_a_step_holds_little_with_checkpointing_and_a_chunked_head(tmp_path: Pat
     assert estimate_step(model, modules, 4, 2048).activation_bytes > 150e9
 
 
+@pytest.mark.slow
 def test_the_least_number_of_workers_that_would_do_is_named(tmp_path: Path):
     planned = plan_of_shape("Llama-3-70B", tmp_path, 1, fsdp=True)
     assert not planned.fits
@@ -218,7 +219,7 @@ def test_a_run_takes_the_fewest_groups_that_fit(monkeypatch: pytest.MonkeyPatch)
         passes.clear()
         return estimate_factors(build("llama"), examples(5), batch_tokens=16, accumulate="float64")
 
-    monkeypatch.setattr(fitting, "available_bytes", lambda device: free["bytes"])
+    monkeypatch.setattr(step_memory, "available_bytes", lambda device: free["bytes"])
     monkeypatch.setattr(group, "run_pass", counted)
     whole = fitted()
     assert passes == ["covariance", "refit"]

@@ -303,10 +303,11 @@ def test_groups_are_chosen_by_the_hosts_memory_too():
         return arrange(modules, 1, factors, False, [1], needs, Limits(1e12, host)).groups
 
     modules = wide_modules(8)
-    all_at_once = needs(modules).host
+    all_at_once = max(needs(modules).second_levels.values())
     assert len(groups_for(2 * all_at_once)) == 1
     assert len(groups_for(all_at_once / 2)) > 2
-    assert needs(groups_for(100)[0]).lack(1e12, 100) == (needs(modules[:1]).host, 100)
+    one = needs(groups_for(100)[0])
+    assert one.lack(1e12, 100) == (max(one.second_levels.values()), 100)
 
 
 @pytest.mark.usefixtures("frequent")

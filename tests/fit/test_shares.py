@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ekfac_dist.curvature.eigenbasis import workspace_bytes
-from ekfac_dist.fit.eigenbasis import _rounds
+from ekfac_dist.fit import decomposition_rounds
 
 CPU = torch.device("cpu")
 SIZES = {"a": 100, "b": 40, "c": 80, "d": 80, "e": 10}
@@ -28,7 +28,9 @@ WORK = {name: size**3 for name, size in SIZES.items()}
 
 
 def rounds(*places):
-    return _rounds(WORK, max(SIZES.values()), Workers(list(places)), sharded=True)
+    return decomposition_rounds.rounds(
+        WORK, max(SIZES.values()), Workers(list(places)), sharded=True
+    )
 
 
 def owners(*places):
@@ -48,8 +50,10 @@ def test_workers_decompose_their_largest_factors_at_the_same_time():
         {0: "b", 1: "d"},
         {1: "e"},
     ]
-    assert _rounds(WORK, 100, Workers([]), sharded=False) == [{0: name} for name in "abcde"]
-    assert _rounds({}, 0, Workers([]), sharded=True) == []
+    assert decomposition_rounds.rounds(WORK, 100, Workers([]), sharded=False) == [
+        {0: name} for name in "abcde"
+    ]
+    assert decomposition_rounds.rounds({}, 0, Workers([]), sharded=True) == []
 
 
 @pytest.mark.parametrize(("room", "taking_part"), [(0, {0}), (1, {0}), (2, {0, 1}), (3, {0, 1, 2})])
@@ -61,3 +65,12 @@ def test_hosts_and_devices_have_memory_of_their_own():
     full = ("one", "cpu", NEED)
     assert set(owners(full, full, ("two", "cpu", NEED)).values()) == {0, 2}
     assert set(owners(("one", "cuda:0", NEED), ("one", "cuda:1", NEED)).values()) == {0, 1}
+
+
+@pytest.mark.parametrize(("room", "at_once"), [(0, 1), (1, 1), (2, 2), (4, 4)])
+def test_owners_of_a_host_wait_for_each_others_memory(room, at_once):
+    owner_of = {"a": 0, "b": 1, "c": 2, "d": 3, "e": 0}
+    workers = Workers([("host", "cpu", room * NEED)] * 4)
+    found = decomposition_rounds.rounds(WORK, 100, workers, sharded=True, places=owner_of, shard=4)
+    assert max(map(len, found)) == at_once
+    assert sorted((f, rank) for one in found for rank, f in one.items()) == sorted(owner_of.items())

@@ -1,5 +1,6 @@
 """Layers that are computed again in the backward: every family's rows, and factors of fits."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -16,13 +17,15 @@ from ekfac_dist import MaskedLM, Seq2SeqLM, estimate_factors
 from ekfac_dist.data.sequences import collate
 from ekfac_dist.data.tokenized_examples import from_examples
 from ekfac_dist.errors import NonFiniteError
-from ekfac_dist.fit import fit_factors
 from ekfac_dist.models.capture.hooks import Capture
 from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.find.discovery import discover
-from ekfac_dist.passes.context import PassContext, measured_step
+from ekfac_dist.passes.context import PassContext
+from ekfac_dist.passes.step_memory import measured_step
+from ekfac_dist.runtime.processes import World
 
 FIT = {"labels": "data", "accumulate": "float64", "batch_tokens": 24}
+AGAIN = FIT | {"gradient_checkpointing": True}
 EXACT = 1e-10
 WRITES_INTO_A_CACHE = {"XLMWithLMHeadModel"}  # refused, see test_checkpointing
 
@@ -40,7 +43,7 @@ def test_every_family_is_seen_as_without(family):
 
 @pytest.fixture
 def repeats(monkeypatch):
-    """Fits whose layers are computed again; lists of each step whether they were."""
+    """Whether each step computes its layers again."""
     steps = []
     plain = Capture.run
 
@@ -48,7 +51,6 @@ def repeats(monkeypatch):
         steps.append(self._checkpointing is not None)
         return plain(self, batch, rule)
 
-    monkeypatch.setattr(fit_factors, "PassContext", partial(PassContext, checkpoints=True))
     monkeypatch.setattr(Capture, "run", run)
     return steps
 
@@ -63,7 +65,7 @@ def same(again, plain):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_factors_are_as_dense_autograd_has_them(family, repeats):
     model, data = build(family), examples(prompts=True)
-    factors = estimate_factors(model, data, **FIT)
+    factors = estimate_factors(model, data, **AGAIN)
     assert sum(repeats) > 2
     oracle = dense_modules(model, [shifted(e) for e in data], list(factors.modules))
     for name, dense in oracle.items():
@@ -72,7 +74,7 @@ def test_factors_are_as_dense_autograd_has_them(family, repeats):
 
 def test_factors_of_experts_are_as_dense_autograd_has_them(repeats):
     model, data = tiny_model("MixtralForCausalLM"), examples(prompts=True)
-    factors = estimate_factors(model, data, **FIT)
+    factors = estimate_factors(model, data, **AGAIN)
     assert sum(repeats) > 2
     dense = dense_of(model, factors, data)
     for name in factors.modules:
@@ -92,10 +94,9 @@ def test_factors_of_experts_are_as_dense_autograd_has_them(repeats):
         (bart, translated_examples(9), {"task": Seq2SeqLM()}),
     ],
 )
-def test_factors_are_as_without(made, data, settings, repeats, monkeypatch):
-    again = estimate_factors(made(), data, **(FIT | settings))
+def test_factors_are_as_without(made, data, settings, repeats):
+    again = estimate_factors(made(), data, **(AGAIN | settings))
     assert sum(repeats) > 2
-    monkeypatch.undo()
     same(again, estimate_factors(made(), data, **(FIT | settings)))
 
 
@@ -106,13 +107,12 @@ def test_factors_are_as_without(made, data, settings, repeats, monkeypatch):
         *(pytest.param(pick, marks=pytest.mark.slow) for pick in PICKS if "None" not in pick),
     ],
 )
-def test_experts_in_lists_are_as_without(pick, repeats, monkeypatch):
+def test_experts_in_lists_are_as_without(pick, repeats):
     model, data = tiny_model("MixtralForCausalLM"), examples(8)
     for layer in model.model.layers:
         layer.mlp.experts = RoutedList(layer.mlp.experts, PICKS[pick])
-    again = estimate_factors(model, data, **FIT)
+    again = estimate_factors(model, data, **AGAIN)
     assert sum(repeats) > 2
-    monkeypatch.undo()
     same(again, estimate_factors(model, data, **FIT))
 
 
@@ -121,24 +121,17 @@ def test_a_weight_that_is_nan_is_named_where_it_is_met_first(repeats):
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"input of module model\.layers\.0\.mlp\.down_proj"):
-        estimate_factors(model, examples(4), **FIT)
+        estimate_factors(model, examples(4), **AGAIN)
     assert all(repeats[-2:])
 
 
-def test_a_measured_step_keeps_less(monkeypatch):
-    model, data, measured = tiny_model("LlamaForCausalLM", num_hidden_layers=6), examples(9), []
-    plain = fit_factors._largest_share
-
-    def measure(context):
-        for checkpoints in (False, True):
-            fields = {name: getattr(context, name) for name in context.__dataclass_fields__}
-            tried = PassContext(**(fields | {"checkpoints": checkpoints}))
-            modules = discover(model, None, torch.device("cpu")).modules
-            measured.append(measured_step(tried, modules))
-        return plain(context)
-
-    monkeypatch.setattr(fit_factors, "_largest_share", measure)
-    estimate_factors(model, data, **FIT)
-    whole, again = measured
+def test_a_measured_step_keeps_less():
+    model = tiny_model("LlamaForCausalLM", num_hidden_layers=6)
+    sequences, world = from_examples(examples(9)), World.start()
+    context = PassContext(model, sequences, [[0, 1], [2]], world, torch.float32, False)
+    with prepared(model):
+        modules = discover(model, None, torch.device("cpu")).modules
+        whole = measured_step(context, modules)
+        again = measured_step(replace(context, checkpoints=True), modules)
     assert 0 < again.activation_bytes < 0.5 * whole.activation_bytes
     assert (again.logit_bytes, again.itemsize) == (whole.logit_bytes, whole.itemsize)

@@ -5,7 +5,7 @@
 
 A layer is computed again as soon as the gradient of one of its tracked modules arrives, or autograd
 asks for a tensor that the layer saved. So a layer's inputs are observed right before its gradients,
-and nobody has to hold those of all layers.
+and no observer has to hold those of all layers.
 
 `transformers`' own checkpointing acts in training mode only, and PyTorch's `checkpoint` may end the
 repeated forward before its last module, or leave it out where nothing was saved.
@@ -39,7 +39,7 @@ class LayerCheckpointing:
         saved: Where to note what is kept; None: nowhere.
 
     Attributes:
-        call: The layer's call that is being computed; None: nothing of a layer is.
+        call: The call of a layer that is being computed; None outside of layers.
     """
 
     def __init__(
@@ -220,7 +220,7 @@ class LayerCall:
 
 
 class _Place:
-    """Stands in the graph for a tensor that autograd saved, which is there after the repetition.
+    """Placeholder in the graph for a tensor that autograd saved; filled by `LayerCall.repeat`.
 
     Args:
         call: The layer's call.
@@ -283,17 +283,3 @@ def by_layer(
         prefixes = (".".join(parts[:k]) for k in range(1, len(parts)))
         found.setdefault(next((p for p in prefixes if p in names), ""), []).append(module)
     return found
-
-
-def waiting_input_size(layer_names: Iterable[str], modules: Iterable[TrackedModule]) -> int:
-    """Largest Σ I of the input factors whose inputs wait for their gradients at one time.
-
-    Args:
-        layer_names: Names of the layers that are checkpointed.
-        modules: The tracked modules.
-    """
-    sizes = {
-        layer: sum({module.input: module.input_size for module in members}.values())
-        for layer, members in by_layer(layer_names, modules).items()
-    }
-    return sizes.pop("", 0) + max(sizes.values(), default=0)

@@ -98,7 +98,7 @@ class _Compared:
         rounding: Relative change that rounding explains.
 
     Attributes:
-        fault: What was not the same: a sentence; None if all was.
+        fault: A sentence about the first difference; None if there is none.
     """
 
     def __init__(self, expected: _Kept, rounding: float) -> None:
@@ -108,7 +108,7 @@ class _Compared:
 
     @property
     def missing(self) -> str | None:
-        """What was not seen: a sentence; None if all was."""
+        """A sentence about what only one of the two runs has shown; None if there is nothing."""
         if self._expected.keys() == self._seen:
             return None
         side, name = min(self._expected.keys() ^ self._seen)

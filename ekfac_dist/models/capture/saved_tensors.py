@@ -18,19 +18,24 @@ class StepMemory:
         activation_bytes: Bytes of the tensors that autograd saves for the backward, at the end of
             the forward, in a graph that begins at the lowest tracked module. With gradient
             checkpointing: of all layers' inputs, and what the largest layer saves beside.
-        logit_bytes: Bytes of the logits.
+        logit_bytes: Bytes of the logits that are held at a time.
         itemsize: Bytes of one element in the model's dtype.
         checkpoints: Whether layers keep their inputs alone, and are computed again.
+        are_logits_whole: Whether the logits of all positions are held, instead of a chunk.
     """
 
     activation_bytes: int
     logit_bytes: int
     itemsize: int
     checkpoints: bool = False
+    are_logits_whole: bool = False
 
     def scaled(self, part: float) -> "StepMemory":
-        """The memory of a step of a part of the positions; logits are held in chunks, so as now."""
-        return replace(self, activation_bytes=int(part * self.activation_bytes))
+        """The memory of a step of a part of the positions; a chunk of the logits stays as large."""
+        logit_bytes = int(part * self.logit_bytes) if self.are_logits_whole else self.logit_bytes
+        return replace(
+            self, activation_bytes=int(part * self.activation_bytes), logit_bytes=logit_bytes
+        )
 
     @classmethod
     def nothing(cls) -> "StepMemory":

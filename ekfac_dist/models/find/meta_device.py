@@ -154,9 +154,11 @@ def estimate_step(
             stack.enter_context(LayerCheckpointing(model, modules, saved).active())
         stack.enter_context(counter)
         logits = _logits_by_shape(model, num_sequences, num_tokens)
+    held_logits = logit_bytes(model, modules, logits)
     return StepEstimate(
         activation_bytes=saved.num_bytes,
-        logit_bytes=logit_bytes(model, modules, logits),
+        logit_bytes=held_logits,
+        are_logits_whole=held_logits == logits.nbytes,
         itemsize=logits.dtype.itemsize,
         checkpoints=checkpoints,
         forward=counter.get_total_flops(),

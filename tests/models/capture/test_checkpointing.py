@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ekfac_dist.data.sequences import Sequence, collate, pack
 from ekfac_dist.data.tokenized_examples import from_examples
 from ekfac_dist.errors import ModelError
-from ekfac_dist.models.capture.checkpointing import LayerCheckpointing, waiting_input_size
+from ekfac_dist.models.capture.checkpointing import LayerCheckpointing
 from ekfac_dist.models.capture.hooks import Capture
 from ekfac_dist.models.capture.observers import NullObserver
 from ekfac_dist.models.capture.prepare import prepared
@@ -24,7 +24,6 @@ from ekfac_dist.models.capture.saved_tensors import noting_saved_tensors
 from ekfac_dist.models.capture.tasks import CAUSAL_LM
 from ekfac_dist.models.find.discovery import discover
 from ekfac_dist.models.find.meta_device import discover_by_shape, estimate_step
-from ekfac_dist.models.sharding import layers
 from ekfac_dist.passes.sequences import why_not_checkpointed
 from ekfac_dist.runtime.processes import World
 
@@ -434,14 +433,6 @@ def test_operations_are_those_of_a_forward_more_from_the_lowest_layer_on():
         a_layer = (plain.forward - head) // 4
         more = again.operations(modules) - plain.operations(modules)
         assert more == pytest.approx(layers_again * a_layer, rel=0.01)
-
-
-def test_inputs_of_one_layer_wait_for_gradients_at_a_time():
-    model = build("llama")
-    modules = tracked(model)
-    assert waiting_input_size(layers(model), modules) == 12 + 14
-    assert waiting_input_size([], modules) == 2 * (12 + 14)
-    assert waiting_input_size(["model.layers.1"], modules) == 2 * (12 + 14)
 
 
 def allocated_at_most(run):

@@ -1,0 +1,113 @@
+"""The memory of a step, measured with the model at hand, and what workers have free for it."""
+
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from ekfac_dist.data.batch_plan import padded_sizes
+from ekfac_dist.models.capture.chunked_head import CHUNK_ELEMENTS, CausalLMInChunks
+from ekfac_dist.models.capture.labels import LabelRule
+from ekfac_dist.models.capture.observers import NullObserver
+from ekfac_dist.models.capture.saved_tensors import StepMemory, noting_saved_tensors
+from ekfac_dist.models.modules import TrackedModule
+from ekfac_dist.models.sharding import agreeing
+from ekfac_dist.passes.context import PassContext
+from ekfac_dist.runtime.memory import available_bytes
+from ekfac_dist.runtime.processes import World
+
+# The part of free memory that is planned for; the rest is for the allocator, and for chance.
+USABLE = 0.9
+
+# What takes less than this part of free memory need not be looked into.
+LARGE = 0.5
+
+# Activations of a step over what its tracked modules read and give; more than any model has.
+_ACTIVATIONS_OF_ROWS = 4
+
+
+def free_bytes(world: World) -> tuple[int, int]:
+    """This worker's part of the free memory of its device, and of its host; a collective."""
+    places = world.gather((socket.gethostname(), str(world.device)))
+    hosts = [host for host, _ in places]
+    on_device = available_bytes(world.device) // places.count(places[world.rank])
+    on_host = available_bytes(torch.device("cpu")) // hosts.count(hosts[world.rank])
+    return on_device, on_host
+
+
+def largest_step(
+    context: PassContext, modules: Sequence[TrackedModule], step_tokens: int
+) -> StepMemory:
+    """More than the memory of any step, from what the tracked modules read and give.
+
+    Args:
+        context: Gives the model.
+        modules: The tracked modules.
+        step_tokens: Positions of a step.
+    """
+    itemsize = next(context.model.parameters()).dtype.itemsize
+    rows = sum(module.num_inputs + module.num_outputs for module in modules)
+    return StepMemory(_ACTIVATIONS_OF_ROWS * step_tokens * itemsize * rows, 0, itemsize)
+
+
+def measured_step(context: PassContext, modules: Sequence[TrackedModule]) -> StepMemory:
+    """The memory of a step of this worker's largest batch, from a step of its longest sequence.
+
+    One sequence alone is run, since the whole batch may not fit. A collective if the model is
+    sharded.
+
+    Args:
+        context: Model, data and workers.
+        modules: All tracked modules.
+
+    Returns:
+        Zeros where the worker has no batch.
+    """
+    batches, lengths = context.own_batches, context.sequences.num_positions
+    if not batches and not context.runs_in_step:
+        return StepMemory.nothing()
+    longest = max((i for batch in batches for i in batch), key=lengths.__getitem__, default=0)
+    batch = context.batch([longest])
+    rule = LabelRule("data", 0, 0)
+    with (
+        noting_saved_tensors(context.model) as saved,
+        context.capture(modules, NullObserver(), None, saved=saved) as capture,
+    ):
+        result = capture.run(batch, rule)
+    scale = max(padded_sizes(lengths, batches), default=0) / int(lengths[longest])
+    itemsize = result.gradient.dtype.itemsize
+    whole = logit_bytes = int(scale * result.logit_bytes)
+    if isinstance(context.task, CausalLMInChunks):
+        logit_bytes = min(whole, max(CHUNK_ELEMENTS * itemsize, result.logit_bytes))
+    return StepMemory(
+        int(scale * saved.num_bytes),
+        logit_bytes,
+        itemsize,
+        context.checkpoints,
+        are_logits_whole=logit_bytes == whole,
+    )
+
+
+def needs_checkpoints(
+    context: PassContext, modules: Sequence[TrackedModule], step_tokens: int, held: int
+) -> bool:
+    """Whether a step's activations do not fit into any worker's memory; a collective.
+
+    Args:
+        context: Model, data and workers.
+        modules: The tracked modules.
+        step_tokens: Positions of a step.
+        held: Bytes that a worker holds besides.
+    """
+    world = context.world
+    free, _ = free_bytes(world)
+    rough = largest_step(context, modules, step_tokens).activation_bytes
+    if not any(world.gather(rough + held > LARGE * free)):
+        return False
+    with agreeing(world, context.model):
+        step = measured_step(replace(context, checkpoints=False), modules)
+    sizes = {module.input: module.input_size for module in modules}
+    waiting = step_tokens * sum(sizes.values()) * context.dtype.itemsize
+    needed = step.activation_bytes + 2 * step.logit_bytes + waiting + held
+    return any(world.gather(needed > USABLE * free))

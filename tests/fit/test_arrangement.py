@@ -81,10 +81,10 @@ def test_each_means_is_taken_only_if_those_before_it_do_not_do():
     half, quarter = (shared_by(number) for number in (2, 4))
     # A step of 64 tokens takes 640 bytes, with checkpointing 192.
     assert chosen((WHOLE + 640) / USABLE - 1) == (1, 64, True, 1)
-    assert chosen((WHOLE + 192) / USABLE - 1) == (1, 64, False, 2)
-    assert chosen((half + 640) / USABLE - 1) == (1, 64, True, 2)
+    assert chosen((WHOLE + 192) / USABLE - 1) == (1, 64, True, 2)
     assert chosen((half + 192) / USABLE - 1) == (1, 64, True, 4)
-    assert quarter + 640 > half + 192
+    assert chosen((WHOLE + 640) / USABLE - 1, checkpointing=False) == (1, 64, False, 2)
+    assert chosen((half + 640) / USABLE - 1, checkpointing=False) == (1, 64, False, 4)
     assert chosen((quarter + 192) / USABLE - 1)[1:] == (32, True, 4)
     assert chosen((quarter + 24) / USABLE) == (1, 8, True, 4)
     groups, *_, shard = chosen((quarter + 24) / USABLE - 1)

@@ -52,12 +52,12 @@ class PassTimes:
     """The seconds of the parts of this worker's passes; made once in a process, before any fit.
 
     Attributes:
-        before_pass: Called with the world and the pass's name, by all workers, before it.
+        before_pass: Called by all workers with the world, the pass's name and its running sums.
         after_pass: The same, after it.
     """
 
     def __init__(self):
-        self.before_pass = self.after_pass = lambda world, name: None
+        self.before_pass = self.after_pass = lambda world, name, sums: None
         self._passes = {}
         self._running = [REST]  # the parts that are being run, innermost last
         self._seconds = defaultdict(float)
@@ -122,14 +122,14 @@ class PassTimes:
         self._seconds[self._running[-1]] += now - self._since
         self._since = now
 
-    def _timed_pass(self, name, context, *args, **kwargs):
-        self.before_pass(context.world, name)
+    def _timed_pass(self, name, context, modules, sums, *args, **kwargs):
+        self.before_pass(context.world, name, sums)
         context.world.barrier()
         before, cpu_before = _seconds_of_other_threads(), time.thread_time()
         self._seconds.clear()
         self._sent, self._since = 0, time.perf_counter()
         start = self._since
-        result = self._run_pass(name, context, *args, **kwargs)
+        result = self._run_pass(name, context, modules, sums, *args, **kwargs)
         self._count()
         seconds = time.perf_counter() - start
         self._passes[name] = {
@@ -140,7 +140,7 @@ class PassTimes:
             "gloo": _seconds_of_other_threads() - before,
             "sent": self._sent,
         }
-        self.after_pass(context.world, name)
+        self.after_pass(context.world, name, sums)
         return result
 
 

@@ -4,11 +4,11 @@
     python tests/benchmarks/shards.py memory        what a worker holds, 4 workers: 4 beside 1
 
 Models are random-weight Llamas in float32, workers have one thread, and factors are not decomposed
-(see `timed_passes.py`). `time` runs both sides in turns in the same processes: hidden 768, MLP 2048,
-4 layers; shown are the medians, and where the time goes. `memory` fits a model most of whose memory
-is its factors (hidden 256, MLP 2048, 8 layers); shown are, of the worker that holds most, its
-running sums and eigenvectors, and the peak of its anonymous memory in each pass above what it had
-before the fit; and the peak of the whole process. Beside each is what `plan` says of it, which
+(see `timed_passes.py`). `time` runs both sides in turns in the same processes (hidden 768, MLP
+2048, 4 layers); shown are the medians, and where the time goes. `memory` fits a model most of whose
+memory is its factors (hidden 256, MLP 2048, 8 layers); shown are, of the worker that holds most,
+its running sums and eigenvectors, the peak of its anonymous memory in each pass above what it had
+before the fit, and the peak of the whole process. Beside each is what `plan` says of it, which
 counts the scratch matrices of one sequence's gradient with Λ.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from peak_memory import PeakMemory
-from timed_passes import PARTS, PASSES, REST, PassTimes
+from timed_passes import PASSES, PassTimes, parts_table
 from transformers.utils.logging import disable_progress_bar
 
 from ekfac_dist.config import DataConfig, FactorsConfig, ModelConfig, PlanConfig
@@ -120,17 +120,12 @@ def time_tables(reports):
             ]
         )
     whole = table(["pass", "shard 1, s", "shard 2, s", "ratio", "of rounds"], lines)
-    lines = []
-    names = {part: part for part in (REST, *PARTS)}
-    names |= {"cpu": "CPU, this thread", "gloo": "CPU, gloo's threads"}
-    for part, shown in names.items():
-        lines.append([shown])
-        for name in PASSES:
-            for shard in ("1", "2"):
-                found = [each[name][part] for report in reports for each in report[shard]]
-                lines[-1].append(f"{statistics.mean(found):.2f}")
-    header = [f"{name}, {shard}" for name in PASSES for shard in ("shard 1", "2")]
-    return f"{whole}\n\n{table(['seconds of a worker', *header], lines)}"
+    columns = {
+        f"{name}, shard {shard}": [each[name] for report in reports for each in report[shard]]
+        for name in PASSES
+        for shard in ("1", "2")
+    }
+    return f"{whole}\n\n{parts_table(columns)}"
 
 
 # -- memory ----------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from timed_passes import PARTS, PASSES, REST, PassTimes
+from timed_passes import PASSES, PassTimes, parts_table
 
 from ekfac_dist.report.tables import table
 
@@ -123,9 +123,8 @@ def worker(args):
     for _ in range(args.rounds):
         found[AS_IS].append(times.fit(model, rows, args.folder, **settings))
         for name in PASSES:
-            bytes_and_seconds = [(each[name]["sent"], each[name]["seconds"]) for each in found[AS_IS]]
-            seconds = statistics.median(seconds for _, seconds in bytes_and_seconds)
-            rates[name] = bytes_and_seconds[0][0] / (args.share * seconds)
+            seconds = statistics.median(each[name]["seconds"] for each in found[AS_IS])
+            rates[name] = found[AS_IS][0][name]["sent"] / (args.share * seconds)
         times.before_pass, times.after_pass = set_rate, end_rate
         found[SLOWED].append(times.fit(model, rows, args.folder, **settings))
         times.before_pass = times.after_pass = lambda *args: None
@@ -167,6 +166,7 @@ def tables(reports):
             [
                 name,
                 f"{statistics.mean(each['sent'] for each in slowed) / 1e6:.0f}",
+                f"{statistics.mean(each['link'] for each in slowed) / 1e6:.0f}",
                 f"{statistics.mean(each['rate'] for each in slowed) / 1e6:.1f}",
                 f"{on_link:.2f}",
                 f"{seconds[AS_IS]:.2f}",
@@ -174,19 +174,14 @@ def tables(reports):
                 f"{seconds[SLOWED] / seconds[AS_IS]:.2f}",
             ]
         )
-    header = ["pass", "rows, MB", "link, MB/s", "rows alone, s", "as it is, s", "slowed, s", "ratio"]
-    whole = table(header, lines)
-    lines = []
-    names = {part: part for part in (REST, *PARTS)}
-    names |= {"cpu": "CPU, this thread", "gloo": "CPU, gloo's threads"}
-    for part, shown in names.items():
-        lines.append([shown])
-        for name in PASSES:
-            for link in (AS_IS, SLOWED):
-                found = [each[name][part] for report in reports for each in report[link]]
-                lines[-1].append(f"{statistics.mean(found):.2f}")
-    header = [f"{name}, {link}" for name in PASSES for link in (AS_IS, SLOWED)]
-    return f"{whole}\n\n{table(['seconds of a worker', *header], lines)}"
+    header = ["pass", "rows, MB", "on the link", "its MB/s", "rows alone, s"]
+    whole = table([*header, "as it is, s", "slowed, s", "ratio"], lines)
+    columns = {
+        f"{name}, {link}": [each[name] for report in reports for each in report[link]]
+        for name in PASSES
+        for link in (AS_IS, SLOWED)
+    }
+    return f"{whole}\n\n{parts_table(columns)}"
 
 
 def main():

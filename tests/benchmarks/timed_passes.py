@@ -18,6 +18,7 @@ change little, those of the process's other threads, which are gloo's, and the b
 
 import functools
 import os
+import statistics
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -32,13 +33,16 @@ from ekfac_dist.fit.covariance import CovarianceSums
 from ekfac_dist.fit.refit import LambdaSums
 from ekfac_dist.passes import exchange
 from ekfac_dist.passes.exchange import RowExchange, Schedule
+from ekfac_dist.report.tables import table
 from ekfac_dist.runtime.collectives import Collectives
 
 PASSES = ("covariance", "refit")
 REST = "model"
 PARTS = {
     "sums": [
-        (sums, method) for sums in (CovarianceSums, LambdaSums) for method in ("on_input", "on_gradient")
+        (sums, name)
+        for sums in (CovarianceSums, LambdaSums)
+        for name in ("on_input", "on_gradient")
     ],
     "first step": [(Schedule, "of")],
     "copies": [(RowExchange, "_send"), (RowExchange, "_show"), (exchange, "owned")],
@@ -142,6 +146,21 @@ class PassTimes:
         }
         self.after_pass(context.world, name, sums)
         return result
+
+
+def parts_table(columns):
+    """A table of the parts of passes.
+
+    Args:
+        columns: By heading the times of a pass, of all workers and rounds; means are shown.
+    """
+    names = {part: part for part in (REST, *PARTS)}
+    names |= {"cpu": "CPU, this thread", "gloo": "CPU, gloo's threads"}
+    rows = [
+        [shown, *(f"{statistics.mean(one[part] for one in of):.2f}" for of in columns.values())]
+        for part, shown in names.items()
+    ]
+    return table(["seconds of a worker", *columns], rows)
 
 
 def _seconds_of_other_threads():

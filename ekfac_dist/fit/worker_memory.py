@@ -22,7 +22,7 @@ from ekfac_dist.fit.sizes import (
 )
 from ekfac_dist.models.capture.saved_tensors import StepMemory
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
-from ekfac_dist.passes.exchange import num_rounds
+from ekfac_dist.passes.exchange import MOST_TRAVELLING, num_rounds
 from ekfac_dist.passes.owners import NOT_SHARED, Places
 from ekfac_dist.passes.step_memory import USABLE
 
@@ -171,8 +171,9 @@ def memory(
     backward = step_tokens * 4 * widest * step.itemsize  # of the widest layer
     step_bytes = step.activation_bytes + 2 * step.logit_bytes + waiting + backward
     # The rows of a window leave while those of the next are collected. A round's rows are held by
-    # their sender and their owner, and so are those of the round before.
-    travelling = 4 * window_bytes * (shard - 1) // shard // rounds
+    # their sender and their owner, and so are those of the rounds before that still travel.
+    num_held = 2 * (1 + MOST_TRAVELLING)
+    travelling = num_held * window_bytes * (shard - 1) // shard // rounds
     exchange = int(_COLLECTED * window_bytes) + travelling if shard > 1 else 0
     matrices = [lambda_elements(part) for part in parts]
     spectra = max((sum(own) + 3 * max(own) for own in matrices), default=0)

@@ -9,6 +9,9 @@ and shows what arrives to the observer of the modules that this worker owns.
                            and are summed while those of window 2 travel
     backward   … │ window 2 │ window 1          the same with output-gradients
 
+In a window one worker may send much and another little, and the other way round in the next. So
+rows that have not arrived in time are not waited for while only few are on their way.
+
 Large windows travel in rounds, so that little of them is held twice. In a round every worker sends
 to as many owners as it receives from senders, so all links are used alike:
 
@@ -21,6 +24,7 @@ after their window has left, and those of a worker that has no batch left, chang
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,6 +49,7 @@ Entry = tuple[str, str]  # a module's name, and INPUT or GRADIENT
 
 _ALIGNMENT = 16  # bytes; rows of any dtype begin at a multiple of it
 _ROUND_BYTES = 2**27  # a round of fewer would be mostly latency
+MOST_TRAVELLING = 2  # rounds that nobody waits for
 
 
 @dataclass(frozen=True)
@@ -293,7 +298,7 @@ class RowExchange:
         self._late: list[_Rows] = []
         self._late_families: set[str] = set()
         self._window: _Window | None = None
-        self._travelling: _Travelling | None = None
+        self._travelling: deque[_Travelling] = deque()
         # Between the layers of a sharded model, which are collectives, all workers have to exchange
         # the same; but which experts a worker's batch reaches, and when, is its own.
         self._only_at_end = is_sharded(context.model) and bool(schedule.routed)
@@ -349,7 +354,7 @@ class RowExchange:
         if any(self._gathered(bool(self._late))):
             self._begin(self._late, self._gathered([rows.note for rows in self._late]))
         self._send_rounds(self._num_rounds)
-        self._settle()
+        self._settle(0)
         self._rows.clear()
         self._late.clear()
         self._late_families.clear()
@@ -415,7 +420,7 @@ class RowExchange:
             window.num_sent += 1
 
     def _send(self, window: _Window, distances: Sequence[int]) -> None:
-        """Begins one round, then shows what came with the round before."""
+        """Begins one round, then shows what came with those before."""
         place, shard = self._owners.place, self._owners.shard
         senders = [(place - distance) % shard for distance in distances]
         leaving: list[list[Tensor]] = [[] for _ in range(shard)]
@@ -441,8 +446,8 @@ class RowExchange:
         arriving = nothing.new_empty(sum(sizes))
         work = self._owners.copy.all_to_all(arriving, sent, sizes, sent_sizes)
         travelling = _Travelling(senders, window.notes, arriving, sizes, own, work, sent)
-        self._settle()
-        self._travelling = travelling
+        self._travelling.append(travelling)
+        self._settle(MOST_TRAVELLING)
 
     def _gathered(self, value: T) -> list[T]:
         """Every worker's value, of this worker's copy, by place."""
@@ -457,11 +462,18 @@ class RowExchange:
 
     # -- arriving ----------------------------------------------------------------------------------
 
-    def _settle(self) -> None:
-        """Waits for the rows that travel, and shows them to the observer."""
-        travelling, self._travelling = self._travelling, None
-        if travelling is None:
-            return
+    def _settle(self, most: int) -> None:
+        """Shows the observer the rows that have arrived, and waits for others if they are too many.
+
+        Args:
+            most: Rounds that may still travel afterwards.
+        """
+        waiting = self._travelling
+        while waiting and (len(waiting) > most or waiting[0].work.is_completed()):
+            self._show_all(waiting.popleft())
+
+    def _show_all(self, travelling: _Travelling) -> None:
+        """Shows the observer the rows of a round, once they are there."""
         self._owners.copy.wait(travelling.work)
         parts = travelling.arriving.split(list(travelling.sizes))
         for sender in travelling.senders:

@@ -16,11 +16,9 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
-import psutil
 import torch
 
 from ekfac_dist import estimate_factors, influence_scores, load_factors
@@ -31,6 +29,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # where the tests' helpers are
 sys.path.append(str(Path(__file__).parent / "peers"))  # where the shared modules are
 from helpers.workshop import cpu_launcher_config, leave
 from model_shapes import Shape
+from peak_memory import PeakMemory
 from peer_sides import make_rows
 
 VOCABULARY, TOKENS, WORKERS = 1024, 64, 4
@@ -47,26 +46,6 @@ def arguments():
     parser.add_argument("--shard", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, default=None, help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-class PeakMemory(threading.Thread):
-    """Watches this process's private memory: pages of mapped files belong to the host's cache."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.before = self.peak = self.now()
-        self.ended = threading.Event()
-
-    @staticmethod
-    def now():
-        """Bytes of anonymous memory."""
-        memory = psutil.Process().memory_info()
-        return memory.rss - memory.shared
-
-    def run(self):
-        """Looks every few milliseconds."""
-        while not self.ended.wait(0.005):
-            self.peak = max(self.peak, self.now())
 
 
 def answer(args):
@@ -99,9 +78,7 @@ def answer(args):
         top_k=1,
     )
     held["seconds"] = time.perf_counter() - start
-    watch.ended.set()
-    watch.join()
-    held["peak"] = watch.peak - watch.before
+    held["peak"] = watch.end()
     bases = [block for blocks in factors._bases.values() for block in blocks]
     held["factors"] = sum(t.nbytes for t in [*bases, *factors._lambdas.values()])
     Path(args.folder, f"{args.shard}-{rank}.json").write_text(json.dumps(held))

@@ -42,7 +42,6 @@ of one before and one after the runs of the row.
 import argparse
 import json
 import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -51,7 +50,7 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
-from model_shapes import gemm_rate, least_operations
+from model_shapes import gemm_rate, least_operations, processor
 from peer_agreement import errors_of, errors_table, median_and_worst
 from peer_batches import (
     as_settings,
@@ -293,18 +292,6 @@ def measure(args, name, row, sides, folder):
         "gemm_flops": rates,
         "least_seconds": least_seconds_of(args, row, positions, rates),
     }
-
-
-def processor():
-    """The CPU: its name, its numbers, which tell it where a virtual machine hides the name."""
-    lines = (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines())
-    first = {}
-    for key, *value in lines:
-        first.setdefault(key.strip(), "".join(value).strip())
-    if "model name" not in first:
-        return platform.machine()
-    widest = "AVX-512" if "avx512f" in first["flags"].split() else "no AVX-512"
-    return f"{first['model name']} (family {first['cpu family']}, model {first['model']}, {widest})"
 
 
 def machine(args):

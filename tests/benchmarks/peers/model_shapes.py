@@ -1,4 +1,4 @@
-"""Random-weight models of a given shape, the least work of a fit, and the device's own speed.
+"""Random-weight models of a given shape, the least work of a fit, the device's name and speed.
 
 The least operations of a pass, in multiply-add pairs, for each counted position and tracked module
 of I inputs and O outputs:
@@ -11,8 +11,10 @@ of I inputs and O outputs:
 Attention scores, norms, activations and the softmax are not counted: they are overhead here.
 """
 
+import platform
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -113,3 +115,15 @@ def gemm_rate(device, dtype=torch.float32, size=None, seconds=2.0):
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def processor():
+    """The CPU: its name, its numbers, which tell it where a virtual machine hides the name."""
+    lines = (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines())
+    first = {}
+    for key, *value in lines:
+        first.setdefault(key.strip(), "".join(value).strip())
+    if "model name" not in first:
+        return platform.machine()
+    widest = "AVX-512" if "avx512f" in first["flags"].split() else "no AVX-512"
+    return f"{first['model name']} (family {first['cpu family']}, model {first['model']}, {widest})"

@@ -49,7 +49,7 @@ def arguments():
     parser.add_argument("--hidden", type=int, default=None)
     parser.add_argument("--mlp", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=None)
-    parser.add_argument("--sequences", type=int, default=48)
+    parser.add_argument("--sequences", type=int, default=40)
     parser.add_argument("--batch_tokens", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=3, help="of time")
     parser.add_argument("--folder", type=Path, default=None, help=argparse.SUPPRESS)

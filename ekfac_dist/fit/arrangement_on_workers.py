@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 
 from ekfac_dist.config import Checkpointing, FactorsConfig
 from ekfac_dist.data.batch_plan import worker_batches
@@ -103,7 +104,7 @@ def _cheapest(
     for mode in modes:
         with agreeing(world, context.model):
             steps[mode] = measured_step(replace(context, checkpoints=mode), modules)
-    steps = {mode: _largest_step(world.gather(step)) for mode, step in steps.items()}
+    steps = {mode: reduce(StepMemory.larger, world.gather(step)) for mode, step in steps.items()}
     gathered = gathered_bytes(context.model) if is_sharded(context.model) else 0
 
     def needed(
@@ -133,12 +134,6 @@ def _cheapest(
                 "factors.shard to try all the same."
             )
     return arrangement
-
-
-def _largest_step(steps: Sequence[StepMemory]) -> StepMemory:
-    """The most of each part that any worker needs."""
-    parts = zip(*(vars(step).values() for step in steps), strict=True)
-    return StepMemory(*(max(part) for part in parts))
 
 
 def _arrangement_lines(arrangement: Arrangement, step_tokens: int) -> list[str]:

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from ekfac_dist.fit.operations import Operations, operations
 from ekfac_dist.fit.sizes import WorkerShare
 from ekfac_dist.fit.worker_memory import Memory, memory
 from ekfac_dist.models.find.discovery import Discovery
+from ekfac_dist.models.find.faults import is_routed
 from ekfac_dist.models.find.meta_device import (
     StepEstimate,
     discover_by_shape,
@@ -27,7 +28,7 @@ from ekfac_dist.models.find.meta_device import (
     model_without_weights,
 )
 from ekfac_dist.models.load.pretrained import context_length
-from ekfac_dist.models.modules import EXPERT, TrackedModule
+from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.models.sharding import bytes_of_worker, parameter_bytes
 from ekfac_dist.passes.owners import Places, require_divisor
 from ekfac_dist.runtime.memory import available_bytes, free_disk_bytes, own_bytes
@@ -59,8 +60,8 @@ class Plan:
         sharded: Whether every worker decomposes its share of the factors.
         shard: D, the number of workers that share one copy of the factors.
         checkpoints: Whether layers keep their inputs alone, and are computed again in the backward.
-        least_workers: How many more workers would do, if these are too few: a multiple of them;
-            None if no number would, or these fit.
+        least_workers: The least number of workers that would do, if these are too few; None if no
+            number would, or these fit.
         block_sizes: The sizes of blocks of factors that are decomposed.
     """
 
@@ -157,9 +158,12 @@ def make_plan(config: PlanConfig) -> Plan:
     batch_size = max(1, tokens // length)
     most_tokens = batch_size * length
 
+    are_some_routed = any(is_routed(model, module) for module in modules)
+
     @cache
     def step(checkpoints: bool) -> StepEstimate:
-        return estimate_step(model, modules, batch_size, length, checkpoints=checkpoints)
+        step = estimate_step(model, modules, batch_size, length, checkpoints=checkpoints)
+        return replace(step, exchanges_at_end=config.fsdp and are_some_routed)
 
     num_sequences = config.sequences or config.data.max_sequences or 1000
 
@@ -200,8 +204,7 @@ def make_plan(config: PlanConfig) -> Plan:
     groups = arrangement.groups
     least_workers = None
     if not limits.hold(most) and factors.shard == "auto":
-        more = [machine.workers * 2**k for k in range(1, 11)]
-        least_workers = next((n for n in more if limits.hold(arranged(n)[1])), None)
+        least_workers = _least_workers(machine.workers, lambda n: limits.hold(arranged(n)[1]))
     whole_step = step(arrangement.checkpoints)
     per_token = [whole_step.operations(group) / most_tokens for group in groups]
     share = _share(num_sequences, batch_size, length, machine.workers)
@@ -224,9 +227,7 @@ def make_plan(config: PlanConfig) -> Plan:
             saves=config.save_minutes is not None,
         ),
         free_disk_bytes=free_disk_bytes(Path(config.output)) if config.output else None,
-        operations=operations(
-            groups, per_token, factors, num_sequences, length, _routed(modules, whole_step)
-        ),
+        operations=operations(groups, per_token, factors, num_sequences, length, whole_step.routed),
         rate=_operations_per_second(config, machine),
         num_sequences=num_sequences,
         num_tokens=length,
@@ -258,19 +259,27 @@ def _machine(config: PlanConfig) -> _Machine:
     )
 
 
-def _routed(modules: Sequence[TrackedModule], whole_step: StepEstimate) -> dict[str, float]:
-    """The part of the positions that each expert sees, by its module's name."""
-    return {
-        module.name: whole_step.routed.get(module.fused[0], 1.0)
-        for module in modules
-        if module.kind == EXPERT
-    }
-
-
 def _share(num_sequences: int, batch_size: int, length: int, workers: int) -> WorkerShare:
     num_steps = math.ceil(num_sequences / batch_size / workers)
     most_sequences = min(num_sequences, num_steps * batch_size)
     return WorkerShare(num_steps, most_sequences, most_sequences * length)
+
+
+def _least_workers(too_few: int, fits: Callable[[int], bool]) -> int | None:
+    """The least number of workers that fits; None if none up to 1024 times as many does.
+
+    Args:
+        too_few: A number that does not fit.
+        fits: Whether a number fits; if one does, so do larger ones.
+    """
+    enough = next((n for k in range(1, 11) if fits(n := too_few * 2**k)), None)
+    if enough is None:
+        return None
+    too_few = enough // 2
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        too_few, enough = (too_few, middle) if fits(middle) else (middle, enough)
+    return enough
 
 
 def _description(model: nn.Module) -> str:

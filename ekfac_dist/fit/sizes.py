@@ -54,23 +54,6 @@ def lambda_elements(group: Iterable[TrackedModule]) -> list[int]:
     return [module.num_outputs * module.input_size for module in group]
 
 
-def input_elements(group: Iterable[TrackedModule]) -> int:
-    """Elements I of the inputs of a group's modules at one position, shared ones once."""
-    return sum({module.input: module.input_size for module in group}.values())
-
-
-def row_elements(group: Iterable[TrackedModule], *, together: bool) -> int:
-    """Elements of a group's rows at one position that are exchanged together.
-
-    Args:
-        group: The modules.
-        together: Whether inputs and output-gradients are; else the more of both counts.
-    """
-    group = list(group)
-    inputs, gradients = input_elements(group), sum(module.num_outputs for module in group)
-    return inputs + gradients if together else max(inputs, gradients)
-
-
 def summed_elements(size: int, blocks: int) -> int:
     """Elements of a covariance that are summed: the lower triangles of its blocks, in block rows.
 

@@ -13,25 +13,20 @@ from ekfac_dist.curvature.blocks import block_sizes
 from ekfac_dist.curvature.eigenbasis import workspace_bytes
 from ekfac_dist.fit.sizes import (
     WorkerShare,
-    input_elements,
     itemsize,
     lambda_elements,
-    row_elements,
     second_level_bytes,
     square_elements,
 )
 from ekfac_dist.models.capture.saved_tensors import StepMemory
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
-from ekfac_dist.passes.exchange import MOST_TRAVELLING, num_rounds
 from ekfac_dist.passes.owners import NOT_SHARED, Places
+from ekfac_dist.passes.row_memory import exchange_bytes, input_elements
 from ekfac_dist.passes.step_memory import USABLE
 
 # The part of a step's memory that a CPU's allocator still holds at the next stage's peak: with
 # glibc 0.4 to 1.0 after the covariance pass of the three models of test_peak_memory.py.
 RETAINED = 0.6
-
-# Rows that are collected at once, over those of the largest window.
-_COLLECTED = 1.25
 
 
 @dataclass(frozen=True)
@@ -155,26 +150,19 @@ def memory(
     bytes_each, sizes = itemsize(factors), factor_sizes(group)
     squares = max((bytes_each * sum(square_elements(part, factors)) for part in parts), default=0)
     widest = max(sizes.values(), default=0)
-    windows = places.windows(group)
-    rows = [row_elements(window, together=step.checkpoints) for window in windows]
-    window_bytes = step_tokens * step.itemsize * max(rows, default=0)
-    rounds = num_rounds(window_bytes, shard)
+    exchange, rounds = exchange_bytes(group, places, step, step_tokens)
     # Inputs wait, as float numbers, for their gradients: those of all workers, at their owner; of
     # layers that are repeated, only those of one window, and of the senders of one round.
     waiting_parts = parts
     senders = shard
     if step.checkpoints:
+        windows = places.windows(group)
         waiting_parts = [part for window in windows for part in places.parts(window)]
         senders = -(-shard // rounds)
-    waiting_inputs = max(map(input_elements, waiting_parts), default=0)
-    waiting = senders * step_tokens * bytes_each * waiting_inputs
+    waiting_inputs = max((input_elements(part, step.routed) for part in waiting_parts), default=0)
+    waiting = int(senders * step_tokens * bytes_each * waiting_inputs)
     backward = step_tokens * 4 * widest * step.itemsize  # of the widest layer
     step_bytes = step.activation_bytes + 2 * step.logit_bytes + waiting + backward
-    # The rows of a window leave while those of the next are collected. A round's rows are held by
-    # their sender and their owner, and so are those of the rounds before that still travel.
-    num_held = 2 * (1 + MOST_TRAVELLING)
-    travelling = num_held * window_bytes * (shard - 1) // shard // rounds
-    exchange = int(_COLLECTED * window_bytes) + travelling if shard > 1 else 0
     matrices = [lambda_elements(part) for part in parts]
     spectra = max((sum(own) + 3 * max(own) for own in matrices), default=0)
     levels = [second_level_bytes(part, factors, share.of(shard), on_cpu=on_cpu) for part in parts]

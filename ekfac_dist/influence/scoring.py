@@ -47,6 +47,7 @@ from ekfac_dist.influence.saved_blocks import (
 )
 from ekfac_dist.influence.scores import Details, InfluenceScores, Rescored
 from ekfac_dist.models.modules import layer_name
+from ekfac_dist.passes.owners import Places
 from ekfac_dist.passes.sequences import (
     exactly_batched,
     require_harmless_padding,
@@ -126,7 +127,8 @@ def _checkpoints(
     if checkpointing == "auto":
         each = bytes_per_group(modules, config.effective_rank, context.dtype, context.shard)
         held = each * min(num_groups, groups_at_a_time(context, config, config.effective_rank))
-        if not needs_checkpoints(context.over(scored), modules, context.batch_tokens, held):
+        places = Places.of(modules, context.shard)
+        if not needs_checkpoints(context.over(scored), modules, context.batch_tokens, held, places):
             return False
     elif not checkpointing:
         return False

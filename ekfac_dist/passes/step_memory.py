@@ -1,19 +1,22 @@
 """The memory of a step, measured with the model at hand, and what workers have free for it."""
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from ekfac_dist.data.batch_plan import padded_sizes
+from ekfac_dist.data.batches import CapturedPositions
 from ekfac_dist.models.capture.chunked_head import CHUNK_ELEMENTS, CausalLMInChunks
 from ekfac_dist.models.capture.labels import LabelRule
-from ekfac_dist.models.capture.observers import NullObserver
 from ekfac_dist.models.capture.saved_tensors import StepMemory, noting_saved_tensors
 from ekfac_dist.models.modules import TrackedModule
-from ekfac_dist.models.sharding import agreeing
+from ekfac_dist.models.sharding import agreeing, is_sharded
 from ekfac_dist.passes.context import PassContext
+from ekfac_dist.passes.owners import NOT_SHARED, Places
+from ekfac_dist.passes.row_memory import exchange_bytes
 from ekfac_dist.runtime.memory import available_bytes
 from ekfac_dist.runtime.processes import World
 
@@ -48,7 +51,35 @@ def largest_step(
     """
     itemsize = next(context.model.parameters()).dtype.itemsize
     rows = sum(module.num_inputs + module.num_outputs for module in modules)
-    return StepMemory(_ACTIVATIONS_OF_ROWS * step_tokens * itemsize * rows, 0, itemsize)
+    return StepMemory(
+        _ACTIVATIONS_OF_ROWS * step_tokens * itemsize * rows,
+        0,
+        itemsize,
+        gradient_itemsize=max(itemsize, torch.float32.itemsize),
+    )
+
+
+class _RowCounts:
+    """An observer that counts the positions of modules that see only some of a step's."""
+
+    def __init__(self, modules: Iterable[TrackedModule]) -> None:
+        self.of_modules = {module.name: 0 for module in modules}
+        self.gradient_itemsize = 0
+
+    def on_input(
+        self, module: TrackedModule, acts_Mi: Tensor, positions: CapturedPositions
+    ) -> None:
+        """Counts nothing: gradients are counted."""
+
+    def on_gradient(
+        self, module: TrackedModule, grads_MO: Tensor, positions: CapturedPositions
+    ) -> None:
+        """Counts the positions of a module."""
+        self.gradient_itemsize = grads_MO.dtype.itemsize
+        if positions.offsets is None:
+            del self.of_modules[module.name]
+        else:
+            self.of_modules[module.name] = positions.num_positions
 
 
 def measured_step(context: PassContext, modules: Sequence[TrackedModule]) -> StepMemory:
@@ -69,10 +100,10 @@ def measured_step(context: PassContext, modules: Sequence[TrackedModule]) -> Ste
         return StepMemory.nothing()
     longest = max((i for batch in batches for i in batch), key=lengths.__getitem__, default=0)
     batch = context.batch([longest])
-    rule = LabelRule("data", 0, 0)
+    rule, counts = LabelRule("data", 0, 0), _RowCounts(modules)
     with (
         noting_saved_tensors(context.model) as saved,
-        context.capture(modules, NullObserver(), None, saved=saved) as capture,
+        context.capture(modules, counts, None, saved=saved) as capture,
     ):
         result = capture.run(batch, rule)
     scale = max(padded_sizes(lengths, batches), default=0) / int(lengths[longest])
@@ -86,11 +117,18 @@ def measured_step(context: PassContext, modules: Sequence[TrackedModule]) -> Ste
         itemsize,
         context.checkpoints,
         are_logits_whole=logit_bytes == whole,
+        gradient_itemsize=counts.gradient_itemsize,
+        routed={name: number / batch.num_positions for name, number in counts.of_modules.items()},
+        exchanges_at_end=is_sharded(context.model) and bool(counts.of_modules),
     )
 
 
 def needs_checkpoints(
-    context: PassContext, modules: Sequence[TrackedModule], step_tokens: int, held: int
+    context: PassContext,
+    modules: Sequence[TrackedModule],
+    step_tokens: int,
+    held: int,
+    places: Places = NOT_SHARED,
 ) -> bool:
     """Whether a step's activations do not fit into any worker's memory; a collective.
 
@@ -99,6 +137,7 @@ def needs_checkpoints(
         modules: The tracked modules.
         step_tokens: Positions of a step.
         held: Bytes that a worker holds besides.
+        places: Who owns what, where rows travel to owners.
     """
     world = context.world
     free, _ = free_bytes(world)
@@ -109,5 +148,6 @@ def needs_checkpoints(
         step = measured_step(replace(context, checkpoints=False), modules)
     sizes = {module.input: module.input_size for module in modules}
     waiting = step_tokens * sum(sizes.values()) * context.dtype.itemsize
-    needed = step.activation_bytes + 2 * step.logit_bytes + waiting + held
+    exchanged, _ = exchange_bytes(modules, places, step, step_tokens)
+    needed = step.activation_bytes + 2 * step.logit_bytes + waiting + exchanged + held
     return any(world.gather(needed > USABLE * free))

@@ -32,7 +32,8 @@ from ekfac_dist.fit import eigenbasis, group
 from ekfac_dist.fit.covariance import CovarianceSums
 from ekfac_dist.fit.refit import LambdaSums
 from ekfac_dist.passes import exchange
-from ekfac_dist.passes.exchange import RowExchange, Schedule
+from ekfac_dist.passes.exchange import RowExchange
+from ekfac_dist.passes.schedule import Schedule
 from ekfac_dist.report.tables import table
 from ekfac_dist.runtime.collectives import Collectives
 

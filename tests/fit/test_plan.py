@@ -167,7 +167,7 @@ def test_the_least_number_of_workers_that_would_do_is_named(tmp_path: Path):
     assert not planned.fits
     assert planned.least_workers is not None
     assert plan_of_shape("Llama-3-70B", tmp_path, planned.least_workers, fsdp=True).fits
-    assert not plan_of_shape("Llama-3-70B", tmp_path, planned.least_workers // 2, fsdp=True).fits
+    assert not plan_of_shape("Llama-3-70B", tmp_path, planned.least_workers - 1, fsdp=True).fits
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -141,6 +141,14 @@ def test_a_mistake_on_one_worker_is_told_on_every_worker_and_the_group_lives_on(
     assert re.match(sentence, said[step][0]), said[step][0]
 
 
+def test_a_module_that_only_some_batches_use_is_told_where_rows_travel(misuse):
+    said, _ = misuse
+    sentence = "Module model.layers.0.mlp.gate_proj was not used in this forward. Leave it out"
+    assert set(said["a module that some batches skip"]) == {0, 1}
+    for of_worker in said["a module that some batches skip"].values():
+        assert sentence in of_worker
+
+
 def test_a_model_that_accelerate_prepared_has_the_factors_of_the_plain_one(misuse):
     _, output = misuse
     prepared, plain = (load_factors(output / name) for name in ("prepared", "plain"))

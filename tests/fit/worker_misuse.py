@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from helpers.networks import build, examples
+from torch import nn
 
 from ekfac_dist import CausalLM, estimate_factors
 from ekfac_dist.errors import UserError
@@ -34,6 +35,18 @@ def attempt(what: str, **changes) -> None:
         say(what, error)
     else:
         say(what, None)
+
+
+def skip_at_a_token(model: nn.Module, token: int) -> None:
+    """Leaves the first layer's MLP out of batches in which the token is."""
+    mlp = model.model.layers[0].mlp
+    whole, skips = mlp.forward, []
+
+    def look(embedding: nn.Module, args: tuple[torch.Tensor], embedded: torch.Tensor) -> None:
+        skips[:] = [bool((args[0] == token).any())]
+
+    model.model.embed_tokens.register_forward_hook(look)
+    mlp.forward = lambda hidden: 0 * hidden if skips[0] else whole(hidden)
 
 
 if __name__ == "__main__":
@@ -78,3 +91,9 @@ if __name__ == "__main__":
     prepared = accelerator.prepare(build("llama"))
     attempt("a prepared model", model=prepared, data=examples(7), output=output / "prepared")
     attempt("a plain model", data=examples(7), output=output / "plain")
+
+    # Last: a worker that fails between collectives leaves the others.
+    skipping = build("llama")
+    skip_at_a_token(skipping, 0)
+    shared_out = {"shard": 2, "output": output / "skipping", "batch_tokens": 1}
+    attempt("a module that some batches skip", model=skipping, data=data, **shared_out)

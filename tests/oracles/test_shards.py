@@ -6,14 +6,14 @@ import pytest
 from helpers.dense import dense_E, relative
 from helpers.networks import examples
 from helpers.workshop import run_workers
-from worker_shards import FITS, SETTINGS, made
+from worker_shards import FITS, IN_ROUNDS, SETTINGS, made
 
 from ekfac_dist import estimate_factors, load_factors
 
 HERE = Path(__file__).parent
 MESHES = [  # workers, and how many of them share one copy
     (2, 2),
-    (3, 3),
+    pytest.param((3, 3), marks=pytest.mark.slow),
     (4, 2),
     pytest.param((4, 4), marks=pytest.mark.slow),
 ]
@@ -40,9 +40,9 @@ def shared_out(request, tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("fit", [*FITS, *(f"in rounds/{name}" for name in IN_ROUNDS)])
 def test_shared_out_factors_are_those_of_one_worker(alone, shared_out, fit):
-    whole, shards = load_factors(alone / fit), load_factors(shared_out / fit)
+    whole, shards = load_factors(alone / Path(fit).name), load_factors(shared_out / fit)
     for key in ("num_sequences", "num_positions", "num_labels", "fingerprint"):
         assert shards.manifest["data"][key] == whole.manifest["data"][key]
     assert shards.manifest["modules"] == whole.manifest["modules"]

@@ -10,6 +10,7 @@ from helpers.workshop import leave
 from torch import nn
 
 from ekfac_dist import estimate_factors
+from ekfac_dist.passes import schedule
 
 SETTINGS = {"accumulate": "float64", "batch_tokens": 16}
 # Family, number of sequences, arguments.
@@ -37,14 +38,25 @@ def made(name: str) -> nn.Module:
     return build(family) if family in CONFIGS else tiny_model(family)
 
 
+# Fits whose windows travel in as many rounds as there are owners to send to.
+IN_ROUNDS = ("dense", "experts")
+
+
+def fit(name: str, output: Path, shard: int) -> None:
+    """Fits one model, on all workers."""
+    _, number, settings = FITS[name]
+    data = examples(number, prompts=True)
+    estimate_factors(made(name), data, output=output, shard=shard, **SETTINGS, **settings)
+
+
 def main(output: Path, shard: int) -> None:
     """Fits everything into `output`, on all workers."""
-    Accelerator(cpu=True)
-    for name, (_, number, settings) in FITS.items():
-        data = examples(number, prompts=True)
-        estimate_factors(
-            made(name), data, output=output / name, shard=shard, **SETTINGS, **settings
-        )
+    workers = Accelerator(cpu=True).num_processes
+    for name in FITS:
+        fit(name, output / name, shard)
+    schedule._ROUND_BYTES = 1
+    for name in IN_ROUNDS:
+        fit(name, output / "in rounds" / name, workers)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.find.discovery import discover
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.passes.context import PassContext
-from ekfac_dist.passes.exchange import _ROUND_BYTES, GRADIENT, INPUT, Schedule, num_rounds
 from ekfac_dist.passes.owners import NOT_SHARED, Owners, Places, families, family_cost, windows
+from ekfac_dist.passes.schedule import _ROUND_BYTES, GRADIENT, INPUT, Schedule, num_rounds
 from ekfac_dist.runtime.processes import World
 
 CPU = torch.device("cpu")

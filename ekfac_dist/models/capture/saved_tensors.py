@@ -22,6 +22,9 @@ class StepMemory:
         itemsize: Bytes of one element in the model's dtype.
         checkpoints: Whether layers keep their inputs alone, and are computed again.
         are_logits_whole: Whether the logits of all positions are held, instead of a chunk.
+        gradient_itemsize: Bytes of one element of captured output-gradients.
+        routed: The part of the step's positions that a module sees, by its name, if not all.
+        exchanges_at_end: Whether rows that travel to owners do so at the end of the step.
     """
 
     activation_bytes: int
@@ -29,6 +32,9 @@ class StepMemory:
     itemsize: int
     checkpoints: bool = False
     are_logits_whole: bool = False
+    gradient_itemsize: int = 0
+    routed: dict[str, float] = field(default_factory=dict)
+    exchanges_at_end: bool = False
 
     def scaled(self, part: float) -> "StepMemory":
         """The memory of a step of a part of the positions; a chunk of the logits stays as large."""
@@ -36,6 +42,17 @@ class StepMemory:
         return replace(
             self, activation_bytes=int(part * self.activation_bytes), logit_bytes=logit_bytes
         )
+
+    def larger(self, other: "StepMemory") -> "StepMemory":
+        """The most of each part of two steps of the same kind."""
+        parts = {
+            name: max(value, getattr(other, name))
+            for name, value in vars(self).items()
+            if name != "routed"
+        }
+        names = self.routed.keys() | other.routed.keys()
+        seen = {n: max(self.routed.get(n, 0.0), other.routed.get(n, 0.0)) for n in names}
+        return StepMemory(**parts, routed=seen)
 
     @classmethod
     def nothing(cls) -> "StepMemory":

@@ -22,6 +22,7 @@ from ekfac_dist.errors import ModelError, first_line
 from ekfac_dist.models.capture.checkpointing import LayerCheckpointing
 from ekfac_dist.models.capture.chunked_head import logit_bytes
 from ekfac_dist.models.capture.experts import experts_computed_by, fused_experts, matrices
+from ekfac_dist.models.capture.labels import GRADIENT_SCALES
 from ekfac_dist.models.capture.packing import attention_configs
 from ekfac_dist.models.capture.saved_tensors import StepMemory, noting_saved_tensors
 from ekfac_dist.models.find.discovery import Discovery, discovered
@@ -40,15 +41,12 @@ class StepEstimate(StepMemory):
     Attributes:
         forward: Operations of the forward; a multiply-add counts as two.
         below: {module: operations of the forward before it}.
-        routed: {collection of experts: fraction of the positions that each of its experts sees, if
-            all see the same number}.
         repeated: (operations of the forward before it, its own) for each call of a layer that is
             computed again in the backward.
     """
 
     forward: int
     below: Mapping[str, int]
-    routed: Mapping[str, float]
     repeated: Sequence[tuple[int, int]] = ()
 
     def operations(self, modules: Sequence[TrackedModule]) -> int:
@@ -155,6 +153,7 @@ def estimate_step(
         stack.enter_context(counter)
         logits = _logits_by_shape(model, num_sequences, num_tokens)
     held_logits = logit_bytes(model, modules, logits)
+    is_scaled = logits.dtype in GRADIENT_SCALES
     return StepEstimate(
         activation_bytes=saved.num_bytes,
         logit_bytes=held_logits,
@@ -163,8 +162,10 @@ def estimate_step(
         checkpoints=checkpoints,
         forward=counter.get_total_flops(),
         below=below,
-        routed=routed,
         repeated=repeated,
+        gradient_itemsize=torch.float32.itemsize if is_scaled else logits.dtype.itemsize,
+        # All experts of a collection see the same number here.
+        routed={m.name: routed.get(m.fused[0], 1.0) for m in modules if m.kind == EXPERT},
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from helpers.networks import build, examples
+from helpers.networks import VOCAB, build, examples
 from torch import nn
 
 from ekfac_dist import CausalLM, estimate_factors
@@ -61,7 +61,7 @@ if __name__ == "__main__":
     data = examples(40)
     for number, example in enumerate(data):
         ids = example["input_ids"]
-        ids[ids == 0] = 1
+        ids[ids == 0] = ids[ids == VOCAB - 1] = 1
         if number == 17:
             ids[0] = 0
     attempt("infinity", model=broken, data=data)
@@ -94,6 +94,7 @@ if __name__ == "__main__":
 
     # Last: a worker that fails between collectives leaves the others.
     skipping = build("llama")
-    skip_at_a_token(skipping, 0)
+    skip_at_a_token(skipping, VOCAB - 1)
+    data[17]["input_ids"][0] = VOCAB - 1
     shared_out = {"shard": 2, "output": output / "skipping", "batch_tokens": 1}
     attempt("a module that some batches skip", model=skipping, data=data, **shared_out)

@@ -21,16 +21,16 @@ SLOW = pytest.mark.slow
 # SIGTERM comes.
 Start = tuple[int, int, int | None]
 RUNS: dict[str, tuple[str, list[Start]]] = {
-    "2 of 2": ("dense", [(2, 2, 2), (2, 2, 5), (2, 2, None)]),
     "2 of 2, experts": ("experts", [(2, 2, 3), (2, 2, 6), (2, 2, None)]),
-    "2 of 2, computed again": ("layers computed again", [(2, 2, 6), (2, 2, None)]),
     "2 of 2, then 1 of 2": ("dense", [(2, 2, 2), (2, 1, 5), (2, 1, None)]),
     "1 of 2, then 2 of 2": ("experts", [(2, 1, 1), (2, 2, 4), (2, 2, None)]),
     "2 of 2, then 1 of 1": ("dense", [(2, 2, 2), (1, 1, None)]),
-    "2 of 2, then 1 of 1, in the refit": ("experts", [(2, 2, 7), (1, 1, None)]),
-    "1 of 1, then 2 of 2": ("in blocks", [(1, 1, 3), (2, 2, 5), (1, 1, None)]),
 }
 MORE_RUNS: dict[str, tuple[str, list[Start]]] = {
+    "2 of 2": ("dense", [(2, 2, 2), (2, 2, 5), (2, 2, None)]),
+    "2 of 2, computed again": ("layers computed again", [(2, 2, 6), (2, 2, None)]),
+    "2 of 2, then 1 of 1, in the refit": ("experts", [(2, 2, 7), (1, 1, None)]),
+    "1 of 1, then 2 of 2": ("in blocks", [(1, 1, 3), (2, 2, 5), (1, 1, None)]),
     "2 of 4": ("dense", [(4, 2, 1), (4, 2, 3), (4, 2, None)]),
     "4 of 4, experts": ("experts", [(4, 4, 1), (4, 4, 3), (4, 4, None)]),
     "2 of 2, then 3 of 3": ("dense", [(2, 2, 2), (3, 3, None)]),

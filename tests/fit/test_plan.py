@@ -150,6 +150,7 @@ def test_what_fits_all_workers_together_takes_few_passes(
     assert planned.memory.spectra * planned.shard * passes < 2.2 * (store - squares)
 
 
+@pytest.mark.slow
 def test_a_step_holds_little_with_checkpointing_and_a_chunked_head(tmp_path: Path):
     factors = FactorsConfig(shard=32)
     planned = plan_of_shape("Llama-3-70B", tmp_path, 32, fsdp=True, factors=factors)

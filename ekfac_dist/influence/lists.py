@@ -12,11 +12,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ekfac_dist.config import DEFAULT_TOP_K, ScoresConfig
+from ekfac_dist.errors import ConfigError
 from ekfac_dist.influence.agreement import spearman
 from ekfac_dist.influence.scores import InfluenceScores, Listed, Rescored
 
 # The lists of one query group: the most positive sequences, and the most negative ones.
 Lists = tuple[Listed, Listed]
+
+
+def list_lengths(config: ScoresConfig, num_scored: int) -> tuple[int, int]:
+    """Lengths of a query group's lists of (the most positive, the most negative) sequences.
+
+    Args:
+        config: The scores that are asked for.
+        num_scored: How many sequences are scored.
+
+    Raises:
+        ConfigError: If more sequences are to be listed, or scored again, than are scored; or fewer
+            are to be scored again than listed.
+    """
+    top_k = min(DEFAULT_TOP_K, num_scored) if config.top_k is None else config.top_k
+    bottom_k = top_k if config.bottom_k is None else config.bottom_k
+    for name, value in (("top_k", top_k), ("bottom_k", bottom_k), ("rescore", config.rescore)):
+        if value > num_scored:
+            raise ConfigError(
+                f"scores.{name} is {value}, but only {num_scored} sequences are scored; give "
+                f"{num_scored} or less."
+            )
+    if 0 < config.rescore < max(top_k, bottom_k):
+        raise ConfigError(
+            f"scores.rescore is {config.rescore}, but lists of {max(top_k, bottom_k)} are asked "
+            "for; score at least as many again."
+        )
+    return top_k, bottom_k
 
 
 def make_lists(

@@ -26,6 +26,7 @@ from ekfac_dist.influence.checks import (
     require_same_inputs,
     scoring_context,
 )
+from ekfac_dist.influence.lists import list_lengths
 from ekfac_dist.influence.output import write_answer
 from ekfac_dist.influence.queries import (
     Query,
@@ -35,7 +36,7 @@ from ekfac_dist.influence.queries import (
     tokenize_queries,
 )
 from ekfac_dist.influence.saved_blocks import opened_results, run_inputs
-from ekfac_dist.influence.scoring import compute_scores, list_lengths
+from ekfac_dist.influence.scoring import compute_scores
 from ekfac_dist.influence.unfinished import check_results_output
 from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.capture.tasks import CAUSAL_LM

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ekfac_dist.config import DEFAULT_TOP_K, Checkpointing, ScoresConfig
+from ekfac_dist.config import Checkpointing, ScoresConfig
 from ekfac_dist.data.examples import Examples, TaskExamples
-from ekfac_dist.errors import ConfigError, ModelError
 from ekfac_dist.influence.blocks import Block, bytes_on_disk, groups_at_a_time, plan_blocks
+from ekfac_dist.influence.checkpointing import computes_again
 from ekfac_dist.influence.context import ScoringContext
 from ekfac_dist.influence.data_passes import DataPasses, require_scan_agrees
 from ekfac_dist.influence.lists import (
@@ -30,6 +30,7 @@ from ekfac_dist.influence.lists import (
     Lists,
     choose_for_rescoring,
     exact_lists,
+    list_lengths,
     listed_pairs,
     make_lists,
 )
@@ -47,14 +48,11 @@ from ekfac_dist.influence.saved_blocks import (
 )
 from ekfac_dist.influence.scores import Details, InfluenceScores, Rescored
 from ekfac_dist.models.modules import layer_name
-from ekfac_dist.passes.owners import Places
 from ekfac_dist.passes.sequences import (
     exactly_batched,
     require_harmless_padding,
-    why_not_checkpointed,
     with_chunked_head,
 )
-from ekfac_dist.passes.step_memory import needs_checkpoints
 from ekfac_dist.runtime.logs import log_on_main
 from ekfac_dist.runtime.memory import as_text
 
@@ -91,7 +89,7 @@ def compute_scores(
         context.model, scored, context.task, context.world, context.batch_tokens
     )
     num_groups = len(queries.members)
-    checkpoints = _checkpoints(context, scored, num_groups, config, checkpointing)
+    checkpoints = computes_again(context, scored, num_groups, config, checkpointing)
     context = replace(context, checkpoints=checkpoints)
     # In the eigenbasis norms cost little, and query gradients need not be rotated back.
     needs_norms = config.self_influence or config.normalize != "none"
@@ -102,44 +100,6 @@ def compute_scores(
     )
     run.all_blocks()
     return result
-
-
-def _checkpoints(
-    context: ScoringContext,
-    scored: Examples,
-    num_groups: int,
-    config: ScoresConfig,
-    checkpointing: Checkpointing,
-) -> bool:
-    """Whether layers are computed again in the backward; a collective.
-
-    Args:
-        context: Model, factors, workers.
-        scored: The scored sequences.
-        num_groups: Number of query groups.
-        config: The scores that are asked for.
-        checkpointing: Whether it is asked for; "auto": where activations would not fit.
-
-    Raises:
-        ModelError: If it is asked for, and the model's layers cannot be computed again.
-    """
-    world, modules = context.world, context.modules
-    if checkpointing == "auto":
-        each = bytes_per_group(modules, config.effective_rank, context.dtype, context.shard)
-        held = each * min(num_groups, groups_at_a_time(context, config, config.effective_rank))
-        places = Places.of(modules, context.shard)
-        if not needs_checkpoints(context.over(scored), modules, context.batch_tokens, held, places):
-            return False
-    elif not checkpointing:
-        return False
-    reason = why_not_checkpointed(context.model, modules, scored, context.task, world)
-    if reason is None:
-        log_on_main(world, "activations   of one layer at a time (model.gradient_checkpointing)")
-        return True
-    with world.agree():
-        if checkpointing is True:
-            raise ModelError(reason)
-    return False
 
 
 def _empty_result(
@@ -163,33 +123,6 @@ def _empty_result(
         damping=dict(context.damping),
         query_losses=[math.nan] * len(queries.sequences),
     )
-
-
-def list_lengths(config: ScoresConfig, num_scored: int) -> tuple[int, int]:
-    """Lengths of a query group's lists of (the most positive, the most negative) sequences.
-
-    Args:
-        config: The scores that are asked for.
-        num_scored: How many sequences are scored.
-
-    Raises:
-        ConfigError: If more sequences are to be listed, or scored again, than are scored; or fewer
-            are to be scored again than listed.
-    """
-    top_k = min(DEFAULT_TOP_K, num_scored) if config.top_k is None else config.top_k
-    bottom_k = top_k if config.bottom_k is None else config.bottom_k
-    for name, value in (("top_k", top_k), ("bottom_k", bottom_k), ("rescore", config.rescore)):
-        if value > num_scored:
-            raise ConfigError(
-                f"scores.{name} is {value}, but only {num_scored} sequences are scored; give "
-                f"{num_scored} or less."
-            )
-    if 0 < config.rescore < max(top_k, bottom_k):
-        raise ConfigError(
-            f"scores.rescore is {config.rescore}, but lists of {max(top_k, bottom_k)} are asked "
-            "for; score at least as many again."
-        )
-    return top_k, bottom_k
 
 
 @dataclass

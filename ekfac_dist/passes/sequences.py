@@ -15,7 +15,8 @@ from ekfac_dist.data.tokenizing import tokenize
 from ekfac_dist.errors import DataError, ModelError, UserError
 from ekfac_dist.models.capture.batch_checks import BatchChecks
 from ekfac_dist.models.capture.checkpointing_checks import why_not_repeated
-from ekfac_dist.models.capture.chunked_head import CausalLMInChunks, in_chunks
+from ekfac_dist.models.capture.chunked_head import CausalLMInChunks
+from ekfac_dist.models.capture.chunked_head_checks import in_chunks
 from ekfac_dist.models.capture.padding_checks import require_unpadded_losses
 from ekfac_dist.models.capture.rotary import equal_lengths_above
 from ekfac_dist.models.capture.tasks import CausalLM, Task

@@ -21,7 +21,8 @@ from peak_memory import PeakMemory
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ekfac_dist.data.sequences import Sequence, collate
-from ekfac_dist.models.capture.chunked_head import CHUNK_ELEMENTS, in_chunks
+from ekfac_dist.models.capture.chunked_head import CHUNK_ELEMENTS
+from ekfac_dist.models.capture.chunked_head_checks import in_chunks
 from ekfac_dist.models.capture.hooks import Capture
 from ekfac_dist.models.capture.labels import COVARIANCE_PASS, LabelRule
 from ekfac_dist.models.capture.observers import NullObserver

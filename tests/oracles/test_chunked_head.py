@@ -8,7 +8,8 @@ from torch.nn.functional import cross_entropy
 
 from ekfac_dist.data.batches import NO_LABEL
 from ekfac_dist.data.sequences import Sequence, collate
-from ekfac_dist.models.capture.chunked_head import CausalLMInChunks, in_chunks
+from ekfac_dist.models.capture.chunked_head import CausalLMInChunks
+from ekfac_dist.models.capture.chunked_head_checks import in_chunks
 from ekfac_dist.models.capture.labels import LabelRule
 from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.capture.tasks import CAUSAL_LM

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ekfac_dist.data.batches import Batch, CapturedPositions
 from ekfac_dist.errors import ModelError, first_line
 from ekfac_dist.models.capture.checkpointing import ADVICE, LayerCheckpointing
-from ekfac_dist.models.capture.chunked_head import ROUNDING
+from ekfac_dist.models.capture.chunked_head_checks import ROUNDING
 from ekfac_dist.models.capture.hooks import Capture
 from ekfac_dist.models.capture.labels import LabelRule
 from ekfac_dist.models.capture.tasks import Task

@@ -15,7 +15,7 @@ gives the chunk's hidden states. That this computes the same is tried on the mod
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from torch.distributed.fsdp import FSDPModule
 
 from ekfac_dist.data.batches import Batch
 from ekfac_dist.errors import ModelError
-from ekfac_dist.models.capture.experts import fused_experts, listening
 from ekfac_dist.models.capture.labels import (
     GRADIENT_SCALES,
     LabelLosses,
@@ -33,12 +32,9 @@ from ekfac_dist.models.capture.labels import (
     softmax_positions,
     wide_dtype,
 )
-from ekfac_dist.models.capture.packing import attending_within
-from ekfac_dist.models.capture.prepare import start_graph
-from ekfac_dist.models.capture.rotary import changing_embeddings, reset_frequencies
 from ekfac_dist.models.capture.tasks import CAUSAL_LM, CausalLM
-from ekfac_dist.models.modules import EXPERT, TrackedModule, is_quantised, linear_modules
-from ekfac_dist.models.sharding import forget_forward, is_sharded, reshard
+from ekfac_dist.models.modules import EXPERT, TrackedModule
+from ekfac_dist.models.sharding import is_sharded
 
 # Elements of the logits that are held at a time. The head's product is slow for few positions.
 CHUNK_ELEMENTS = 2**24
@@ -114,7 +110,7 @@ class CausalLMInChunks(CausalLM):
 
         def keep(module: nn.Module, args: Any, output: Any) -> Any:
             outputs.append(output)
-            return _with_hidden(output, _hidden_of(output)[:, :1])
+            return with_hidden(output, hidden_of(output)[:, :1])
 
         handle = self._model.get_submodule(self.body).register_forward_hook(keep)
         try:
@@ -124,7 +120,7 @@ class CausalLMInChunks(CausalLM):
             handle.remove()
         if len(outputs) != 1:
             raise ModelError(f"{self.body} was called {len(outputs)} times in one forward.")
-        return outputs[0], _hidden_of(outputs[0]), few_logits.shape[-1]
+        return outputs[0], hidden_of(outputs[0]), few_logits.shape[-1]
 
     def _logits(self, output: Any, hidden_nH: Tensor, ids_n: Tensor) -> Tensor:
         """What follows the body, for n positions: [n, V].
@@ -134,7 +130,7 @@ class CausalLMInChunks(CausalLM):
             hidden_nH: Hidden states of the positions.
             ids_n: Their tokens.
         """
-        constant = _with_hidden(output, hidden_nH[None])
+        constant = with_hidden(output, hidden_nH[None])
         stand_ins = {self._model.get_submodule(self.body): lambda *args, **kwargs: constant}
         if is_sharded(self._model):
             head = output_embeddings(self._model)
@@ -218,44 +214,18 @@ def _part_of(places: slice | Tensor, part: slice) -> slice | Tensor:
     return slice(places.start + part.start, places.start + part.stop)
 
 
-def _hidden_of(output: Any) -> Tensor:
+def hidden_of(output: Any) -> Tensor:
     """The hidden states in a body's output."""
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _with_hidden(output: Any, hidden: Tensor) -> Any:
+def with_hidden(output: Any, hidden: Tensor) -> Any:
     """A body's output with other hidden states."""
     if isinstance(output, Tensor):
         return hidden
     if isinstance(output, tuple):
         return (hidden, *output[1:])
     return dataclasses.replace(output, last_hidden_state=hidden)
-
-
-# -- is it the same? -------------------------------------------------------------------------------
-
-# Relative change of the gradient's norm that rounding explains.
-ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 0.03}
-
-
-def in_chunks(
-    model: nn.Module, modules: Sequence[TrackedModule], batch: Batch
-) -> CausalLMInChunks | None:
-    """The task with a chunked head, if that gives losses, and their gradient, of whole logits.
-
-    Args:
-        model: A prepared model.
-        modules: The tracked modules; none of them may be part of what follows the body.
-        batch: Sequences to try it with, on the model's device.
-
-    Returns:
-        None if the model has no such body, or something else is computed between body and logits,
-        such as a hook of the caller's.
-    """
-    for body in _bodies(model, modules):
-        if _is_exact(model, body, batch):
-            return CausalLMInChunks(model, body)
-    return None
 
 
 def output_embeddings(model: nn.Module) -> Any:
@@ -276,10 +246,10 @@ def logit_bytes(model: nn.Module, modules: Sequence[TrackedModule], logits: Tens
         logits: Logits of a whole step.
     """
     chunk = max(CHUNK_ELEMENTS, logits.shape[-1]) * logits.element_size()
-    return min(chunk, logits.nbytes) if _bodies(model, modules) else logits.nbytes
+    return min(chunk, logits.nbytes) if bodies(model, modules) else logits.nbytes
 
 
-def _bodies(model: nn.Module, modules: Sequence[TrackedModule]) -> list[str]:
+def bodies(model: nn.Module, modules: Sequence[TrackedModule]) -> list[str]:
     """Names of modules whose output may be what the head reads; the outermost first.
 
     All tracked modules are in each of them.
@@ -297,71 +267,3 @@ def _bodies(model: nn.Module, modules: Sequence[TrackedModule]) -> list[str]:
             (m.fused[0] if m.kind == EXPERT else m.name).startswith(f"{name}.") for m in modules
         )
     ]
-
-
-def _is_exact(model: nn.Module, body: str, batch: Batch) -> bool:
-    """Whether the head in chunks gives the losses, and their gradient, of the whole logits."""
-    rule = LabelRule("data", 0, 0)
-    try:
-        with _as_in_a_pass(model, batch):
-            expected, logits, whole = _whole_gradient(model, body, batch, rule)
-            few = max(1, whole.num_labels // 3) * logits.shape[-1]
-            _, chunked = CausalLMInChunks(model, body, few).loss_gradient(model, batch, rule)
-    except torch.OutOfMemoryError:
-        raise  # a pass would run out of memory, too
-    except Exception:  # a model that fails so is not run so
-        forget_forward(model)
-        return False
-    rounding = ROUNDING[logits.dtype]
-    if chunked.gradient.shape != expected.shape or chunked.scale != whole.scale:
-        return False
-    return all(
-        (one - other).norm() <= rounding * other.norm()
-        for one, other in (
-            (chunked.gradient.double(), expected.double()),
-            (chunked.losses, whole.losses),
-        )
-    )
-
-
-def _whole_gradient(
-    model: nn.Module, body: str, batch: Batch, rule: LabelRule
-) -> tuple[Tensor, Tensor, LossGradient]:
-    """The gradient with respect to the hidden states [B, T, H], by autograd from whole logits.
-
-    Returns:
-        The gradient, the logits, and the losses with their gradient with respect to the logits.
-    """
-    hidden: list[Tensor] = []
-
-    def start_at_hidden(module: nn.Module, args: Any, output: Any) -> Any:
-        hidden.append(_hidden_of(output).detach().requires_grad_())
-        return _with_hidden(output, hidden[0])
-
-    handle = model.get_submodule(body).register_forward_hook(start_at_hidden)
-    try:
-        logits, result = CAUSAL_LM.loss_gradient(model, batch, rule)
-    finally:
-        handle.remove()
-    with torch.autocast(logits.device.type, enabled=False):
-        (gradient,) = torch.autograd.grad(logits, hidden, result.gradient)
-    return gradient, logits, result
-
-
-@contextmanager
-def _as_in_a_pass(model: nn.Module, batch: Batch) -> Iterator[None]:
-    """While it lasts, the model computes as it does in a pass, without hooks on its modules."""
-    reset_frequencies(changing_embeddings(model))
-    experts = dict.fromkeys(fused_experts(model).values(), lambda routed: routed.outputs)
-    with ExitStack() as stack:
-        if any(map(is_quantised, linear_modules(model).values())):
-            # A forward without a graph may pack quantised weights for good.
-            for module in model.modules():
-                if isinstance(module, nn.Embedding):
-                    stack.callback(module.register_forward_hook(start_graph).remove)
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(listening(experts))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(attending_within(model, batch))
-        yield
-    reshard(model)

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -52,14 +53,14 @@ def hosts() -> Iterator[list[str]]:
                 ip("netns", "del", name)
 
 
-def start(host: str, rank: int, root: Path, output: Path) -> subprocess.Popen[str]:
+def start(host: str, rank: int, root: Path, output: Path, *settings: str) -> subprocess.Popen[str]:
     config = yaml.safe_load(MULTI_NODE.read_text()) | {"use_cpu": True, "gpu_ids": "-1,-1"}
     file = write_yaml(output.with_name(f"host{rank}.yaml"), config)
     launcher = [sys.executable, "-m", "ekfac_dist", "launch", "--config_file", str(file)]
     launcher += ["--num_machines", "2", "--num_processes", "2"]
     launcher += ["--machine_rank", str(rank), "--main_process_ip", HOSTS[0]]
     return subprocess.Popen(
-        ["ip", "netns", "exec", host, *launcher, *map(str, arguments(root, output))],
+        ["ip", "netns", "exec", host, *launcher, *map(str, arguments(root, output)), *settings],
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -108,6 +109,28 @@ def test_a_host_that_is_lost_is_named_and_the_run_goes_on(
     done = run_cli(arguments(setting, store), workers=2, timeout=120)
     assert done.returncode == 0, done.stderr
     assert content(store) == content(setting / "whole")
+
+
+@pytest.mark.parametrize("stage", ["covariance", "refit"])
+def test_an_owner_that_is_cut_off_is_named_by_the_others_and_the_run_goes_on(
+    setting: Path, hosts: list[str], tmp_path: Path, stage: str
+):
+    store, shared_out = tmp_path / "both", ("--factors.shard", "2")
+    whole = run_cli([*arguments(setting, tmp_path / "whole"), *shared_out], workers=2, timeout=120)
+    assert whole.returncode == 0, whole.stderr
+    processes = [start(host, k, setting, store, *shared_out) for k, host in enumerate(hosts)]
+    assert wait_for(lambda: any(store.glob(STAGES[stage])), processes[0])
+    ip("-n", hosts[1], "link", "set", "veth", "down")  # amid a pass: rows no longer arrive
+    cut = time.monotonic()
+    said = end(processes)
+    assert time.monotonic() - cut < 60
+    assert all(process.returncode not in (0, None) for process in processes), said
+    sentences = re.findall(r"ekfac-dist: error: (.*)", said[0][1])
+    assert any("worker 1 of 2" in line for line in sentences), said
+    assert "Traceback" not in said[0][1]
+    done = run_cli([*arguments(setting, store), *shared_out], workers=2, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert content(store) == content(tmp_path / "whole")
 
 
 # -- full disks ------------------------------------------------------------------------------------

@@ -23,10 +23,10 @@ Start = tuple[int, int, int | None]
 RUNS: dict[str, tuple[str, list[Start]]] = {
     "2 of 2, experts": ("experts", [(2, 2, 3), (2, 2, 6), (2, 2, None)]),
     "2 of 2, then 1 of 2": ("dense", [(2, 2, 2), (2, 1, 5), (2, 1, None)]),
-    "1 of 2, then 2 of 2": ("experts", [(2, 1, 1), (2, 2, 4), (2, 2, None)]),
     "2 of 2, then 1 of 1": ("dense", [(2, 2, 2), (1, 1, None)]),
 }
 MORE_RUNS: dict[str, tuple[str, list[Start]]] = {
+    "1 of 2, then 2 of 2": ("experts", [(2, 1, 1), (2, 2, 4), (2, 2, None)]),
     "2 of 2": ("dense", [(2, 2, 2), (2, 2, 5), (2, 2, None)]),
     "2 of 2, computed again": ("layers computed again", [(2, 2, 6), (2, 2, None)]),
     "2 of 2, then 1 of 1, in the refit": ("experts", [(2, 2, 7), (1, 1, None)]),

@@ -23,9 +23,8 @@ FITS = {
 }
 
 
-def main(output: Path) -> None:
-    """Fits everything into `output`, on all workers, and once in memory."""
-    accelerator = Accelerator(cpu=True)
+def fit_all(output: Path) -> None:
+    """Fits everything into `output`, on all workers."""
     for name, (family, number, settings) in FITS.items():
         if family == "t5":
             model, data = t5(), translated_examples(number)
@@ -34,6 +33,12 @@ def main(output: Path) -> None:
         if settings["accumulate"] == "float32":
             model = model.float()
         estimate_factors(model, data, output=output / name, batch_tokens=12, **settings)
+
+
+def main(output: Path) -> None:
+    """Fits everything into `output`, and once in memory."""
+    accelerator = Accelerator(cpu=True)
+    fit_all(output)
     name = next(iter(FITS))
     family, number, settings = FITS[name]
     memory = estimate_factors(

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 def runs(of=tuple(MODELS)):
     """The model, the workers, how many of them share a copy, and whether the model is sharded."""
     each = [
-        pytest.param(name, workers, *mesh, marks=[pytest.mark.slow] * (workers == 3))
+        pytest.param(name, workers, *mesh, marks=[pytest.mark.slow] * (workers > 2))
         for workers, meshes in MESHES.items()
         for mesh, names in meshes.items()
         for name in names

@@ -42,7 +42,7 @@ MESHES = {
         (1, False): ["biased"],
         (2, False): list(MODELS),
         (1, True): ["dense", "experts"],
-        (2, True): [*("biased", "conv1d", "experts"), *list(MODELS)[-2:]],
+        (2, True): ["biased", "experts", *list(MODELS)[-2:]],
     },
     3: {(1, False): ["biased"], (3, False): list(MODELS)},
     4: {(2, False): ["experts", "one module"]},

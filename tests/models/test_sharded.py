@@ -1,5 +1,6 @@
 """Models whose weights FSDP2 shards over the workers: the same factors, and the same ends."""
 
+import functools
 import json
 import re
 import signal
@@ -31,6 +32,12 @@ from ekfac_dist.models.sharding import layers
 
 HERE = Path(__file__).parent
 LAUNCHER = HERE.parents[1] / "launch" / "accelerate" / "fsdp.yaml"
+# The fits of the default run.
+FEW = (
+    *("conv1d, tied", "per token, blocks", "experts", "embeddings and head apart"),
+    *("encoder-decoder", "layers computed again", "experts shared out and computed again"),
+    *("shared out", "an empty shard, shared out"),
+)
 # What that makes the launcher tell its workers.
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -40,27 +47,44 @@ FSDP = {
 }
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
-def stores(tmp_path_factory, request):
-    """The same fits of sharded and of whole models."""
-    root = tmp_path_factory.mktemp("sharded")
-    for kind in ("whole", "sharded"):
-        (root / kind).mkdir()
-    done = run_workers(HERE / "worker_sharded.py", request.param, root, timeout=360)
-    assert done.returncode == 0, done.stderr
-    return root
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """The same fits of sharded and of whole models, by the number of workers and the fits."""
+
+    @functools.cache
+    def of(workers, fits):
+        root = tmp_path_factory.mktemp("sharded")
+        for kind in ("whole", "sharded"):
+            (root / kind).mkdir()
+        done = run_workers(HERE / "worker_sharded.py", workers, root, *fits, timeout=360)
+        assert done.returncode == 0, done.stderr
+        return root
+
+    return of
 
 
-@pytest.mark.parametrize("fit", FITS)
-def test_a_sharded_model_has_the_factors_of_the_whole_one(stores, fit):
+@pytest.mark.parametrize(
+    ("workers", "fits", "fit"),
+    [
+        pytest.param(workers, fits, fit, marks=marks, id=f"{workers}-{fit}")
+        for workers, fits, marks in (
+            (2, FEW, ()),
+            (2, tuple(fit for fit in FITS if fit not in FEW), pytest.mark.slow),
+            (3, tuple(FITS), pytest.mark.slow),
+        )
+        for fit in fits
+    ],
+)
+def test_a_sharded_model_has_the_factors_of_the_whole_one(stores, workers, fits, fit):
+    root = stores(workers, fits)
     # Sums of gradients of an encoder, and of rows that owners sum, are in another order.
     if fit != "encoder-decoder" and "shared out" not in fit:
-        one, other = (content(stores / kind / fit) for kind in ("sharded", "whole"))
+        one, other = (content(root / kind / fit) for kind in ("sharded", "whole"))
         if fit.endswith("computed again"):  # which the manifests tell
             del one[MANIFEST], other[MANIFEST]
         assert one == other
         return
-    sharded, whole = (load_factors(stores / kind / fit) for kind in ("sharded", "whole"))
+    sharded, whole = (load_factors(root / kind / fit) for kind in ("sharded", "whole"))
     assert sharded.manifest["modules"] == whole.manifest["modules"]
     for key in ("fingerprint", "narrower_fingerprints", "class"):
         assert sharded.manifest["model"][key] == whole.manifest["model"][key]

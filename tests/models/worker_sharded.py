@@ -1,6 +1,6 @@
 """Started on W workers by test_sharded.py: fits models that are whole, then sharded by FSDP2.
 
-worker_sharded.py OUTPUT: stores are `whole/NAME` and `sharded/NAME` there
+worker_sharded.py OUTPUT NAME…: of each fit the stores `whole/NAME` and `sharded/NAME` there.
 """
 
 import sys
@@ -27,6 +27,7 @@ from ekfac_dist.runtime.processes import World
 
 SETTINGS = {"accumulate": "float64", "batch_tokens": 12}
 # Family, number of sequences, arguments.
+# Of each fit its family, number of sequences, and arguments.
 FITS = {
     "gated": ("llama", 13, {"labels": "sampled"}),
     "conv1d, tied": ("gpt2", 13, {"labels": "data"}),
@@ -106,7 +107,9 @@ def told_apart(world: World) -> None:
 
 if __name__ == "__main__":
     PartialState(cpu=True)
-    for kind, (name, (family, number, settings)) in product(("whole", "sharded"), FITS.items()):
+    root, *names = sys.argv[1:]
+    for kind, name in product(("whole", "sharded"), names):
+        family, number, settings = FITS[name]
         model = made(name)
         if kind == "sharded":
             model = sharded(model, name)
@@ -120,7 +123,7 @@ if __name__ == "__main__":
             shard = PartialState().num_processes if shares else 1
             settings = settings | {"gradient_checkpointing": repeats, "shard": shard}
         flags = [parameter.requires_grad for parameter in model.parameters()]
-        output = Path(sys.argv[1], kind, name)
+        output = Path(root, kind, name)
         with logged() as lines:
             estimate_factors(model, data, output=output, **SETTINGS, **settings)
         if PartialState().is_main_process:

@@ -1,5 +1,6 @@
 """Factors that are shared out among workers are those of one worker that holds them all."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,15 @@ from worker_shards import FITS, IN_ROUNDS, SETTINGS, made
 from ekfac_dist import estimate_factors, load_factors
 
 HERE = Path(__file__).parent
-MESHES = [  # workers, and how many of them share one copy
-    (2, 2),
-    pytest.param((3, 3), marks=pytest.mark.slow),
-    (4, 2),
-    pytest.param((4, 4), marks=pytest.mark.slow),
+FEW = ("dense", "conv1d, bias, per token", "experts that some workers reach", "empty shards")
+REST = tuple(fit for fit in FITS if fit not in FEW)
+# Workers, how many of them share one copy, and the fits.
+RUNS = [
+    (2, 2, tuple(FITS), ()),
+    (4, 2, FEW, ()),
+    (4, 2, REST, pytest.mark.slow),
+    (3, 3, tuple(FITS), pytest.mark.slow),
+    (4, 4, tuple(FITS), pytest.mark.slow),
 ]
 
 
@@ -29,20 +34,32 @@ def alone(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module", params=MESHES, ids=lambda mesh: f"{mesh[1]} of {mesh[0]}")
-def shared_out(request, tmp_path_factory):
-    """The fits by several workers."""
-    workers, shard = request.param
-    root = tmp_path_factory.mktemp("shared-out")
-    arguments = [str(root), str(shard)]
-    done = run_workers(HERE / "worker_shards.py", workers, *arguments, timeout=500)
-    assert done.returncode == 0, done.stderr
-    return root
+@pytest.fixture(scope="module")
+def shared_out(tmp_path_factory):
+    """Fits by several workers, by their number, how many share one copy, and the fits."""
+
+    @functools.cache
+    def of(workers, shard, fits):
+        root = tmp_path_factory.mktemp("shared-out")
+        arguments = [str(root), str(shard), *fits]
+        done = run_workers(HERE / "worker_shards.py", workers, *arguments, timeout=500)
+        assert done.returncode == 0, done.stderr
+        return root
+
+    return of
 
 
-@pytest.mark.parametrize("fit", [*FITS, *(f"in rounds/{name}" for name in IN_ROUNDS)])
-def test_shared_out_factors_are_those_of_one_worker(alone, shared_out, fit):
-    whole, shards = load_factors(alone / Path(fit).name), load_factors(shared_out / fit)
+@pytest.mark.parametrize(
+    ("workers", "shard", "fits", "fit"),
+    [
+        pytest.param(workers, shard, fits, fit, marks=marks, id=f"{shard} of {workers}-{fit}")
+        for workers, shard, fits, marks in RUNS
+        for fit in [*fits, *(f"in rounds/{name}" for name in IN_ROUNDS)]
+    ],
+)
+def test_shared_out_factors_are_those_of_one_worker(alone, shared_out, workers, shard, fits, fit):
+    whole = load_factors(alone / Path(fit).name)
+    shards = load_factors(shared_out(workers, shard, fits) / fit)
     for key in ("num_sequences", "num_positions", "num_labels", "fingerprint"):
         assert shards.manifest["data"][key] == whole.manifest["data"][key]
     assert shards.manifest["modules"] == whole.manifest["modules"]

@@ -1,6 +1,7 @@
 """Started on W workers by test_shards.py: fits the same factors, shared out among some of them."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -49,10 +50,10 @@ def fit(name: str, output: Path, shard: int) -> None:
     estimate_factors(made(name), data, output=output, shard=shard, **SETTINGS, **settings)
 
 
-def main(output: Path, shard: int) -> None:
-    """Fits everything into `output`, on all workers."""
+def main(output: Path, shard: int, names: Sequence[str]) -> None:
+    """Fits some models into `output`, on all workers."""
     workers = Accelerator(cpu=True).num_processes
-    for name in FITS:
+    for name in names:
         fit(name, output / name, shard)
     schedule._ROUND_BYTES = 1
     for name in IN_ROUNDS:
@@ -60,5 +61,5 @@ def main(output: Path, shard: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
     leave()

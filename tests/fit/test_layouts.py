@@ -15,7 +15,7 @@ from worker_layouts import FITS, NUM_EXAMPLES
 from ekfac_dist import load_factors
 
 HERE = Path(__file__).parent
-SLOW = pytest.mark.slow
+pytestmark = pytest.mark.slow
 
 # Of each run the fit, and its starts: workers, shard, and after how many of a worker's steps in it
 # SIGTERM comes.
@@ -95,7 +95,6 @@ def test_a_run_goes_on_whoever_shares_the_factors(ended: Path, alone: Path, run:
     assert_gone_on(ended, alone, run, RUNS)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("run", MORE_RUNS)
 def test_a_run_of_up_to_four_workers_goes_on_whoever_shares(
     more_ended: Path, alone: Path, run: str

@@ -17,34 +17,37 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def stores(tmp_path_factory):
-    """The same fits by 1, 2 and 3 workers."""
-    root = tmp_path_factory.mktemp("workers")
-    worker_fits.fit_all(root / "1")
-    for workers in (2, 3):
-        (root / str(workers)).mkdir()
-        done = run_workers(HERE / "worker_fits.py", workers, root / str(workers), timeout=120)
-        assert done.returncode == 0, done.stderr
+def alone(tmp_path_factory):
+    """The fits by one worker."""
+    root = tmp_path_factory.mktemp("alone")
+    worker_fits.fit_all(root)
     return root
 
 
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+def by_many(request, tmp_path_factory):
+    """The number of workers, and the same fits by them."""
+    root = tmp_path_factory.mktemp("workers")
+    done = run_workers(HERE / "worker_fits.py", request.param, root, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return request.param, root
+
+
 @pytest.mark.parametrize("fit", FITS)
-def test_any_number_of_workers_fits_the_same_factors(stores, fit):
-    alone = load_factors(stores / "1" / fit)
+def test_any_number_of_workers_fits_the_same_factors(alone, by_many, fit):
+    workers, root = by_many
+    one, many = load_factors(alone / fit), load_factors(root / fit)
     tolerance = 1e-5 if FITS[fit][2]["accumulate"] == "float32" else 1e-10
-    for workers in (2, 3):
-        many = load_factors(stores / str(workers) / fit)
-        assert many.manifest["passes"]["covariance"]["workers"] == workers
-        for key in ("num_sequences", "num_positions", "num_labels", "fingerprint"):
-            assert many.manifest["data"][key] == alone.manifest["data"][key]
-        assert many.manifest["modules"] == alone.manifest["modules"]
-        for name in alone.modules:
-            assert relative(dense_E(many, name), dense_E(alone, name)) < tolerance
-            for factor in (alone.modules[name].input, alone.modules[name].output):
-                assert covariance(many, factor)[0] == covariance(alone, factor)[0]
-                assert (
-                    relative(covariance(many, factor)[1], covariance(alone, factor)[1]) < tolerance
-                )
+    assert many.manifest["passes"]["covariance"]["workers"] == workers
+    for key in ("num_sequences", "num_positions", "num_labels", "fingerprint"):
+        assert many.manifest["data"][key] == one.manifest["data"][key]
+    assert many.manifest["modules"] == one.manifest["modules"]
+    for name, module in one.modules.items():
+        assert relative(dense_E(many, name), dense_E(one, name)) < tolerance
+        for factor in (module.input, module.output):
+            (count, of_many), (expected, of_one) = covariance(many, factor), covariance(one, factor)
+            assert count == expected
+            assert relative(of_many, of_one) < tolerance
 
 
 def covariance(factors, factor):
@@ -62,13 +65,13 @@ def factors_size(factors, factor):
     raise AssertionError(factor)
 
 
-def test_factors_in_memory_are_on_every_worker(stores):
-    for workers in (2, 3):
-        alone = load_factors(stores / "1" / next(iter(FITS)))
-        for rank in range(workers):
-            traces = torch.load(stores / str(workers) / f"memory-{rank}.pt", weights_only=True)
-            for name, trace in traces.items():
-                assert trace == pytest.approx(alone.module(name).lambda_OI.sum().item(), rel=1e-10)
+def test_factors_in_memory_are_on_every_worker(alone, by_many):
+    workers, root = by_many
+    one = load_factors(alone / next(iter(FITS)))
+    for rank in range(workers):
+        traces = torch.load(root / f"memory-{rank}.pt", weights_only=True)
+        for name, trace in traces.items():
+            assert trace == pytest.approx(one.module(name).lambda_OI.sum().item(), rel=1e-10)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Started on W workers by test_windows.py: fits and scores with some windowed families."""
+"""Started on W workers by test_windows.py: fits and scores with every windowed family."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from helpers.families import tiny_model
 from helpers.workshop import leave
-from test_windows import BUDGET, FIT, LENGTHS, SOME, WINDOWED, sequences
+from test_windows import BUDGET, FIT, LENGTHS, WINDOWED, sequences
 
 from ekfac_dist import estimate_factors, influence_scores
 
@@ -15,8 +15,8 @@ from ekfac_dist import estimate_factors, influence_scores
 def main(output: Path) -> None:
     """Stores each family's factors, and its scores with their details."""
     accelerator = Accelerator(cpu=True)
-    for family in SOME:
-        model = tiny_model(family, **WINDOWED[family])
+    for family, settings in WINDOWED.items():
+        model = tiny_model(family, **settings)
         data, queries = sequences(LENGTHS, 0), sequences((21, 6), 1)
         factors = estimate_factors(model, data, output=output / family, **FIT)
         found = influence_scores(

@@ -1,12 +1,16 @@
 """A worker that is stopped or killed is named by the others, which do not wait for it."""
 
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 from helpers.workshop import free_port, start_without_launcher
 
 HERE = Path(__file__).parent
+STORE = "import torch.distributed as d; s = d.TCPStore('127.0.0.1', {}, is_master=True); input()"
 
 
 def outcomes(
@@ -42,6 +46,24 @@ def test_a_stopped_worker_is_named_once_and_the_others_end(workers: int, victim:
     assert [status for status, _, _ in found.values()] == [1] * (workers - 1)
     said = "".join(err for _, _, err in found.values())
     assert said.count(f"worker {victim} of {workers} has not answered for 2 seconds") == 1
+
+
+def test_workers_end_when_their_key_value_store_falls_silent():
+    """As after the loss of its host's network, it is silent, and no connection is closed."""
+    store = SimpleNamespace(port=free_port())
+    of_store = [sys.executable, "-c", STORE.format(store.port)]
+    with subprocess.Popen(of_store, stdin=subprocess.PIPE) as host:
+        command = [str(HERE / "worker_heartbeat.py"), "0", "SIGSTOP", "program", str(host.pid)]
+        processes = start_without_launcher(command, 2, store)
+        try:
+            said = [process.communicate(timeout=60)[1] for process in processes]
+        finally:
+            for process in (*processes, host):
+                process.kill()
+    assert [process.returncode for process in processes] == [1, 1]
+    for rank, errors in enumerate(said):
+        assert f"worker {rank} of 2: worker 0's host" in errors
+        assert "has not answered for 2 seconds" in errors
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Started by test_heartbeat.py, on each of several workers without a launcher.
 
-worker_heartbeat.py VICTIM SIGNAL program|script: that worker sends itself the signal; the others
-wait for it, in a program that owns its process or in somebody's script.
+worker_heartbeat.py VICTIM SIGNAL program|script [PID]: that worker sends the signal to itself, or
+to the process PID; the others wait for it, in a program that owns its process or in somebody's
+script.
 """
 
 import os
@@ -20,7 +21,7 @@ if __name__ == "__main__":
         time.sleep(1)  # every one has been seen
         world.barrier()
         if world.rank == victim:
-            os.kill(os.getpid(), number)
+            os.kill(int(sys.argv[4]) if len(sys.argv) > 4 else os.getpid(), number)
         time.sleep(3)  # longer than anybody's patience, and nobody has lost it
         try:
             world.barrier()

@@ -61,10 +61,9 @@ def heartbeat(
         return
     is_over = threading.Event()
     answers = _Answers()
-    arguments = (world, beat_seconds, is_over, owns_process, answers)
-    threading.Thread(target=_beat, args=arguments, daemon=True).start()
-    if owns_process:  # in a script the main thread gets an error where it waits
-        arguments = (world, beat_seconds, is_over, answers)
+    arguments = (world, beat_seconds, is_over, answers)
+    threading.Thread(target=_beat, args=(*arguments, owns_process), daemon=True).start()
+    if owns_process:  # a script's main thread gets an error where it waits, once TCP gives up
         threading.Thread(target=_watch_store, args=arguments, daemon=True).start()
     try:
         with world.watched():
@@ -81,8 +80,8 @@ def _beat(
     world: World,
     beat_seconds: float,
     is_over: threading.Event,
-    owns_process: bool,
     answers: _Answers,
+    owns_process: bool,
 ) -> None:
     """The thread of one worker: writes its own beats and watches the next worker's."""
     store = world.key_value_store()

@@ -456,14 +456,19 @@ def test_two_workers_refuse_as_well(case: Case, command: Estimate) -> None:
 
 
 @pytest.mark.slow
-def test_workers_that_a_shard_does_not_divide_are_told_what_would_do(command: Estimate) -> None:
-    undivided = case(
-        "a shard of 2",
-        options("--factors.shard", "2"),
-        r"factors\.shard is 2, but the number of workers is 3, which it does not divide; "
+@pytest.mark.parametrize(
+    ("shard", "fault"), [("2", "which it does not divide"), ("4", "which is less")]
+)
+def test_three_workers_with_a_wrong_shard_are_told_what_would_do(
+    shard: str, fault: str, command: Estimate
+) -> None:
+    wrong = case(
+        f"a shard of {shard}",
+        options("--factors.shard", shard),
+        rf"factors\.shard is {shard}, but the number of workers is 3, {fault}; "
         r"give 1, 3 or auto\.",
     )
-    require_refusal(undivided, command, lambda arguments: on_real_workers(arguments, 3))
+    require_refusal(wrong, command, lambda arguments: on_real_workers(arguments, 3))
 
 
 def test_the_cases_that_stand_for_all_exist() -> None:

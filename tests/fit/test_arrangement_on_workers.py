@@ -7,7 +7,7 @@ import pytest
 from helpers.dense import dense_E, relative
 from helpers.killed_fits import content
 from helpers.workshop import run_workers
-from worker_arrangement import LESS, MIDDLE, PLENTY
+from worker_arrangement import LESS, MIDDLE, PLENTY, WIDE
 
 from ekfac_dist import load_factors
 from ekfac_dist.errors import Preempted
@@ -44,8 +44,19 @@ def arranged(notes: list[dict]) -> dict[int, dict]:
     return {free: of_main[str(free)]["arrangement"] for free in fitting(of_main)}
 
 
+@pytest.fixture(scope="module")
+def wide(notes: list[dict]) -> dict[int, dict]:
+    """The same of the wide model."""
+    return {free: notes[0][f"wide {free}"]["arrangement"] for free in (PLENTY, *WIDE)}
+
+
 def fitting(notes: dict) -> list[int]:
     return [free for free in (PLENTY, *LESS) if "refusal" not in notes[str(free)]]
+
+
+def ways(arrangement: dict, simplest: dict) -> frozenset[str]:
+    """In what an arrangement is another than the simplest."""
+    return frozenset(way for way in simplest if arrangement[way] != simplest[way])
 
 
 def test_all_workers_arrange_alike(notes: list[dict]):
@@ -53,11 +64,15 @@ def test_all_workers_arrange_alike(notes: list[dict]):
         assert notes[0][name].get("arrangement") == notes[1][name].get("arrangement")
 
 
-def test_every_way_to_hold_less_is_taken(arranged: dict[int, dict]):
+def test_every_way_to_hold_less_is_taken(arranged: dict[int, dict], wide: dict[int, dict]):
     simplest = {"number": 1, "shard": 1, "checkpoints": False, "step_tokens": 64}
     assert arranged[PLENTY] == simplest
-    for way, value in simplest.items():
-        assert any(each[way] != value for each in arranged.values()), way
+    taken = {ways(each, simplest) for each in arranged.values()}
+    assert {frozenset({"step_tokens"}), frozenset({"step_tokens", "checkpoints"})} < taken
+    assert wide[PLENTY] == {**simplest, "step_tokens": 8}
+    taken = {ways(each, wide[PLENTY]) for each in wide.values()}
+    by_itself = [frozenset({"checkpoints"}), frozenset({"shard"}), frozenset({"shard", "number"})]
+    assert {*by_itself} < taken
 
 
 def test_less_memory_never_takes_fewer_passes_or_larger_steps(arranged: dict[int, dict]):
@@ -67,22 +82,33 @@ def test_less_memory_never_takes_fewer_passes_or_larger_steps(arranged: dict[int
     assert steps == sorted(steps, reverse=True)
 
 
-def test_what_is_arranged_is_said(notes: list[dict], arranged: dict[int, dict]):
-    simplest = arranged[PLENTY]
-    for free, arrangement in arranged.items():
-        lines = notes[0][str(free)]["lines"]
-        for way, line in SAYS.items():
-            expected = arrangement[way] != simplest[way]
-            assert (line.format(**arrangement) in lines) == expected, (free, way)
+def test_what_is_arranged_is_said(notes: list[dict], arranged: dict[int, dict], wide: dict):
+    for prefix, found in (("", arranged), ("wide ", wide)):
+        for free, arrangement in found.items():
+            lines = notes[0][f"{prefix}{free}"]["lines"]
+            for way, line in SAYS.items():
+                expected = way in ways(arrangement, found[PLENTY])
+                assert (line.format(**arrangement) in lines) == expected, (free, way)
+            assert not notes[1][f"{prefix}{free}"]["lines"]
 
 
-def test_factors_are_the_same_however_arranged(root: Path, arranged: dict[int, dict]):
-    whole = load_factors(root / str(PLENTY))
-    for free in arranged:
-        found = load_factors(root / str(free))
-        assert found.manifest["data"] == whole.manifest["data"]
-        for name, module in whole.modules.items():
-            assert relative(dense_E(found, name), dense_E(whole, name)) < 1e-9, free
+def test_what_is_arranged_is_in_the_journal(notes: list[dict], arranged: dict, wide: dict):
+    for prefix, found in (("", arranged), ("wide ", wide)):
+        for free, arrangement in found.items():
+            record = {"stage": "groups", "workers": 2, **arrangement}
+            assert notes[0][f"{prefix}{free}"]["journal"] == [record]
+
+
+@pytest.mark.parametrize("prefix", ["", "wide "])
+def test_factors_are_the_same_however_arranged(root: Path, notes: list[dict], prefix: str):
+    stores = [root / f"{prefix}{free}" for free in (WIDE if prefix else fitting(notes[0])[1:])]
+    others = [load_factors(store) for store in stores]
+    whole = load_factors(root / f"{prefix}{PLENTY}")
+    assert all(found.manifest["data"] == whole.manifest["data"] for found in others)
+    for name, module in whole.modules.items():
+        expected = dense_E(whole, name)
+        for store, found in zip(stores, others, strict=True):
+            assert relative(dense_E(found, name), expected) < 1e-9, store
             for factor in (module.input, module.output):
                 assert count_of(found, factor) == count_of(whole, factor)
 
@@ -110,10 +136,16 @@ def test_workers_of_unequal_memory_are_planned_for_by_the_least(
     assert "(worker 1)" in said[0]
 
 
-def test_a_run_goes_on_as_it_was_arranged(root: Path, notes: list[dict], arranged: dict[int, dict]):
-    for of_worker in notes:
-        assert of_worker["stopped"]["status"] == Preempted.status
-        assert of_worker["stopped"]["arrangement"] == arranged[MIDDLE]
-        assert of_worker["gone on"]["arrangement"] == arranged[MIDDLE]
-        assert "refusal" not in of_worker["gone on"]
-    assert content(root / "stopped") == content(root / str(MIDDLE))
+def test_a_run_goes_on_as_it_was_arranged_whatever_memory_is_free_then(
+    root: Path, notes: list[dict], arranged: dict[int, dict]
+):
+    least = min(arranged)
+    assert len(ways(arranged[least], arranged[PLENTY])) > 1
+    for free in (MIDDLE, least):
+        for of_worker in notes:
+            for start in ("stopped", "stopped again"):  # again with too little for any other
+                assert of_worker[f"{start} {free}"]["status"] == Preempted.status
+            for start in ("stopped", "stopped again", "gone on"):
+                assert of_worker[f"{start} {free}"]["arrangement"] == arranged[free]
+            assert "refusal" not in of_worker[f"gone on {free}"]
+        assert content(root / f"stopped {free}") == content(root / str(free))

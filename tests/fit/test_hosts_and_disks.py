@@ -53,6 +53,20 @@ def hosts() -> Iterator[list[str]]:
                 ip("netns", "del", name)
 
 
+def slow_down(host: str, bits_per_second: int) -> None:
+    """Limits what a host sends."""
+    limit = f"tbf rate {bits_per_second} burst 2000 latency 100s".split()
+    subprocess.run(["tc", "-n", host, "qdisc", "add", "dev", "veth", "root", *limit], check=True)
+
+
+def bytes_on_their_way(host: str) -> int:
+    """What a host has sent and the other has not received yet, in the connection with most."""
+    listed = subprocess.run(
+        ["ip", "netns", "exec", host, "ss", "-Htn"], check=True, capture_output=True, text=True
+    )
+    return max((int(line.split()[2]) for line in listed.stdout.splitlines()), default=0)
+
+
 def start(host: str, rank: int, root: Path, output: Path, *settings: str) -> subprocess.Popen[str]:
     config = yaml.safe_load(MULTI_NODE.read_text()) | {"use_cpu": True, "gpu_ids": "-1,-1"}
     file = write_yaml(output.with_name(f"host{rank}.yaml"), config)
@@ -120,7 +134,10 @@ def test_an_owner_that_is_cut_off_is_named_by_the_others_and_the_run_goes_on(
     assert whole.returncode == 0, whole.stderr
     processes = [start(host, k, setting, store, *shared_out) for k, host in enumerate(hosts)]
     assert wait_for(lambda: any(store.glob(STAGES[stage])), processes[0])
-    ip("-n", hosts[1], "link", "set", "veth", "down")  # amid a pass: rows no longer arrive
+    for host in hosts:  # more waits than a beat, or what else workers tell each other: rows
+        slow_down(host, 16_000)
+    assert wait_for(lambda: min(map(bytes_on_their_way, hosts)) > 1000, processes[0])
+    ip("-n", hosts[1], "link", "set", "veth", "down")
     cut = time.monotonic()
     said = end(processes)
     assert time.monotonic() - cut < 60

@@ -146,6 +146,26 @@ def test_a_mistake_on_one_worker_is_told_on_every_worker_and_the_group_lives_on(
     assert re.match(sentence, said[step][0]), said[step][0]
 
 
+def test_a_wrong_shard_begins_no_store(misuse):
+    _, output = misuse
+    assert (output / "both").exists()
+    assert not any((output / name).exists() for name in ("three", "none", "two"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shard", "fault"), [(2, "which it does not divide"), (4, "which is less")]
+)
+def test_three_workers_refuse_a_wrong_shard_before_a_store_is_begun(tmp_path, shard, fault):
+    store = tmp_path / "store"
+    done = run_workers(HERE / "worker_wrong_shard.py", 3, store, str(shard))
+    assert done.returncode == 0, done.stderr
+    said = dict(re.findall(r"WORKER (\d): (.*)", done.stdout))
+    sentence = f"shard is {shard}, but the number of workers is 3, {fault}; give 1, 3 or auto."
+    assert said == {f"{rank}": f"2 {sentence}" for rank in range(3)}
+    assert not store.exists()
+
+
 def test_a_module_that_only_some_batches_use_is_told_where_rows_travel(misuse):
     said, _ = misuse
     sentence = "Module model.layers.0.mlp.gate_proj was not used in this forward. Leave it out"

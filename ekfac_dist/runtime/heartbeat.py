@@ -17,6 +17,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -27,6 +28,7 @@ from ekfac_dist.runtime.terminal import show, visible
 
 BEAT_SECONDS = 3.0
 BEATS = 18  # beats without a sign after which a worker counts as lost
+_NO_STORE = "The host of the workers' key-value store does not answer: it or its network is lost"
 
 
 @contextmanager
@@ -48,9 +50,12 @@ def heartbeat(
     if world.size == 1:
         yield
         return
-    is_over = threading.Event()
-    arguments = (world, beat_seconds, is_over, owns_process)
+    is_over, answers = threading.Event(), _Answers()
+    arguments = (world, beat_seconds, is_over, owns_process, answers)
     threading.Thread(target=_beat, args=arguments, daemon=True).start()
+    if owns_process:
+        guard = (world, beat_seconds, is_over, answers)
+        threading.Thread(target=_require_answers, args=guard, daemon=True).start()
     try:
         with world.watched():
             yield
@@ -62,7 +67,40 @@ def heartbeat(
         is_over.set()
 
 
-def _beat(world: World, beat_seconds: float, is_over: threading.Event, owns_process: bool) -> None:
+@dataclass
+class _Answers:
+    """Answers of the key-value store to the beating thread.
+
+    Attributes:
+        number: How often it has answered.
+    """
+
+    number: int = 0
+
+
+def _require_answers(
+    world: World, beat_seconds: float, is_over: threading.Event, answers: _Answers
+) -> None:
+    """The thread that ends a worker whose host is cut off from the store's.
+
+    The beating thread then waits for an answer until the system gives the connection up, which may
+    take a quarter of an hour.
+    """
+    last, missed = 0, 0
+    while not is_over.wait(beat_seconds):
+        missed = missed + 1 if answers.number == last else 0
+        last = answers.number
+        if missed >= BEATS:
+            _end_process(world, None, _NO_STORE)
+
+
+def _beat(
+    world: World,
+    beat_seconds: float,
+    is_over: threading.Event,
+    owns_process: bool,
+    answers: _Answers,
+) -> None:
     """The thread of one worker: writes its own beats and watches the next worker's."""
     store = world.key_value_store()
     store.set_timeout(timedelta(seconds=BEATS * beat_seconds))
@@ -82,7 +120,8 @@ def _beat(world: World, beat_seconds: float, is_over: threading.Event, owns_proc
             # host.
             if not owns_process or is_over.wait(BEATS * beat_seconds):
                 return  # in a script the main thread gets the same error where it waits
-            _end_process(world, None, "The host of the workers' key-value store does not answer")
+            _end_process(world, None, _NO_STORE)
+        answers.number += 1
         missed = missed + 1 if beat == last_beat else 0
         last_beat = beat
         if missed >= BEATS:

@@ -1,10 +1,16 @@
 """A worker that is stopped or killed is named by the others, which do not wait for it."""
 
+import threading
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+import torch
 import torch.distributed as dist
 from helpers.workshop import free_port, start_without_launcher
+
+from ekfac_dist.runtime import heartbeat
+from ekfac_dist.runtime.processes import World
 
 HERE = Path(__file__).parent
 
@@ -55,3 +61,41 @@ def test_in_a_script_who_waits_for_a_worker_that_is_lost_raises_and_names_it(sen
 
 def test_workers_that_are_well_wait_for_each_other():
     assert [out for _, out, _ in outcomes(2, -1).values()] == ["went on\n"] * 2
+
+
+class Ended(BaseException):
+    """Instead of the end of the process."""
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What ends of the process are called, which are exceptions here."""
+    said: list[str] = []
+
+    def end(world: World, store: object, message: str) -> NoReturn:
+        said.append(message)
+        raise Ended
+
+    monkeypatch.setattr(heartbeat, "_end_process", end)
+    return said
+
+
+def test_a_worker_that_is_cut_off_from_the_store_ends(ends: list[str]):
+    alone, is_over = World(1, 2, 0, torch.device("cpu"), "gloo"), threading.Event()
+    with pytest.raises(Ended):
+        heartbeat._require_answers(alone, 0.001, is_over, heartbeat._Answers())
+    assert ends == [heartbeat._NO_STORE]
+
+
+def test_a_worker_whose_store_answers_is_left_alone(ends: list[str]):
+    alone, answers = World(1, 2, 0, torch.device("cpu"), "gloo"), heartbeat._Answers()
+
+    class Waits:
+        """An event that comes after many beats, in each of which the store has answered."""
+
+        def wait(self, seconds: float) -> bool:
+            answers.number += 1
+            return answers.number > 10 * heartbeat.BEATS
+
+    heartbeat._require_answers(alone, 0.001, Waits(), answers)
+    assert not ends

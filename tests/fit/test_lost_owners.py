@@ -78,6 +78,22 @@ def test_a_killed_owner_ends_the_run_which_goes_on(
     assert goes_on(root, store, workers, shard) == whole(workers, shard)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("workers", "shard", "victim"), [(2, 2, 1), (4, 2, 2), (4, 2, 0)])
+def test_an_owner_killed_in_the_middle_of_an_exchange_ends_the_run_which_goes_on(
+    root: Path, whole, tmp_path: Path, workers: int, shard: int, victim: int, when: str
+):
+    store, number = tmp_path / "store", 10
+    given = (victim, number, when, *shared_out(root, store, shard))
+    done = run_workers(HERE / "worker_lost_owner.py", workers, *map(str, given), timeout=60)
+    assert done.returncode == 1
+    causes = re.search(r"Root Cause.*", done.stderr, re.DOTALL)
+    assert causes is not None, done.stderr
+    assert re.search(rf"rank +: {victim} .*\n +exitcode +: -9 ", causes[0]), done.stderr
+    assert any(store.glob(STAGES["covariance"])), "no step had ended before"
+    assert goes_on(root, store, workers, shard) == whole(workers, shard)
+
+
 @pytest.mark.parametrize(("workers", "shard", "rank"), [(2, 2, 1), (4, 2, 2)])
 def test_a_stopped_owner_is_named_and_the_run_goes_on(
     root: Path, whole, tmp_path: Path, workers: int, shard: int, rank: int
@@ -119,6 +135,6 @@ def test_sigterm_in_a_long_step_of_one_copy_saves_every_owners_sums(
     statuses = [(tmp_path / str(rank)).read_text() for rank in range(4)]
     assert statuses == [str(Preempted.status)] * 4
     # Not a step is lost: every worker's state is of the step in which SIGTERM came.
-    states = sorted(store.glob("state/covariance-1/*/part.json"))
-    assert len(states) == 4
+    states = {part.parent.name for part in store.glob("state/covariance-1/*/part.json")}
+    assert states == {f"0-{rank}-{step}" for rank in range(4)}
     assert goes_on(root, store, 4, 2) == whole(4, 2)

@@ -10,9 +10,6 @@ counter:
 Silence is measured in beats of the watching worker, so that a pause of all workers at once counts
 as none. Beats go on whatever the main thread does, so with a heartbeat workers may wait for each
 other's work without limit; see `World.wait_for_all`.
-
-On a host whose network is lost, calls of the key-value store do not return, in any thread. So a
-second thread watches whether the first one's do.
 """
 
 import json
@@ -31,13 +28,7 @@ from ekfac_dist.runtime.terminal import show, visible
 
 BEAT_SECONDS = 3.0
 BEATS = 18  # beats without a sign after which a worker counts as lost
-
-
-@dataclass
-class _Answers:
-    """How often the key-value store has answered all calls of a beat."""
-
-    number: int = 0
+_NO_STORE = "The host of the workers' key-value store does not answer: it or its network is lost"
 
 
 @contextmanager
@@ -59,12 +50,12 @@ def heartbeat(
     if world.size == 1:
         yield
         return
-    is_over = threading.Event()
-    answers = _Answers()
-    arguments = (world, beat_seconds, is_over, answers)
-    threading.Thread(target=_beat, args=(*arguments, owns_process), daemon=True).start()
-    if owns_process:  # a script's main thread gets an error where it waits, once TCP gives up
-        threading.Thread(target=_watch_store, args=arguments, daemon=True).start()
+    is_over, answers = threading.Event(), _Answers()
+    arguments = (world, beat_seconds, is_over, owns_process, answers)
+    threading.Thread(target=_beat, args=arguments, daemon=True).start()
+    if owns_process:
+        guard = (world, beat_seconds, is_over, answers)
+        threading.Thread(target=_require_answers, args=guard, daemon=True).start()
     try:
         with world.watched():
             yield
@@ -76,12 +67,39 @@ def heartbeat(
         is_over.set()
 
 
+@dataclass
+class _Answers:
+    """Answers of the key-value store to the beating thread.
+
+    Attributes:
+        number: How often it has answered.
+    """
+
+    number: int = 0
+
+
+def _require_answers(
+    world: World, beat_seconds: float, is_over: threading.Event, answers: _Answers
+) -> None:
+    """The thread that ends a worker whose host is cut off from the store's.
+
+    The beating thread then waits for an answer until the system gives the connection up, which may
+    take a quarter of an hour.
+    """
+    last, missed = 0, 0
+    while not is_over.wait(beat_seconds):
+        missed = missed + 1 if answers.number == last else 0
+        last = answers.number
+        if missed >= BEATS:
+            _end_process(world, None, _NO_STORE)
+
+
 def _beat(
     world: World,
     beat_seconds: float,
     is_over: threading.Event,
-    answers: _Answers,
     owns_process: bool,
+    answers: _Answers,
 ) -> None:
     """The thread of one worker: writes its own beats and watches the next worker's."""
     store = world.key_value_store()
@@ -100,7 +118,9 @@ def _beat(
         except RuntimeError:
             # The store is gone: with its worker, whose end the main threads notice, or with its
             # host.
-            return
+            if not owns_process or is_over.wait(BEATS * beat_seconds):
+                return  # in a script the main thread gets the same error where it waits
+            _end_process(world, None, _NO_STORE)
         answers.number += 1
         missed = missed + 1 if beat == last_beat else 0
         last_beat = beat
@@ -122,21 +142,6 @@ def _beat(
                 show(visible(f"ekfac-dist: error: {world.who}: {message}"), error=True)
             if rank == world.rank or since_failure > BEATS:  # the failed worker prints first
                 os._exit(status)
-
-
-def _watch_store(
-    world: World, beat_seconds: float, is_over: threading.Event, answers: _Answers
-) -> None:
-    """The thread that ends the process if the key-value store no longer answers `_beat`."""
-    last, missed = 0, 0
-    while not is_over.wait(beat_seconds):
-        missed = missed + 1 if answers.number == last else 0
-        last = answers.number
-        if missed >= BEATS:
-            silence = f"{BEATS * beat_seconds:.0f} seconds"
-            message = f"{world.who}: worker 0's host, with the workers' key-value store, has not "
-            message += f"answered for {silence}: it was stopped, or it or a network is lost"
-            _end_process(world, None, message)
 
 
 def _announced_failure(world: World, store: Any) -> tuple[int, str, int] | None:

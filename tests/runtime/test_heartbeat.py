@@ -2,12 +2,18 @@
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
+import torch
 import torch.distributed as dist
 from helpers.workshop import free_port, start_without_launcher
+
+from ekfac_dist.runtime import heartbeat
+from ekfac_dist.runtime.processes import World
 
 HERE = Path(__file__).parent
 STORE = "import torch.distributed as d; s = d.TCPStore('127.0.0.1', {}, is_master=True); input()"
@@ -48,12 +54,14 @@ def test_a_stopped_worker_is_named_once_and_the_others_end(workers: int, victim:
     assert said.count(f"worker {victim} of {workers} has not answered for 2 seconds") == 1
 
 
-def test_workers_end_when_their_key_value_store_falls_silent():
-    """As after the loss of its host's network, it is silent, and no connection is closed."""
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", ["SIGSTOP", "SIGKILL"])
+def test_workers_whose_key_value_store_is_lost_end(sent: str):
+    """A stopped store is silent and closes no connection, as if its host had lost its network."""
     store = SimpleNamespace(port=free_port())
     of_store = [sys.executable, "-c", STORE.format(store.port)]
     with subprocess.Popen(of_store, stdin=subprocess.PIPE) as host:
-        command = [str(HERE / "worker_heartbeat.py"), "0", "SIGSTOP", "program", str(host.pid)]
+        command = [str(HERE / "worker_heartbeat.py"), "0", sent, "program", str(host.pid)]
         processes = start_without_launcher(command, 2, store)
         try:
             said = [process.communicate(timeout=60)[1] for process in processes]
@@ -61,9 +69,8 @@ def test_workers_end_when_their_key_value_store_falls_silent():
             for process in (*processes, host):
                 process.kill()
     assert [process.returncode for process in processes] == [1, 1]
-    for rank, errors in enumerate(said):
-        assert f"worker {rank} of 2: worker 0's host" in errors
-        assert "has not answered for 2 seconds" in errors
+    for errors in said:
+        assert errors.count(heartbeat._NO_STORE) == 1
 
 
 @pytest.mark.slow
@@ -77,3 +84,41 @@ def test_in_a_script_who_waits_for_a_worker_that_is_lost_raises_and_names_it(sen
 
 def test_workers_that_are_well_wait_for_each_other():
     assert [out for _, out, _ in outcomes(2, -1).values()] == ["went on\n"] * 2
+
+
+class Ended(BaseException):
+    """Instead of the end of the process."""
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What ends of the process are called, which are exceptions here."""
+    said: list[str] = []
+
+    def end(world: World, store: object, message: str) -> NoReturn:
+        said.append(message)
+        raise Ended
+
+    monkeypatch.setattr(heartbeat, "_end_process", end)
+    return said
+
+
+def test_a_worker_that_is_cut_off_from_the_store_ends(ends: list[str]):
+    alone, is_over = World(1, 2, 0, torch.device("cpu"), "gloo"), threading.Event()
+    with pytest.raises(Ended):
+        heartbeat._require_answers(alone, 0.001, is_over, heartbeat._Answers())
+    assert ends == [heartbeat._NO_STORE]
+
+
+def test_a_worker_whose_store_answers_is_left_alone(ends: list[str]):
+    alone, answers = World(1, 2, 0, torch.device("cpu"), "gloo"), heartbeat._Answers()
+
+    class Waits:
+        """An event that comes after many beats, in each of which the store has answered."""
+
+        def wait(self, seconds: float) -> bool:
+            answers.number += 1
+            return answers.number > 10 * heartbeat.BEATS
+
+    heartbeat._require_answers(alone, 0.001, Waits(), answers)
+    assert not ends

@@ -18,7 +18,7 @@ from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.models.sharding import agreeing, gathered_bytes, is_sharded
 from ekfac_dist.passes.context import PassContext
 from ekfac_dist.passes.owners import Places
-from ekfac_dist.passes.sequences import why_not_checkpointed
+from ekfac_dist.passes.sequences import COMPUTED_AGAIN, why_not_checkpointed
 from ekfac_dist.passes.step_memory import LARGE, free_bytes, largest_step, measured_step
 from ekfac_dist.runtime.logs import log_on_main
 from ekfac_dist.runtime.memory import as_text
@@ -145,7 +145,7 @@ def _arrangement_lines(arrangement: Arrangement, step_tokens: int) -> list[str]:
     if len(arrangement.groups) > 1:
         lines.append(f"partitions    {len(arrangement.groups)}, a pair of passes each")
     if arrangement.checkpoints:
-        lines.append("activations   of one layer at a time (model.gradient_checkpointing)")
+        lines.append(COMPUTED_AGAIN)
     return lines
 
 

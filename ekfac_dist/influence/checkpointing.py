@@ -7,7 +7,7 @@ from ekfac_dist.influence.blocks import groups_at_a_time
 from ekfac_dist.influence.context import ScoringContext
 from ekfac_dist.influence.preconditioned import bytes_per_group
 from ekfac_dist.passes.owners import Places
-from ekfac_dist.passes.sequences import why_not_checkpointed
+from ekfac_dist.passes.sequences import COMPUTED_AGAIN, why_not_checkpointed
 from ekfac_dist.passes.step_memory import needs_checkpoints
 from ekfac_dist.runtime.logs import log_on_main
 
@@ -42,7 +42,7 @@ def computes_again(
         return False
     reason = why_not_checkpointed(context.model, modules, scored, context.task, world)
     if reason is None:
-        log_on_main(world, "activations   of one layer at a time (model.gradient_checkpointing)")
+        log_on_main(world, COMPUTED_AGAIN)
         return True
     with world.agree():
         if checkpointing is True:

@@ -22,7 +22,7 @@ def input_elements(group: Iterable[TrackedModule], routed: Mapping[str, float]) 
     return sum({m.input: m.input_size * routed.get(m.name, 1) for m in group}.values())
 
 
-def window_bytes(step: StepMemory, window: Sequence[TrackedModule]) -> tuple[float, float]:
+def _window_bytes(step: StepMemory, window: Sequence[TrackedModule]) -> tuple[float, float]:
     """Bytes of the (inputs, output-gradients) of a window's modules at one position.
 
     Args:
@@ -51,7 +51,7 @@ def exchange_bytes(
         The bytes, and in how many rounds a window travels.
     """
     shard = places.shard
-    sides = [window_bytes(step, window) for window in places.windows(group)]
+    sides = [_window_bytes(step, window) for window in places.windows(group)]
     at_once = [sum(each) if step.checkpoints else max(each) for each in sides]
     window = int(step_tokens * max(at_once, default=0))
     rounds = num_rounds(window, shard)

@@ -116,6 +116,10 @@ def with_chunked_head(
     return chunked if all(world.gather(chunked is not None)) and chunked is not None else task
 
 
+# What is said where layers are computed again.
+COMPUTED_AGAIN = "activations   of one layer at a time (model.gradient_checkpointing)"
+
+
 def why_not_checkpointed(
     model: nn.Module,
     modules: SequenceOf[TrackedModule],

@@ -11,12 +11,13 @@ from ekfac_dist.data.batch_plan import padded_sizes
 from ekfac_dist.data.batches import CapturedPositions
 from ekfac_dist.models.capture.chunked_head import CHUNK_ELEMENTS, CausalLMInChunks
 from ekfac_dist.models.capture.labels import LabelRule
+from ekfac_dist.models.capture.observers import NullObserver
 from ekfac_dist.models.capture.saved_tensors import StepMemory, noting_saved_tensors
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.models.sharding import agreeing, is_sharded
 from ekfac_dist.passes.context import PassContext
 from ekfac_dist.passes.owners import NOT_SHARED, Places
-from ekfac_dist.passes.row_memory import exchange_bytes
+from ekfac_dist.passes.row_memory import exchange_bytes, input_elements
 from ekfac_dist.runtime.memory import available_bytes
 from ekfac_dist.runtime.processes import World
 
@@ -59,17 +60,12 @@ def largest_step(
     )
 
 
-class _RowCounts:
+class _RowCounts(NullObserver):
     """An observer that counts the positions of modules that see only some of a step's."""
 
     def __init__(self, modules: Iterable[TrackedModule]) -> None:
         self.of_modules = {module.name: 0 for module in modules}
         self.gradient_itemsize = 0
-
-    def on_input(
-        self, module: TrackedModule, acts_Mi: Tensor, positions: CapturedPositions
-    ) -> None:
-        """Counts nothing: gradients are counted."""
 
     def on_gradient(
         self, module: TrackedModule, grads_MO: Tensor, positions: CapturedPositions
@@ -146,8 +142,7 @@ def needs_checkpoints(
         return False
     with agreeing(world, context.model):
         step = measured_step(replace(context, checkpoints=False), modules)
-    sizes = {module.input: module.input_size for module in modules}
-    waiting = step_tokens * sum(sizes.values()) * context.dtype.itemsize
+    waiting = step_tokens * input_elements(modules, {}) * context.dtype.itemsize
     exchanged, _ = exchange_bytes(modules, places, step, step_tokens)
     needed = step.activation_bytes + 2 * step.logit_bytes + waiting + exchanged + held
     return any(world.gather(needed > USABLE * free))

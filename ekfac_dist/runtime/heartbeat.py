@@ -81,10 +81,10 @@ class _Answers:
 def _require_answers(
     world: World, beat_seconds: float, is_over: threading.Event, answers: _Answers
 ) -> None:
-    """The thread that ends a worker whose host is cut off from the store's.
+    """The thread that ends a worker whose key-value store is lost.
 
-    The beating thread then waits for an answer until the system gives the connection up, which may
-    take a quarter of an hour.
+    The beating thread has then got an error. Or, on a host that is cut off from the store's, it
+    waits for an answer until the system gives the connection up: a quarter of an hour, perhaps.
     """
     last, missed = 0, 0
     while not is_over.wait(beat_seconds):
@@ -117,10 +117,8 @@ def _beat(
             failure = _announced_failure(world, store)
         except RuntimeError:
             # The store is gone: with its worker, whose end the main threads notice, or with its
-            # host.
-            if not owns_process or is_over.wait(BEATS * beat_seconds):
-                return  # in a script the main thread gets the same error where it waits
-            _end_process(world, None, _NO_STORE)
+            # host. In a script the main thread gets the same error where it waits.
+            return
         answers.number += 1
         missed = missed + 1 if beat == last_beat else 0
         last_beat = beat

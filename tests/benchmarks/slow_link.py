@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -27,12 +26,12 @@ from ekfac_dist.report.tables import table
 
 sys.path.append(str(Path(__file__).parents[1]))  # where the tests' helpers are
 sys.path.append(str(Path(__file__).parent / "peers"))  # where the shared modules are
+from helpers.hosts import ADDRESSES, two_hosts
 from helpers.workshop import leave
 from model_shapes import Shape, processor
 from peer_sides import make_rows
 
 TOKENS, VOCABULARY = 256, 4096
-HOSTS = ("10.78.0.1", "10.78.0.2")
 PORT = 29_400
 AS_IS, SLOWED = "as it is", "slowed"
 
@@ -48,30 +47,6 @@ def arguments():
     parser.add_argument("--share", type=float, default=0.5, help="of the time, on the link")
     parser.add_argument("--folder", type=Path, default=None, help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def ip(*words):
-    subprocess.run(["ip", *words], check=True)
-
-
-@contextmanager
-def namespaces():
-    """Names of two network namespaces that see each other, and nothing else."""
-    names = [f"ekfac{os.getpid()}{k}" for k in "ab"]
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        ends = [f"veth netns {name}".split() for name in names]
-        ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])
-        for name, address in zip(names, HOSTS, strict=True):
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", "veth")
-            ip("-n", name, "link", "set", "veth", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield names
-    finally:
-        for name in names:
-            with suppress(subprocess.CalledProcessError):
-                ip("netns", "del", name)
 
 
 class Link:
@@ -140,7 +115,7 @@ def start(namespace, rank, folder):
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": HOSTS[0],
+        "MASTER_ADDR": ADDRESSES[0],
         "MASTER_PORT": str(PORT),
         "GLOO_SOCKET_IFNAME": "veth",
         "OMP_NUM_THREADS": "1",
@@ -191,7 +166,7 @@ def main():
         Path(args.folder, f"{os.environ['RANK']}.json").write_text(json.dumps(report))
         torch.distributed.barrier()
         leave()
-    with tempfile.TemporaryDirectory() as folder, namespaces() as names:
+    with tempfile.TemporaryDirectory() as folder, two_hosts() as names:
         workers = [start(name, rank, folder) for rank, name in enumerate(names)]
         try:
             statuses = [each.wait() for each in workers]

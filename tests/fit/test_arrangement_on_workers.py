@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.dense import dense_E, relative
+from helpers.dense import counts_in, dense_E, relative
 from helpers.killed_fits import content
 from helpers.workshop import run_workers
 from worker_arrangement import LESS, MIDDLE, PLENTY, WIDE
@@ -109,12 +109,7 @@ def test_factors_are_the_same_however_arranged(root: Path, notes: list[dict], pr
         expected = dense_E(whole, name)
         for store, found in zip(stores, others, strict=True):
             assert relative(dense_E(found, name), expected) < 1e-9, store
-            for factor in (module.input, module.output):
-                assert count_of(found, factor) == count_of(whole, factor)
-
-
-def count_of(factors, factor: str) -> int:
-    return int(factors._source.header(f"eigenbasis/{factor}.safetensors")["count"])
+            assert counts_in(found, "eigenbasis", module) == counts_in(whole, "eigenbasis", module)
 
 
 def test_too_little_is_refused_on_every_worker(notes: list[dict]):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.dense import dense_E, relative
+from helpers.hosts import ADDRESSES, ip, two_hosts
 from helpers.long_runs import STAGES, arguments, content, running, wait_for
 from helpers.workshop import run_cli, write_yaml
 from test_kills import setting  # a fixture
@@ -22,35 +23,16 @@ from ekfac_dist import load_factors
 
 pytestmark = pytest.mark.root
 __all__ = ["setting"]  # a fixture
-HOSTS = ("10.77.0.1", "10.77.0.2")
 MULTI_NODE = Path(__file__).parents[2] / "launch" / "accelerate" / "multi_node.yaml"
 
 
 # -- two hosts -------------------------------------------------------------------------------------
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True)
-
-
 @pytest.fixture
 def hosts() -> Iterator[list[str]]:
-    """Two network namespaces that see each other, and nothing else."""
-    names = [f"ekfac{os.getpid()}{k}" for k in "ab"]
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        ends = [f"veth netns {name}".split() for name in names]
-        ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])
-        for name, address in zip(names, HOSTS, strict=True):
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", "veth")
-            ip("-n", name, "link", "set", "veth", "up")
-            ip("-n", name, "link", "set", "lo", "up")
+    with two_hosts() as names:
         yield names
-    finally:
-        for name in names:
-            with suppress(subprocess.CalledProcessError):
-                ip("netns", "del", name)
 
 
 def slow_down(host: str, bits_per_second: int) -> None:
@@ -72,7 +54,7 @@ def start(host: str, rank: int, root: Path, output: Path, *settings: str) -> sub
     file = write_yaml(output.with_name(f"host{rank}.yaml"), config)
     launcher = [sys.executable, "-m", "ekfac_dist", "launch", "--config_file", str(file)]
     launcher += ["--num_machines", "2", "--num_processes", "2"]
-    launcher += ["--machine_rank", str(rank), "--main_process_ip", HOSTS[0]]
+    launcher += ["--machine_rank", str(rank), "--main_process_ip", ADDRESSES[0]]
     return subprocess.Popen(
         ["ip", "netns", "exec", host, *launcher, *map(str, arguments(root, output)), *settings],
         env={

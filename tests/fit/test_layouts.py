@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import worker_layouts
-from helpers.dense import dense_E, relative
+from helpers.dense import counts_in, dense_E, relative
 from helpers.killed_fits import content
 from helpers.workshop import run_workers
 from worker_layouts import FITS, NUM_EXAMPLES
@@ -113,15 +113,10 @@ def assert_gone_on(
     assert one.manifest["data"] == other.manifest["data"]
     for name, module in other.modules.items():
         assert relative(dense_E(one, name), dense_E(other, name)) < 1e-10
-        for factor in (module.input, module.output):
-            assert count_of(one, factor) == count_of(other, factor)
+        assert counts_in(one, "eigenbasis", module) == counts_in(other, "eigenbasis", module)
     # What was saved is taken up, whoever saved it: no pass takes a sequence twice.
     taken = Counter()
     for number in range(len(starts)):
         taken.update(json.loads((root / f"{run}-{number}.json").read_text()))
     num_passes = 2 * FITS[fit][1].get("partitions", 1)
     assert taken == dict.fromkeys(range(NUM_EXAMPLES), num_passes)
-
-
-def count_of(factors, factor):
-    return int(factors._source.header(f"eigenbasis/{factor}.safetensors")["count"])

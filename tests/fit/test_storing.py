@@ -13,7 +13,7 @@ import psutil
 import pytest
 import worker_storing
 from helpers import long_runs
-from helpers.dense import dense_E, relative
+from helpers.dense import counts_in, dense_E, relative
 from helpers.killed_fits import content
 from helpers.long_runs import STAGES, family, running, wait_for, worker
 from helpers.workshop import run_cli, run_workers, save_tiny_llama, texts, write_jsonl
@@ -81,11 +81,7 @@ def assert_same_factors(store: Path, alone: Path) -> None:
     assert one.manifest["data"] == other.manifest["data"]
     for name, module in other.modules.items():
         assert relative(dense_E(one, name), dense_E(other, name)) < 1e-12
-        for factor in (module.input, module.output):
-            counts = [
-                f._source.header(f"eigenbasis/{factor}.safetensors")["count"] for f in (one, other)
-            ]
-            assert counts[0] == counts[1]
+        assert counts_in(one, "eigenbasis", module) == counts_in(other, "eigenbasis", module)
 
 
 def numbers(said: dict[int, list[str]]) -> list[list[int]]:

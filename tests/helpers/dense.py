@@ -227,6 +227,12 @@ def drawn_targets(model, ids, has_label, uniform):
     return targets
 
 
+def counts_in(factors, folder, module):
+    """How many positions a module's input and output factor are of, by a folder of the store."""
+    files = (f"{folder}/{factor}.safetensors" for factor in (module.input, module.output))
+    return [int(factors._source.header(file)["count"]) for file in files]
+
+
 def dense_E(factors, name):
     """The package's E of one module as a matrix, by applying it to unit matrices."""
     module = factors.modules[name]

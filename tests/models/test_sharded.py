@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from helpers.dense import dense_E, relative
+from helpers.dense import counts_in, dense_E, relative
 from helpers.families import tiny_config
 from helpers.long_runs import arguments, content, running, wait_for, worker
 from helpers.networks import build
@@ -91,12 +91,7 @@ def test_a_sharded_model_has_the_factors_of_the_whole_one(stores, workers, fits,
     assert sharded.manifest["data"] == whole.manifest["data"]
     for name, module in whole.modules.items():
         assert relative(dense_E(sharded, name), dense_E(whole, name)) < 1e-12
-        for factor in (module.input, module.output):
-            assert count_of(sharded, factor) == count_of(whole, factor)
-
-
-def count_of(factors, factor):
-    return int(factors._source.header(f"covariance/{factor}.safetensors")["count"])
+        assert counts_in(sharded, "covariance", module) == counts_in(whole, "covariance", module)
 
 
 def test_layers_that_share_weights_are_refused():

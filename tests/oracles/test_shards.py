@@ -4,7 +4,7 @@ import functools
 from pathlib import Path
 
 import pytest
-from helpers.dense import dense_E, relative
+from helpers.dense import counts_in, dense_E, relative
 from helpers.networks import examples
 from helpers.workshop import run_workers
 from worker_shards import FITS, IN_ROUNDS, SETTINGS, made
@@ -66,9 +66,4 @@ def test_shared_out_factors_are_those_of_one_worker(alone, shared_out, workers, 
     assert set(shards.manifest["files"]) == set(whole.manifest["files"])
     for name, module in whole.modules.items():
         assert relative(dense_E(shards, name), dense_E(whole, name)) < 1e-12
-        for factor in (module.input, module.output):
-            assert count_of(shards, factor) == count_of(whole, factor)
-
-
-def count_of(factors, factor):
-    return int(factors._source.header(f"covariance/{factor}.safetensors")["count"])
+        assert counts_in(shards, "covariance", module) == counts_in(whole, "covariance", module)

@@ -290,6 +290,7 @@ class _SavedState(PassState):
         self._all, self._sums, self._kept = batches, sums, kept
         self._first_read, self._copy = first_read, copy
         self._interval = 60 * minutes
+        self.is_always_due = minutes == 0
         self._least_interval = 0.0
         self.steps = self._saved_steps = 0
         self._start = self._last = time.monotonic()

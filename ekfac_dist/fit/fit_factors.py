@@ -51,6 +51,7 @@ def fit_factors(
     groups = arrangement.groups
     owners = Owners.of(world, arrangement.shard, discovery.modules)
     context = replace(context, owners=owners, checkpoints=arrangement.checkpoints)
+    context = replace(context, row_order=context.noted_row_order(discovery.modules))
     summary = FitSummary(sequences, discovery, world.size, len(groups))
     for number, group in enumerate(groups, start=1):
         name = f"{number}" if len(groups) == 1 else f"{number}/{len(groups)}"

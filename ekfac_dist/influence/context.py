@@ -15,6 +15,7 @@ from ekfac_dist.models.capture.tasks import CAUSAL_LM, Task
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.passes.context import PassContext
 from ekfac_dist.passes.owners import Owners
+from ekfac_dist.passes.row_order import RowOrder
 from ekfac_dist.runtime.processes import World
 
 # Gradients are of the data's own labels, also where the Fisher was fitted with sampled labels.
@@ -42,6 +43,7 @@ class ScoringContext:
         task: The task whose loss gradients are of.
         owners: Who holds which modules' factors and query gradients; None: every worker all.
         checkpoints: Whether layers keep their inputs alone, and are computed again in the backward.
+        row_order: In which order a step shows the rows of modules; needed where they travel.
     """
 
     model: nn.Module
@@ -55,6 +57,7 @@ class ScoringContext:
     task: Task = CAUSAL_LM
     owners: Owners | None = None
     checkpoints: bool = False
+    row_order: RowOrder | None = None
 
     @property
     def modules(self) -> tuple[TrackedModule, ...]:
@@ -104,6 +107,7 @@ class ScoringContext:
             task=self.task,
             owners=self.owners,
             checkpoints=self.checkpoints,
+            row_order=self.row_order,
         )
 
     def zeros(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -88,6 +88,7 @@ def prepare(
         task=context.task,
         owners=context.owners,
         checkpoints=context.checkpoints,
+        row_order=context.row_order,
     )
     run_pass(
         name,

@@ -94,6 +94,8 @@ def compute_scores(
     # In the eigenbasis norms cost little, and query gradients need not be rotated back.
     needs_norms = config.self_influence or config.normalize != "none"
     context = replace(context, in_eigenbasis=needs_norms)
+    row_order = context.over(scored).noted_row_order(context.modules)
+    context = replace(context, row_order=row_order)
     result = _empty_result(context, queries, scored, config)
     run = _Scoring(
         context, queries, scored, config, (top_k, bottom_k), result, saved or SavedBlocks()

@@ -10,12 +10,14 @@ from ekfac_dist.data.batches import Batch
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.models.capture.checkpointing import LayerCheckpointing
 from ekfac_dist.models.capture.hooks import Capture
+from ekfac_dist.models.capture.labels import LabelRule
 from ekfac_dist.models.capture.observers import Observer
 from ekfac_dist.models.capture.saved_tensors import SavedTensors
 from ekfac_dist.models.capture.tasks import CAUSAL_LM, Task
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.models.sharding import is_sharded
 from ekfac_dist.passes.owners import Owners
+from ekfac_dist.passes.row_order import RowOrder
 from ekfac_dist.runtime.prefetch import prefetch
 from ekfac_dist.runtime.processes import World
 
@@ -36,6 +38,7 @@ class PassContext:
         task: What the model is asked, and what its loss is.
         owners: Who owns which factors; None: every worker holds all that a pass sums.
         checkpoints: Whether layers keep their inputs alone, and are computed again in the backward.
+        row_order: In which order a step shows the rows of modules; needed where they travel.
     """
 
     model: nn.Module
@@ -49,6 +52,7 @@ class PassContext:
     task: Task = CAUSAL_LM
     owners: Owners | None = None
     checkpoints: bool = False
+    row_order: RowOrder | None = None
 
     @property
     def exchanges_rows(self) -> bool:
@@ -88,6 +92,24 @@ class PassContext:
         """
         checkpointing = LayerCheckpointing(self.model, modules, saved) if self.checkpoints else None
         return Capture(self.model, modules, observer, dtype, self.task, device, checkpointing)
+
+    def noted_row_order(self, modules: Sequence[TrackedModule]) -> RowOrder | None:
+        """The order of some modules' rows, from a step of a short sequence; a collective.
+
+        Args:
+            modules: The modules.
+
+        Returns:
+            None if no rows travel.
+        """
+        if not self.exchanges_rows:
+            return None
+        batch = self.shortest_batch()
+        order = RowOrder(batch.num_positions)
+        with self.capture(modules, order, None) as capture:
+            capture.run(batch, LabelRule("data", 0, 0))
+        # Which experts the sequence reached may differ between workers, in the last bits.
+        return self.world.share(order)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Some sequences as a batch on the worker's device."""

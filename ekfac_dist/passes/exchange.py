@@ -21,11 +21,14 @@ to as many owners as it receives from senders, so all links are used alike:
 
 Windows are exchanged in one order on all workers, whatever a worker's batch has: rows that come
 after their window has left, and those of a worker that has no batch left, change nothing in it.
+
+The end of a step is not waited for either: its last rows are summed while the next step is
+computed, before any row of that one.
 """
 
 import math
 from collections import deque
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -39,7 +42,8 @@ from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.models.sharding import is_sharded
 from ekfac_dist.passes.context import PassContext
 from ekfac_dist.passes.owners import Owners
-from ekfac_dist.passes.schedule import GRADIENT, INPUT, Entry, Schedule, num_rounds
+from ekfac_dist.passes.row_order import GRADIENT, INPUT, Entry
+from ekfac_dist.passes.schedule import Schedule, num_rounds
 from ekfac_dist.passes.travelling_rows import (
     ArrivedPositions,
     Note,
@@ -98,7 +102,9 @@ class RowExchange:
         self._late: list[Rows] = []
         self._late_families: set[str] = set()
         self._window: Window | None = None
-        self._travelling: deque[Travelling] = deque()
+        # Rounds that nobody was shown yet, and what is to be done after those before it.
+        self._waiting: deque[Travelling | Callable[[], None]] = deque()
+        self._num_travelling = 0  # rounds among these
         # Between the layers of a sharded model, which are collectives, all workers have to exchange
         # the same; but which experts a worker's batch reaches, and when, is its own.
         self._only_at_end = is_sharded(context.model) and bool(schedule.routed)
@@ -146,15 +152,22 @@ class RowExchange:
         part = self._num_taken / len(self._schedule.windows[number])
         self._send_rounds(math.ceil(part * self._num_rounds))
 
-    def end_step(self) -> None:
-        """Exchanges what is left of a step, which may be all; every worker does as many steps."""
+    def end_step(self, then: Callable[[], None]) -> None:
+        """Sends what is left of a step, which may be all; every worker does as many steps.
+
+        Args:
+            then: Called once the observer was shown all rows of the step, and none of a later one,
+                which may be while a later step is computed.
+        """
         while self._number < len(self._schedule.windows):
             self._close_window()
         self._send_rounds(self._num_rounds)
-        if any(self._gathered(bool(self._late))):
+        # Without experts a window is closed with all of its rows, and none is late.
+        if self._schedule.routed and any(self._gathered(bool(self._late))):
             self._begin(self._late, self._gathered([rows.note for rows in self._late]))
-        self._send_rounds(self._num_rounds)
-        self._settle(0)
+            self._send_rounds(self._num_rounds)
+        self._waiting.append(then)
+        self._settle(MOST_TRAVELLING)
         self._rows.clear()
         self._late.clear()
         self._late_families.clear()
@@ -254,7 +267,8 @@ class RowExchange:
         arriving = nothing.new_empty(sum(sizes))
         work = self._owners.copy.all_to_all(arriving, sent, sizes, sent_sizes)
         travelling = Travelling(senders, window.notes, arriving, sizes, own, work, sent)
-        self._travelling.append(travelling)
+        self._waiting.append(travelling)
+        self._num_travelling += 1
         self._settle(MOST_TRAVELLING)
 
     def _gathered(self, value: T) -> list[T]:
@@ -270,15 +284,28 @@ class RowExchange:
 
     # -- arriving ----------------------------------------------------------------------------------
 
+    def settle(self) -> None:
+        """Waits for all rows that were sent, and shows them to the observer."""
+        self._settle(0)
+
     def _settle(self, most: int) -> None:
         """Shows the observer the rows that have arrived, and waits for others if they are too many.
 
         Args:
             most: Rounds that may still travel afterwards.
         """
-        waiting = self._travelling
-        while waiting and (len(waiting) > most or waiting[0].work.is_completed()):
-            self._show_all(waiting.popleft())
+        waiting = self._waiting
+        while waiting:
+            first = waiting[0]
+            if not isinstance(first, Travelling):
+                waiting.popleft()
+                first()
+            elif self._num_travelling > most or first.work.is_completed():
+                waiting.popleft()
+                self._num_travelling -= 1
+                self._show_all(first)
+            else:
+                return
 
     def _show_all(self, travelling: Travelling) -> None:
         """Shows the observer the rows of a round, once they are there."""

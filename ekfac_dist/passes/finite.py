@@ -15,52 +15,50 @@ from ekfac_dist.passes.context import PassContext
 
 
 class FiniteWatch:
-    """Remembers, of each batch, whether the running sums were finite after it.
+    """Remembers, of each step, whether the running sums were finite after it.
 
-    On a GPU the flag is copied to the host while the next batch is computed, and read then, so that
+    On a GPU the flag is copied to the host while the next step is computed, and read then, so that
     the host never waits for the GPU to become idle.
 
     Args:
         device: Where the running sums are.
-        may_lag: Whether an answer may be one batch late; else each is waited for.
+
+    Attributes:
+        bad_step: The first step after which they were not finite, as far as flags are read; None if
+            there is none.
     """
 
-    def __init__(self, device: torch.device, *, may_lag: bool) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.bad_step: int | None = None
         self._device, self._on_gpu = device, device.type == "cuda"
-        self._num_unread = 1 if self._on_gpu and may_lag else 0
-        self._flags: deque[tuple[Sequence[int], Tensor, torch.cuda.Event | None]] = deque()
+        self._flags: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
-    def after(self, batch: Sequence[int], is_finite: Tensor) -> Sequence[int] | None:
-        """Takes the flag of a batch.
+    def after(self, step: int, is_finite: Tensor) -> None:
+        """Takes the flag of a step.
 
         Args:
-            batch: Indices of its sequences.
+            step: Its number.
             is_finite: A boolean scalar, on the device.
-
-        Returns:
-            The first batch after which the sums were not finite, as far as flags are read; None if
-            there is none.
         """
         event = None
         if self._on_gpu:
             is_finite = is_finite.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self._device))
-        self._flags.append((batch, is_finite, event))
-        return self._read(self._num_unread)
+        self._flags.append((step, is_finite, event))
+        self._read(1 if self._on_gpu else 0)
 
-    def last(self) -> Sequence[int] | None:
-        """The same, after reading every flag."""
-        return self._read(0)
+    def read_all(self) -> None:
+        """Reads every flag."""
+        self._read(0)
 
-    def _read(self, num_unread: int) -> Sequence[int] | None:
+    def _read(self, num_unread: int) -> None:
         while len(self._flags) > num_unread:
-            batch, is_finite, event = self._flags.popleft()
+            step, is_finite, event = self._flags.popleft()
             if event is not None:
                 event.synchronize()
-            if not is_finite.item():
-                return batch
-        return None
+            if self.bad_step is None and not is_finite.item():
+                self.bad_step = step
 
 
 class _FirstNonFinite:

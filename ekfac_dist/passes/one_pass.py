@@ -6,16 +6,18 @@ The covariance pass, the refit, query gradients and scans are all this pass, wit
                   → progress → save the state, if it is time or SIGTERM has come
     at the end    parts of earlier starts are added → sums of all workers are added up
 
-A step of a sharded model is a collective. Then all workers do as many steps, those with fewer
-batches running a sequence that nobody observes, and agree at the end of each step on what
-happened in it.
+A step of a sharded model is a collective, and so is one whose rows travel. Then all workers do as
+many steps; of a sharded model, those with fewer batches run a sequence that nobody observes. At the
+end of each step they begin to tell each other what has happened in it, which they read at the end
+of the next one, so that none waits for a slower one. If there is something to do, all do it then.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -102,9 +104,10 @@ def run_pass(
         run.all_steps(context.dtype if converted else None)
     except UserError as error:
         # This worker or another was asked to end: what this one has summed is not lost.
-        is_asked = error.status == Preempted.status and run.is_between_steps
-        if is_asked and run.watch.last() is None:
-            run.state.leave(run.loss.item(), run.num_labels)
+        if error.status == Preempted.status and run.is_between_steps:
+            run.watch.read_all()
+            if run.watch.bad_step is None:
+                run.state.leave(run.loss.item(), run.num_labels)
         raise
     loss, num_labels = run.reduced()
     return PassResult(time.perf_counter() - start, loss / num_labels, int(num_labels))
@@ -118,7 +121,7 @@ class _Run:
         watch: Whether the running sums are finite.
         loss: Σ −log p(label) so far, a float64 scalar on the worker's device.
         num_labels: Labels so far.
-        is_between_steps: Whether the running sums hold whole steps.
+        is_between_steps: Whether the running sums hold all steps, and these whole.
     """
 
     def __init__(
@@ -137,13 +140,15 @@ class _Run:
         self._on_loss, self._on_step = on_loss, on_step
         self._world, self._in_step = context.world, context.runs_in_step
         self.state = state
-        self.watch = FiniteWatch(context.world.device, may_lag=not self._in_step)
+        self.watch = FiniteWatch(context.world.device)
         self.loss = torch.full((), state.loss, dtype=torch.float64, device=context.world.device)
         self.num_labels = state.num_labels
         self.is_between_steps = True
         self._exchange: RowExchange | None = None
         if context.owners is not None and context.exchanges_rows:
             self._exchange = RowExchange(context, modules, observer, context.owners, state.batches)
+        self._num_summed = 0  # steps that are in the running sums
+        self._noticed: Callable[[], list[int]] | None = None  # in the last step, over all workers
         self._num_idle = 0  # steps that only other workers have batches for
         if self._in_step:
             num_steps = self._world.gather(len(state.batches))
@@ -169,83 +174,111 @@ class _Run:
             progress,
         ):
             for indices, batch in context.prefetched(self.state.batches):
-                ends, is_due = self._step(capture, indices, batch)
+                self._step(capture, batch)
                 progress.update(batch.num_positions, len(indices))
-                self._after_step(ends=ends, is_due=is_due)
                 world.check_peers()
-            self._require_finite(self.watch.last())
             for _ in range(self._num_idle):
-                ends, is_due = self._idle_step(capture)
-                if self._exchange is not None:  # others' rows may be in its sums
-                    self._after_step(ends=ends, is_due=is_due)
-                elif ends:
-                    self.state.save(self.loss.item(), self.num_labels, ends=True)
+                self._idle_step(capture)
+                world.check_peers()
+            if self._in_step:
+                self._act_together()
+            self._require_finite()
 
-    def _step(self, capture: Capture, indices: Sequence[int], batch: Batch) -> tuple[bool, bool]:
-        """One forward and backward; whether the run is to end, or to save its state, after it."""
-        if self._in_step:
-            self._world.wait_for_all()  # another may be saving its state
+    def _step(self, capture: Capture, batch: Batch) -> None:
+        """One forward and backward, after which the run may end, or save its state."""
         self.is_between_steps = False
         result = capture.run(batch, self._rule)
-        if self._exchange is not None:
-            self._exchange.end_step()
         self.loss += result.loss
         self.num_labels += result.num_labels
         if self._on_loss is not None:
             self._on_loss(batch, result.losses)
-        if self._on_step is not None:
-            self._on_step()
-        is_finite = torch.isfinite(self._observer.health() + self.loss)
-        return self._agreed(self.watch.after(indices, is_finite), indices)
+        self._end_step()
 
-    def _idle_step(self, capture: Capture) -> tuple[bool, bool]:
+    def _idle_step(self, capture: Capture) -> None:
         """Takes part in a step of workers that have more batches; see `_step`."""
-        self._world.wait_for_all()
         self.is_between_steps = False
         if is_sharded(self._context.model):
             with capture.unseen() if self._exchange is None else self._exchange.idle():
                 capture.run(self._context.shortest_batch(), self._rule)
-        is_finite = torch.isfinite(self.loss)
-        if self._exchange is not None:
-            self._exchange.end_step()
-            if self._on_step is not None:
-                self._on_step()
-            is_finite = torch.isfinite(self._observer.health() + self.loss)
-        return self._agreed(self.watch.after([], is_finite), [])
+        if self._exchange is None:
+            self._agree()
+        else:  # others' rows may come into its sums
+            self._end_step()
 
-    def _after_step(self, *, ends: bool, is_due: bool) -> None:
-        """Counts a step, and saves the running sums if it is time."""
-        self.state.after_step()
+    def _end_step(self) -> None:
+        """Ends a step, whose last rows may be summed while the next one is computed."""
+        after_sums = partial(self._after_sums, torch.isfinite(self.loss))
+        if self._exchange is None:
+            after_sums()
+        else:
+            self._exchange.end_step(after_sums)
+        if self._in_step:
+            self._agree()
+            return
         self.is_between_steps = True
-        if ends or is_due:
-            self._require_finite(self.watch.last())
-            self.state.save(self.loss.item(), self.num_labels, ends=ends)
+        if self.watch.bad_step is not None:
+            self._require_finite()
+        self._save(ends=preemption.requested(), is_due=self.state.is_due())
 
-    def _agreed(self, bad_batch: Sequence[int] | None, batch: Sequence[int]) -> tuple[bool, bool]:
-        """Refuses sums that are not finite; of any worker, if in step.
+    def _after_sums(self, is_loss_finite: Tensor) -> None:
+        """Counts a step, once all of its rows are in the running sums.
 
         Args:
-            bad_batch: This worker's batch after which its sums were not finite; None: none was.
-            batch: This worker's batch of the step.
-
-        Returns:
-            Whether the run is to end after this step, and whether its state is to be saved.
+            is_loss_finite: Whether the loss was finite after it, a boolean scalar.
         """
-        ends, is_due = preemption.requested(), self.state.is_due()
-        if self._in_step:
-            reports = self._world.gather((bad_batch, batch, ends, is_due))
-            bad_batch = next((bad for bad, *_ in reports if bad is not None), None)
-            ends = any(ends for _, _, ends, _ in reports)
-            if self._exchange is not None:
-                is_due = any(is_due for *_, is_due in reports)
-                if bad_batch is not None:
-                    bad_batch = [index for _, every, *_ in reports for index in every]
-        self._require_finite(bad_batch)
-        return ends, is_due
+        if self._on_step is not None:
+            self._on_step()
+        self.watch.after(self._num_summed, is_loss_finite & torch.isfinite(self._observer.health()))
+        self._num_summed += 1
+        self.state.after_step()
 
-    def _require_finite(self, bad_batch: Sequence[int] | None) -> None:
-        if bad_batch is not None:
-            raise_non_finite(self._name, self._context, self._modules, bad_batch, self._rule)
+    def _agree(self) -> None:
+        """Learns what any worker has noticed in the step before, for which nobody has to wait."""
+        earlier, self._noticed = self._noticed, None
+        if self.state.is_always_due or (earlier is not None and any(earlier())):
+            self._act_together()
+            return
+        is_bad = self.watch.bad_step is not None
+        reasons = is_bad, preemption.requested(), self.state.is_due()
+        self._noticed = self._world.begin_sum([int(reason) for reason in reasons])
+
+    def _act_together(self) -> None:
+        """Refuses sums that are not finite, and saves or ends, after the same step on all workers.
+
+        Once one that shares out the sums has a reason to, all have.
+        """
+        earlier, self._noticed = self._noticed, None
+        if earlier is not None:
+            earlier()  # what it says is known anew below
+        if self._exchange is not None:
+            self._exchange.settle()
+        self.is_between_steps = True
+        self.watch.read_all()
+        reports = self._world.gather(
+            (self.watch.bad_step, preemption.requested(), self.state.is_due())
+        )
+        bad_steps, ends, are_due = zip(*reports, strict=True)
+        bad_step = min((step for step in bad_steps if step is not None), default=None)
+        if bad_step is not None:
+            batches = self._world.gather(self.state.batches[bad_step : bad_step + 1])
+            self._raise_non_finite([index for own in batches for batch in own for index in batch])
+        self._save(ends=any(ends), is_due=any(are_due))
+        self._world.wait_for_all()  # another may need longer to save its state
+
+    def _save(self, *, ends: bool, is_due: bool) -> None:
+        """Saves the running sums, if it is time."""
+        if ends or is_due:
+            self._require_finite()
+            self.state.save(self.loss.item(), self.num_labels, ends=ends)
+
+    def _require_finite(self) -> None:
+        """Refuses this worker's sums if they are not finite."""
+        self.watch.read_all()
+        if self.watch.bad_step is not None:
+            self._raise_non_finite(self.state.batches[self.watch.bad_step])
+
+    def _raise_non_finite(self, indices: Sequence[int]) -> NoReturn:
+        raise_non_finite(self._name, self._context, self._modules, indices, self._rule)
 
     def _progress(self) -> Progress:
         sequences, batches = self._context.sequences, self.state.batches

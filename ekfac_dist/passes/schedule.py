@@ -4,51 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from ekfac_dist.data.batches import CapturedPositions
-from ekfac_dist.models.capture.labels import LabelRule
 from ekfac_dist.models.find.faults import is_routed
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.passes.context import PassContext
 from ekfac_dist.passes.owners import Owners, families, windows
-
-INPUT, GRADIENT = "input", "gradient"
-Entry = tuple[str, str]  # a module's name, and INPUT or GRADIENT
+from ekfac_dist.passes.row_order import GRADIENT, INPUT, Entry
 
 _ROUND_BYTES = 2**27  # a round of fewer would be mostly latency
-
-
-class _Noted:
-    """An observer that notes in which order a step shows which rows, their dtypes and sizes."""
-
-    def __init__(self) -> None:
-        self.inputs: list[str] = []  # in the order in which they are shown
-        self.num_inputs_before_gradients: int | None = None
-        self.dtypes: dict[Entry, torch.dtype] = {}
-        self.num_bytes: dict[Entry, int] = {}
-        self.partial: set[str] = set()
-
-    def on_input(
-        self, module: TrackedModule, acts_Mi: Tensor, positions: CapturedPositions
-    ) -> None:
-        """Notes an input."""
-        self.inputs.append(module.input)
-        self._note((module.name, INPUT), acts_Mi, positions)
-
-    def on_gradient(
-        self, module: TrackedModule, grads_MO: Tensor, positions: CapturedPositions
-    ) -> None:
-        """Notes an output-gradient."""
-        if self.num_inputs_before_gradients is None:
-            self.num_inputs_before_gradients = len(self.inputs)
-        self._note((module.name, GRADIENT), grads_MO, positions)
-
-    def _note(self, entry: Entry, rows: Tensor, positions: CapturedPositions) -> None:
-        self.dtypes[entry] = rows.dtype
-        self.num_bytes[entry] = rows.nbytes
-        if positions.offsets is not None:
-            self.partial.add(entry[0])
 
 
 @dataclass(frozen=True)
@@ -75,25 +38,19 @@ class Schedule:
     def of(
         cls, context: PassContext, modules: Sequence[TrackedModule], owners: Owners
     ) -> "Schedule":
-        """The schedule of some modules, from a step of a short sequence; a collective.
+        """The schedule of some modules.
 
         Args:
-            context: Model, data and workers.
+            context: The model, and the order of its modules' rows.
             modules: The modules, in model order.
             owners: The mesh.
         """
-        noted = _Noted()
-        batch = context.shortest_batch()
-        with context.capture(modules, noted, None) as capture:
-            capture.run(batch, LabelRule("data", 0, 0))
-        order, num_before = noted.inputs, noted.num_inputs_before_gradients
-        # Which experts the sequence reached may differ between workers, in the last bits.
-        order, num_before, dtypes, num_bytes, partial = context.world.share(
-            (order, num_before, noted.dtypes, noted.num_bytes, noted.partial)
-        )
-        routed = partial | {m.name for m in modules if is_routed(context.model, m)}
-        routed |= {m.name for m in modules if (m.name, GRADIENT) not in dtypes}
+        noted = context.row_order
+        assert noted is not None, "rows are exchanged without their order"
         members = families(modules)
+        order, num_before = noted.inputs, noted.num_inputs_before_gradients
+        routed = noted.partial | {m.name for m in modules if is_routed(context.model, m)}
+        routed |= {m.name for m in modules if (m.name, GRADIENT) not in noted.dtypes}
         in_forward = dict.fromkeys(order[:num_before], True) | dict.fromkeys(
             order[num_before:], False
         )
@@ -118,13 +75,15 @@ class Schedule:
             )
         in_order = [window for window in (*inputs, *reversed(rest)) if window]
         # Of a window's experts each sees only some positions, but all together as many every time.
-        largest = max(sum(num_bytes.get(entry, 0) for entry in window) for window in in_order)
+        largest = max(
+            sum(noted.bytes_per_position.get(entry, 0) for entry in window) for window in in_order
+        )
         return cls(
             in_order,
             {module.name: owners.places[module.input] for module in modules},
-            frozenset(routed),
-            dtypes,
-            largest / max(1, batch.num_positions),
+            frozenset(routed & {module.name for module in modules}),
+            noted.dtypes,
+            largest,
         )
 
 

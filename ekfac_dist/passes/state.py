@@ -18,9 +18,10 @@ class PassState:
         num_labels: Labels so far.
         seconds: What earlier starts of the run took for what is resumed here.
         is_resumed: Whether any worker resumed something of the pass.
+        is_always_due: Whether the running sums are saved after every step, on every worker.
     """
 
-    is_resumed = False
+    is_resumed = is_always_due = False
 
     def __init__(
         self, batches: Sequence[Sequence[int]], stored: str = "what is done is stored"

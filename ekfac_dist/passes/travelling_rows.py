@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.data.batches import CapturedPositions
-from ekfac_dist.passes.schedule import Entry
+from ekfac_dist.passes.row_order import Entry
 
 _ALIGNMENT = 16  # bytes; rows of any dtype begin at a multiple of it
 

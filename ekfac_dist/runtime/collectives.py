@@ -7,7 +7,7 @@ short.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -162,6 +162,25 @@ class Collectives(Peers):
             parts = flat.split([t.numel() for t in bucket])
             for tensor, part in zip(bucket, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
+
+    def begin_sum(self, numbers: Sequence[int]) -> Callable[[], list[int]]:
+        """Begins to add up a few whole numbers over all workers, each of which may be late.
+
+        Returns:
+            Waits for the sums.
+        """
+        total = torch.tensor(numbers, device=self.device)
+        if self.size == 1:
+            return total.tolist
+        with self._collective():
+            work = dist.all_reduce(total, group=self.group, async_op=True)
+        assert work is not None
+
+        def sums() -> list[int]:
+            self.wait(work)
+            return total.tolist()
+
+        return sums
 
     def moved(
         self, tensors: Mapping[str, Tensor], source: int, target: int

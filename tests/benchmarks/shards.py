@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from peak_memory import PeakMemory
-from timed_passes import PASSES, PassTimes, parts_table
+from timed_passes import PASSES, ROW_ORDER, PassTimes, parts_table
 from transformers.utils.logging import disable_progress_bar
 
 from ekfac_dist.config import DataConfig, FactorsConfig, ModelConfig, PlanConfig
@@ -41,6 +41,7 @@ TOKENS, VOCABULARY = 256, 4096
 MANY = 4  # workers of `memory`
 PEAKS = tuple(f"{name}, peak" for name in PASSES)
 WHOLE = "whole process"
+WITH_ORDER = "both, and the order of rows"
 
 
 def arguments():
@@ -103,11 +104,16 @@ def time_worker(args):
 def time_tables(reports):
     """Medians of both sides, and the mean seconds of a worker by part."""
     seconds, lines = {}, []
-    for name in PASSES:
-        for shard in ("1", "2"):
-            # A pass is as long as that of the worker that ends last.
-            of_rounds = zip(*(report[shard] for report in reports), strict=True)
-            seconds[name, shard] = [max(each[name]["seconds"] for each in one) for one in of_rounds]
+    for shard in ("1", "2"):
+        rounds = list(zip(*(report[shard] for report in reports), strict=True))
+        for name in PASSES:  # a pass is as long as that of the worker that ends last
+            seconds[name, shard] = [max(each[name]["seconds"] for each in one) for one in rounds]
+        order = [max(each[ROW_ORDER] for each in one) for one in rounds]
+        seconds[WITH_ORDER, shard] = [
+            sum(each)
+            for each in zip(order, *(seconds[name, shard] for name in PASSES), strict=True)
+        ]
+    for name in (*PASSES, WITH_ORDER):
         one, two = seconds[name, "1"], seconds[name, "2"]
         medians = statistics.median(one), statistics.median(two)
         ratios = [two / one for one, two in zip(one, two, strict=True)]

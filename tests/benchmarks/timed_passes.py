@@ -5,7 +5,6 @@ which would take longest: a pass takes as long, whatever the values of the eigen
 pass are taken, on each worker, the seconds of its parts, which do not overlap:
 
     sums         products that are added to the running sums
-    first step   one of a short sequence, from which the order of exchanges is known
     copies       captured rows into memory of their own, and into what is sent
     sending      the calls that begin to send
     waiting      for rows that have not arrived
@@ -32,12 +31,13 @@ from ekfac_dist.fit import eigenbasis, group
 from ekfac_dist.fit.covariance import CovarianceSums
 from ekfac_dist.fit.refit import LambdaSums
 from ekfac_dist.passes import exchange
+from ekfac_dist.passes.context import PassContext
 from ekfac_dist.passes.exchange import RowExchange
-from ekfac_dist.passes.schedule import Schedule
 from ekfac_dist.report.tables import table
 from ekfac_dist.runtime.collectives import Collectives
 
 PASSES = ("covariance", "refit")
+ROW_ORDER = "order of rows"
 REST = "model"
 PARTS = {
     "sums": [
@@ -45,7 +45,6 @@ PARTS = {
         for sums in (CovarianceSums, LambdaSums)
         for name in ("on_input", "on_gradient")
     ],
-    "first step": [(Schedule, "of")],
     "copies": [(RowExchange, "_send"), (RowExchange, "_show"), (exchange, "owned")],
     "sending": [(Collectives, "all_to_all")],
     "waiting": [(Collectives, "wait")],
@@ -71,6 +70,8 @@ class PassTimes:
         for part, functions in PARTS.items():
             for owner, name in functions:
                 self._time(part, owner, name)
+        self._noted_row_order = PassContext.noted_row_order
+        PassContext.noted_row_order = lambda *given: self._timed_row_order(*given)
         all_to_all = Collectives.all_to_all
 
         def counting(world, arriving, leaving, *sizes):
@@ -91,7 +92,8 @@ class PassTimes:
             settings: For `estimate_factors`.
 
         Returns:
-            Of each pass the seconds by part, `seconds` in all, `cpu`, `gloo` and `sent`.
+            Of each pass the seconds by part, `seconds` in all, `cpu`, `gloo` and `sent`; beside
+            them, as `ROW_ORDER`, the seconds of the step that finds the order of rows.
         """
         output = Path(folder) / "store"
         self._passes = {}
@@ -114,9 +116,9 @@ class PassTimes:
 
     def _enter(self, part):
         self._count()
-        # What is called within the first step, and to be in step, belongs to these.
+        # What is called to be in step belongs to it.
         last = self._running[-1]
-        self._running.append(last if last in ("first step", "in step") else part)
+        self._running.append(last if last == "in step" else part)
 
     def _leave(self):
         self._count()
@@ -126,6 +128,13 @@ class PassTimes:
         now = time.perf_counter()
         self._seconds[self._running[-1]] += now - self._since
         self._since = now
+
+    def _timed_row_order(self, context, modules):
+        context.world.barrier()
+        start = time.perf_counter()
+        order = self._noted_row_order(context, modules)
+        self._passes[ROW_ORDER] = time.perf_counter() - start
+        return order
 
     def _timed_pass(self, name, context, modules, sums, *args, **kwargs):
         self.before_pass(context.world, name, sums)

@@ -134,7 +134,7 @@ def test_sigterm_in_a_long_step_of_one_copy_saves_every_owners_sums(
     run_workers(HERE / "worker_long_steps.py", 4, *map(str, given), timeout=120)
     statuses = [(tmp_path / str(rank)).read_text() for rank in range(4)]
     assert statuses == [str(Preempted.status)] * 4
-    # Not a step is lost: every worker's state is of the step in which SIGTERM came.
+    # Not a step is lost: all learn of SIGTERM in the step after it, and save that one.
     states = {part.parent.name for part in store.glob("state/covariance-1/*/part.json")}
-    assert states == {f"0-{rank}-{step}" for rank in range(4)}
+    assert states == {f"0-{rank}-{step + 1}" for rank in range(4)}
     assert goes_on(root, store, 4, 2) == whole(4, 2)

@@ -1,6 +1,7 @@
 """Who owns which factors: every family once, in windows that keep every owner busy."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from ekfac_dist.models.find.discovery import discover
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.passes.context import PassContext
 from ekfac_dist.passes.owners import NOT_SHARED, Owners, Places, families, family_cost, windows
-from ekfac_dist.passes.schedule import _ROUND_BYTES, GRADIENT, INPUT, Schedule, num_rounds
+from ekfac_dist.passes.row_order import GRADIENT, INPUT
+from ekfac_dist.passes.schedule import _ROUND_BYTES, Schedule, num_rounds
 from ekfac_dist.runtime.processes import World
 
 CPU = torch.device("cpu")
@@ -149,6 +151,8 @@ def schedule_and_shown(family: str, shard: int, *, checkpoints: bool):
         places = Places.of(modules, shard).of_families
         owners = Owners(shard, places, {}, 0, world, world, world)
         context = PassContext(model, data, [], world, torch.float64, False, checkpoints=checkpoints)
+        context = replace(context, owners=owners)
+        context = replace(context, row_order=context.noted_row_order(modules))
         schedule, shown = Schedule.of(context, modules, owners), Shown()
         with context.capture(modules, shown, None) as capture:
             capture.run(context.batch(range(len(data))), LabelRule("data", 0, 0))

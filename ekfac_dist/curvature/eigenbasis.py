@@ -1,14 +1,15 @@
 """The eigendecomposition of one factor in float64, checked, and tried again if it fails.
 
-    sum / count ── finite? ── symmetrise ── zero or 1×1? ── scale ── decompose ── check
-                                                                        │ failed
-                              rows and columns reversed <───────────────┤
-                              on another device         <───────────────┤
-                              `DecompositionError`      <───────────────┘
+    finite? ── zero or 1×1? ── to the device, symmetrised and scaled there ── decompose ── check
+                                                                                │ failed
+                                      rows and columns reversed <───────────────┤
+                                      on another device         <───────────────┤
+                                      `DecompositionError`      <───────────────┘
 
-Reversing rows and columns gives the same eigenproblem, solved by other arithmetic.
+The sum stays on the host: a failed call can leave a GPU's memory unusable. Reversing rows and columns gives the same eigenproblem, solved by other arithmetic.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -151,22 +152,20 @@ def decompose(name: str, sum_nn: Tensor, count: int, device: torch.device) -> Ei
     """
     size = sum_nn.shape[0]
     check_size(name, size, device)
-    # The copy stays on the CPU: a failed call can leave a GPU's memory unusable.
-    matrix = sum_nn.detach().to("cpu", torch.float64, copy=True)
-    if not torch.isfinite(matrix).all():
+    host_nn = sum_nn.detach().to("cpu")
+    largest = host_nn.abs().max().item() if size else 0.0
+    if not math.isfinite(largest):
         raise NonFiniteError(
             f"The factor {name} holds NaN or infinity in its covariance sum; look for overflow in "
             "the model's activations or gradients, or use a wider dtype."
         )
-    matrix = (matrix + matrix.T).div_(2 * count)
-    scale = matrix.abs().max().item()
-    if scale == 0.0:
+    if largest == 0.0:
         zeros = torch.zeros(size, dtype=torch.float64)
         return Eigenbasis(torch.eye(size, dtype=torch.float64), zeros, 0.0, 0.0, 0.0, 0, device)
     if size == 1:
         identity = torch.ones(1, 1, dtype=torch.float64)
-        return Eigenbasis(identity, matrix[0].clamp(min=0), 0.0, 0.0, 0.0, 0, device)
-    matrix.div_(scale)
+        value = host_nn[0].double().clamp(min=0) / count
+        return Eigenbasis(identity, value, 0.0, 0.0, 0.0, 0, device)
 
     other_device = torch.device("cpu")
     if device.type == "cpu" and torch.cuda.is_available():
@@ -177,13 +176,12 @@ def decompose(name: str, sum_nn: Tensor, count: int, device: torch.device) -> Ei
     ):
         try:
             check_size(name, size, tried_device)
-            values, vectors = _eigh(matrix, tried_device, is_reversed)
-            checks = _check(matrix, values, vectors)
+            values, vectors, checks = _attempt(host_nn, largest, tried_device, is_reversed)
         except (RuntimeError, DecompositionError) as error:
             failures.append(f"on {tried_device}: {first_line(error)}")
             continue
         if max(checks) <= TOLERANCE:
-            values = values.cpu().clamp(min=0) * scale
+            values = values.cpu().clamp(min=0) * (largest / count)
             return Eigenbasis(vectors.cpu(), values, *checks, attempt, tried_device)
         failures.append(
             f"on {tried_device}: residual {checks[0]:.1e}, orthogonality {checks[1]:.1e}, "
@@ -195,13 +193,25 @@ def decompose(name: str, sum_nn: Tensor, count: int, device: torch.device) -> Ei
     )
 
 
-def _eigh(matrix: Tensor, device: torch.device, is_reversed: bool) -> tuple[Tensor, Tensor]:
-    on_device = matrix.to(device)
-    if not is_reversed:
-        values, vectors = torch.linalg.eigh(on_device)
-        return values, vectors
-    values, vectors = torch.linalg.eigh(on_device.flip((0, 1)))
-    return values, vectors.flip(0)
+def _attempt(
+    sum_nn: Tensor, scale: float, device: torch.device, is_reversed: bool
+) -> tuple[Tensor, Tensor, tuple[float, float, float]]:
+    """Eigenvalues and eigenvectors of a sum on a device, symmetrised and scaled, and their checks.
+
+    Args:
+        sum_nn: The sum, on the host.
+        scale: What it is divided by, so that its largest entry is 1.
+        device: The device.
+        is_reversed: Whether rows and columns are reversed for the decomposition.
+    """
+    matrix = sum_nn.to(device).double()
+    matrix = (matrix + matrix.T).div_(2 * scale)
+    if is_reversed:
+        values, vectors = torch.linalg.eigh(matrix.flip((0, 1)))
+        vectors = vectors.flip(0)
+    else:
+        values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors, _check(matrix, values, vectors)
 
 
 def _check(matrix: Tensor, values: Tensor, vectors: Tensor) -> tuple[float, float, float]:
@@ -210,7 +220,6 @@ def _check(matrix: Tensor, values: Tensor, vectors: Tensor) -> tuple[float, floa
     A − QΛQᵀ and QᵀQ − I are symmetric, so only their lower triangles are computed, in block rows,
     and no further [n, n] matrix is held.
     """
-    matrix = matrix.to(vectors.device)
     size = len(values)
     squares, deviation = values.new_zeros(()), values.new_zeros(())
     for start in range(0, size, _CHECKED_ROWS):

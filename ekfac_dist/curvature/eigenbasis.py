@@ -6,7 +6,8 @@
                                       on another device         <───────────────┤
                                       `DecompositionError`      <───────────────┘
 
-The sum stays on the host: a failed call can leave a GPU's memory unusable. Reversing rows and columns gives the same eigenproblem, solved by other arithmetic.
+The sum stays on the host: a failed call can leave a GPU's memory unusable. Reversing rows and
+columns gives the same eigenproblem, solved by other arithmetic.
 """
 
 import math

@@ -3,8 +3,8 @@
 ∇_q is the gradient of a query group's loss. The groups of a block are shared out over the workers;
 each runs its own through the model, and a sum over workers gives all of them to every worker. Where
 modules are shared out too, the gradients of a copy's groups are computed by the modules' owners,
-and summed over the owners of the same modules in all copies. A gradient is preconditioned, and reduced to low rank, as soon as the last
-query of its group has been through the model.
+and summed over the owners of the same modules in all copies. A gradient is preconditioned, and
+reduced to low rank, as soon as the last query of its group has been through the model.
 
 Query gradients and training gradients are both of losses, −log p, so that the signs cancel in their
 product: a positive score means that more of the training sequence makes the query more likely.

@@ -135,21 +135,22 @@ def _disk_table(plan: Plan) -> str:
 
 
 def _time_table(plan: Plan) -> str:
-    work = {
-        "covariance": plan.operations.covariance,
-        "eigenbasis": plan.operations.eigenbasis,
-        "refit": plan.operations.refit,
-    }
+    work = plan.operations.by_stage
     seconds = plan.seconds
     rows = [
         [stage, f"{operations / 1e12:,.1f}", "" if seconds is None else clock(seconds[stage])]
         for stage, operations in work.items()
     ]
-    if seconds is None or plan.rate is None:
-        note = "Give the workers' speed, --gflops, for the time."
+    if seconds is None or plan.rates is None:
+        note = "Give the workers' speed, --gpu or --gflops, for the time."
     else:
-        total = clock(sum(seconds.values()))
-        note = f"At {plan.rate / 1e9:,.0f} GFLOP/s of each worker; {total} in all."
+        rates = plan.rates
+        note = (
+            f"{clock(sum(seconds.values()))} in all, if a worker reaches, in GFLOP/s, "
+            f"{rates.model / 1e9:,.0f} in the model, {rates.outer_products / 1e9:,.0f} in "
+            f"covariances, {rates.float32 / 1e9:,.0f} in the refit and "
+            f"{rates.decompositions / 1e9:,.0f} in decompositions."
+        )
     return f"{table(['stage', '10¹² operations', 'time'], rows)}\n{note}"
 
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from helpers.dense import relative, sequence_loss, weight_gradient
+from helpers.families import tiny_model
 from helpers.networks import CONFIGS, KINDS, VOCAB, build, examples, shifted
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.data.sequences import collate
@@ -338,3 +340,42 @@ def test_a_fit_inside_inference_mode_works():
         found = estimate_factors(model, data)
     name = next(iter(expected.modules))
     assert torch.equal(found.module(name).lambda_OI, expected.module(name).lambda_OI)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations for which a host waits for a GPU, because it needs their result."""
+
+    NAMES = ("nonzero", "_unique2", "_local_scalar_dense", "equal", "masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def counted(self, value):
+        self.number += 1
+        return value
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func.overloadpacket.__name__ in self.NAMES
+        return func(*args, **(kwargs or {}))
+
+
+def reads_of_a_step(num_experts, num_layers, monkeypatch):
+    """How often a step of experts reads something from its device."""
+    number = {"num_local_experts": num_experts, "num_experts": num_experts}
+    model = tiny_model("MixtralForCausalLM", num_hidden_layers=num_layers, **number)
+    to_host = torch.Tensor.cpu
+    batch = collate(list(from_examples(examples(5, prompts=True))))
+    with prepared(model), monkeypatch.context() as patch:
+        modules = discover(model, None, CPU).modules
+        assert len(modules) == 2 * num_experts * num_layers
+        with Capture(model, modules, Recorder(), torch.float64) as capture, Reads() as reads:
+            patch.setattr(torch.Tensor, "cpu", lambda tensor: reads.counted(to_host(tensor)))
+            capture.run(batch, DATA_LABELS)
+    return reads.number
+
+
+def test_a_layer_of_experts_is_waited_for_once_however_many_they_are(monkeypatch):
+    few, many = (reads_of_a_step(number, 2, monkeypatch) for number in (2, 8))
+    assert few == many
+    assert reads_of_a_step(8, 4, monkeypatch) - many == 2  # one a layer

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ekfac_dist.errors import PeerError, UserError, first_line, status_of
+from ekfac_dist.runtime.out_of_memory import shortage
 
 PEER_CHECK_SECONDS = 1.0
 AGREED = "_ekfac_dist_agreed"  # marks an error that every worker raised together
@@ -110,8 +111,9 @@ class Peers:
 
     def _cause_of(self, error: Exception) -> Exception:
         """Another worker's announced failure, or its loss, if an error only follows from it."""
-        if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
-            return error
+        for_user = shortage(error)
+        if for_user is not None or not isinstance(error, RuntimeError):
+            return for_user or error
         try:
             with suppress(RuntimeError):  # the key-value store may be gone with its worker
                 self._raise_if_announced()
@@ -124,9 +126,10 @@ class Peers:
     def _collective(self) -> Iterator[None]:
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            for_user = shortage(error)
+            if for_user is not None:
+                raise for_user from error
             # A connection that closes in a collective means that a worker has left. If it announced
             # why, that is the cause to report.
             with suppress(RuntimeError):  # the key-value store may be gone with its worker

@@ -32,6 +32,7 @@ from ekfac_dist.errors import (
     status_of,
 )
 from ekfac_dist.runtime.collectives import Arrivals, Collectives
+from ekfac_dist.runtime.out_of_memory import shortage
 from ekfac_dist.runtime.peers import AGREED
 
 T = TypeVar("T")
@@ -163,7 +164,7 @@ class World(Collectives):
         try:
             yield
         except Exception as caught:
-            error = caught if together is None else self._cause_of(caught)
+            error = (shortage(caught) or caught) if together is None else self._cause_of(caught)
             # One that was asked to end leaves a long block early, for the place where all agree.
             at_once = together is not None and isinstance(error, Preempted)
             alone = not isinstance(error, together or ()) or isinstance(error, PeerError)

@@ -16,7 +16,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ekfac_dist.errors import DataError, ModelError, NonFiniteError, PeerError, Preempted
+from ekfac_dist.errors import (
+    DataError,
+    ModelError,
+    NonFiniteError,
+    OutOfMemory,
+    PeerError,
+    Preempted,
+)
 from ekfac_dist.runtime import collectives
 from ekfac_dist.runtime.heartbeat import heartbeat
 from ekfac_dist.runtime.peers import was_agreed
@@ -154,6 +161,16 @@ def those_who_take_part_speak_for_all(world: World, directory: Path) -> None:
 def the_first_of_different_failures_is_told(world: World, directory: Path) -> None:
     error = raised_in_agreement(world, lambda: fail(DataError(f"Row {world.rank} is bad.")))
     assert str(error) == f"worker 0 of {world.size}: Row 0 is bad."
+
+
+def memory_that_runs_out_on_one_is_a_sentence_on_all(world: World, directory: Path) -> None:
+    cause = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has …")
+    error = raised_in_agreement(world, lambda: fail(cause) if world.rank == 1 else None)
+    assert type(error) is (OutOfMemory if world.rank == 1 else PeerError)
+    assert error.status == 2
+    said = f"worker 1 of {world.size}: Memory ran out (CUDA out of memory. Tried to allocate 2.00"
+    assert str(error).startswith(said)
+    assert was_agreed(error)
 
 
 def a_defect_keeps_its_own_traceback(world: World, directory: Path) -> None:
@@ -347,6 +364,7 @@ CHECKS = [
     all_that_fail_alike_say_it_once,
     those_who_take_part_speak_for_all,
     the_first_of_different_failures_is_told,
+    memory_that_runs_out_on_one_is_a_sentence_on_all,
     a_defect_keeps_its_own_traceback,
     main_first_lets_the_others_find_what_it_made,
     main_first_runs_nowhere_else_if_it_fails_there,

@@ -184,6 +184,7 @@ def _work(
 
     world = World.start()
     with heartbeat(world), _reporting(world), printed(), saying_what_would_do():
+        world.meet()
         with world.agree():
             if world.size > 1:
                 config = parse_config(parser, config_class, arguments)

@@ -189,6 +189,7 @@ def estimate_factors(
     for name in ("model", "data", "task", "progress"):  # compared by content, or of no consequence
         del arguments[name]
     world = World.start()
+    world.meet()
     model = unwrapped(model, world)
     with world.agree():
         task = require_task(task)

@@ -130,6 +130,7 @@ def influence_scores(
     for name in ("model", "factors", "queries", "train", "tokenizer", "candidates", "progress"):
         del arguments[name]  # compared by content later, or without effect on scores
     world = World.start()
+    world.meet()
     model = unwrapped(model, world)
     with world.agree():
         config = ScoresConfig(

@@ -23,6 +23,8 @@ AGREED = "_ekfac_dist_agreed"  # marks an error that every worker raised togethe
 LEFT = "/left"  # ends the key of a failure after which a worker comes to no collective
 _FIRST = "_ekfac_dist_first"  # marks an error that was announced before any other
 
+# What CUDA, or NCCL in its stead, says of a failure of the worker's own device.
+_OWN_DEVICE = re.compile(r"CUDA (error|failure)", re.IGNORECASE)
 # What gloo says of a connection that ended, wherever it is met.
 _CONNECTION = re.compile(r"gloo|[Cc]onnection (closed|reset)|Timed out waiting")
 
@@ -120,7 +122,7 @@ class Peers:
         except PeerError as announced:
             return announced
         is_of_connection = isinstance(error, dist.DistError) or _CONNECTION.search(str(error))
-        return _lost(error) if is_of_connection else error
+        return _lost(error) if is_of_connection and not _is_of_own_device(error) else error
 
     @contextmanager
     def _collective(self) -> Iterator[None]:
@@ -134,7 +136,15 @@ class Peers:
             # why, that is the cause to report.
             with suppress(RuntimeError):  # the key-value store may be gone with its worker
                 self._raise_if_announced()
+            if _is_of_own_device(error):
+                raise
             raise _lost(error) from error
+
+
+def _is_of_own_device(error: Exception) -> bool:
+    """Whether an error is of this worker's own device: later calls on it fail likewise."""
+    accelerator_error = getattr(torch, "AcceleratorError", ())  # from torch 2.8 on
+    return isinstance(error, accelerator_error) or bool(_OWN_DEVICE.search(str(error)))
 
 
 def _lost(error: Exception) -> PeerError:

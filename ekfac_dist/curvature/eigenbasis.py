@@ -21,9 +21,9 @@ from ekfac_dist.errors import DecompositionError, NonFiniteError, first_line
 
 # Above this n LAPACK's 32-bit workspace size overflows: torch 2.13 was seen to crash the process.
 MAX_CPU_SIZE = 32_766
-# From about this n cuSOLVER's 32-bit workspace size overflows, in CUDA before 13: decompositions
-# fail.
-CUDA_12_LIMIT = 25_000
+# From an n between this and 25,000 on cuSOLVER's 32-bit workspace size overflows, in CUDA before
+# 13: decompositions fail.
+CUDA_12_LIMIT = 23_000
 # Largest residual, orthogonality and trace error of an accepted decomposition; see `Eigenbasis`.
 TOLERANCE = 1e-9
 
@@ -83,17 +83,25 @@ def workspace_bytes(size: int) -> int:
     return 6 * 8 * size**2
 
 
+def cuda_limit(cuda: str | None) -> float:
+    """The n from which on a GPU's library fails; infinite if it is not known to fail.
+
+    Args:
+        cuda: Version of CUDA, such as "12.8"; None if it is not known.
+    """
+    is_old = cuda is not None and int(cuda.partition(".")[0]) < 13
+    return CUDA_12_LIMIT if is_old else math.inf
+
+
 def can_decompose(device: torch.device, size: int, cuda: str | None = torch.version.cuda) -> bool:
     """Whether a device's library can decompose factors of a size, given the memory.
 
     Args:
         device: The device.
         size: n, the size of the factor.
-        cuda: Version of CUDA, such as "12.8"; None if it is not known.
+        cuda: As for `cuda_limit`.
     """
-    if device.type == "cpu":
-        return size <= MAX_CPU_SIZE
-    return size < CUDA_12_LIMIT or cuda is None or int(cuda.partition(".")[0]) >= 13
+    return size <= MAX_CPU_SIZE if device.type == "cpu" else size < cuda_limit(cuda)
 
 
 def decomposing_device(
@@ -114,25 +122,46 @@ def decomposing_device(
     return cpu
 
 
-def check_size(name: str, size: int, device: torch.device) -> None:
+def check_size(
+    name: str,
+    size: int,
+    device: torch.device,
+    *,
+    cuda: str | None = torch.version.cuda,
+    device_bytes: float = math.inf,
+) -> None:
     """Checks that a factor is not too large for the device, nor for the CPU in its place.
 
     Args:
         name: The factor's name, for the error.
         size: n, the size of the factor.
         device: Where it is to be decomposed.
+        cuda: As for `cuda_limit`.
+        device_bytes: Memory of the device, all of it.
 
     Raises:
         DecompositionError: If n ≥ 32 767 on a CPU, where LAPACK would crash the process, or on a
-            GPU with CUDA before 13.
+            GPU with CUDA before 13 or with too little memory.
     """
-    if not can_decompose(device, size) and size > MAX_CPU_SIZE:
-        too_old = "" if device.type == "cpu" else f", nor can CUDA {torch.version.cuda}"
-        raise DecompositionError(
-            f"The factor {name} has n = {size}, and a CPU cannot decompose n ≥ {MAX_CPU_SIZE + 1}"
-            f"{too_old}; run worker 0 on a GPU{' with CUDA 13 or later' if too_old else ''}, or "
-            "leave this module out with model.modules."
-        )
+    if size <= MAX_CPU_SIZE:
+        return
+    fault, instead = "", "run worker 0 on a GPU"
+    if device.type != "cpu":
+        if not can_decompose(device, size, cuda):
+            fault = f", nor can CUDA {cuda} n ≥ {CUDA_12_LIMIT}"
+            instead = "run worker 0 with a torch for CUDA 13 or later"
+        elif workspace_bytes(size) > device_bytes:
+            fault = (
+                f", and the GPU has {device_bytes / 1e9:.1f} GB of the "
+                f"{workspace_bytes(size) / 1e9:.1f} GB that it takes"
+            )
+            instead = "run worker 0 on a larger GPU"
+        else:
+            return
+    raise DecompositionError(
+        f"The factor {name} has n = {size}, and a CPU cannot decompose n ≥ {MAX_CPU_SIZE + 1}"
+        f"{fault}; {instead}, give factors.blocks, or leave this module out with model.modules."
+    )
 
 
 def decompose(name: str, sum_nn: Tensor, count: int, device: torch.device) -> Eigenbasis:

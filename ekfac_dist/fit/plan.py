@@ -11,7 +11,12 @@ import torch
 from ekfac_dist.config import PlanConfig
 from ekfac_dist.curvature.blocks import block_sizes
 from ekfac_dist.curvature.costs import step_tokens
-from ekfac_dist.curvature.eigenbasis import decomposing_device
+from ekfac_dist.curvature.eigenbasis import (
+    MAX_CPU_SIZE,
+    can_decompose,
+    cuda_limit,
+    decomposing_device,
+)
 from ekfac_dist.fit.arrangement import Arrangement, Limits, Needed, arrange, most_needed, step_sizes
 from ekfac_dist.fit.disk_space import Disk, disk
 from ekfac_dist.fit.operations import Operations, operations
@@ -94,14 +99,27 @@ class Plan:
 
     @property
     def decomposed(self) -> dict[str, list[int]]:
-        """Sizes of blocks of factors that are decomposed on each kind of device, ascending."""
+        """Sizes of blocks of factors by where they are decomposed, in words, ascending."""
         device = torch.device("cpu" if self.memory.on_cpu else "cuda")
         free = self.free_bytes - self.memory.process
         places: dict[str, list[int]] = {}
         for size in sorted(self.block_sizes):
-            where = decomposing_device(size, device, free, cuda=None)
-            places.setdefault("CPU" if where.type == "cpu" else "GPU", []).append(size)
+            place = self._place(size, device, free)
+            places.setdefault(place, []).append(size)
         return places
+
+    @staticmethod
+    def _place(size: int, device: torch.device, free_bytes: float) -> str:
+        """Where a block of a size is decomposed, in words, with this machine's version of CUDA."""
+        cuda = torch.version.cuda
+        where = decomposing_device(size, device, free_bytes, cuda)
+        if not can_decompose(where, size, cuda):
+            return f"neither CPU (n < {MAX_CPU_SIZE + 1}) nor GPU: give factors.blocks"
+        if where == device:
+            return "CPU" if device.type == "cpu" else "GPU"
+        if not can_decompose(device, size, cuda):
+            return f"CPU, as CUDA {cuda} cannot n ≥ {cuda_limit(cuda)}"
+        return "CPU, as the GPU has no room"
 
     @property
     def fits(self) -> bool:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ekfac_dist.factors.reader import StoreReader
+from ekfac_dist.fit.disk_space import STATE_BYTES_PER_SECOND
 from ekfac_dist.fit.manifest import FitSummary, coverage_line
 from ekfac_dist.fit.plan import Plan
 from ekfac_dist.models.find.discovery import Discovery
@@ -131,7 +132,14 @@ def _disk_table(plan: Plan) -> str:
     sizes = {"store": disk.store, "sums that do not stay": disk.sums, "saved states": disk.states}
     rows = [[name, as_text(size)] for name, size in sizes.items() if size]
     rows.append(["the most at a time", as_text(disk.peak)])
-    return table(["disk", "bytes"], rows)
+    lines = [table(["disk", "bytes"], rows)]
+    if disk.states:
+        lines.append(
+            f"SIGTERM writes {as_text(disk.state)} of states: give all workers "
+            f"{disk.grace_seconds} s for it (GRACE_SECONDS) where the disk takes "
+            f"{as_text(STATE_BYTES_PER_SECOND)} a second."
+        )
+    return "\n".join(lines)
 
 
 def _time_table(plan: Plan) -> str:

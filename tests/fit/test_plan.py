@@ -18,6 +18,7 @@ from ekfac_dist.config import DataConfig, FactorsConfig, ModelConfig, PlanConfig
 from ekfac_dist.errors import ConfigError, ModelError
 from ekfac_dist.factors.reader import StoreReader
 from ekfac_dist.fit import group
+from ekfac_dist.fit.disk_space import STEP_SECONDS, Disk
 from ekfac_dist.fit.plan import make_plan
 from ekfac_dist.fit.rates import GPUS
 from ekfac_dist.models.capture.prepare import prepared
@@ -212,6 +213,12 @@ def test_the_disk_is_planned_within_a_hundredth(save, keep: bool, tmp_path: Path
     assert planned.disk.store == pytest.approx(found, rel=0.01)
 
 
+def test_the_grace_period_is_that_of_one_state_of_all_workers():
+    planned = Disk(store=0, states=2 * 10**11, sums=0)  # a new state beside the one before
+    assert planned.state == 10**11
+    assert planned.grace_seconds == STEP_SECONDS + 100
+
+
 def test_a_run_takes_the_fewest_groups_that_fit(monkeypatch: pytest.MonkeyPatch):
     free, passes, run_pass = {"bytes": 10**9}, [], group.run_pass
 
@@ -283,6 +290,9 @@ def test_the_command_prints_what_a_run_would_need(tmp_path: Path):
     assert "7 sequences of 128 tokens" in done.stdout
     assert "3 workers" in done.stdout
     assert "It fits: a worker needs" in done.stdout
+    assert re.search(r"SIGTERM writes [\d.]+ kB of states: give all workers 21 s for", done.stdout)
+    without = run_here([*arguments, "--save_minutes", "null"])
+    assert "SIGTERM" not in without.stdout
     assert not (tmp_path / "store").exists()
     assert json.loads((tmp_path / "model" / "config.json").read_text())["hidden_size"] == 16
 

@@ -14,7 +14,7 @@ from ekfac_dist.data.tokenized_examples import from_examples
 from ekfac_dist.errors import ModelError
 from ekfac_dist.models.capture.hooks import Capture
 from ekfac_dist.models.capture.labels import COVARIANCE_PASS, LabelRule
-from ekfac_dist.models.capture.prepare import prepared
+from ekfac_dist.models.capture.prepare import precisely, prepared
 from ekfac_dist.models.find.discovery import discover
 
 CPU = torch.device("cpu")
@@ -309,28 +309,79 @@ def test_autocast_of_the_callers_reaches_the_model_and_not_the_sums(family, refi
         assert traces[0] == pytest.approx(traces[1], rel=0.1)
 
 
-def test_a_fast_float32_of_the_callers_does_not_reach_the_sums_and_stays_set():
-    before = torch.get_float32_matmul_precision()
+def float32_settings() -> tuple[str, str, str]:
+    """What products of float32 are computed with: as set for all devices, for GPUs and for CPUs."""
     try:
-        torch.set_float32_matmul_precision("medium")
-        seen = []
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer settings do not fit it
+        legacy = "refused"
+    backends = torch.backends
+    return legacy, backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision
 
-        class Watch(Recorder):
-            def on_input(self, module, rows, batch):
-                seen.append(torch.get_float32_matmul_precision())
 
-            def on_gradient(self, module, rows, batch):
-                seen.append(torch.get_float32_matmul_precision())
+def set_of_each_device(gpu: str, cpu: str) -> None:
+    torch.backends.cuda.matmul.fp32_precision = gpu
+    torch.backends.mkldnn.matmul.fp32_precision = cpu
 
-        model = build("llama")
-        with prepared(model):
-            modules = discover(model, None, CPU).modules
-            with Capture(model, modules, Watch(), torch.float32) as capture:
-                capture.run(collate(list(from_examples(examples(2)))), DATA_LABELS)
-        assert set(seen) == {"highest"}
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
+
+@pytest.fixture
+def restored_float32():
+    yield
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    set_of_each_device("none", "none")
+
+
+@pytest.mark.usefixtures("restored_float32")
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: torch.set_float32_matmul_precision("medium"),
+        lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+        lambda: set_of_each_device("tf32", "bf16"),
+        lambda: set_of_each_device("tf32", "none"),  # as TrainingArguments(tf32=True) does
+        lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    ],
+    ids=["old", "old, of GPUs", "new", "new, of GPUs", "new, of all devices"],
+)
+def test_a_fast_float32_of_the_callers_does_not_reach_the_sums_and_stays_set(ask):
+    ask()
+    before, seen = float32_settings(), []
+
+    class Watch(Recorder):
+        def on_input(self, module, rows, batch):
+            seen.append(float32_settings())
+
+        def on_gradient(self, module, rows, batch):
+            seen.append(float32_settings())
+
+    model = build("llama")
+    with prepared(model):
+        modules = discover(model, None, CPU).modules
+        with Capture(model, modules, Watch(), torch.float32) as capture:
+            capture.run(collate(list(from_examples(examples(2)))), DATA_LABELS)
+    assert set(seen) == {("highest", "ieee", "ieee")}
+    assert float32_settings() == before
+
+
+@pytest.mark.usefixtures("restored_float32")
+def test_a_setting_of_all_devices_is_still_followed_after_exact_products():
+    torch.backends.fp32_precision = "tf32"
+    with precisely(CPU):
+        pass
+    torch.backends.fp32_precision = "ieee"
+    assert float32_settings() == ("highest", "ieee", "ieee")
+
+
+def test_a_torch_that_has_only_the_old_setting_computes_exactly_too(monkeypatch):
+    for backend in (torch.backends.cuda, torch.backends.mkldnn):
+        monkeypatch.setattr(backend, "matmul", object())
+    asked = []
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    with precisely(CPU):
+        assert asked == ["highest"]
+    assert asked == ["highest", "high"]
 
 
 def test_a_fit_inside_inference_mode_works():

@@ -32,6 +32,7 @@ class ModelConfig:
     Args:
         name: Hub id or local directory of a causal language model with safetensors weights.
         revision: Hub revision (branch, tag or commit).
+        gguf: Name of a GGUF file there, whose weights are dequantised; null: safetensors.
         dtype: Of weights and activations; auto: that of the stored weights.
         modules: Globs of names of modules to track, such as '*.mlp.*'; null: every MLP linear,
             or an adapter's matrices on them.
@@ -46,6 +47,7 @@ class ModelConfig:
 
     name: str | None = None
     revision: str | None = None
+    gguf: str | None = None
     dtype: Dtype = "float32"
     modules: list[str] | None = None
     adapter: str | None = None
@@ -69,8 +71,25 @@ class ModelConfig:
                 "model.modules is an empty list; give at least one glob, or null for every MLP "
                 "linear."
             )
+        if self.gguf is not None:
+            self._check_gguf(self.gguf)
         if self.merge_adapter and self.adapter is None:
             raise ConfigError("model.merge_adapter is given without model.adapter; give both.")
+
+    def _check_gguf(self, name: str) -> None:
+        if not name.lower().endswith(".gguf"):
+            raise ConfigError(
+                f"model.gguf is {name!r}; it is the name of a .gguf file in model.name."
+            )
+        if os.path.isabs(name) or ".." in name.split("/"):
+            raise ConfigError(
+                f"model.gguf is {name!r}; give the file's name, and its directory as model.name."
+            )
+        if self.quantization is not None:
+            raise ConfigError(
+                "model.gguf and model.quantization are both given; a GGUF file's weights are "
+                "dequantised when they are read. Give one of the two."
+            )
 
 
 @dataclass(kw_only=True)

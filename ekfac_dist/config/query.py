@@ -34,6 +34,7 @@ class QueryModelConfig:
     Args:
         name: Hub id or local directory.
         revision: Hub revision (branch, tag or commit).
+        gguf: Name of a GGUF file there.
         dtype: Of weights and activations: float64, float32, bfloat16, float16 or auto.
         adapter: Hub id or local directory of a PEFT LoRA adapter.
         quantization: Quantise linear weights to 8bit or 4bit when they are loaded.
@@ -49,6 +50,7 @@ class QueryModelConfig:
 
     name: str | None = None
     revision: str | None = None
+    gguf: str | None = None
     dtype: Dtype | None = None
     adapter: str | None = None
     quantization: Quantization | None = None

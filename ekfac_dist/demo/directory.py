@@ -67,14 +67,14 @@ class RealDemoSettings:
     Args:
         max_sequences: Number of summaries that factors are fitted on and that are scored.
         max_tokens: Length in tokens that these are cut to.
-        batch_tokens: Largest number of tokens in a batch of one worker.
+        batch_tokens: Largest number of tokens in a batch of one worker; so few for small memory.
         rank: Rank of the query gradients with which the summaries are scanned.
         rescore: So many summaries at either end of the scan are scored again, exactly.
     """
 
-    max_sequences: int = 400
+    max_sequences: int = 256
     max_tokens: int = 96
-    batch_tokens: int = 4096
+    batch_tokens: int = 512
     rank: int = 32
     rescore: int = 20
 

@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser
 from ekfac_dist.arguments import command_parser, nearest_name, parse, parse_config
 from ekfac_dist.config import EstimateConfig, PlanConfig, QueryConfig, dotted
 from ekfac_dist.errors import DEFECT, ConfigError, Preempted, UserError, status_of
+from ekfac_dist.runtime.platforms import require_system
 from ekfac_dist.runtime.terminal import show, visible
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"There is no command {arguments[0]!r}; the commands are {', '.join(commands)}"
                 f"{nearest_name(arguments[0], commands)}"
             )
+        require_system(arguments[0])
         return command(arguments[1:])
     except UserError as error:
         _show_error(error)

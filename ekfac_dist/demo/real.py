@@ -100,7 +100,13 @@ def job_of(paths: DemoPaths, settings: RealDemoSettings) -> Job:
     query = QueryConfig(
         factors=str(paths.factors),
         queries=str(paths.queries),
-        scores=ScoresConfig(top_k=10, per_layer=True, rank=settings.rank, rescore=settings.rescore),
+        scores=ScoresConfig(
+            top_k=10,
+            per_layer=True,
+            rank=settings.rank,
+            rescore=settings.rescore,
+            query_memory_gb=1.0,  # of whole gradients, to score again: three at a time
+        ),
         batch_tokens=settings.batch_tokens,
         output=str(paths.scores),
     )

@@ -16,6 +16,7 @@ from contextlib import redirect_stderr
 from typing import TYPE_CHECKING
 
 from ekfac_dist.errors import MENDABLE, ConfigError, Preempted
+from ekfac_dist.runtime.platforms import num_cpus
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -132,4 +133,4 @@ def _complete_options(options: argparse.Namespace) -> None:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     if options.num_cpu_threads_per_process is None and "OMP_NUM_THREADS" not in os.environ:
         local_workers = max(1, workers // max(1, machines))
-        options.num_cpu_threads_per_process = max(1, len(os.sched_getaffinity(0)) // local_workers)
+        options.num_cpu_threads_per_process = max(1, num_cpus() // local_workers)

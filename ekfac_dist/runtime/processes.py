@@ -65,7 +65,8 @@ class World(Collectives):
             LaunchError: If the launcher started several workers that do not see each other.
         """
         # Accelerate's launcher does not pass a configuration's use_cpu on to several workers.
-        cpu = _says_yes("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+        # Other accelerators than CUDA's, such as Apple's, know no float64.
+        cpu = _says_yes("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
         arguments: dict[str, Any] = {}
         if launched_processes() > 1 and not dist.is_initialized():
             arguments["timeout"] = COLLECTIVE_TIMEOUT

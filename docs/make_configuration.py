@@ -55,7 +55,8 @@ MODEL = """\
 
 A model is a directory that `save_pretrained` wrote, or a hub id, with safetensors weights; pickled
 weights are refused. `pip install -e '.[peft]'` adds what adapters need, `pip install -e
-'.[quantized]'` what `model.quantization` needs. [Models](models.md) says which modules are tracked.
+'.[quantized]'` what `model.quantization` needs, `pip install -e '.[gguf]'` what `model.gguf` needs.
+[Models](models.md) says which modules are tracked.
 """
 
 DATA = """\
@@ -64,6 +65,23 @@ DATA = """\
 Files are read by their ending; a directory is one that `save_to_disk` of `datasets` wrote. A space
 between a prompt and its text belongs to the text. Sequences without a label are left out and
 counted. A local file is known by its content, not by its path or its time of change.
+
+Instead of `data.text`, a row holds one of
+
+- several columns: `data.template: '{title}: {text}'`;
+- a chat: `data.messages` names a column of `[{"role": …, "content": …}]`, rendered by the model's
+  chat template; the labels are on the last turn, the assistant's, as in
+  [queries](queries.md#query-files);
+- tokens, as the model was trained on them: `data.tokens` names a column of lists of ids (JSON,
+  Parquet, a saved data set), or is any name for the rows of a `.npy` file. A row is a sequence.
+  `data.label_mask` names a column with a 0 for each token without a label, and a 1 for the others.
+  If a row packs documents that did not see each other, `data.documents` names a column of the
+  places of their first tokens, such as `[0, 17, 60]`: each is then a sequence of its own.
+
+Of documents longer than `data.max_tokens` only the beginning is read. With `data.window: S`, a
+window of `data.max_tokens` begins every S tokens, so that windows overlap, and each token carries a
+label in one of them only. A window is a sequence: numbers of sequences, drawn labels and
+`scores.candidates` count windows, and lists name a window's row and the place of its first token.
 """
 
 FACTORS = """\

@@ -51,7 +51,7 @@ class _HelpFormatter(DefaultHelpFormatter):
     def _expand_help(self, action: argparse.Action) -> str:
         text: str = super()._expand_help(action)
         # Not said: types of text, types that the default shows, and choices, listed before already.
-        plain = r"type: (Literal\[[^]]*\]|bool|int|float|str( \| null)?), "
+        plain = r"type: (Literal\[[^]]*\]|(bool|int|float|str)( \| null)?), "
         text = re.sub(plain, "", text)
         text = re.sub(r"Literal\[([^]]*)\]", lambda found: found[1].replace("'", ""), text)
         text = re.sub(r"Optional\[(.*)\](?=, default)", r"\1, null", text)

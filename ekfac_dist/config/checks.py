@@ -1,9 +1,10 @@
 """Checks of configured values; a wrong one raises `ConfigError` with a sentence."""
 
 import math
+import string
 from collections.abc import Iterable, Mapping
 
-from ekfac_dist.errors import ConfigError
+from ekfac_dist.errors import ConfigError, first_line
 
 
 def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
@@ -44,6 +45,36 @@ def require_given(values: Mapping[str, object]) -> None:
     for name, value in values.items():
         if not value:
             raise ConfigError(f"{name} is not given; set it in the YAML file or as --{name}.")
+
+
+def template_columns(template: str) -> list[str]:
+    """The columns that a template such as "{title}: {text}" names, in its order.
+
+    Raises:
+        ValueError: If it is no such template.
+    """
+    columns = []
+    for _, name, form, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if not name or form or conversion or not set(name).isdisjoint(".[]"):
+            raise ValueError("a column's name alone goes between { and }")
+        columns.append(name)
+    return columns
+
+
+def require_template(name: str, template: str) -> None:
+    """Refuses a template that names no columns, or more than their names."""
+    try:
+        if template_columns(template):
+            return
+        fault = "it names no column"
+    except ValueError as error:
+        fault = first_line(error)
+    raise ConfigError(
+        f"{name} is {template!r} ({fault}); give text with columns in braces, such as "
+        "'{title}: {text}', and {{ or }} for a brace."
+    )
 
 
 def require_checkpointing(name: str, value: object) -> None:

@@ -13,6 +13,8 @@ from ekfac_dist.config.checks import (
     require_given,
     require_pass_settings,
     require_positive,
+    require_template,
+    template_columns,
 )
 from ekfac_dist.errors import ConfigError
 
@@ -32,6 +34,7 @@ class ModelConfig:
     Args:
         name: Hub id or local directory of a causal language model with safetensors weights.
         revision: Hub revision (branch, tag or commit).
+        gguf: Name of a GGUF file there; null: safetensors.
         dtype: Of weights and activations; auto: that of the stored weights.
         modules: Globs of names of modules to track, such as '*.mlp.*'; null: every MLP linear,
             or an adapter's matrices on them.
@@ -46,6 +49,7 @@ class ModelConfig:
 
     name: str | None = None
     revision: str | None = None
+    gguf: str | None = None
     dtype: Dtype = "float32"
     modules: list[str] | None = None
     adapter: str | None = None
@@ -69,8 +73,25 @@ class ModelConfig:
                 "model.modules is an empty list; give at least one glob, or null for every MLP "
                 "linear."
             )
+        if self.gguf is not None:
+            self._check_gguf(self.gguf)
         if self.merge_adapter and self.adapter is None:
             raise ConfigError("model.merge_adapter is given without model.adapter; give both.")
+
+    def _check_gguf(self, name: str) -> None:
+        if not name.lower().endswith(".gguf"):
+            raise ConfigError(
+                f"model.gguf is {name!r}; it is the name of a .gguf file in model.name."
+            )
+        if os.path.isabs(name) or ".." in name.split("/"):
+            raise ConfigError(
+                f"model.gguf is {name!r}; give the file's name, and its directory as model.name."
+            )
+        if self.quantization is not None:
+            raise ConfigError(
+                "model.gguf and model.quantization are both given; a GGUF file's weights are "
+                "dequantised when they are read. Give one of the two."
+            )
 
 
 @dataclass(kw_only=True)
@@ -84,8 +105,14 @@ class DataConfig:
         split: Which split of the source.
         text: Column that holds the text.
         prompt: Column of a text that comes before it and whose tokens carry no label.
+        template: Text of several columns, as '{title}: {text}'.
+        messages: Column of chats, whose last turns carry labels.
+        tokens: Column of token ids, for data that is tokenised.
+        label_mask: Column with a 0 for each token without label.
+        documents: Column of where the documents in a row begin.
         max_tokens: Longer sequences are cut to this many tokens, and counted.
-        max_sequences: Use only the first so many sequences; null: all.
+        window: Or a window of max_tokens begins every so many.
+        max_sequences: Use only the first so many rows; null: all.
     """
 
     source: str | None = None
@@ -93,7 +120,13 @@ class DataConfig:
     split: str = "train"
     text: str = "text"
     prompt: str | None = None
+    template: str | None = None
+    messages: str | None = None
+    tokens: str | None = None
+    label_mask: str | None = None
+    documents: str | None = None
     max_tokens: int = 512
+    window: int | None = None
     max_sequences: int | None = None
 
     def __post_init__(self) -> None:
@@ -103,8 +136,51 @@ class DataConfig:
                 "data.max_tokens is 1; a sequence needs 2 tokens or more, one to read and one to "
                 "predict."
             )
+        if self.window is not None:
+            require_positive("data.window", self.window)
+            if self.window >= self.max_tokens:
+                raise ConfigError(
+                    f"data.window is {self.window} and data.max_tokens {self.max_tokens}; the "
+                    "first token of a window is not predicted in it, so windows have to overlap: "
+                    f"give {self.max_tokens - 1} or less."
+                )
         if self.max_sequences is not None:
             require_positive("data.max_sequences", self.max_sequences)
+        self._check_columns()
+
+    def _check_columns(self) -> None:
+        kinds = {name: getattr(self, name) for name in ("template", "messages", "tokens")}
+        given = [name for name, value in kinds.items() if value is not None]
+        if len(given) > 1:
+            raise ConfigError(
+                f"data.{given[0]} and data.{given[1]} are both given; data is text, chats or "
+                "tokens: give one of them."
+            )
+        if self.prompt is not None and given in (["messages"], ["tokens"]):
+            raise ConfigError(
+                f"data.prompt and data.{given[0]} are both given; a prompt comes before text. Give "
+                "one of them."
+            )
+        for name in ("label_mask", "documents"):
+            if getattr(self, name) is not None and self.tokens is None:
+                raise ConfigError(
+                    f"data.{name} is given without data.tokens; give the column of the tokens too."
+                )
+        if self.template is not None:
+            require_template("data.template", self.template)
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that are read."""
+        if self.tokens is not None:
+            names = [self.tokens, self.label_mask, self.documents]
+        elif self.messages is not None:
+            names = [self.messages]
+        elif self.template is not None:
+            names = [*template_columns(self.template), self.prompt]
+        else:
+            names = [self.text, self.prompt]
+        return list(dict.fromkeys(name for name in names if name is not None))
 
 
 @dataclass(kw_only=True)

@@ -34,6 +34,7 @@ class QueryModelConfig:
     Args:
         name: Hub id or local directory.
         revision: Hub revision (branch, tag or commit).
+        gguf: Name of a GGUF file there.
         dtype: Of weights and activations: float64, float32, bfloat16, float16 or auto.
         adapter: Hub id or local directory of a PEFT LoRA adapter.
         quantization: Quantise linear weights to 8bit or 4bit when they are loaded.
@@ -49,6 +50,7 @@ class QueryModelConfig:
 
     name: str | None = None
     revision: str | None = None
+    gguf: str | None = None
     dtype: Dtype | None = None
     adapter: str | None = None
     quantization: Quantization | None = None
@@ -88,8 +90,14 @@ class QueryDataConfig:
         split: Which split of the source.
         text: Column that holds the text.
         prompt: Column of a text that comes before it and whose tokens carry no label.
+        template: Text of several columns, as '{title}: {text}'.
+        messages: Column of chats, whose last turns carry labels.
+        tokens: Column of token ids, for data that is tokenised.
+        label_mask: Column with a 0 for each token without label.
+        documents: Column of where the documents in a row begin.
         max_tokens: Longer sequences are cut to this many tokens.
-        max_sequences: Use only the first so many sequences.
+        window: Or a window of max_tokens begins every so many.
+        max_sequences: Use only the first so many rows.
     """
 
     source: str | None = None
@@ -97,7 +105,13 @@ class QueryDataConfig:
     split: str | None = None
     text: str | None = None
     prompt: str | None = None
+    template: str | None = None
+    messages: str | None = None
+    tokens: str | None = None
+    label_mask: str | None = None
+    documents: str | None = None
     max_tokens: int | None = None
+    window: int | None = None
     max_sequences: int | None = None
 
     def over(self, fitted: Mapping[str, Any]) -> DataConfig:
@@ -234,8 +248,8 @@ class QueryConfig:
 
     Args:
         factors: Directory of the factor store.
-        queries: A .jsonl file of queries; each line has "prompt" and "completion", or "text".
-            Lines with the same "group" are summed into one query.
+        queries: A .jsonl file of queries; each line has "prompt" and "completion", or "text", or
+            the "messages" of a chat. Lines with the same "group" are summed into one query.
         model: Which model; by default the one that the factors were fitted for.
         data: Which training sequences; by default those that the factors were fitted on.
         damping: The damping λ.

@@ -50,6 +50,7 @@ class Counts:
         tokens_cut: Tokens removed by that.
         split: Examples with a token that begins in the prompt and ends after it; it has no label.
         first_split: Index of the first of these; None if there is none.
+        documents: Rows of the source that the examples are parts of; None: each is one row.
     """
 
     rows: int
@@ -58,6 +59,7 @@ class Counts:
     tokens_cut: int
     split: int = 0
     first_split: int | None = None
+    documents: int | None = None
 
     @property
     def split_note(self) -> str | None:
@@ -78,12 +80,15 @@ class Sequences:
 
     Args:
         examples: Tokenised examples, with columns `input_ids` and `labels` (one entry per token,
-            −100 for none) and `tokens_cut` (int); optionally `split_token`, as from `encode`.
+            −100 for none) and `tokens_cut` (int); optionally `split_token`, as from `encode`, and
+            `document` and `first_token`, as from `windows.in_parts`.
 
     Attributes:
         indices: Index in the source of each sequence [N].
         num_positions: Counted positions of each sequence [N].
         num_labels: Labels of each sequence [N].
+        origins: (document, first token) in the source of each sequence [N, 2]; None where every
+            document is one sequence, so that a sequence's index is its document's.
         counts: How many of the source's examples were kept, left out or cut.
         max_tokens: Tokens of the longest example in the source.
         max_id: The largest token id, labels included.
@@ -125,6 +130,7 @@ class Sequences:
         if "split_token" in examples.column_names:
             split_tokens = examples.with_format("arrow", columns=["split_token"])[:]["split_token"]
             split_indices = np.flatnonzero(split_tokens.is_valid().to_numpy())
+        origins = _origins(examples)
         self.counts = Counts(
             rows=len(examples),
             unlabelled=int(len(examples) - labelled_indices.size),
@@ -132,12 +138,14 @@ class Sequences:
             tokens_cut=int(tokens_cut.sum()),
             split=int(split_indices.size),
             first_split=int(split_indices[0]) if split_indices.size else None,
+            documents=None if origins is None else len(np.unique(origins[:, 0])),
         )
         if not labelled_indices.size:
             raise DataError(
                 f"None of the {len(examples)} sequences has a label: each is empty, of one token, "
                 "or all prompt."
             )
+        self.origins = None if origins is None else origins[labelled_indices]
         self._examples = view
         self._digest = digest.hexdigest()
         self.indices = labelled_indices
@@ -165,6 +173,7 @@ class Sequences:
         taken.indices = self.indices[selected]
         taken.num_positions = self.num_positions[selected]
         taken.num_labels = self.num_labels[selected]
+        taken.origins = None if self.origins is None else self.origins[selected]
         return taken
 
     @property
@@ -203,6 +212,18 @@ class Sequences:
     def positions_of(self, module: str) -> np.ndarray:
         """Counted positions of each sequence that a module sees: all of them [N]."""
         return self.num_positions
+
+
+def _origins(examples: Dataset) -> np.ndarray | None:
+    """As `Sequences.origins`, of all of the source's sequences."""
+    if "document" not in examples.column_names:
+        return None
+    columns = examples.with_format("numpy", columns=["document", "first_token"])[:]
+    documents = np.asarray(columns["document"], dtype=np.int64)
+    first_tokens = np.asarray(columns["first_token"], dtype=np.int64)
+    if np.array_equal(documents, np.arange(len(examples))) and not first_tokens.any():
+        return None
+    return np.stack([documents, first_tokens], axis=1)
 
 
 def collate(sequences: SequenceOf[Sequence]) -> Batch:

@@ -22,6 +22,7 @@ from datasets import Dataset, DatasetDict, Features, Value
 
 from ekfac_dist.config import DataConfig
 from ekfac_dist.data.source_copy import Content, file_stats, read_copied
+from ekfac_dist.data.token_columns import read_npy
 from ekfac_dist.errors import DataError
 from ekfac_dist.runtime.files import file_sha256
 
@@ -31,6 +32,7 @@ BUILDERS = {
     ".csv": "csv",
     ".parquet": "parquet",
     ".txt": "text",
+    ".npy": "npy",  # read here, not by `datasets`
 }
 
 
@@ -107,6 +109,8 @@ def _open_any(config: DataConfig, content: Content | None) -> Dataset:
             )
         if path.stat().st_size == 0:
             raise DataError(f"{source} is empty; give a file that holds text.")
+        if BUILDERS[ending] == "npy":
+            return _open_npy(config, path, content)
         with _reading_errors(source, split, local=True):
             return _open_file(path, BUILDERS[ending], split, content)
     if ending in BUILDERS or source.startswith((".", "/", "~")):
@@ -138,6 +142,29 @@ def _open_file(path: Path, kind: str, split: str, content: Content | None) -> Da
 
     reading_options = f"{kind} {options}"
     return read_copied([path], path, content, reading_options, split, write, read)
+
+
+def _open_npy(config: DataConfig, path: Path, content: Content | None) -> Dataset:
+    """Opens a NumPy file of token ids through its copy in the cache."""
+    if config.tokens is None:
+        raise DataError(
+            f"{path} is a file of numbers; set data.tokens to a name for its column, such as "
+            "input_ids, if they are token ids."
+        )
+    column = config.tokens
+    if config.split != "train":
+        raise DataError(
+            f"data.split is {config.split!r}, but {path} has no splits; use data.max_sequences."
+        )
+    return read_copied(
+        [path],
+        path,
+        content,
+        f"npy {column}",
+        config.split,
+        lambda folder: read_npy(path, column).save_to_disk(str(folder)),
+        lambda folder: Dataset.load_from_disk(str(folder)),
+    )
 
 
 def _reading_options(kind: str, path: Path) -> dict[str, Any]:
@@ -192,7 +219,7 @@ def _open_saved(config: DataConfig, path: Path, content: Content | None) -> Data
             "from a saved data set: use data.max_sequences."
         )
     _require_columns(saved, config)
-    columns = [column for column in (config.text, config.prompt) if column is not None]
+    columns = config.columns
     with _reading_errors(str(path), split, local=True):
         return read_copied(
             _saved_files(path, name),
@@ -224,8 +251,8 @@ def _split_name(split: str) -> str:
 
 
 def _require_columns(examples: Dataset, config: DataConfig) -> None:
-    for column in (config.text, config.prompt):
-        if column is not None and column not in examples.column_names:
+    for column in config.columns:
+        if column not in examples.column_names:
             raise DataError(
                 f"{config.source} has no column {column!r}; its columns are "
                 f"{', '.join(examples.column_names) or 'none'}."

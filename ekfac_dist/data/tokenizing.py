@@ -3,6 +3,7 @@
 Knows the tokenizer, but no model.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,11 +16,15 @@ from datasets import Dataset, Features, Value
 from datasets import List as ListOf
 
 from ekfac_dist.config import DataConfig
+from ekfac_dist.config.checks import template_columns
 from ekfac_dist.data.batches import NO_LABEL
+from ekfac_dist.data.chats import messages_of, rendered, require_template
 from ekfac_dist.data.sequences import Sequences
+from ekfac_dist.data.token_columns import documents_of
+from ekfac_dist.data.windows import in_parts
 from ekfac_dist.errors import DataError
 
-_CACHE_VERSION = "4"
+_CACHE_VERSION = "5"
 _MAP_BATCH = 256  # examples tokenised at a time
 _FEATURES = Features(
     {
@@ -27,6 +32,8 @@ _FEATURES = Features(
         "labels": ListOf(Value("int32")),
         "tokens_cut": Value("int64"),
         "split_token": Value("string"),
+        "document": Value("int64"),
+        "first_token": Value("int64"),
     }
 )
 
@@ -52,7 +59,12 @@ def require_offsets(tokenizer: Any, field: str) -> None:
 
 
 def encode(
-    tokenizer: Any, prompts: list[str], texts: list[str], max_tokens: int | None
+    tokenizer: Any,
+    prompts: list[str],
+    texts: list[str],
+    max_tokens: int | None,
+    *,
+    add_special_tokens: bool = True,
 ) -> dict[str, list[Any]]:
     """Tokenises texts, each after its prompt.
 
@@ -61,6 +73,8 @@ def encode(
         prompts: Beginning of each example, which carries no label; may be empty.
         texts: The text that follows each prompt.
         max_tokens: Longer sequences are cut to this many tokens; None leaves them whole.
+        add_special_tokens: Whether the tokenizer adds special tokens, as it does by default; a chat
+            template writes them itself.
 
     Returns:
         Columns `input_ids`, `labels` (−100 for none), `tokens_cut` (number of tokens removed), and
@@ -71,6 +85,7 @@ def encode(
     with_prompt = any(prompts)
     encoded = tokenizer(
         [prompt + text for prompt, text in zip(prompts, texts, strict=True)],
+        add_special_tokens=add_special_tokens,
         return_attention_mask=False,
         return_token_type_ids=False,
         return_offsets_mapping=with_prompt,
@@ -119,15 +134,16 @@ def tokenize(
     tokenizer_fingerprint: str,
     on_examples: Callable[[int], None] = lambda num: None,
 ) -> Sequences:
-    """Tokenises a source's examples; the result is cached on disk.
+    """Tokenises a source's examples, and cuts them or takes windows; the result is cached on disk.
 
     A prompt and the text after it are tokenised together; tokens that begin after the prompt's end
-    carry the labels.
+    carry the labels. Of a chat, the last turn's tokens do. Data that is tokenised already is only
+    checked.
 
     Args:
         examples: The source's examples.
         config: Columns and the token limit.
-        tokenizer: A `transformers` tokenizer.
+        tokenizer: A `transformers` tokenizer; None will do for data that is tokenised already.
         tokenizer_fingerprint: Identifies the tokenizer in the cache.
         on_examples: Called with the number of examples just tokenised.
 
@@ -138,14 +154,16 @@ def tokenize(
     if config.prompt is not None:
         require_offsets(tokenizer, f"data.prompt ({config.prompt!r})")
 
-    def encode_examples(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        texts = [_require_text(value, config.text) for value in columns[config.text]]
-        prompts = [""] * len(texts)
-        if config.prompt is not None:
-            prompts = [_require_text(value, config.prompt) for value in columns[config.prompt]]
-        encoded = encode(tokenizer, prompts, texts, config.max_tokens)
-        on_examples(len(texts))
-        return encoded
+    if config.messages is not None:
+        require_template(tokenizer, f"data.messages ({config.messages!r})")
+        require_offsets(tokenizer, f"data.messages ({config.messages!r})")
+
+    def encode_examples(
+        columns: Mapping[str, list[Any]], indices: list[int]
+    ) -> dict[str, list[Any]]:
+        documents = _documents(columns, indices, config, tokenizer)
+        on_examples(len(indices))
+        return in_parts(documents, config.max_tokens, config.window)
 
     cache = cache_directory()
     cache_name = _cache_name(examples, config, tokenizer_fingerprint)
@@ -154,6 +172,7 @@ def tokenize(
         encoded = examples.map(
             encode_examples,
             batched=True,
+            with_indices=True,
             batch_size=_MAP_BATCH,
             remove_columns=examples.column_names,
             features=_FEATURES,
@@ -176,10 +195,74 @@ def _cache_name(examples: Dataset, config: DataConfig, tokenizer_fingerprint: st
             _CACHE_VERSION,
             examples._fingerprint,
             tokenizer_fingerprint,
-            repr((config.text, config.prompt, config.max_tokens)),
+            repr(_tokenising_settings(config)),
         ]
     )
     return hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+def _tokenising_settings(config: DataConfig) -> dict[str, Any]:
+    """The settings that tokens and labels depend on."""
+    others = ("source", "subset", "split", "max_sequences")
+    settings = dataclasses.asdict(config)
+    return {name: value for name, value in settings.items() if name not in others}
+
+
+def _documents(
+    columns: Mapping[str, list[Any]], indices: list[int], config: DataConfig, tokenizer: Any
+) -> dict[str, list[Any]]:
+    """The documents of some examples, with the columns of `windows.COLUMNS`.
+
+    Args:
+        columns: The examples' columns.
+        indices: The examples' indices in the source.
+        config: What the columns hold.
+        tokenizer: The tokenizer; not used for data that is tokenised already.
+    """
+    if config.tokens is not None:
+        return documents_of(columns, indices, config)
+    if config.messages is not None:
+        chats = zip(columns[config.messages], indices, strict=True)
+        pairs = [_chat(messages, tokenizer, f"row {index} (from 0)") for messages, index in chats]
+    else:
+        pairs = list(zip(*_prompts_and_texts(columns, config), strict=True))
+    encoded = encode(
+        tokenizer,
+        [prompt for prompt, _ in pairs],
+        [text for _, text in pairs],
+        config.max_tokens if config.window is None else None,
+        add_special_tokens=config.messages is None,
+    )
+    return {**encoded, "document": indices, "first_token": [0] * len(indices)}
+
+
+def _chat(messages: Any, tokenizer: Any, where: str) -> tuple[str, str]:
+    return rendered(messages_of(messages, where), tokenizer, where)
+
+
+def _prompts_and_texts(
+    columns: Mapping[str, list[Any]], config: DataConfig
+) -> tuple[list[str], list[str]]:
+    """Prompt, "" where there is none, and text of each example."""
+    cells = {
+        name: [_require_text(value, name) for value in columns[name]] for name in config.columns
+    }
+    texts = cells.get(config.text, [])
+    if config.template is not None:
+        names = list(dict.fromkeys(template_columns(config.template)))
+        rows = zip(*(cells[name] for name in names), strict=True)
+        texts = [config.template.format(**dict(zip(names, row, strict=True))) for row in rows]
+    prompts = [""] * len(texts) if config.prompt is None else cells[config.prompt]
+    return prompts, texts
+
+
+def text_of(example: Mapping[str, Any], config: DataConfig) -> str | None:
+    """Prompt and text of an example together; None where its text is not in its columns."""
+    if config.tokens is not None or config.messages is not None:
+        return None
+    columns = {name: [example[name]] for name in config.columns}
+    (prompt,), (text,) = _prompts_and_texts(columns, config)
+    return f"{prompt}{text}"
 
 
 def cache_directory() -> Path:

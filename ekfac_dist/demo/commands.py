@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 PROGRAM = (sys.executable, "-m", "ekfac_dist")
 END_SECONDS = 30.0  # wait for a terminated command before it is killed
@@ -36,15 +37,8 @@ def call(step: str, command: Sequence[str]) -> int:
         The exit status; 128 + N if signal N ended the command, as in a shell.
     """
     process = subprocess.Popen(command)
-    try:
+    with stopped_with_this_process(process):
         status = process.wait()
-    except BaseException:
-        process.terminate()  # the launcher passes this on to its workers
-        try:
-            process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        raise
     if status < 0:
         status = 128 - status
     if status != 0:
@@ -54,6 +48,20 @@ def call(step: str, command: Sequence[str]) -> int:
             flush=True,
         )
     return status
+
+
+@contextmanager
+def stopped_with_this_process(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """Context in which a subprocess is terminated, too, if this process is interrupted."""
+    try:
+        yield
+    except BaseException:
+        process.terminate()  # the launcher passes this on to its workers
+        try:
+            process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
 
 
 @contextmanager

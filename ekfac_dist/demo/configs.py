@@ -1,13 +1,14 @@
-"""The configurations that the demo writes, and checks whether their results exist already."""
+"""What a demo fits and asks: the configurations that it writes, and whether their results exist."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-from ekfac_dist.config import DataConfig, EstimateConfig, ModelConfig, QueryConfig
-from ekfac_dist.demo.answers import QUERIES
-from ekfac_dist.demo.directory import DemoPaths, DemoSettings
+from ekfac_dist.config import EstimateConfig, QueryConfig
+from ekfac_dist.demo.directory import DemoPaths
 from ekfac_dist.errors import StoreError
 from ekfac_dist.factors.layout import read_manifest
 from ekfac_dist.factors.reader import StoreReader
@@ -33,80 +34,79 @@ HEADER = """\
 """
 
 
-def estimate_config(paths: DemoPaths, settings: DemoSettings) -> EstimateConfig:
-    """The configuration of `estimate`."""
-    return EstimateConfig(
-        model=ModelConfig(name=str(paths.model)),
-        data=DataConfig(
-            source=str(paths.corpus),
-            max_tokens=settings.max_tokens,
-            max_sequences=settings.max_sequences,
-        ),
-        batch_tokens=settings.batch_tokens,
-        output=str(paths.factors),
-    )
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one demo fits and asks.
+
+    Attributes:
+        estimate: The configuration of `estimate`.
+        query: The configuration of `query`, which takes model and data from the factors.
+        queries: The queries, {"prompt", "completion"} each.
+        note: What the report says about its texts; None: nothing.
+    """
+
+    estimate: EstimateConfig
+    query: QueryConfig
+    queries: Sequence[dict[str, str]]
+    note: str | None = None
 
 
-def query_config(paths: DemoPaths, settings: DemoSettings) -> QueryConfig:
-    """The configuration of `query`, which takes model and data from the factors."""
-    return QueryConfig(
-        factors=str(paths.factors),
-        queries=str(paths.queries),
-        batch_tokens=settings.batch_tokens,
-        output=str(paths.scores),
-    )
-
-
-def write_configs(paths: DemoPaths, settings: DemoSettings, workers: int) -> None:
+def write_configs(paths: DemoPaths, job: Job, workers: int) -> None:
     """Writes all configurations and the queries.
 
     Args:
         paths: The demo's directory, which must exist.
-        settings: Settings of the demo.
+        job: What the demo fits and asks.
         workers: Number of workers.
 
     Raises:
         OutputError: If a file cannot be written.
     """
     write_whole(paths.accelerate_config, [ACCELERATE_CONFIG.format(workers=workers).encode()])
-    for file, config in (
-        (paths.estimate_config, estimate_config(paths, settings)),
-        (paths.query_config, query_config(paths, settings)),
-    ):
+    for file, config in ((paths.estimate_config, job.estimate), (paths.query_config, job.query)):
         text = yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True)
         write_whole(file, [HEADER.encode(), text.encode()])
-    lines = [json.dumps(query, ensure_ascii=False) + "\n" for query in QUERIES]
+    lines = [json.dumps(query, ensure_ascii=False) + "\n" for query in job.queries]
     write_whole(paths.queries, [line.encode() for line in lines])
 
 
-def is_whole_store(paths: DemoPaths, settings: DemoSettings) -> bool:
-    """Whether the factor store is complete and was fitted with these settings."""
+def is_whole_store(paths: DemoPaths, job: Job) -> bool:
+    """Whether the factor store is complete and was fitted as the job says."""
     try:
         StoreReader(paths.factors)
     except StoreError:
         return False
-    return is_store_of(paths, settings)
+    return is_store_of(paths, job)
 
 
-def is_store_of(paths: DemoPaths, settings: DemoSettings) -> bool:
-    """Whether a factor store with these settings exists, complete or unfinished."""
+def is_store_of(paths: DemoPaths, job: Job) -> bool:
+    """Whether a factor store of the job exists, complete or unfinished."""
     try:
         stored = read_manifest(paths.factors).get("config")
     except StoreError:
         return False
-    return stored == _as_json(estimate_config(paths, settings))
+    return stored == _as_json(job.estimate)
 
 
-def is_whole_answer(paths: DemoPaths, settings: DemoSettings) -> bool:
-    """Whether the scores are complete, with these settings and of the demo's queries."""
+def is_whole_answer(paths: DemoPaths, job: Job) -> bool:
+    """Whether the scores are complete, computed as the job says and of its queries."""
     try:
         reader = ResultsReader(paths.scores)
         members = [member for line in reader.lines(results.QUERIES) for member in line["members"]]
     except StoreError:
         return False
     queries = [{name: member[name] for name in ("prompt", "completion")} for member in members]
-    same_config = reader.manifest["config"] == _as_json(query_config(paths, settings))
-    return same_config and queries == QUERIES
+    same_config = reader.manifest["config"] == _as_json(job.query)
+    return same_config and queries == list(job.queries)
+
+
+def is_unfinished_answer(paths: DemoPaths, job: Job) -> bool:
+    """Whether there are scores that `query` began as the job says, and can go on with."""
+    try:
+        manifest = json.loads((paths.scores / results.MANIFEST).read_text(encoding="utf-8"))
+        return manifest["complete"] is False and manifest["config"] == _as_json(job.query)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _as_json(config: EstimateConfig | QueryConfig) -> Any:

@@ -72,7 +72,9 @@ def run_estimate(config: EstimateConfig, world: World, *, overwrite: bool = Fals
     with world.agree():
         require_divisor("factors.shard", config.factors.shard, world.size)
     world.on_main(lambda: check_output(output, config.as_dict(), replace=overwrite))
-    tokenizer, tokenizer_fingerprint = world.main_first(lambda: load_tokenizer(config.model))
+    tokenizer, tokenizer_fingerprint = None, ""
+    if config.data.tokens is None:
+        tokenizer, tokenizer_fingerprint = world.main_first(lambda: load_tokenizer(config.model))
     sequences = load_sequences(config.data, tokenizer, tokenizer_fingerprint, world)
     for line in _data_lines(config, sequences):
         log_on_main(world, line)
@@ -93,6 +95,8 @@ def _data_lines(config: EstimateConfig, sequences: Sequences) -> list[str]:
         f"no label), {int(sequences.num_positions.sum())} counted positions, "
         f"{int(sequences.num_labels.sum())} labels"
     ]
+    if counts.documents is not None:
+        lines.append(f"parts         the sequences are parts of {counts.documents} rows")
     if counts.truncated:
         lines.append(
             f"truncation    {counts.truncated} sequences cut to {config.data.max_tokens} tokens, "

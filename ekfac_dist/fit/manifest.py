@@ -149,6 +149,7 @@ def _data_entry(inputs: FitInputs, summary: FitSummary) -> dict[str, Any]:
         "num_truncated": counts.truncated,
         "num_tokens_cut": counts.tokens_cut,
         "num_split_tokens": counts.split,
+        "num_documents": counts.documents,
     }
 
 

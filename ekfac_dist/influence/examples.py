@@ -10,9 +10,10 @@ from typing import Any
 from datasets import Dataset
 from torch import nn
 
+from ekfac_dist.data.chats import messages_of, rendered, require_template
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.data.sequences import Sequences
-from ekfac_dist.data.tokenizing import encode
+from ekfac_dist.data.tokenizing import encode, require_offsets
 from ekfac_dist.errors import ConfigError, DataError
 from ekfac_dist.influence.queries import QuerySet, parse_query, query_examples, tokenize_queries
 from ekfac_dist.models.capture.task_examples import read_examples
@@ -64,7 +65,8 @@ def sequences_of(
     caller.
 
     Args:
-        train: Mappings with "text" and perhaps "prompt"; or examples of the task.
+        train: Mappings with "text" and perhaps "prompt", or with "messages"; or examples of the
+            task.
         tokenizer: A `transformers` tokenizer; needed for text only.
         max_tokens: Longer sequences are cut to this many tokens; None leaves them whole.
         model: The model.
@@ -76,6 +78,9 @@ def sequences_of(
     """
     items = train if hasattr(train, "__getitem__") else list(train)
     first = next(iter(items), None)
+    if isinstance(first, Mapping) and "messages" in first and isinstance(task, CausalLM):
+        _require_tokenizer(tokenizer, "training sequences")
+        return _chats_of(items, tokenizer, max_tokens)
     is_text = isinstance(first, Mapping) and "text" in first and "input_ids" not in first
     if not is_text or not isinstance(task, CausalLM):
         return read_examples(task, model, items, max_tokens)
@@ -87,6 +92,20 @@ def sequences_of(
     if sequences.counts.split_note:
         warnings.warn(f"Training sequences: {sequences.counts.split_note}", stacklevel=3)
     return sequences
+
+
+def _chats_of(items: Iterable[Any], tokenizer: Any, max_tokens: int | None) -> Sequences:
+    """Training sequences that are chats."""
+    require_template(tokenizer, "messages")
+    require_offsets(tokenizer, "messages")
+    pairs = []
+    for index, item in enumerate(items):
+        where = f"training sequence {index}"
+        messages = item.get("messages") if isinstance(item, Mapping) else item
+        pairs.append(rendered(messages_of(messages, where), tokenizer, where))
+    prompts, texts = [list(side) for side in zip(*pairs, strict=True)]
+    columns = encode(tokenizer, prompts, texts, max_tokens, add_special_tokens=False)
+    return Sequences(Dataset.from_dict(columns))
 
 
 def _text_of(item: Any, index: int, field: str) -> str:

@@ -82,10 +82,11 @@ def influence_scores(
         model: The Hugging Face model that the factors were fitted for.
         factors: From `load_factors` or `estimate_factors`; or the directory of a store.
         queries: Examples as `estimate_factors` takes, with `input_ids` and `labels` (−100 for the
-            prompt); or, with a tokenizer, mappings with "prompt" and "completion", or "text".
-            Queries with the same "group" are summed, and have one row of scores.
+            prompt); or, with a tokenizer, mappings with "prompt" and "completion", or "text", or
+            the "messages" of a chat. Queries with the same "group" are summed, and have one row
+            of scores.
         train: The training sequences: examples; or, with a tokenizer, mappings with "text" and
-            perhaps "prompt".
+            perhaps "prompt", or with "messages".
         tokenizer: For queries and training sequences that are text.
         damping: λ of every module; or of each module, by its name or a glob.
         relative: Whether `damping` is a multiple of the module's mean(Λ); else it is λ itself.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ekfac_dist.data.batches import NO_LABEL
 from ekfac_dist.data.sequences import Sequences
+from ekfac_dist.data.tokenizing import text_of
 from ekfac_dist.influence import results
 from ekfac_dist.influence.answer import Answer, results_manifest
 from ekfac_dist.influence.results import ResultsWriter
@@ -130,11 +131,24 @@ class _SequenceTexts:
         self._tokens = TokenTexts(answer.tokenizer)
 
     def text(self, column: int) -> str:
-        """Prompt and text together, as they were tokenised."""
-        data, index = self._answer.data, int(self._answer.scored.indices[column])
-        example = self._examples[index]
-        prompt = (example[data.prompt] or "") if data.prompt is not None else ""
-        return f"{prompt}{example[data.text] or ''}"
+        """Prompt and text together, as they were tokenised; of a part of a row, its tokens'."""
+        scored = self._answer.scored
+        text = None
+        if scored.origins is None:
+            example = self._examples[int(scored.indices[column])]
+            text = text_of(example, self._answer.data)
+        if text is None:
+            ids, _ = _tokens_and_labels(scored[column].inputs, scored[column].targets)
+            text = "".join(self._tokens.of(ids))
+        return text
+
+    def origin(self, column: int) -> dict[str, int]:
+        """The row in the source that a sequence is a part of, and the first of its tokens there."""
+        origins = self._answer.scored.origins
+        if origins is None:
+            return {}
+        document, first_token = origins[column].tolist()
+        return {"document": document, "first_token": first_token}
 
     def line(self, column: int) -> dict[str, Any]:
         """The line of one sequence in the file of sequences."""
@@ -142,6 +156,7 @@ class _SequenceTexts:
         ids, is_label = _tokens_and_labels(sequence.inputs, sequence.targets)
         return {
             "index": sequence.index,
+            **self.origin(column),
             "text": self.text(column),
             "tokens": self._tokens.of(ids),
             "is_label": is_label,
@@ -162,6 +177,7 @@ def _lines_of_lists(
                 "query": group,
                 "rank": rank,
                 "index": int(scores.indices[column]),
+                **texts.origin(column),
                 "score": float(listed.scores[rank - 1]),
                 "share": None if math.isnan(share) else share,
                 "nats": None if nats is None else float(nats[rank - 1]),

@@ -1,16 +1,18 @@
 """Queries: read from a file or given as examples, tokenised, and put into query groups.
 
-A query is a completion after a prompt, or a text, whose prompt is empty. Its loss is the sum of
-−log p over the completion's tokens, as a training sequence's loss is over its own labels.
+A query is a completion after a prompt; or a text, whose prompt is empty; or a chat, whose
+completion is what its last turn adds to the messages before it. Its loss is the sum of −log p over
+the completion's tokens, as a training sequence's loss is over its own labels.
 
 A query group is what has scores of its own: one query, or several queries of one group name, whose
 losses are summed. Scores are a matrix of query groups × training sequences.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import numpy as np
 from datasets import Dataset
 
 from ekfac_dist.data.batches import NO_LABEL
+from ekfac_dist.data.chats import messages_of, rendered, require_template
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.data.tokenizing import encode, require_offsets
@@ -32,6 +35,8 @@ class Query:
         prompt: The text before the completion; its tokens carry no label. May be empty.
         completion: The text whose log-probability the query is about.
         group: Name of its query group; None: the query is a group of its own.
+        messages: The chat that prompt and completion are rendered from, which are "" until then;
+            None for a text.
         line: Line of the file, from 1; of a query from Python its index, from 0.
         where: The query's name in errors.
     """
@@ -41,6 +46,7 @@ class Query:
     group: str | None
     line: int
     where: str
+    messages: tuple[dict[str, Any], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,8 +90,8 @@ def read_queries(path: str | Path) -> list[Query]:
     """Reads the queries of a JSONL file.
 
     Args:
-        path: A file of JSON objects, one a line, each with "prompt" and "completion", or "text",
-            and perhaps a "group"; blank lines and other fields are ignored.
+        path: A file of JSON objects, one a line, each with "prompt" and "completion", or "text", or
+            "messages", and perhaps a "group"; blank lines and other fields are ignored.
 
     Raises:
         DataError: If the file cannot be read or holds no query, or one of its lines, which is
@@ -106,7 +112,7 @@ def read_queries(path: str | Path) -> list[Query]:
     return queries
 
 
-_LINE_ADVICE = 'each line must be {"prompt": …, "completion": …} or {"text": …}'
+_LINE_ADVICE = 'each line must be {"prompt": …, "completion": …}, {"text": …} or {"messages": […]}'
 
 
 def _parse_line(line: bytes, where: str, number: int) -> Query:
@@ -133,17 +139,24 @@ def parse_query(fields: Mapping[str, Any], where: str, line: int) -> Query:
     """A query from its fields.
 
     Args:
-        fields: "prompt" and "completion", or "text", and perhaps a "group"; others are ignored.
+        fields: "prompt" and "completion", or "text", or "messages", and perhaps a "group"; others
+            are ignored.
         where: The query's name in errors.
         line: Its line, or its index.
 
     Raises:
         DataError: If a field is missing, superfluous, empty, or no text.
     """
-    names = [name for name in ("prompt", "completion", "text") if fields.get(name) is not None]
-    if names not in (["prompt", "completion"], ["text"]):
+    kinds = ("prompt", "completion", "text", "messages")
+    names = [name for name in kinds if fields.get(name) is not None]
+    if names not in (["prompt", "completion"], ["text"], ["messages"]):
         present = " and ".join(names or map(str, fields)) or "no text"
         raise DataError(f"{where}: has {present}; {_LINE_ADVICE}.")
+    group = fields.get("group") or None
+    messages = None
+    if names == ["messages"]:
+        messages = tuple(messages_of(fields["messages"], where))
+        names = []
     for name in (*names, *(["group"] if fields.get("group") is not None else [])):
         if not isinstance(fields[name], str):
             raise DataError(f"{where}: {name} is {fields[name]!r}; it must be text.")
@@ -152,14 +165,18 @@ def parse_query(fields: Mapping[str, Any], where: str, line: int) -> Query:
                 f"{where}: {name} is {fields[name]!r}, which holds half of a surrogate pair; give "
                 "whole characters."
             )
+    if messages is not None:
+        return Query("", "", group, line, where, messages)
     completion = fields["text"] if names == ["text"] else fields["completion"]
     if not completion:
         raise DataError(f"{where}: {names[-1]} is empty; it must hold what the query is about.")
-    return Query(fields.get("prompt") or "", completion, fields.get("group") or None, line, where)
+    return Query(fields.get("prompt") or "", completion, group, line, where)
 
 
 def tokenize_queries(queries: Sequence[Query], tokenizer: Any, context: int | None) -> QuerySet:
     """Tokenises queries as training text is tokenised: prompt and completion together.
+
+    Chats are rendered first, by the tokenizer's template.
 
     Args:
         queries: One or more queries.
@@ -170,11 +187,10 @@ def tokenize_queries(queries: Sequence[Query], tokenizer: Any, context: int | No
         DataError: If a query, which is named, has no token to predict or is longer than the model's
             context; or if queries have prompts, and the tokenizer does not say where tokens begin.
     """
+    queries = [_rendered(query, tokenizer) for query in queries]
     if any(query.prompt for query in queries):
         require_offsets(tokenizer, "a prompt")
-    columns = encode(
-        tokenizer, [query.prompt for query in queries], [q.completion for q in queries], None
-    )
+    columns = _encoded(queries, tokenizer)
     split_tokens = tuple(columns["split_token"])
     encoded = zip(queries, columns["input_ids"], columns["labels"], split_tokens, strict=True)
     for query, ids, labels, split in encoded:
@@ -196,6 +212,27 @@ def tokenize_queries(queries: Sequence[Query], tokenizer: Any, context: int | No
         tuple(queries),
         split_tokens,
     )
+
+
+def _rendered(query: Query, tokenizer: Any) -> Query:
+    """The query with its prompt and completion, if it is a chat."""
+    if query.messages is None:
+        return query
+    require_template(tokenizer, f"{query.where}: messages")
+    prompt, completion = rendered(query.messages, tokenizer, query.where)
+    return replace(query, prompt=prompt, completion=completion)
+
+
+def _encoded(queries: Sequence[Query], tokenizer: Any) -> dict[str, list[Any]]:
+    """The columns of `encode`; a chat's special tokens are those of its template."""
+    columns: dict[str, list[Any]] = {}
+    for is_chat, run in itertools.groupby(queries, lambda query: query.messages is not None):
+        alike = list(run)
+        texts = [query.prompt for query in alike], [query.completion for query in alike]
+        encoded = encode(tokenizer, *texts, None, add_special_tokens=not is_chat)
+        for name, values in encoded.items():
+            columns.setdefault(name, []).extend(values)
+    return columns
 
 
 def query_examples(data: Iterable[Any], read: Callable[[list[Any]], Examples]) -> QuerySet:

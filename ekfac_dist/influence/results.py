@@ -11,7 +11,8 @@
                           (all these come from the scan, so are approximate at low rank);
                           with re-scoring exact_query, exact_index, exact_scores, scan_scores [E]
     top.jsonl             one line per (query group, rank), the most positive first: query, rank,
-                          index, score, share, nats, text; scan_score after re-scoring
+                          index, score, share, nats, text; scan_score after re-scoring; of a part
+                          of a row of the data, document (the row) and first_token (in it), too
     bottom.jsonl          the same, the most negative first
     details.safetensors   for the P pairs of a query group and a sequence listed for it: pair_query,
                           pair_index [P], offsets [P + 1], token_scores [positions],

@@ -121,10 +121,17 @@ def _sequences_table(lines: list[dict[str, Any]]) -> str:
     cells = []
     for line in lines:
         share = "–" if line["share"] is None else f"{line['share']:+.2%}"
-        cells.append([str(line["index"]), f"{line['score']:+.4g}", share])
+        cells.append([_place(line), f"{line['score']:+.4g}", share])
         if with_nats:
             cells[-1].append(f"{line['nats']:+.3g}{' !' if 'note' in line else '  '}")
     return table(header, cells, last=[_on_one_line(line["text"]) for line in lines])
+
+
+def _place(line: dict[str, Any]) -> str:
+    """The index of a ranked sequence, and what it is a part of."""
+    if "document" not in line:
+        return str(line["index"])
+    return f"{line['index']} (row {line['document']}, token {line['first_token']})"
 
 
 def _notes(lines: list[dict[str, Any]]) -> list[str]:

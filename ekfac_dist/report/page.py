@@ -32,12 +32,13 @@ SCRIPTS = ("base.js", "data.js", "ranking.js", "sequence.js", "layers.js", "spre
 Facts = list[tuple[str, str]]  # (name, value) as shown
 
 
-def write_report(results: str | Path, output: str | Path) -> None:
+def write_report(results: str | Path, output: str | Path, note: str | None = None) -> None:
     """Writes the report of a run's results as a single HTML file.
 
     Args:
         results: The output directory of a `query` run.
         output: The file to write; it must not exist, and its directory must.
+        note: What the page says about its texts, such as where they come from; None: nothing.
 
     Raises:
         ConfigError: If jinja2 is not installed.
@@ -49,7 +50,7 @@ def write_report(results: str | Path, output: str | Path) -> None:
     _require_new_file(output)
     reader = ResultsReader(results)
     try:
-        content = _page(template, reader.manifest, page_data(reader))
+        content = _page(template, reader.manifest, page_data(reader), note)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise StoreError(
             f"{results}: a file lacks something, or holds something else: "
@@ -107,7 +108,9 @@ def _page_file(name: str) -> str:
     return (resources.files("ekfac_dist.report") / "page" / name).read_text(encoding="utf-8")
 
 
-def _page(template: "Template", manifest: Mapping[str, Any], data: PageData) -> str:
+def _page(
+    template: "Template", manifest: Mapping[str, Any], data: PageData, note: str | None
+) -> str:
     from markupsafe import Markup
 
     style = _page_file("page.css")
@@ -115,6 +118,7 @@ def _page(template: "Template", manifest: Mapping[str, Any], data: PageData) -> 
     return template.render(
         manifest=manifest,
         data=data,
+        note=note,
         facts=_facts(manifest),
         settings=_settings(manifest),
         differs=manifest["model"].get("differs", []),

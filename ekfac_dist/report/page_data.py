@@ -110,6 +110,7 @@ class PageData:
         queries: The queries and groups, in the order of the score rows.
         sequences: Token texts of the listed sequences, by index in the data; "" for a token whose
             text is part of an earlier one's.
+        origins: (row of the source, first token in it) of those that are parts of rows, by index.
         pairs: The pairs of query and sequence that have token scores.
         arrays: Base64 of each pair's arrays, each encoded and padded separately and then joined.
             Little endian: token scores float32 [L], module scores float32 [modules], then float32 m
@@ -127,6 +128,7 @@ class PageData:
 
     queries: list[PageQuery]
     sequences: dict[int, list[str]]
+    origins: dict[int, tuple[int, int]]
     pairs: list[PagePair]
     arrays: str
     layers: list[str]
@@ -168,7 +170,8 @@ def page_data(reader: ResultsReader) -> PageData:
         )
     if not scores_QN.isfinite().all():
         raise StoreError(f"{reader.path}: {SCORES} holds NaN or infinity. Run `query` again.")
-    sequences = {line["index"]: line["tokens"] for line in reader.lines(SEQUENCES)}
+    sequence_lines = reader.lines(SEQUENCES)
+    sequences = {line["index"]: line["tokens"] for line in sequence_lines}
     pair_indices, pairs, arrays = _packed_details(reader, sequences, len(layers), len(modules))
     top = _by_query(reader.lines(TOP), num_queries)
     bottom = _by_query(reader.lines(BOTTOM), num_queries)
@@ -188,6 +191,11 @@ def page_data(reader: ResultsReader) -> PageData:
     return PageData(
         queries=queries,
         sequences=sequences,
+        origins={
+            line["index"]: (line["document"], line["first_token"])
+            for line in sequence_lines
+            if "document" in line
+        },
         pairs=pairs,
         arrays=arrays,
         layers=layers,

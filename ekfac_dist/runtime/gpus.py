@@ -25,7 +25,7 @@ def require_usable_gpu(asked_by: str) -> None:
     Raises:
         LaunchError: If no GPU can be used; it names the driver, and for what torch was built.
     """
-    if torch.accelerator.is_available():
+    if torch.cuda.is_available():
         return
     raise LaunchError(
         f"{asked_by} asks for GPUs, and none can be used: {_why_none()}. Mend that, or take the "

@@ -16,6 +16,7 @@ from contextlib import redirect_stderr
 from typing import TYPE_CHECKING
 
 from ekfac_dist.errors import MENDABLE, ConfigError, LaunchError, Preempted
+from ekfac_dist.runtime.platforms import num_cpus
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -134,7 +135,7 @@ def _complete_options(options: argparse.Namespace) -> None:
     else:
         _require_gpus(file, local_workers)
     if options.num_cpu_threads_per_process is None and "OMP_NUM_THREADS" not in os.environ:
-        options.num_cpu_threads_per_process = max(1, len(os.sched_getaffinity(0)) // local_workers)
+        options.num_cpu_threads_per_process = max(1, num_cpus() // local_workers)
 
 
 def _require_gpus(file: str, local_workers: int) -> None:
@@ -152,7 +153,7 @@ def _require_gpus(file: str, local_workers: int) -> None:
     from ekfac_dist.runtime.gpus import require_usable_gpu
 
     require_usable_gpu(file)
-    number = torch.accelerator.device_count()
+    number = torch.cuda.device_count()
     if local_workers > number:
         raise LaunchError(
             f"{file} starts {local_workers} workers on this machine, which has {number} "

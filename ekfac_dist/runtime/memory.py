@@ -5,7 +5,6 @@ cut a process's memory, are read here, for `psutil` does not know them.
 """
 
 import math
-import resource
 import shutil
 import sys
 from pathlib import Path
@@ -22,6 +21,8 @@ def peak_bytes(device: torch.device) -> dict[str, int]:
     Returns:
         "host", and on a CUDA device "device" beside it.
     """
+    import resource  # not on Windows, where stores can be read
+
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if device.type == "cuda":

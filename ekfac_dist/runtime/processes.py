@@ -72,14 +72,15 @@ class World(Collectives):
         """
         # Accelerate's launcher does not pass a configuration's use_cpu on to several workers.
         says_cpu = _says_yes("ACCELERATE_USE_CPU")
-        cpu = says_cpu or not torch.accelerator.is_available()
+        # Other accelerators than CUDA's, such as Apple's, know no float64.
+        cpu = says_cpu or not torch.cuda.is_available()
         arguments: dict[str, Any] = {}
         if launched_processes() > 1 and not dist.is_initialized():
             arguments["timeout"] = COLLECTIVE_TIMEOUT
             # A torch for GPUs that finds none is the driver's fault rather than anybody's wish.
             if torch.version.cuda and not says_cpu and not gpus.hidden_by_the_user():
                 gpus.require_usable_gpu("The launcher")
-            if not cpu and torch.cuda.is_available():
+            if not cpu:
                 arguments["backend"] = GPU_BACKENDS
                 # NCCL's own thread would end the process before it could say what failed.
                 os.environ.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")

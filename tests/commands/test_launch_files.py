@@ -24,7 +24,8 @@ from ekfac_dist.config import (
     ScoresConfig,
     field_types,
 )
-from ekfac_dist.demo.run import DemoSettings
+from ekfac_dist.demo.directory import DemoPaths, DemoSettings, RealDemoSettings
+from ekfac_dist.demo.real import job_of
 from ekfac_dist.fit.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +55,8 @@ def as_config(plain):
 
 
 def test_there_are_the_promised_files():
-    assert [path.stem for path in CONFIGS] == ["demo", "gpt2", "llama-3-8b", "pythia-1.4b"]
+    names = [path.stem for path in CONFIGS]
+    assert names == ["demo", "gpt2", "llama-3-8b", "pythia-1.4b", "smollm2"]
     launchers = ["cpu", "fsdp", "multi_gpu", "multi_node", "one_gpu"]
     assert [path.stem for path in LAUNCHERS] == launchers
 
@@ -81,6 +83,15 @@ SHAPES = {  # what the named models' own configurations say
     ),
     "pythia-1.4b": transformers.GPTNeoXConfig(
         hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=16
+    ),
+    "smollm2": transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
     ),
 }
 
@@ -126,6 +137,17 @@ def test_the_demos_configuration_is_what_the_demo_fits():
     assert config.batch_tokens == settings.batch_tokens
     factors = dataclasses.asdict(config.factors)
     assert factors == dataclasses.asdict(FactorsConfig())
+
+
+def test_the_real_demos_configuration_is_what_that_demo_fits():
+    written = load(ROOT / "configs" / "smollm2.yaml")
+    paths = DemoPaths(Path("runs/demo-real"))
+    job = job_of(paths, RealDemoSettings())
+    fitted = dataclasses.asdict(job.estimate)
+    given = dataclasses.asdict(as_config(written))
+    for config in (fitted, given):
+        del config["output"], config["save_minutes"]
+    assert given == fitted
 
 
 @pytest.mark.parametrize(

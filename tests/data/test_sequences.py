@@ -1,6 +1,5 @@
 """Tokens, labels and counts of sequences, from text and from examples that are tokens already."""
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from helpers.tokenised import TOKENIZER, fresh, labelled, sequences_of, tokens, with_prompts
 from helpers.workshop import BOS, EOS, sentencepiece_like, texts, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,32 +20,7 @@ from ekfac_dist.data.tokenized_examples import from_examples
 from ekfac_dist.data.tokenizing import encode, tokenize
 from ekfac_dist.errors import DataError
 
-TOKENIZER = tiny_tokenizer()
 TRIMMING = tiny_tokenizer(trims=True)
-fresh = itertools.count()
-
-
-def sequences_of(
-    rows: list[dict[str, Any]], tokenizer: Any = TOKENIZER, name: str | None = None, **fields: Any
-) -> Sequences:
-    """Tokenises rows; without a name no cache is found."""
-    config = DataConfig(source="rows", **fields)
-    return tokenize(Dataset.from_list(rows), config, tokenizer, name or f"fresh {next(fresh)}")
-
-
-def with_prompts(rows: list[tuple[str | None, str | None]], **arguments: Any) -> Sequences:
-    named = [{"prompt": prompt, "text": text} for prompt, text in rows]
-    return sequences_of(named, prompt="prompt", **arguments)
-
-
-def tokens(sequences: Sequences, number: int = 0) -> list[int]:
-    """A sequence's tokens as they were before inputs and targets were told apart."""
-    sequence = sequences[number]
-    return [*sequence.inputs.tolist(), int(sequence.targets[-1])]
-
-
-def labelled(sequences: Sequences, number: int = 0) -> list[int]:
-    return [label for label in sequences[number].targets.tolist() if label != NO_LABEL]
 
 
 # -- text ------------------------------------------------------------------------------------------

@@ -10,16 +10,14 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
+from helpers.demo_results import write_scores, write_store
 
-from ekfac_dist.demo import commands, configs, run
+from ekfac_dist.demo import commands, configs, run, steps
 from ekfac_dist.demo.answers import QUERIES, answers_with_modules
 from ekfac_dist.demo.directory import DemoPaths, DemoSettings, remove_paths
 from ekfac_dist.demo.model import ModelShape
 from ekfac_dist.demo.run import run_demo
 from ekfac_dist.errors import ConfigError, OutputError
-from ekfac_dist.factors.layout import CHECKSUM, FORMAT, MANIFEST_KEYS, manifest_checksum
-from ekfac_dist.influence import results
-from ekfac_dist.influence.results import ResultsWriter
 
 ROWS = [
     {
@@ -66,39 +64,8 @@ def calls(tmp_path, monkeypatch):
     original_train_model = run.train_model
     monkeypatch.setattr(run, "write_corpus", write_corpus)
     monkeypatch.setattr(run, "train_model", train_model)
-    monkeypatch.setattr(run, "call", call)
+    monkeypatch.setattr(steps, "call", call)
     return called
-
-
-def write_store(config, **changes):
-    manifest = {"format": FORMAT, "complete": True, **{key: {} for key in MANIFEST_KEYS}}
-    store = Path(config["output"])
-    store.mkdir(exist_ok=True)
-    manifest |= {"config": config, **changes}
-    manifest[CHECKSUM] = manifest_checksum(manifest)
-    (store / "manifest.json").write_text(json.dumps(manifest))
-
-
-def write_scores(config, **changes):
-    """Results in which row 10·query + rank is on that rank of that query."""
-    queries = [json.loads(line) for line in Path(config["queries"]).read_text().splitlines()]
-    writer = ResultsWriter(config["output"])
-    writer.lines(
-        results.QUERIES,
-        [
-            {"query": number, "group": None, "members": [{**query, "nats": 1.0}]}
-            for number, query in enumerate(queries)
-        ],
-    )
-    writer.lines(
-        results.TOP,
-        [
-            {"query": q, "rank": rank, "index": 10 * q + rank, "score": -rank, "share": -rank / 50}
-            for q in range(len(queries))
-            for rank in range(1, 8)
-        ],
-    )
-    writer.finish({"config": {**config, **changes}})
 
 
 def test_all_steps_are_taken_once_and_a_second_run_reuses_what_they_made(calls, tmp_path, capsys):
@@ -153,7 +120,7 @@ def test_new_factors_need_new_scores_and_a_new_report(calls, tmp_path):
 def test_scores_of_old_factors_are_gone_before_new_ones_are_fitted(calls, tmp_path, monkeypatch):
     run_demo(tmp_path, settings=SETTINGS)
     remove_paths(tmp_path / "factors")
-    monkeypatch.setattr(run, "call", lambda *_: 1)
+    monkeypatch.setattr(steps, "call", lambda *_: 1)
     assert run_demo(tmp_path, settings=SETTINGS) == 1
     assert not (tmp_path / "scores").exists()
     assert not (tmp_path / "report.html").exists()
@@ -182,8 +149,8 @@ def test_an_unfinished_store_of_this_run_is_left_for_estimate_to_go_on_with(
     run_demo(tmp_path, settings=SETTINGS)
     write_store(yaml.safe_load((tmp_path / "estimate.yaml").read_text()), complete=False)
     found = []
-    monkeypatch.setattr(run, "call", lambda *_: found.append((tmp_path / "factors").exists()))
-    monkeypatch.setattr(run, "show_answers", lambda _: 0)
+    monkeypatch.setattr(steps, "call", lambda *_: found.append((tmp_path / "factors").exists()))
+    monkeypatch.setattr(run, "show_answers", lambda _: None)
     run_demo(tmp_path, settings=SETTINGS)
     assert found == [True] * len(FROM_FACTORS_ON)
 
@@ -230,7 +197,7 @@ def test_a_report_that_is_gone_is_written_again(calls, tmp_path):
 
 
 def test_without_jinja2_the_report_alone_is_left_out(calls, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(steps.importlib.util, "find_spec", lambda name: None)
     assert run_demo(tmp_path, settings=SETTINGS) == 0
     assert "report" not in calls
     assert "left out, for it needs jinja2" in capsys.readouterr().out
@@ -245,10 +212,10 @@ def test_the_queries_are_new_but_their_modules_are_among_the_first_rows(library_
 
 
 def test_a_failing_step_ends_the_demo_with_its_status(calls, tmp_path, monkeypatch):
-    steps = []
-    monkeypatch.setattr(run, "call", lambda step, _: steps.append(step) or 3)
+    taken = []
+    monkeypatch.setattr(steps, "call", lambda step, _: taken.append(step) or 3)
     assert run_demo(tmp_path, settings=SETTINGS) == 3
-    assert steps == ["estimate"]
+    assert taken == ["estimate"]
     assert not (tmp_path / "scores").exists()
 
 
@@ -311,11 +278,11 @@ def test_the_written_configurations_are_what_they_should_be(calls, tmp_path):
     run_demo(tmp_path, workers=3, settings=SETTINGS)
     paths = DemoPaths(tmp_path.resolve())
     estimate = yaml.safe_load(paths.estimate_config.read_text())
-    assert estimate == configs.estimate_config(paths, SETTINGS).as_dict()
+    assert estimate == run.job_of(paths, SETTINGS).estimate.as_dict()
     assert estimate["model"]["name"] == str(paths.model)
     assert estimate["data"]["max_sequences"] == SETTINGS.max_sequences
     query = yaml.safe_load(paths.query_config.read_text())
-    assert query == configs.query_config(paths, SETTINGS).as_dict()
+    assert query == run.job_of(paths, SETTINGS).query.as_dict()
     assert query["factors"] == estimate["output"]
     assert query["queries"] == str(paths.queries)
     assert [json.loads(line) for line in paths.queries.read_text().splitlines()] == QUERIES
@@ -334,8 +301,8 @@ def test_the_demo_makes_a_whole_store_scores_and_a_report(workers, tmp_path, cap
     said = capfd.readouterr().out
     assert "8/8 report" in said
     paths = DemoPaths(tmp_path.resolve())
-    assert configs.is_whole_store(paths, settings)
-    assert configs.is_whole_answer(paths, settings)
+    assert configs.is_whole_store(paths, run.job_of(paths, settings))
+    assert configs.is_whole_answer(paths, run.job_of(paths, settings))
     assert answers_with_modules(paths) in said
     page = paths.report.read_bytes()
     assert b"first_element" in page

@@ -108,8 +108,8 @@ def test_workers_that_did_not_ask_for_the_cpu_do_not_run_on_it(
 
 @pytest.mark.usefixtures("starts_nothing")
 def test_a_launcher_file_for_more_workers_than_gpus_is_an_error(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     done = run_here(["launch", "--config_file", LAUNCHERS / "multi_gpu.yaml", "estimate"])
     assert done.returncode == 2
     assert "multi_gpu.yaml starts 8 workers on this machine, which has 4 GPUs" in done.stderr
@@ -161,7 +161,6 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     monkeypatch.setenv("TORCH_NCCL_RETHROW_CUDA_ERRORS", "set for its restoration")
     monkeypatch.delenv("TORCH_NCCL_RETHROW_CUDA_ERRORS")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(processes, "PartialState", lambda **given: made.update(given) or state())
     monkeypatch.setattr(dist, "get_backend_config", lambda: str(made.get("backend", "cuda:nccl")))

@@ -17,6 +17,7 @@ from ekfac_dist.models.sharding import class_of
 _IRRELEVANT = {
     # origin of the model, and the software that saved it
     "_name_or_path",
+    "_model_name_or_path",
     "_commit_hash",
     "architectures",
     "auto_map",

@@ -24,6 +24,14 @@ from transformers.utils.quantization_config import Mxfp4Config
 from ekfac_dist.config import ModelConfig
 from ekfac_dist.errors import ModelError, first_line
 from ekfac_dist.models.load.adapters import with_adapter
+from ekfac_dist.models.load.gguf_file import (
+    dequantising,
+    forget_quantisation,
+    gguf_path,
+    has_tokenizer,
+    settings_in,
+    without_progress_bar,
+)
 
 _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError)
 
@@ -31,7 +39,8 @@ _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeEr
 def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
     """Loads a model in the configured dtype on `device`, in evaluation mode.
 
-    Only safetensors weights are read, and every parameter must come from them.
+    Only safetensors weights, or those of a GGUF file, are read, and every parameter must come from
+    them. Those of a GGUF file are dequantised; nothing in the model tells that they were quantised.
 
     Raises:
         ModelError: If the model cannot be found or read, is no causal language model, has only
@@ -39,26 +48,20 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
     """
     name, settings = load_settings(config)
     dtype: Any = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
-    is_mxfp4 = _is_mxfp4(settings)
-    quantised = config.quantization or getattr(settings, "quantization_config", None)
-    placement: dict[str, Any] = {"device_map": {"": str(device)}} if quantised else {}
-    if config.device_map is not None:
-        placement["device_map"] = config.device_map
-    if config.quantization is not None:
-        placement["quantization_config"] = _quantization(config, dtype)
-    elif is_mxfp4:
-        # As it stands on a CPU: the kernels that multiply by MXFP4 have no backward.
-        placement["quantization_config"] = Mxfp4Config(dequantize=True)
+    if config.gguf is not None and dtype == "auto":
+        dtype = torch.float32
+    placement = _placement(config, settings, dtype, device)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=dtype,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # refused below, with their names
-            output_loading_info=True,
-            **_origin(config),
-            **placement,
-        )
+        with without_progress_bar():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=dtype,
+                use_safetensors=config.gguf is None,
+                ignore_mismatched_sizes=True,  # refused below, with their names
+                output_loading_info=True,
+                **_origin(config),
+                **placement,
+            )
     except safetensors.SafetensorError as error:
         raise ModelError(
             f"The weights of model {name} are damaged: {_brief(error)}. Copy or save them again."
@@ -74,11 +77,34 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
             "a whole causal language model."
         )
     _keep_weights(model)
-    if is_mxfp4 and config.dtype != "auto":
+    if _is_mxfp4(settings) and config.dtype != "auto":
         model = model.to(dtype)  # weights that were packed come out as bfloat16
+    if config.gguf is not None:
+        forget_quantisation(model)
     if config.adapter is not None:
         model = with_adapter(model, config.adapter, merge=config.merge_adapter)
-    return model.eval() if placement else model.to(device).eval()
+    return model.eval() if "device_map" in placement else model.to(device).eval()
+
+
+def _placement(
+    config: ModelConfig, settings: Any, dtype: Any, device: torch.device
+) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that say where weights go, and whether they are quantised."""
+    placement: dict[str, Any] = {}
+    quantised = config.quantization or getattr(settings, "quantization_config", None)
+    # On a GPU, so that no worker holds all weights in its host's memory first.
+    if quantised or (device.type == "cuda" and config.gguf is None and config.adapter is None):
+        placement["device_map"] = {"": str(device)}
+    if config.device_map is not None:
+        placement["device_map"] = config.device_map
+    if config.quantization is not None:
+        placement["quantization_config"] = _quantization(config, dtype)
+    elif _is_mxfp4(settings):
+        # As it stands on a CPU: the kernels that multiply by MXFP4 have no backward.
+        placement["quantization_config"] = Mxfp4Config(dequantize=True)
+    if config.gguf is not None:
+        placement |= dequantising(settings)
+    return placement
 
 
 def _keep_weights(model: Any) -> None:
@@ -159,8 +185,11 @@ def load_tokenizer(config: ModelConfig) -> tuple[Any, str]:
         ModelError: If there is no such causal language model, or its tokenizer cannot be loaded.
     """
     name, _ = load_settings(config)  # fails before a long text is tokenised in vain
+    origin = _origin(config)
+    if config.gguf is not None and has_tokenizer(Path(name)):
+        del origin["gguf_file"]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **_origin(config))
+        tokenizer = AutoTokenizer.from_pretrained(name, **origin)
     except _LOAD_ERRORS as error:
         raise ModelError(
             f"The tokenizer of model {name} could not be loaded: {_brief(error)}. Put the "
@@ -192,6 +221,8 @@ def context_length(model: nn.Module) -> int | None:
 
 def _origin(config: ModelConfig) -> dict[str, Any]:
     """Keyword arguments common to all `from_pretrained` calls."""
+    if config.gguf is not None:  # brings no code
+        return {"gguf_file": str(gguf_path(config))}
     return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
 
 
@@ -203,7 +234,7 @@ def load_settings(config: ModelConfig, *, with_weights: bool = True) -> tuple[st
         with_weights: Whether a directory without safetensors weights is refused, too.
 
     Returns:
-        The model's name, and its `transformers` configuration.
+        Where `transformers` finds the model, by name or directory, and its configuration there.
 
     Raises:
         ModelError: If the model is refused, or not found.
@@ -211,9 +242,14 @@ def load_settings(config: ModelConfig, *, with_weights: bool = True) -> tuple[st
     assert config.name is not None
     name = config.name
     _hush_transformers()
-    _check_directory(name, with_weights)
+    _check_directory(config, with_weights)
     try:
-        settings = AutoConfig.from_pretrained(name, **_origin(config))
+        if config.gguf is None:
+            settings = AutoConfig.from_pretrained(name, **_origin(config))
+        else:
+            path = gguf_path(config)
+            name = str(path.parent)
+            settings = settings_in(path)
     except _LOAD_ERRORS as error:
         raise ModelError(f"Model {name} could not be loaded: {_brief(error)}.") from error
     brings_code = "AutoModelForCausalLM" in (getattr(settings, "auto_map", None) or {})
@@ -225,10 +261,12 @@ def load_settings(config: ModelConfig, *, with_weights: bool = True) -> tuple[st
     return name, settings
 
 
-def _check_directory(name: str, with_weights: bool) -> None:
+def _check_directory(config: ModelConfig, with_weights: bool) -> None:
+    name = str(config.name)
     path = Path(name)
     if path.is_file():
-        raise ModelError(f"model.name is the file {name}; give the directory that it is in.")
+        also = f", and model.gguf: {path.name}" if path.suffix.lower() == ".gguf" else ""
+        raise ModelError(f"model.name is the file {name}; give the directory that it is in{also}.")
     if not path.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise ModelError(
@@ -236,10 +274,14 @@ def _check_directory(name: str, with_weights: bool) -> None:
                 "hub id."
             )
         return
+    if config.gguf is not None:
+        return  # the file holds all
     if not (path / "config.json").is_file():
+        files = sorted(path.glob("*.gguf"))
+        also = f", or set model.gguf to {files[0].name}" if files else ""
         raise ModelError(
             f"{name} is a directory without a config.json; give the directory of a saved Hugging "
-            "Face model."
+            f"Face model{also}."
         )
     if with_weights and not any(path.glob("*.safetensors")):
         pickled = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])

@@ -32,6 +32,7 @@ const sequence = {
         inNats ? ["Nats, first order", signed(nats)] : null,
         list.scan_score ? ["Score in the scan", signed(list.scan_score[place])] : null,
         ["Tokens", grouped.format(this.tokens.length)],
+        index in data.origins ? ["Part of row", data.origins[index].join(", from token ")] : null,
         this.details ? [`${percent(data.carried)} held by`, carriers(data.pairs[pair])] : null
       )
     );

@@ -1,5 +1,7 @@
 """A model spread over the devices that there are: the same factors, by one worker alone."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers.long_runs import content
@@ -8,6 +10,7 @@ from helpers.workshop import run_cli, run_here, save_tiny_llama, texts, write_js
 from ekfac_dist import estimate_factors
 from ekfac_dist.config import ModelConfig, QueryModelConfig
 from ekfac_dist.errors import ConfigError
+from ekfac_dist.models.load import pretrained
 from ekfac_dist.models.load.pretrained import load_model
 
 
@@ -64,3 +67,19 @@ def test_several_gpus_have_the_factors_of_one(setting):
     one, two = (estimate_factors(model, data, labels="data") for model in (alone, spread))
     for name in one.modules:
         assert torch.allclose(one.module(name).lambda_OI, two.module(name).lambda_OI, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "expected"),
+    [
+        ("cuda:1", {}, {"": "cuda:1"}),  # not whole into the host's memory first
+        ("cpu", {}, None),
+        ("cuda:0", {"device_map": "balanced"}, "balanced"),
+        ("cuda:0", {"adapter": "lora"}, None),  # which is merged before it is moved
+    ],
+)
+def test_weights_go_straight_to_a_gpu(device, changes, expected):
+    config = ModelConfig(name="m", **changes)
+    settings = SimpleNamespace(quantization_config=None)
+    placement = pretrained._placement(config, settings, "auto", torch.device(device))
+    assert placement.get("device_map") == expected

@@ -182,10 +182,12 @@ def _work(
     from ekfac_dist.report.summary import opening_lines
     from ekfac_dist.runtime.heartbeat import heartbeat
     from ekfac_dist.runtime.logs import log_on_main, printed
+    from ekfac_dist.runtime.out_of_memory import saying_what_would_do
     from ekfac_dist.runtime.processes import World
 
     world = World.start()
-    with heartbeat(world), _reporting(world), printed():
+    with heartbeat(world), _reporting(world), printed(), saying_what_would_do():
+        world.meet()
         with world.agree():
             if world.size > 1:
                 config = parse_config(parser, config_class, arguments)

@@ -48,6 +48,10 @@ class DecompositionError(UserError):
     """A factor that no attempt could decompose to the required accuracy."""
 
 
+class OutOfMemory(UserError):
+    """Memory of a device or of a host that ran out."""
+
+
 class LaunchError(UserError):
     """Workers that were not started as the launcher's settings say, or not with equal settings."""
 

@@ -6,10 +6,10 @@
 #SBATCH --cpus-per-task=64
 #SBATCH --time=12:00:00
 #SBATCH --requeue
-#SBATCH --signal=TERM@120
+#SBATCH --signal=TERM@300
 #SBATCH --output=%x-%j.log
 #
-# Fits factors on several nodes: one launcher per node, one worker per GPU. Two minutes before its
+# Fits factors on several nodes: one launcher per node, one worker per GPU. Five minutes before its
 # time is over, or when it is preempted, the run stores its state; the job is queued again, and then
 # goes on from there. The output directory must be one that all nodes see.
 #
@@ -18,6 +18,9 @@
 # Submit it from the repository's root, or set EKFAC_DIST_ROOT. Also from the environment:
 #   ACCELERATE_CONFIG   the launcher's configuration; launch/accelerate/multi_node.yaml
 #   WORKERS_PER_NODE    the number of GPUs that SLURM gives on a node
+#   GRACE_SECONDS       what workers have for storing their states; 280. `ekfac-dist plan` says what
+#                       they need; for more, --signal=TERM@N with 20 more (and a partition whose
+#                       GraceTime is as long, where jobs are preempted)
 #   MAX_RESTARTS        how often it is queued again; 100
 #   MASTER_PORT         of the first node; by the job's number, so that jobs do not meet
 set -euo pipefail
@@ -58,8 +61,8 @@ launcher=(
 echo "$num_nodes nodes (${hosts[*]}), $workers_per_node workers on each"
 
 export HF_HUB_DISABLE_TELEMETRY=1
-# Seconds that workers have for saving their states, of the 120 that SLURM gives.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}"
+# The launcher kills workers that take longer: a little before SLURM would.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${GRACE_SECONDS:-280}"
 # srun does not hand on --cpus-per-task by itself.
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 status=0

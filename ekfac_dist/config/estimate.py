@@ -287,15 +287,22 @@ class PlanConfig(EstimateConfig):
         fsdp: Plan for weights that are sharded over the workers, as with
             launch/accelerate/fsdp.yaml.
         sequences: Number of sequences in the data; null: data.max_sequences, or 1000.
-        gflops: Speed of each worker at products of float32 matrices, in GFLOP/s; null: measured on
-            this machine.
+        gpu: The GPU whose speeds are planned with, of A100, H100, H200 and L40S; null: those given
+            below.
+        gflops: Speed of each worker at products of float32 matrices, in GFLOP/s; null: that of
+            `gpu`, or measured on this machine.
+        gflops_16bit: The same for products of 16-bit matrices, for a model of such a dtype.
+        gflops_eigh: The same for decompositions in float64, of 9 n³ operations each.
     """
 
     workers: int | None = None
     device_memory: str | None = None
     fsdp: bool = False
     sequences: int | None = None
+    gpu: str | None = None
     gflops: float | None = None
+    gflops_16bit: float | None = None
+    gflops_eigh: float | None = None
 
     def __post_init__(self) -> None:
         self._check()
@@ -303,9 +310,15 @@ class PlanConfig(EstimateConfig):
         for name in ("workers", "sequences"):
             if getattr(self, name) is not None:
                 require_positive(name, getattr(self, name))
-        if self.gflops is not None and not 0 < self.gflops < math.inf:
-            raise ConfigError(f"gflops is {self.gflops!r}; it must be a finite number above 0.")
+        for name in ("gflops", "gflops_16bit", "gflops_eigh"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} is {value!r}; it must be a finite number above 0.")
         self.memory_bytes  # noqa: B018 - raises if device_memory is wrong
+        if self.gpu is not None and self.device_memory is None:
+            raise ConfigError(
+                f"gpu is {self.gpu!r}, but not its memory; give device_memory too, such as 80GiB."
+            )
 
     @property
     def memory_bytes(self) -> int | None:

@@ -1,14 +1,16 @@
 """The eigendecomposition of one factor in float64, checked, and tried again if it fails.
 
-    sum / count ── finite? ── symmetrise ── zero or 1×1? ── scale ── decompose ── check
-                                                                        │ failed
-                              rows and columns reversed <───────────────┤
-                              on another device         <───────────────┤
-                              `DecompositionError`      <───────────────┘
+    finite? ── zero or 1×1? ── to the device, symmetrised and scaled there ── decompose ── check
+                                                                                │ failed
+                                      rows and columns reversed <───────────────┤
+                                      on another device         <───────────────┤
+                                      `DecompositionError`      <───────────────┘
 
-Reversing rows and columns gives the same eigenproblem, solved by other arithmetic.
+The sum stays on the host: a failed call can leave a GPU's memory unusable. Reversing rows and
+columns gives the same eigenproblem, solved by other arithmetic.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,9 +21,9 @@ from ekfac_dist.errors import DecompositionError, NonFiniteError, first_line
 
 # Above this n LAPACK's 32-bit workspace size overflows: torch 2.13 was seen to crash the process.
 MAX_CPU_SIZE = 32_766
-# From about this n cuSOLVER's 32-bit workspace size overflows, in CUDA before 13: decompositions
-# fail.
-CUDA_12_LIMIT = 25_000
+# From an n between this and 25,000 on cuSOLVER's 32-bit workspace size overflows, in CUDA before
+# 13: decompositions fail.
+CUDA_12_LIMIT = 23_000
 # Largest residual, orthogonality and trace error of an accepted decomposition; see `Eigenbasis`.
 TOLERANCE = 1e-9
 
@@ -81,17 +83,25 @@ def workspace_bytes(size: int) -> int:
     return 6 * 8 * size**2
 
 
+def cuda_limit(cuda: str | None) -> float:
+    """The n from which on a GPU's library fails; infinite if it is not known to fail.
+
+    Args:
+        cuda: Version of CUDA, such as "12.8"; None if it is not known.
+    """
+    is_old = cuda is not None and int(cuda.partition(".")[0]) < 13
+    return CUDA_12_LIMIT if is_old else math.inf
+
+
 def can_decompose(device: torch.device, size: int, cuda: str | None = torch.version.cuda) -> bool:
     """Whether a device's library can decompose factors of a size, given the memory.
 
     Args:
         device: The device.
         size: n, the size of the factor.
-        cuda: Version of CUDA, such as "12.8"; None if it is not known.
+        cuda: As for `cuda_limit`.
     """
-    if device.type == "cpu":
-        return size <= MAX_CPU_SIZE
-    return size < CUDA_12_LIMIT or cuda is None or int(cuda.partition(".")[0]) >= 13
+    return size <= MAX_CPU_SIZE if device.type == "cpu" else size < cuda_limit(cuda)
 
 
 def decomposing_device(
@@ -112,25 +122,46 @@ def decomposing_device(
     return cpu
 
 
-def check_size(name: str, size: int, device: torch.device) -> None:
+def check_size(
+    name: str,
+    size: int,
+    device: torch.device,
+    *,
+    cuda: str | None = torch.version.cuda,
+    device_bytes: float = math.inf,
+) -> None:
     """Checks that a factor is not too large for the device, nor for the CPU in its place.
 
     Args:
         name: The factor's name, for the error.
         size: n, the size of the factor.
         device: Where it is to be decomposed.
+        cuda: As for `cuda_limit`.
+        device_bytes: Memory of the device, all of it.
 
     Raises:
         DecompositionError: If n ≥ 32 767 on a CPU, where LAPACK would crash the process, or on a
-            GPU with CUDA before 13.
+            GPU with CUDA before 13 or with too little memory.
     """
-    if not can_decompose(device, size) and size > MAX_CPU_SIZE:
-        too_old = "" if device.type == "cpu" else f", nor can CUDA {torch.version.cuda}"
-        raise DecompositionError(
-            f"The factor {name} has n = {size}, and a CPU cannot decompose n ≥ {MAX_CPU_SIZE + 1}"
-            f"{too_old}; run worker 0 on a GPU{' with CUDA 13 or later' if too_old else ''}, or "
-            "leave this module out with model.modules."
-        )
+    if size <= MAX_CPU_SIZE:
+        return
+    fault, instead = "", "run worker 0 on a GPU"
+    if device.type != "cpu":
+        if not can_decompose(device, size, cuda):
+            fault = f", nor can CUDA {cuda} n ≥ {CUDA_12_LIMIT}"
+            instead = "run worker 0 with a torch for CUDA 13 or later"
+        elif workspace_bytes(size) > device_bytes:
+            fault = (
+                f", and the GPU has {device_bytes / 1e9:.1f} GB of the "
+                f"{workspace_bytes(size) / 1e9:.1f} GB that it takes"
+            )
+            instead = "run worker 0 on a larger GPU"
+        else:
+            return
+    raise DecompositionError(
+        f"The factor {name} has n = {size}, and a CPU cannot decompose n ≥ {MAX_CPU_SIZE + 1}"
+        f"{fault}; {instead}, give factors.blocks, or leave this module out with model.modules."
+    )
 
 
 def decompose(name: str, sum_nn: Tensor, count: int, device: torch.device) -> Eigenbasis:
@@ -151,22 +182,20 @@ def decompose(name: str, sum_nn: Tensor, count: int, device: torch.device) -> Ei
     """
     size = sum_nn.shape[0]
     check_size(name, size, device)
-    # The copy stays on the CPU: a failed call can leave a GPU's memory unusable.
-    matrix = sum_nn.detach().to("cpu", torch.float64, copy=True)
-    if not torch.isfinite(matrix).all():
+    host_nn = sum_nn.detach().to("cpu")
+    largest = host_nn.abs().max().item() if size else 0.0
+    if not math.isfinite(largest):
         raise NonFiniteError(
             f"The factor {name} holds NaN or infinity in its covariance sum; look for overflow in "
             "the model's activations or gradients, or use a wider dtype."
         )
-    matrix = (matrix + matrix.T).div_(2 * count)
-    scale = matrix.abs().max().item()
-    if scale == 0.0:
+    if largest == 0.0:
         zeros = torch.zeros(size, dtype=torch.float64)
         return Eigenbasis(torch.eye(size, dtype=torch.float64), zeros, 0.0, 0.0, 0.0, 0, device)
     if size == 1:
         identity = torch.ones(1, 1, dtype=torch.float64)
-        return Eigenbasis(identity, matrix[0].clamp(min=0), 0.0, 0.0, 0.0, 0, device)
-    matrix.div_(scale)
+        value = host_nn[0].double().clamp(min=0) / count
+        return Eigenbasis(identity, value, 0.0, 0.0, 0.0, 0, device)
 
     other_device = torch.device("cpu")
     if device.type == "cpu" and torch.cuda.is_available():
@@ -177,13 +206,12 @@ def decompose(name: str, sum_nn: Tensor, count: int, device: torch.device) -> Ei
     ):
         try:
             check_size(name, size, tried_device)
-            values, vectors = _eigh(matrix, tried_device, is_reversed)
-            checks = _check(matrix, values, vectors)
+            values, vectors, checks = _attempt(host_nn, largest, tried_device, is_reversed)
         except (RuntimeError, DecompositionError) as error:
             failures.append(f"on {tried_device}: {first_line(error)}")
             continue
         if max(checks) <= TOLERANCE:
-            values = values.cpu().clamp(min=0) * scale
+            values = values.cpu().clamp(min=0) * (largest / count)
             return Eigenbasis(vectors.cpu(), values, *checks, attempt, tried_device)
         failures.append(
             f"on {tried_device}: residual {checks[0]:.1e}, orthogonality {checks[1]:.1e}, "
@@ -195,13 +223,25 @@ def decompose(name: str, sum_nn: Tensor, count: int, device: torch.device) -> Ei
     )
 
 
-def _eigh(matrix: Tensor, device: torch.device, is_reversed: bool) -> tuple[Tensor, Tensor]:
-    on_device = matrix.to(device)
-    if not is_reversed:
-        values, vectors = torch.linalg.eigh(on_device)
-        return values, vectors
-    values, vectors = torch.linalg.eigh(on_device.flip((0, 1)))
-    return values, vectors.flip(0)
+def _attempt(
+    sum_nn: Tensor, scale: float, device: torch.device, is_reversed: bool
+) -> tuple[Tensor, Tensor, tuple[float, float, float]]:
+    """Eigenvalues and eigenvectors of a sum on a device, symmetrised and scaled, and their checks.
+
+    Args:
+        sum_nn: The sum, on the host.
+        scale: What it is divided by, so that its largest entry is 1.
+        device: The device.
+        is_reversed: Whether rows and columns are reversed for the decomposition.
+    """
+    matrix = sum_nn.to(device).double()
+    matrix = (matrix + matrix.T).div_(2 * scale)
+    if is_reversed:
+        values, vectors = torch.linalg.eigh(matrix.flip((0, 1)))
+        vectors = vectors.flip(0)
+    else:
+        values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors, _check(matrix, values, vectors)
 
 
 def _check(matrix: Tensor, values: Tensor, vectors: Tensor) -> tuple[float, float, float]:
@@ -210,7 +250,6 @@ def _check(matrix: Tensor, values: Tensor, vectors: Tensor) -> tuple[float, floa
     A − QΛQᵀ and QᵀQ − I are symmetric, so only their lower triangles are computed, in block rows,
     and no further [n, n] matrix is held.
     """
-    matrix = matrix.to(vectors.device)
     size = len(values)
     squares, deviation = values.new_zeros(()), values.new_zeros(())
     for start in range(0, size, _CHECKED_ROWS):

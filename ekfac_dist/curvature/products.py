@@ -188,8 +188,11 @@ def low_rank(matrix_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     basis = _orthogonal(matrix_OI @ start.to(matrix_OI))
     for _ in range(_ITERATIONS):
         basis = _orthogonal(matrix_OI @ _orthogonal(matrix_OI.T @ basis))
-    left, values, right = torch.linalg.svd(basis.T @ matrix_OI, full_matrices=False)
-    return basis @ (left[:, :rank] * values[:rank]), right[:rank].T
+    # The SVD of BᵀM = (Q R)ᵀ from that of R, which is no larger than the rank: on a GPU that of a
+    # wide matrix is slow.
+    wide, triangle = torch.linalg.qr(matrix_OI.T @ basis)
+    left, values, right = torch.linalg.svd(triangle.T)
+    return basis @ (left[:, :rank] * values[:rank]), wide @ right[:rank].T
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ class Grid:
         real: Flat indices b·T + t of the counted positions, ascending [M]; None: all are counted.
         offsets: Offset of each counted position among all of its sequence's [M]; None where the
             counted positions are the whole sequence, in order.
+        real_on_host: `real` on the host, so that the device need not be asked.
     """
 
     indices: tuple[int, ...]
@@ -65,6 +66,7 @@ class Grid:
     shape: tuple[int, int]
     real: Tensor | None
     offsets: np.ndarray | None = None
+    real_on_host: np.ndarray | None = None
     sender = 0
 
     @classmethod
@@ -86,7 +88,9 @@ class Grid:
         if before is not None:
             starts = zip(before.tolist(), lengths, strict=True)
             offsets = np.concatenate([np.arange(start, start + n) for start, n in starts])
-        return cls(tuple(indices), lengths, (mask.shape[0], mask.shape[1]), real, offsets)
+        shape = mask.shape[0], mask.shape[1]
+        on_host = None if real is None else real.numpy()
+        return cls(tuple(indices), lengths, shape, real, offsets, on_host)
 
     @property
     def are_copies(self) -> bool:
@@ -107,15 +111,15 @@ class Grid:
         """The same grid on another device."""
         return replace(self, real=None if self.real is None else to_device(self.real, device))
 
-    def routed(self, positions: Tensor) -> "RoutedPositions":
+    def routed(self, flat: np.ndarray, device: torch.device) -> "RoutedPositions":
         """The counted ones among positions that were routed to an expert.
 
         Args:
-            positions: Flat indices b·T + t, int64 [n], in the order of the expert's input.
+            flat: Flat indices b·T + t, int64 [n], in the order of the expert's input.
+            device: Where that is.
         """
-        flat = positions.cpu().numpy()
         counted = np.zeros(self.size, dtype=bool)
-        counted[slice(None) if self.real is None else self.real.cpu().numpy()] = True
+        counted[slice(None) if self.real_on_host is None else self.real_on_host] = True
         order = np.argsort(flat, kind="stable")
         real = order[counted[flat[order]]]
         counted_indices = (np.cumsum(counted) - 1)[flat[real]]  # index among all counted positions
@@ -127,10 +131,11 @@ class Grid:
             else self.offsets[counted_indices]
         )
         routed_sequences, lengths = np.unique(sequences, return_counts=True)
+        is_whole = len(real) == len(flat) and bool((real[:-1] < real[1:]).all())
         return RoutedPositions(
             tuple(self.indices[sequence] for sequence in routed_sequences),
             tuple(lengths.tolist()),
-            torch.from_numpy(real).to(positions.device),
+            None if is_whole else to_device(torch.from_numpy(real), device),
             offsets,
         )
 
@@ -142,16 +147,21 @@ class RoutedPositions:
     Attributes:
         indices: Index in the source of each sequence that has any.
         lengths: Routed positions of each of these sequences.
-        real: Indices of these positions in the expert's input [M].
+        real: Indices of these positions in the expert's input [M]; None: they are all of it, in
+            order.
         offsets: Offset of each in its sequence [M].
     """
 
     indices: tuple[int, ...]
     lengths: tuple[int, ...]
-    real: Tensor
+    real: Tensor | None
     offsets: np.ndarray
     sender = 0
-    are_copies = True
+
+    @property
+    def are_copies(self) -> bool:
+        """Whether captured tensors are copies: where some are left out, or in another order."""
+        return self.real is not None
 
     @property
     def num_positions(self) -> int:

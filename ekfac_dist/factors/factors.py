@@ -93,6 +93,7 @@ class Factors:
     Attributes:
         manifest: The store's manifest.
         modules: The tracked modules, by name, in model order.
+        num_blocks: B, the number of diagonal blocks of each factor.
 
     Raises:
         StoreError: If the manifest's entries of modules or blocks are damaged.
@@ -107,10 +108,10 @@ class Factors:
             name: _tracked_module(name, entry) for name, entry in self.manifest["modules"].items()
         }
         fitted = self.manifest["config"].get("factors")
-        self._num_blocks = fitted.get("blocks", 1) if isinstance(fitted, dict) else 1
-        if type(self._num_blocks) is not int or self._num_blocks < 1:
+        self.num_blocks = fitted.get("blocks", 1) if isinstance(fitted, dict) else 1
+        if type(self.num_blocks) is not int or self.num_blocks < 1:
             raise StoreError(
-                f"The manifest says that factors have {self._num_blocks!r} blocks. {REMEDY}"
+                f"The manifest says that factors have {self.num_blocks!r} blocks. {REMEDY}"
             )
 
     @property
@@ -289,7 +290,7 @@ class Factors:
         return torch.cat(self._blocks(factor, "eigenvalues", size, square=False))
 
     def _blocks(self, factor: str, key: str, size: int, *, square: bool) -> list[Tensor]:
-        sizes = block_sizes(size, self._num_blocks)
+        sizes = block_sizes(size, self.num_blocks)
         file = eigenbasis_file(factor)
         return [
             self._source.tensor(file, name, (n, n) if square else (n,))

@@ -11,6 +11,7 @@ from ekfac_dist.factors.sinks import FactorSink
 from ekfac_dist.fit.arrangement import Arrangement, Limits, arrange, most_needed, step_sizes
 from ekfac_dist.fit.manifest import FitInputs
 from ekfac_dist.fit.partition import partition
+from ekfac_dist.fit.settings import FitSettings
 from ekfac_dist.fit.sizes import WorkerShare
 from ekfac_dist.fit.worker_memory import Memory, memory
 from ekfac_dist.models.capture.saved_tensors import StepMemory
@@ -29,7 +30,7 @@ _UNEQUAL = 1.25
 
 
 def arranged(inputs: FitInputs, context: PassContext, sink: FactorSink) -> Arrangement:
-    """How the fit is arranged: as configured, as the resumed run was, or the cheapest that fits.
+    """How the fit is arranged: as the resumed run was, or the cheapest that fits as configured.
 
     Args:
         inputs: The prepared model, the data and the settings.
@@ -37,7 +38,7 @@ def arranged(inputs: FitInputs, context: PassContext, sink: FactorSink) -> Arran
         sink: Where the journal is.
 
     Raises:
-        ConfigError: If nothing fits.
+        ConfigError: If nothing fits. A run that goes on is not refused.
     """
     context = in_steps_of(inputs.step_tokens, context)
     world, settings = context.world, inputs.settings
@@ -53,11 +54,15 @@ def arranged(inputs: FitInputs, context: PassContext, sink: FactorSink) -> Arran
     sizes = step_sizes(inputs.step_tokens, int(inputs.sequences.num_positions.max()))
     if record is not None and record.get("workers") == world.size:
         sizes = [size for size in sizes if size == record.get("step_tokens")] or sizes
-    if "auto" in (factors.partitions, factors.shard, checkpointing):
-        arrangement = _cheapest(inputs, context, factors, checkpointing, sizes)
-    else:
+    is_fixed = "auto" not in (factors.partitions, factors.shard, checkpointing)
+    if record is not None and is_fixed:
         groups = partition(modules, int(factors.partitions))
         arrangement = Arrangement(int(factors.shard), bool(checkpointing), sizes[0], groups)
+    else:
+        arrangement, lack = _cheapest(inputs, context, factors, checkpointing, sizes)
+        with world.agree():
+            if lack is not None and record is None:
+                raise ConfigError(_too_little(lack, arrangement, settings))
     found = {
         "number": len(arrangement.groups),
         "workers": world.size,
@@ -78,11 +83,11 @@ def _cheapest(
     factors: FactorsConfig,
     checkpointing: Checkpointing,
     sizes: Sequence[int],
-) -> Arrangement:
+) -> tuple[Arrangement, tuple[int, float] | None]:
     """The cheapest arrangement that fits the worker with least memory; a collective.
 
-    Raises:
-        ConfigError: If nothing fits.
+    Returns:
+        The arrangement, and if none fits the bytes that it needs and those that there are.
     """
     world, modules = context.world, inputs.discovery.modules
     share = largest_share(context)
@@ -95,7 +100,7 @@ def _cheapest(
     )
     limits = _limits(world)
     if not _may_lack_memory(inputs, context, share, simplest, limits):
-        return simplest
+        return simplest, None
     if checkpointing == "auto":
         reason = why_not_checkpointed(inputs.model, modules, inputs.sequences, inputs.task, world)
         checkpointing = "auto" if reason is None else False
@@ -124,16 +129,36 @@ def _cheapest(
     with world.agree():
         arrangement = arrange(modules, world.size, factors, checkpointing, sizes, needed, limits)
         most = most_needed(arrangement, modules, needed, limits)
-        lack = most.lack(limits.device, limits.host)
-        if lack is not None and factors.partitions == "auto":
-            needs, left = lack
-            raise ConfigError(
-                f"A worker has {as_text(left)} of memory left, and no number of partitions "
-                f"fits: one module alone needs {as_text(needs)}. Use a smaller "
-                "data.max_tokens, fewer workers on a host, or set factors.partitions and "
-                "factors.shard to try all the same."
-            )
-    return arrangement
+    return arrangement, most.lack(limits.device, limits.host)
+
+
+def _too_little(lack: tuple[int, float], arrangement: Arrangement, settings: FitSettings) -> str:
+    """The sentence that refuses a fit for which no arrangement has the memory.
+
+    Args:
+        lack: Bytes that a worker needs, and those that it has.
+        arrangement: The arrangement that needs least.
+        settings: What is configured.
+    """
+    needs, left = map(as_text, lack)
+    factors = settings.factors
+    if factors.partitions == "auto":
+        return (
+            f"A worker has {left} of memory left, and no number of partitions fits: one module "
+            f"alone needs {needs}. Use a smaller data.max_tokens, or fewer workers on a host."
+        )
+    number = len(arrangement.groups)
+    groups = f"the largest of {number} partitions" if number > 1 else "one partition"
+    instead = [f"more factors.partitions than {factors.partitions}, or auto"]
+    if factors.shard != "auto":
+        instead.append("factors.shard: auto")
+    if settings.gradient_checkpointing is False:
+        instead.append("model.gradient_checkpointing: auto")
+    return (
+        f"A worker has {left} of memory left, and {groups} needs {needs} in steps of "
+        f"{arrangement.step_tokens} tokens. Give {', or '.join(instead)}; or a smaller "
+        "data.max_tokens, or fewer workers on a host."
+    )
 
 
 def _arrangement_lines(arrangement: Arrangement, step_tokens: int) -> list[str]:

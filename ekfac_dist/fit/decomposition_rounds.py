@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from ekfac_dist.curvature.eigenbasis import workspace_bytes
 from ekfac_dist.data.batch_plan import assign_batches
 from ekfac_dist.fit.offloading import free_bytes
+from ekfac_dist.runtime.logs import log_on_main
+from ekfac_dist.runtime.memory import as_text
 from ekfac_dist.runtime.processes import World
 
 
@@ -49,6 +51,16 @@ def rounds(
         taken[machine] += 1
         if taken[machine] <= most[machine] or rank == 0:  # which would have to do it alone, too
             ranks.append(rank)
+    at_once = len(ranks)
+    if shard > 1:  # every owner has to take its turn
+        at_once = sum(min(there, max(1, most[place])) for place, there in Counter(where).items())
+    if at_once < min(len(where), len(costs)):
+        free = min(free for _, _, free in hosts)
+        log_on_main(
+            world,
+            f"decomposition by {at_once} of {len(where)} workers at a time: the largest takes "
+            f"{as_text(need)}, and {as_text(free)} are free where there is least",
+        )
     names = list(costs)
     if len(ranks) > 1 or shard > 1:
         names.sort(key=lambda factor: -costs[factor])  # a round is as long as its longest

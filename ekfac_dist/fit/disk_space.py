@@ -1,5 +1,6 @@
 """The space on the disk that a fit needs: results, and saved states of unfinished passes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,11 @@ from ekfac_dist.fit.sizes import (
     summed_elements,
 )
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
+
+# What SIGTERM's grace period is planned with: the speed of a disk that all workers write to, and
+# the time of the steps that end before.
+STATE_BYTES_PER_SECOND = 10**9
+STEP_SECONDS = 20
 
 # Bytes of a safetensors file's header, and of a manifest's entry of a file and of a module.
 _HEADER = 256
@@ -37,6 +43,16 @@ class Disk:
     def peak(self) -> int:
         """The most that is there at once."""
         return self.store + self.states + self.sums
+
+    @property
+    def state(self) -> int:
+        """What all workers write when SIGTERM comes: a new state each, beside the one before."""
+        return self.states // 2
+
+    @property
+    def grace_seconds(self) -> int:
+        """The time from SIGTERM to the end of all workers, at `STATE_BYTES_PER_SECOND`."""
+        return STEP_SECONDS + math.ceil(self.state / STATE_BYTES_PER_SECOND)
 
 
 def disk(

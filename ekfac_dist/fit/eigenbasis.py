@@ -2,15 +2,16 @@
 
 Where factors are shared out, each is decomposed by one of the workers that hold it, one in each
 copy; or worker 0 decomposes all, and one factor at a time is sent to it and back. Workers work in
-rounds of one factor each, see `decomposition_rounds`; after each round the new eigenvectors are
-stored, and all workers that hold a factor get them, so that an interrupted run loses one round at
-most. A GPU has one factor at a time, see `offloading`.
+rounds of one factor each, see `decomposition_rounds`; all workers that hold a factor get its
+eigenvectors, which a thread stores during the next round, so that a run that is killed loses two
+rounds at most. A GPU has one factor at a time, see `offloading`.
 """
 
 import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from ekfac_dist.curvature.eigenbasis import (
     header_of,
     workspace_bytes,
 )
+from ekfac_dist.errors import UserError
 from ekfac_dist.factors.layout import block_keys, covariance_file, eigenbasis_file
 from ekfac_dist.fit import decomposition_rounds
 from ekfac_dist.fit.covariance import CovarianceSums
@@ -34,6 +36,7 @@ from ekfac_dist.passes.context import PassContext
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.logs import log_on_main
 from ekfac_dist.runtime.memory import as_text
+from ekfac_dist.runtime.peers import was_agreed
 from ekfac_dist.runtime.progress import Progress
 
 
@@ -148,9 +151,16 @@ class _Decompositions:
             show_rate=False,
         )
         with progress:
-            for decomposed in rounds:
-                bases |= self._one_round(decomposed)
-                progress.update(sum(left[factor] for factor in decomposed.values()))
+            try:
+                for decomposed in rounds:
+                    bases |= self._one_round(decomposed)
+                    progress.update(sum(left[factor] for factor in decomposed.values()))
+            except UserError as error:
+                # Unless it failed alone: the others do not come to list the last round's files.
+                if world.size == 1 or was_agreed(error):
+                    self._storing.finish()
+                raise
+            self._storing.finish()
         return {factor: bases[factor] for factor in costs if factor in bases}
 
     def _stored(self, factors: Sequence[str]) -> dict[str, Basis]:
@@ -213,10 +223,12 @@ class _Decompositions:
                 tensors = self._tensors(factor, basis.eigenvectors, basis.eigenvalues)
             writer = self._writer(rank, factor)
             files.append(StoreFile(eigenbasis_file(factor), writer, tensors, headers[rank]))
-        self._storing.put(files)
-        if not self._keep_covariance:
-            self._remove_covariances(decomposed.values())
+        self._storing.begin(files, partial(self._after_storing, list(decomposed.values())))
         return bases
+
+    def _after_storing(self, factors: Sequence[str]) -> None:
+        if not self._keep_covariance:
+            self._remove_covariances(factors)
 
     def _borrowed(self, lent: Mapping[int, str]) -> tuple[Sequence[Tensor], int]:
         """Sums, and their count, that come from a factor's owner to a worker that holds none."""

@@ -36,6 +36,7 @@ from ekfac_dist.passes.sequences import load_sequences
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.heartbeat import heartbeat
 from ekfac_dist.runtime.logs import log_on_main
+from ekfac_dist.runtime.out_of_memory import saying_what_would_do
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.same_settings import require_same_settings
 
@@ -192,6 +193,7 @@ def estimate_factors(
     for name in ("model", "data", "task", "progress"):  # compared by content, or of no consequence
         del arguments[name]
     world = World.start()
+    world.meet()
     model = unwrapped(model, world)
     with world.agree():
         task = require_task(task)
@@ -233,7 +235,7 @@ def estimate_factors(
         world.on_main(lambda: check_output(output, settings.recorded, replace=overwrite))
     memory = MemoryStore()
     watching = heartbeat(world, owns_process=False)
-    with watching, torch.inference_mode(False), prepared(model):
+    with watching, saying_what_would_do(), torch.inference_mode(False), prepared(model):
         inputs = checked_inputs(settings, model, sequences, world, task)
         if output is None:
             fit_factors(inputs, world, memory, Checkpoints(), show_progress=progress)

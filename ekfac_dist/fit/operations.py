@@ -7,37 +7,52 @@ from dataclasses import dataclass
 from ekfac_dist.config import FactorsConfig
 from ekfac_dist.curvature.blocks import block_sizes, num_elements
 from ekfac_dist.curvature.costs import rotates_inputs, rotates_output_gradients
+from ekfac_dist.fit.rates import DECOMPOSITION_OPERATIONS, Rates
 from ekfac_dist.fit.sizes import summed_elements
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
-
-# Operations of one decomposition over n³, at the rate of float32 products: measured on 2 CPU cores,
-# 1.2 s at n = 2048 and 190 GFLOP/s.
-DECOMPOSITION_OPERATIONS = 26
-
-# The part of the rate of float32 products that passes reach; measured, see tests/benchmarks/peers.
-EFFICIENCY = 0.8
 
 
 @dataclass(frozen=True)
 class Operations:
-    """Operations of all workers together, by stage."""
+    """Operations of all workers together, by stage.
 
-    covariance: float
+    Attributes:
+        model: Of the model's forward and backward in the covariance pass.
+        outer_products: Of the sums of the covariance pass.
+        eigenbasis: Of the decompositions.
+        model_again: Of the model in the refit.
+        rotations: Of everything else in the refit.
+    """
+
+    model: float
+    outer_products: float
     eigenbasis: float
-    refit: float
+    model_again: float
+    rotations: float
 
-    def seconds(self, rate: float, workers: int, *, sharded: bool) -> dict[str, float]:
+    @property
+    def by_stage(self) -> dict[str, float]:
+        """Operations of each stage."""
+        return {
+            "covariance": self.model + self.outer_products,
+            "eigenbasis": self.eigenbasis,
+            "refit": self.model_again + self.rotations,
+        }
+
+    def seconds(self, rates: Rates, workers: int, *, sharded: bool) -> dict[str, float]:
         """The time of each stage.
 
         Args:
-            rate: Operations a second of each worker, in float32 products.
+            rates: Operations a second of each worker.
             workers: W.
             sharded: Whether every worker decomposes its share of the factors.
         """
+        covariance = self.model / rates.model + self.outer_products / rates.outer_products
+        refit = self.model_again / rates.model + self.rotations / rates.float32
         return {
-            "covariance": self.covariance / rate / workers / EFFICIENCY,
-            "eigenbasis": self.eigenbasis / rate / (workers if sharded else 1),
-            "refit": self.refit / rate / workers / EFFICIENCY,
+            "covariance": covariance / workers,
+            "eigenbasis": self.eigenbasis / rates.decompositions / (workers if sharded else 1),
+            "refit": refit / workers,
         }
 
 
@@ -59,7 +74,7 @@ def operations(
         num_tokens: Positions of each sequence.
         routed: The part of the positions that a module sees, by its name, if not all.
     """
-    covariance = refit = eigenbasis = 0.0
+    all_model = all_outer_products = eigenbasis = model_again = rotations = 0.0
     positions = num_sequences * num_tokens
     for group, model in zip(groups, operations_per_token, strict=True):
         sizes, parts = factor_sizes(group), {}
@@ -71,13 +86,13 @@ def operations(
         outer_products = sum(
             summed_elements(n, factors.blocks) * parts[factor] for factor, n in sizes.items()
         )
-        covariance += positions * model
-        covariance += positions * 2 * outer_products
+        all_model += positions * model
+        all_outer_products += positions * 2 * outer_products
         if factors.refit == "none":
             continue
-        refit += positions * model
-        refit += num_sequences * 2 * _refit_multiply_adds(group, num_tokens, factors, routed)
-    return Operations(covariance, eigenbasis, refit)
+        model_again += positions * model
+        rotations += num_sequences * 2 * _refit_multiply_adds(group, num_tokens, factors, routed)
+    return Operations(all_model, all_outer_products, eigenbasis, model_again, rotations)
 
 
 def _refit_multiply_adds(

@@ -1,22 +1,26 @@
 """What a fit would need, before it runs: from its configuration and the model's own alone."""
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ekfac_dist.config import PlanConfig
 from ekfac_dist.curvature.blocks import block_sizes
 from ekfac_dist.curvature.costs import step_tokens
-from ekfac_dist.curvature.eigenbasis import decomposing_device
+from ekfac_dist.curvature.eigenbasis import (
+    MAX_CPU_SIZE,
+    can_decompose,
+    cuda_limit,
+    decomposing_device,
+)
 from ekfac_dist.fit.arrangement import Arrangement, Limits, Needed, arrange, most_needed, step_sizes
 from ekfac_dist.fit.disk_space import Disk, disk
 from ekfac_dist.fit.operations import Operations, operations
+from ekfac_dist.fit.rates import Rates, rates
 from ekfac_dist.fit.sizes import WorkerShare
 from ekfac_dist.fit.worker_memory import Memory, memory
 from ekfac_dist.models.find.discovery import Discovery
@@ -53,7 +57,7 @@ class Plan:
         disk: What the run needs on the disk.
         free_disk_bytes: What the output's disk has; None if no output is configured.
         operations: Operations of all workers.
-        rate: Operations a second of each worker; None if it is not known.
+        rates: Operations a second of each worker; None if they are not known.
         num_sequences: N.
         num_tokens: Positions of each sequence.
         step_tokens: Positions of a step.
@@ -76,7 +80,7 @@ class Plan:
     disk: Disk
     free_disk_bytes: int | None
     operations: Operations
-    rate: float | None
+    rates: Rates | None
     num_sequences: int
     num_tokens: int
     step_tokens: int
@@ -88,21 +92,34 @@ class Plan:
 
     @property
     def seconds(self) -> dict[str, float] | None:
-        """The time of each stage; None if the rate is not known."""
-        if self.rate is None:
+        """The time of each stage; None if the rates are not known."""
+        if self.rates is None:
             return None
-        return self.operations.seconds(self.rate, self.workers, sharded=self.sharded)
+        return self.operations.seconds(self.rates, self.workers, sharded=self.sharded)
 
     @property
     def decomposed(self) -> dict[str, list[int]]:
-        """Sizes of blocks of factors that are decomposed on each kind of device, ascending."""
+        """Sizes of blocks of factors by where they are decomposed, in words, ascending."""
         device = torch.device("cpu" if self.memory.on_cpu else "cuda")
         free = self.free_bytes - self.memory.process
         places: dict[str, list[int]] = {}
         for size in sorted(self.block_sizes):
-            where = decomposing_device(size, device, free, cuda=None)
-            places.setdefault("CPU" if where.type == "cpu" else "GPU", []).append(size)
+            place = self._place(size, device, free)
+            places.setdefault(place, []).append(size)
         return places
+
+    @staticmethod
+    def _place(size: int, device: torch.device, free_bytes: float) -> str:
+        """Where a block of a size is decomposed, in words, with this machine's version of CUDA."""
+        cuda = torch.version.cuda
+        where = decomposing_device(size, device, free_bytes, cuda)
+        if not can_decompose(where, size, cuda):
+            return f"neither CPU (n < {MAX_CPU_SIZE + 1}) nor GPU: give factors.blocks"
+        if where == device:
+            return "CPU" if device.type == "cpu" else "GPU"
+        if not can_decompose(device, size, cuda):
+            return f"CPU, as CUDA {cuda} cannot n ≥ {cuda_limit(cuda)}"
+        return "CPU, as the GPU has no room"
 
     @property
     def fits(self) -> bool:
@@ -149,6 +166,7 @@ def make_plan(config: PlanConfig) -> Plan:
     """
     factors = config.factors
     model = model_without_weights(config.model)
+    dtype = next(model.parameters()).dtype
     discovery = discover_by_shape(model, config.model.modules)
     modules = discovery.modules
     machine = _machine(config)
@@ -210,7 +228,7 @@ def make_plan(config: PlanConfig) -> Plan:
     share = _share(num_sequences, batch_size, length, machine.workers)
     return Plan(
         discovery=discovery,
-        model=_description(model),
+        model=f"{type(model).__name__}, {str(dtype).removeprefix('torch.')}",
         workers=machine.workers,
         device="GPU" if machine.on_gpu else f"CPU, {machine.threads} threads",
         free_bytes=machine.free_bytes,
@@ -228,7 +246,7 @@ def make_plan(config: PlanConfig) -> Plan:
         ),
         free_disk_bytes=free_disk_bytes(Path(config.output)) if config.output else None,
         operations=operations(groups, per_token, factors, num_sequences, length, whole_step.routed),
-        rate=_operations_per_second(config, machine),
+        rates=rates(config, dtype, machine.here, machine.device),
         num_sequences=num_sequences,
         num_tokens=length,
         step_tokens=arrangement.step_tokens,
@@ -280,29 +298,3 @@ def _least_workers(too_few: int, fits: Callable[[int], bool]) -> int | None:
         middle = (too_few + enough) // 2
         too_few, enough = (too_few, middle) if fits(middle) else (middle, enough)
     return enough
-
-
-def _description(model: nn.Module) -> str:
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return f"{type(model).__name__}, {dtype}"
-
-
-def _operations_per_second(config: PlanConfig, machine: _Machine) -> float | None:
-    """Operations a second of a worker: as configured, or measured where the kind of device is."""
-    if config.gflops:
-        return 1e9 * config.gflops
-    if machine.on_gpu == (machine.here.type == "cuda"):
-        return _measured_rate(machine.here)
-    return None
-
-
-def _measured_rate(device: torch.device) -> float:
-    """Operations a second of a product of float32 matrices: the best within half a second."""
-    size = 2048 if device.type == "cpu" else 8192
-    a, b = torch.randn(2, size, size, device=device)
-    best, until = math.inf, time.perf_counter() + 0.5
-    while time.perf_counter() < until:
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best

@@ -5,18 +5,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ekfac_dist.config import dotted
 from ekfac_dist.curvature.blocks import block_sizes
 from ekfac_dist.curvature.costs import step_tokens
-from ekfac_dist.curvature.eigenbasis import check_size
 from ekfac_dist.data.examples import Examples, TaskExamples
 from ekfac_dist.errors import ModelError
 from ekfac_dist.factors.sinks import FactorSink, NullStore, StoredWork
 from ekfac_dist.factors.writer import FileWriter, StoreWriter
 from ekfac_dist.fit.checkpoints import Checkpoints, SavedCheckpoints
+from ekfac_dist.fit.decomposition_places import check_decompositions
 from ekfac_dist.fit.directories import workers_that_write
 from ekfac_dist.fit.manifest import FitInputs
 from ekfac_dist.fit.settings import FitSettings
@@ -73,11 +72,11 @@ def checked_inputs(
         with world.agree():
             probe = few_examples(task, model, sequences).to(world.device)
     discovery = find(model, settings.modules, world, task, probe)
-    main_device = torch.device(world.share(world.device.type))
-    with world.agree():
-        for factor, size in discovery.factors.items():
-            largest = max(block_sizes(size, settings.factors.blocks))
-            check_size(factor, largest, main_device)
+    blocks = settings.factors.blocks
+    check_decompositions(
+        {factor: max(block_sizes(size, blocks)) for factor, size in discovery.factors.items()},
+        world,
+    )
     world.require_same("data, by fingerprint,", sequences.fingerprint)
     step = world.share(step_tokens(settings.batch_tokens, world.device))  # the same batches for all
     pass_task = with_chunked_head(model, discovery.modules, sequences, task, world)

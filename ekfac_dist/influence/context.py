@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ekfac_dist.curvature.kronecker import damped
 from ekfac_dist.data.batch_plan import worker_batches
 from ekfac_dist.data.examples import Examples
-from ekfac_dist.factors.factors import Factors, ModuleFactors
+from ekfac_dist.factors.factors import Factors
+from ekfac_dist.influence.device_factors import DeviceFactors
 from ekfac_dist.models.capture.labels import COVARIANCE_PASS, LabelRule
 from ekfac_dist.models.capture.tasks import CAUSAL_LM, Task
 from ekfac_dist.models.modules import TrackedModule
@@ -44,6 +45,7 @@ class ScoringContext:
         owners: Who holds which modules' factors and query gradients; None: every worker all.
         checkpoints: Whether layers keep their inputs alone, and are computed again in the backward.
         row_order: In which order a step shows the rows of modules; needed where they travel.
+        on_device: The factors on the worker's device; needed by passes.
     """
 
     model: nn.Module
@@ -58,6 +60,7 @@ class ScoringContext:
     owners: Owners | None = None
     checkpoints: bool = False
     row_order: RowOrder | None = None
+    on_device: DeviceFactors | None = None
 
     @property
     def modules(self) -> tuple[TrackedModule, ...]:
@@ -114,15 +117,12 @@ class ScoringContext:
         """A tensor of zeros on the worker's device; of the gradients' dtype by default."""
         return torch.zeros(size, dtype=dtype or self.dtype, device=self.world.device)
 
-    def damped(self, name: str, fitted: ModuleFactors) -> Tensor:
-        """Λ + λ of a module [O, I].
+    @property
+    def fitted(self) -> DeviceFactors:
+        """The factors on the worker's device, in the gradients' dtype."""
+        assert self.on_device is not None, "a pass needs the factors on its device"
+        return self.on_device
 
-        Args:
-            name: The module's name.
-            fitted: Its factors.
-        """
-        return damped(fitted.lambda_OI, self.damping[name])
-
-    def at_device(self, name: str) -> ModuleFactors:
-        """A module's factors on the worker's device, in the gradients' dtype."""
-        return self.factors.module(name).to(self.world.device, self.dtype)
+    def damped(self, module: TrackedModule) -> Tensor:
+        """Λ + λ of a module [O, I]."""
+        return damped(self.fitted.lambda_of(module), self.damping[module.name])

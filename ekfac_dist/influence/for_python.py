@@ -38,6 +38,7 @@ from ekfac_dist.models.modules import device_of
 from ekfac_dist.models.sharding import is_sharded
 from ekfac_dist.passes.owners import require_divisor
 from ekfac_dist.runtime.heartbeat import heartbeat
+from ekfac_dist.runtime.out_of_memory import saying_what_would_do
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.same_settings import require_same_settings
 
@@ -130,6 +131,7 @@ def influence_scores(
     for name in ("model", "factors", "queries", "train", "tokenizer", "candidates", "progress"):
         del arguments[name]  # compared by content later, or without effect on scores
     world = World.start()
+    world.meet()
     model = unwrapped(model, world)
     with world.agree():
         config = ScoresConfig(
@@ -169,7 +171,8 @@ def influence_scores(
             advice = "cut the examples to {context} or less"
         if not is_sharded(model):
             world = world.at(device_of(model))
-    with heartbeat(world, owns_process=False), torch.inference_mode(False):
+    watching = heartbeat(world, owns_process=False)
+    with watching, saying_what_would_do(), torch.inference_mode(False):
         comparison = check_model_and_sequences(
             name,
             factors,

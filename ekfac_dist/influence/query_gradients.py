@@ -3,9 +3,8 @@
 ∇_q is the gradient of a query group's loss. The groups of a block are shared out over the workers;
 each runs its own through the model, and a sum over workers gives all of them to every worker. Where
 modules are shared out too, the gradients of a copy's groups are computed by the modules' owners,
-and summed over the owners of the same modules in all copies. A module's factors are on the device
-only while they are used. A gradient is preconditioned, and reduced to low rank, as soon as the last
-query of its group has been through the model.
+and summed over the owners of the same modules in all copies. A gradient is preconditioned, and
+reduced to low rank, as soon as the last query of its group has been through the model.
 
 Query gradients and training gradients are both of losses, −log p, so that the signs cancel in their
 product: a positive score means that more of the training sequence makes the query more likely.
@@ -20,11 +19,10 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.curvature import products
-from ekfac_dist.curvature.blocks import on, rotate_columns_back, rotate_rows
+from ekfac_dist.curvature.blocks import rotate_columns_back, rotate_rows
 from ekfac_dist.curvature.kronecker import rotate_back
 from ekfac_dist.data.batch_plan import assign_batches, may_share
 from ekfac_dist.data.batches import Batch, CapturedPositions
-from ekfac_dist.factors.factors import ModuleFactors
 from ekfac_dist.influence.context import DATA_LABELS, OVERFLOW_ADVICE, STORED, ScoringContext
 from ekfac_dist.influence.preconditioned import (
     LowRankGradients,
@@ -179,8 +177,7 @@ class _QueryGradients(PairObserver[CapturedPositions]):
         self, module: TrackedModule, acts_Mi: Tensor, positions: CapturedPositions
     ) -> Tensor:
         """The input in the eigenbasis [M, I]."""
-        basis = on(self._context.factors.module(module.name).blocks_II, acts_Mi)
-        return rotate_rows(acts_Mi, basis, bias=module.bias)
+        return rotate_rows(acts_Mi, self._context.fitted.input_basis(module), bias=module.bias)
 
     def on_pair(
         self,
@@ -190,8 +187,7 @@ class _QueryGradients(PairObserver[CapturedPositions]):
         positions: CapturedPositions,
     ) -> None:
         """Sums each group's gradient, and preconditions it with the group's last query."""
-        fitted = self._context.at_device(module.name)
-        grads_MO = rotate_rows(grads_MO, fitted.blocks_OO)
+        grads_MO = rotate_rows(grads_MO, self._context.fitted.output_basis(module))
         start = 0
         parts: dict[int, list[slice]] = {}
         for query, length in zip(positions.indices, positions.lengths, strict=True):
@@ -207,24 +203,18 @@ class _QueryGradients(PairObserver[CapturedPositions]):
             if num_seen < self._num_queries[group]:
                 self._partial_sums[module.name, group] = (gradient_OI, num_seen)
                 continue
-            self._precondition(module, group, gradient_OI, fitted)
+            self._precondition(module, group, gradient_OI)
 
-    def _precondition(
-        self,
-        module: TrackedModule,
-        group: int,
-        gradient_OI: Tensor,
-        fitted: ModuleFactors,
-    ) -> None:
+    def _precondition(self, module: TrackedModule, group: int, gradient_OI: Tensor) -> None:
         """Stores (F + λ)⁻¹ ∇ of one module.
 
         Args:
             module: The module.
             group: The query group.
             gradient_OI: ∇, in the eigenbasis.
-            fitted: The module's factors on the device.
         """
-        solved_OI = gradient_OI / self._context.damped(module.name, fitted)
+        fitted = self._context.fitted
+        solved_OI = gradient_OI / self._context.damped(module)
         slot = self._slots[group]
         self_influence = (gradient_OI * solved_OI).sum(dtype=torch.float64)
         self.self_influence[slot] += self_influence
@@ -233,7 +223,8 @@ class _QueryGradients(PairObserver[CapturedPositions]):
         rotates_back = not self._context.in_eigenbasis
         if isinstance(gradients, WholeGradients):
             if rotates_back:
-                solved_OI = rotate_back(solved_OI, fitted.blocks_OO, fitted.blocks_II)
+                bases = fitted.output_basis(module), fitted.input_basis(module)
+                solved_OI = rotate_back(solved_OI, *bases)
             gradients.put_(slot, solved_OI)
             return
         if not torch.isfinite(self_influence):
@@ -241,8 +232,8 @@ class _QueryGradients(PairObserver[CapturedPositions]):
         # The bases are orthogonal, so the best approximation may be found on either side of them.
         left_Or, right_Ir = products.low_rank(solved_OI, gradients.left_QOr.shape[-1])
         if rotates_back:
-            left_Or = rotate_columns_back(left_Or, fitted.blocks_OO)
-            right_Ir = rotate_columns_back(right_Ir, fitted.blocks_II)
+            left_Or = rotate_columns_back(left_Or, fitted.output_basis(module))
+            right_Ir = rotate_columns_back(right_Ir, fitted.input_basis(module))
         gradients.left_QOr[slot], gradients.right_QIr[slot] = left_Or, right_Ir
 
     def on_loss(self, batch: Batch, losses_B: Tensor) -> None:
@@ -261,8 +252,7 @@ class _QueryGradients(PairObserver[CapturedPositions]):
         }
         for name, group in [key for key in self._partial_sums if key[1] in done]:
             gradient_OI, _ = self._partial_sums.pop((name, group))
-            module = self._context.factors.modules[name]
-            self._precondition(module, group, gradient_OI, self._context.at_device(name))
+            self._precondition(self._context.factors.modules[name], group, gradient_OI)
 
     def health(self) -> Tensor:
         """A scalar that is finite exactly as long as all gradients are."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.curvature import products
-from ekfac_dist.curvature.blocks import on, rotate_rows
+from ekfac_dist.curvature.blocks import rotate_rows
 from ekfac_dist.data.batches import CapturedPositions
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.influence.context import ScoringContext
@@ -49,8 +49,8 @@ class _TrainingPairs(PairObserver[CapturedPositions]):
     ) -> Tensor:
         """The input with its bias coordinate [M, I], in the scoring basis."""
         if self._context.in_eigenbasis:
-            fitted = self._context.factors.module(module.name)
-            return rotate_rows(acts_Mi, on(fitted.blocks_II, acts_Mi), bias=module.bias)
+            basis = self._context.fitted.input_basis(module)
+            return rotate_rows(acts_Mi, basis, bias=module.bias)
         return products.with_bias(acts_Mi) if module.bias else owned(acts_Mi, positions)
 
     def on_pair(
@@ -58,8 +58,7 @@ class _TrainingPairs(PairObserver[CapturedPositions]):
     ) -> None:
         """Scores a batch in one module."""
         if self._context.in_eigenbasis:
-            fitted = self._context.factors.module(module.name)
-            grads_MO = rotate_rows(grads_MO, on(fitted.blocks_OO, grads_MO))
+            grads_MO = rotate_rows(grads_MO, self._context.fitted.output_basis(module))
         self._score(module, acts, grads_MO, positions)
 
     @abstractmethod
@@ -166,7 +165,7 @@ class Scan(_TrainingPairs):
         scores_Qn = self.scores.new_zeros(len(self._prepared.groups), len(batch.lengths))
         weights = None
         if self.norms is not None:
-            inverse = 1 / self._context.damped(module.name, self._context.at_device(module.name))
+            inverse = 1 / self._context.damped(module)
             weights = torch.stack([inverse, inverse.square()]).flatten(1)
         for part, gradients_nOI in self._sums.of(acts_MI, grads_MO, batch.lengths):
             flat = gradients_nOI.flatten(1)

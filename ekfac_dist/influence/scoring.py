@@ -22,9 +22,9 @@ from torch import Tensor
 from ekfac_dist.config import Checkpointing, ScoresConfig
 from ekfac_dist.data.examples import Examples, TaskExamples
 from ekfac_dist.influence.blocks import Block, bytes_on_disk, groups_at_a_time, plan_blocks
-from ekfac_dist.influence.checkpointing import computes_again
 from ekfac_dist.influence.context import ScoringContext
 from ekfac_dist.influence.data_passes import DataPasses, require_scan_agrees
+from ekfac_dist.influence.held import computes_again, factors_on_device
 from ekfac_dist.influence.lists import (
     Chosen,
     Lists,
@@ -95,7 +95,8 @@ def compute_scores(
     needs_norms = config.self_influence or config.normalize != "none"
     context = replace(context, in_eigenbasis=needs_norms)
     row_order = context.over(scored).noted_row_order(context.modules)
-    context = replace(context, row_order=row_order)
+    fitted = factors_on_device(context, scored, num_groups, config)
+    context = replace(context, row_order=row_order, on_device=fitted)
     result = _empty_result(context, queries, scored, config)
     run = _Scoring(
         context, queries, scored, config, (top_k, bottom_k), result, saved or SavedBlocks()

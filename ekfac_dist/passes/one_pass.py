@@ -215,7 +215,6 @@ class _Run:
         if self._in_step:
             self._agree()
             return
-        self.is_between_steps = True
         if self.watch.bad_step is not None:
             self._require_finite()
         self._save(ends=preemption.requested(), is_due=self.state.is_due())
@@ -231,6 +230,7 @@ class _Run:
         self.watch.after(self._num_summed, is_loss_finite & torch.isfinite(self._observer.health()))
         self._num_summed += 1
         self.state.after_step()
+        self.is_between_steps = self._exchange is None  # else the next one may have begun
 
     def _agree(self) -> None:
         """Learns what any worker has noticed in the step before, for which nobody has to wait."""

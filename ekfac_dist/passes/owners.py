@@ -23,7 +23,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ekfac_dist.errors import ConfigError
 from ekfac_dist.models.modules import TrackedModule, layer_name
-from ekfac_dist.runtime.processes import COLLECTIVE_TIMEOUT, World
+from ekfac_dist.runtime.groups import COLLECTIVE_TIMEOUT, connect_gpus
+from ekfac_dist.runtime.processes import World
 
 # Least mean load of the owners in a window, over the load of the busiest: larger windows are shared
 # out more evenly, and their rows take more memory.
@@ -212,6 +213,8 @@ class Owners:
         size = (world.size // shard, shard)
         everyone = id(dist.group.WORLD)
         mesh = _mesh(world.device.type, world.backend, size, "rows", everyone)
+        for group in mesh.get_all_groups() if world.backend == "nccl" else ():
+            connect_gpus(world.device, group, everyone)
         notes = _mesh("cpu", "gloo", size, "notes", everyone)
         return cls(
             shard,

@@ -135,14 +135,54 @@ def needs_checkpoints(
         held: Bytes that a worker holds besides.
         places: Who owns what, where rows travel to owners.
     """
+    context = replace(context, checkpoints=False)
+    left, is_certain = _left_beside_steps(context, modules, step_tokens, held, places)
+    return not is_certain and any(context.world.gather(left < 0))
+
+
+def room_beside_steps(
+    context: PassContext,
+    modules: Sequence[TrackedModule],
+    step_tokens: int,
+    held: int,
+    wanted: int,
+    places: Places = NOT_SHARED,
+) -> int:
+    """How many of the bytes that are wanted this worker's device has room for; a collective.
+
+    Args:
+        context: Model, data and workers.
+        modules: The tracked modules.
+        step_tokens: Positions of a step.
+        held: Bytes that a worker holds besides.
+        wanted: The bytes that are wanted.
+        places: Who owns what, where rows travel to owners.
+    """
+    left, is_certain = _left_beside_steps(context, modules, step_tokens, held + wanted, places)
+    return wanted if is_certain else max(0, min(wanted, wanted + left))
+
+
+def _left_beside_steps(
+    context: PassContext,
+    modules: Sequence[TrackedModule],
+    step_tokens: int,
+    held: int,
+    places: Places,
+) -> tuple[int, bool]:
+    """The usable memory that is left beside steps, negative where it is too little; a collective.
+
+    Returns:
+        The bytes, and whether it is certain without a step that all workers have enough: then it is
+        not looked into.
+    """
     world = context.world
     free, _ = free_bytes(world)
     rough = largest_step(context, modules, step_tokens).activation_bytes
     if not any(world.gather(rough + held > LARGE * free)):
-        return False
+        return 0, True
     with agreeing(world, context.model):
-        step = measured_step(replace(context, checkpoints=False), modules)
+        step = measured_step(context, modules)
     waiting = step_tokens * input_elements(modules, {}) * context.dtype.itemsize
     exchanged, _ = exchange_bytes(modules, places, step, step_tokens)
     needed = step.activation_bytes + 2 * step.logit_bytes + waiting + exchanged + held
-    return any(world.gather(needed > USABLE * free))
+    return int(USABLE * free - needed), False

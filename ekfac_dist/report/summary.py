@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ekfac_dist.factors.reader import StoreReader
+from ekfac_dist.fit.disk_space import STATE_BYTES_PER_SECOND
 from ekfac_dist.fit.manifest import FitSummary, coverage_line
 from ekfac_dist.fit.plan import Plan
 from ekfac_dist.models.find.discovery import Discovery
@@ -131,25 +132,33 @@ def _disk_table(plan: Plan) -> str:
     sizes = {"store": disk.store, "sums that do not stay": disk.sums, "saved states": disk.states}
     rows = [[name, as_text(size)] for name, size in sizes.items() if size]
     rows.append(["the most at a time", as_text(disk.peak)])
-    return table(["disk", "bytes"], rows)
+    lines = [table(["disk", "bytes"], rows)]
+    if disk.states:
+        lines.append(
+            f"SIGTERM writes {as_text(disk.state)} of states: give all workers "
+            f"{disk.grace_seconds} s for it (GRACE_SECONDS) where the disk takes "
+            f"{as_text(STATE_BYTES_PER_SECOND)} a second."
+        )
+    return "\n".join(lines)
 
 
 def _time_table(plan: Plan) -> str:
-    work = {
-        "covariance": plan.operations.covariance,
-        "eigenbasis": plan.operations.eigenbasis,
-        "refit": plan.operations.refit,
-    }
+    work = plan.operations.by_stage
     seconds = plan.seconds
     rows = [
         [stage, f"{operations / 1e12:,.1f}", "" if seconds is None else clock(seconds[stage])]
         for stage, operations in work.items()
     ]
-    if seconds is None or plan.rate is None:
-        note = "Give the workers' speed, --gflops, for the time."
+    if seconds is None or plan.rates is None:
+        note = "Give the workers' speed, --gpu or --gflops, for the time."
     else:
-        total = clock(sum(seconds.values()))
-        note = f"At {plan.rate / 1e9:,.0f} GFLOP/s of each worker; {total} in all."
+        rates = plan.rates
+        note = (
+            f"{clock(sum(seconds.values()))} in all, if a worker reaches, in GFLOP/s, "
+            f"{rates.model / 1e9:,.0f} in the model, {rates.outer_products / 1e9:,.0f} in "
+            f"covariances, {rates.float32 / 1e9:,.0f} in the refit and "
+            f"{rates.decompositions / 1e9:,.0f} in decompositions."
+        )
     return f"{table(['stage', '10¹² operations', 'time'], rows)}\n{note}"
 
 

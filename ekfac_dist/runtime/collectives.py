@@ -24,6 +24,7 @@ T = TypeVar("T")
 BUCKET_BYTES = 64 * 2**20
 LEAVING_SECONDS = 5.0  # how long a worker that SIGTERM has come to still waits for others
 GLOO_SECONDS = 0.002
+_HOST = torch.device("cpu")
 # Who waits for others looks again after 1/20 of the time that it has waited, within these limits.
 _WAIT_SECONDS = (0.0002, 0.5)
 
@@ -52,9 +53,13 @@ class Collectives(Peers):
     Attributes:
         group: The process group of its collectives, if it is one of a part of the workers, which
             are in step: none waits for another's work. None: all workers.
+        control: The group of all workers for objects and for tensors on the CPU, if it is another
+            than that of tensors on the workers' devices. What workers tell each other must not
+            stand behind work of a GPU, which may have failed for good.
     """
 
     group: dist.ProcessGroup | None = None
+    control: dist.ProcessGroup | None = None
     _arrivals: Arrivals = field(default_factory=Arrivals, repr=False)  # the same in `at`'s copies
 
     @contextmanager
@@ -110,6 +115,12 @@ class Collectives(Peers):
                 time.sleep(min(longest, max(shortest, (now - start) / 20)))
                 arrived = store.add(arrivals.key, 0)
 
+    def _group_for(self, device: torch.device) -> dist.ProcessGroup | None:
+        """The group for tensors of a device; of the CPU, for objects too. None: the default one."""
+        if self.group is None and device.type == "cpu":
+            return self.control
+        return self.group
+
     def gather(self, value: T) -> list[T]:
         """Every worker's `value`, in rank order, on every worker."""
         if self.size == 1:
@@ -117,10 +128,10 @@ class Collectives(Peers):
         values: list[Any] = [None] * self.size
         self.wait_for_all()
         with self._collective():
-            dist.all_gather_object(values, value, self.group)
+            dist.all_gather_object(values, value, self._group_for(_HOST))
         # gloo's thread frees what it sent only now, and needs the interpreter for it; a script that
         # ended this very moment would be aborted (torch 2.13).
-        time.sleep(GLOO_SECONDS if self.backend == "gloo" else 0)
+        time.sleep(GLOO_SECONDS)
         return values
 
     def share(self, value: T) -> T:
@@ -130,7 +141,7 @@ class Collectives(Peers):
         box: list[Any] = [value if self.is_main else None]
         self.wait_for_all()
         with self._collective():
-            dist.broadcast_object_list(box, group=self.group, group_src=0)
+            dist.broadcast_object_list(box, group=self._group_for(_HOST), group_src=0)
         return box[0]
 
     def broadcast_(self, tensor: Tensor, *, source: int = 0) -> Tensor:
@@ -138,7 +149,7 @@ class Collectives(Peers):
         if self.size > 1:
             self.wait_for_all()
             with self._collective():
-                dist.broadcast(tensor, group=self.group, group_src=source)
+                dist.broadcast(tensor, group=self._group_for(tensor.device), group_src=source)
         return tensor
 
     def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
@@ -156,7 +167,7 @@ class Collectives(Peers):
             alone = len(bucket) == 1
             flat = bucket[0] if alone else torch.cat([t.reshape(-1) for t in bucket])
             with self._collective():
-                dist.all_reduce(flat, group=self.group)
+                dist.all_reduce(flat, group=self._group_for(flat.device))
             if alone:
                 continue
             parts = flat.split([t.numel() for t in bucket])
@@ -169,11 +180,11 @@ class Collectives(Peers):
         Returns:
             Waits for the sums.
         """
-        total = torch.tensor(numbers, device=self.device)
+        total = torch.tensor(numbers)
         if self.size == 1:
             return total.tolist
         with self._collective():
-            work = dist.all_reduce(total, group=self.group, async_op=True)
+            work = dist.all_reduce(total, group=self._group_for(_HOST), async_op=True)
         assert work is not None
 
         def sums() -> list[int]:
@@ -197,11 +208,11 @@ class Collectives(Peers):
         shapes: list[Any] = [[(name, t.shape, t.dtype) for name, t in tensors.items()]]
         with self._collective():
             if self.rank == source:
-                dist.send_object_list(shapes, dst=target)
+                dist.send_object_list(shapes, dst=target, group=self._group_for(_HOST))
                 for tensor in tensors.values():
                     dist.send(tensor.contiguous().to(self.device), dst=target)
                 return {}
-            dist.recv_object_list(shapes, src=source)
+            dist.recv_object_list(shapes, src=source, group=self._group_for(_HOST))
             arrived = {}
             for name, shape, dtype in shapes[0]:
                 arrived[name] = torch.empty(shape, dtype=dtype, device=self.device)

@@ -22,6 +22,7 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 from ekfac_dist.errors import DEFECT, PeerError, Preempted
+from ekfac_dist.runtime.logs import LOGGER
 from ekfac_dist.runtime.peers import was_agreed
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.terminal import show, visible
@@ -29,6 +30,10 @@ from ekfac_dist.runtime.terminal import show, visible
 BEAT_SECONDS = 3.0
 BEATS = 18  # beats without a sign after which a worker counts as lost
 _NO_STORE = "The host of the workers' key-value store does not answer: it or its network is lost"
+_UNTIL_GIVEN_UP = (
+    "This worker's wait for others raises an error only when the system gives the connection up, "
+    "perhaps in a quarter of an hour; you can end it now."
+)
 
 
 @contextmanager
@@ -53,9 +58,8 @@ def heartbeat(
     is_over, answers = threading.Event(), _Answers()
     arguments = (world, beat_seconds, is_over, owns_process, answers)
     threading.Thread(target=_beat, args=arguments, daemon=True).start()
-    if owns_process:
-        guard = (world, beat_seconds, is_over, answers)
-        threading.Thread(target=_require_answers, args=guard, daemon=True).start()
+    guard = (world, beat_seconds, is_over, answers, owns_process)
+    threading.Thread(target=_require_answers, args=guard, daemon=True).start()
     try:
         with world.watched():
             yield
@@ -79,9 +83,13 @@ class _Answers:
 
 
 def _require_answers(
-    world: World, beat_seconds: float, is_over: threading.Event, answers: _Answers
+    world: World,
+    beat_seconds: float,
+    is_over: threading.Event,
+    answers: _Answers,
+    owns_process: bool,
 ) -> None:
-    """The thread that ends a worker whose key-value store is lost.
+    """The thread that ends a worker whose key-value store is lost; in a script it says so.
 
     The beating thread has then got an error. Or, on a host that is cut off from the store's, it
     waits for an answer until the system gives the connection up: a quarter of an hour, perhaps.
@@ -90,8 +98,11 @@ def _require_answers(
     while not is_over.wait(beat_seconds):
         missed = missed + 1 if answers.number == last else 0
         last = answers.number
-        if missed >= BEATS:
+        if missed >= BEATS and owns_process:
             _end_process(world, None, _NO_STORE)
+        if missed >= BEATS:
+            LOGGER.error("%s: %s. %s", world.who, _NO_STORE, _UNTIL_GIVEN_UP)
+            return
 
 
 def _beat(
@@ -117,7 +128,7 @@ def _beat(
             failure = _announced_failure(world, store)
         except RuntimeError:
             # The store is gone: with its worker, whose end the main threads notice, or with its
-            # host. In a script the main thread gets the same error where it waits.
+            # host, which `_require_answers` notices.
             return
         answers.number += 1
         missed = missed + 1 if beat == last_beat else 0

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr
 from typing import TYPE_CHECKING
 
-from ekfac_dist.errors import MENDABLE, ConfigError, Preempted
+from ekfac_dist.errors import MENDABLE, ConfigError, LaunchError, Preempted
 from ekfac_dist.runtime.platforms import num_cpus
 
 if TYPE_CHECKING:
@@ -129,8 +129,34 @@ def _complete_options(options: argparse.Namespace) -> None:
         raise ConfigError(f"There is no launcher configuration {file}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"The launcher configuration {file} cannot be used: {error}.") from error
-    if uses_cpu:
+    local_workers = max(1, workers // max(1, machines))
+    if uses_cpu or options.cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
+    else:
+        _require_gpus(file, local_workers)
     if options.num_cpu_threads_per_process is None and "OMP_NUM_THREADS" not in os.environ:
-        local_workers = max(1, workers // max(1, machines))
         options.num_cpu_threads_per_process = max(1, num_cpus() // local_workers)
+
+
+def _require_gpus(file: str, local_workers: int) -> None:
+    """Refuses a configuration for GPUs where there are none, or fewer than workers.
+
+    Args:
+        file: The configuration file.
+        local_workers: Number of workers of this machine.
+
+    Raises:
+        LaunchError: If no GPU can be used, or workers would have to share one.
+    """
+    import torch
+
+    from ekfac_dist.runtime.gpus import require_usable_gpu
+
+    require_usable_gpu(file)
+    number = torch.accelerator.device_count()
+    if local_workers > number:
+        raise LaunchError(
+            f"{file} starts {local_workers} workers on this machine, which has {number} "
+            f"GPU{'s' * (number != 1)}, and each needs one of its own: give --num_processes, of "
+            "all machines together."
+        )

@@ -4,6 +4,7 @@
 cut a process's memory, are read here, for `psutil` does not know them.
 """
 
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -30,10 +31,21 @@ def peak_bytes(device: torch.device) -> dict[str, int]:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Free memory of a CUDA device, or of the host within this process's control groups."""
+    """Free memory of a CUDA device, or of the host within this process's control groups.
+
+    What this process's allocator of device memory keeps without using it counts as free.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     return min(psutil.virtual_memory().available, _left_of_control_groups())
+
+
+def total_bytes(device: torch.device) -> float:
+    """All memory of a CUDA device; infinite for the host, whose memory is shared."""
+    if device.type != "cuda":
+        return math.inf
+    return float(torch.cuda.get_device_properties(device).total_memory)
 
 
 def _left_of_control_groups() -> int:

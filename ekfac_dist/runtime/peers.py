@@ -16,12 +16,15 @@ import torch
 import torch.distributed as dist
 
 from ekfac_dist.errors import PeerError, UserError, first_line, status_of
+from ekfac_dist.runtime.out_of_memory import shortage
 
 PEER_CHECK_SECONDS = 1.0
 AGREED = "_ekfac_dist_agreed"  # marks an error that every worker raised together
 LEFT = "/left"  # ends the key of a failure after which a worker comes to no collective
 _FIRST = "_ekfac_dist_first"  # marks an error that was announced before any other
 
+# What CUDA, or NCCL in its stead, says of a failure of the worker's own device.
+_OWN_DEVICE = re.compile(r"CUDA (error|failure)", re.IGNORECASE)
 # What gloo says of a connection that ended, wherever it is met.
 _CONNECTION = re.compile(r"gloo|[Cc]onnection (closed|reset)|Timed out waiting")
 
@@ -110,28 +113,38 @@ class Peers:
 
     def _cause_of(self, error: Exception) -> Exception:
         """Another worker's announced failure, or its loss, if an error only follows from it."""
-        if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
-            return error
+        for_user = shortage(error)
+        if for_user is not None or not isinstance(error, RuntimeError):
+            return for_user or error
         try:
             with suppress(RuntimeError):  # the key-value store may be gone with its worker
                 self._raise_if_announced()
         except PeerError as announced:
             return announced
         is_of_connection = isinstance(error, dist.DistError) or _CONNECTION.search(str(error))
-        return _lost(error) if is_of_connection else error
+        return _lost(error) if is_of_connection and not _is_of_own_device(error) else error
 
     @contextmanager
     def _collective(self) -> Iterator[None]:
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            for_user = shortage(error)
+            if for_user is not None:
+                raise for_user from error
             # A connection that closes in a collective means that a worker has left. If it announced
             # why, that is the cause to report.
             with suppress(RuntimeError):  # the key-value store may be gone with its worker
                 self._raise_if_announced()
+            if _is_of_own_device(error):
+                raise
             raise _lost(error) from error
+
+
+def _is_of_own_device(error: Exception) -> bool:
+    """Whether an error is of this worker's own device: later calls on it fail likewise."""
+    accelerator_error = getattr(torch, "AcceleratorError", ())  # from torch 2.8 on
+    return isinstance(error, accelerator_error) or bool(_OWN_DEVICE.search(str(error)))
 
 
 def _lost(error: Exception) -> PeerError:

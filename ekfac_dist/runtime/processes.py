@@ -14,7 +14,6 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -25,19 +24,26 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from ekfac_dist.errors import (
     DEFECT,
     LaunchError,
+    ModelError,
     PeerError,
     Preempted,
     UserError,
     first_line,
     status_of,
 )
+from ekfac_dist.runtime import gpus
 from ekfac_dist.runtime.collectives import Arrivals, Collectives
+from ekfac_dist.runtime.groups import (
+    COLLECTIVE_TIMEOUT,
+    GPU_BACKENDS,
+    backends,
+    connect_gpus,
+    control_group,
+)
+from ekfac_dist.runtime.out_of_memory import shortage
 from ekfac_dist.runtime.peers import AGREED
 
 T = TypeVar("T")
-
-# The workers of other hosts may be started as much later than this one's.
-COLLECTIVE_TIMEOUT = timedelta(hours=3)
 
 _runs = itertools.count()
 
@@ -65,11 +71,19 @@ class World(Collectives):
             LaunchError: If the launcher started several workers that do not see each other.
         """
         # Accelerate's launcher does not pass a configuration's use_cpu on to several workers.
+        says_cpu = _says_yes("ACCELERATE_USE_CPU")
         # Other accelerators than CUDA's, such as Apple's, know no float64.
-        cpu = _says_yes("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+        cpu = says_cpu or not torch.cuda.is_available()
         arguments: dict[str, Any] = {}
         if launched_processes() > 1 and not dist.is_initialized():
             arguments["timeout"] = COLLECTIVE_TIMEOUT
+            # A torch for GPUs that finds none is the driver's fault rather than anybody's wish.
+            if torch.version.cuda and not says_cpu and not gpus.hidden_by_the_user():
+                gpus.require_usable_gpu("The launcher")
+            if not cpu and torch.cuda.is_available():
+                arguments["backend"] = GPU_BACKENDS
+                # NCCL's own thread would end the process before it could say what failed.
+                os.environ.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")
         try:
             state = PartialState(cpu=cpu, **arguments)
         except (RuntimeError, ValueError, dist.DistError) as error:
@@ -97,14 +111,40 @@ class World(Collectives):
             size=size,
             local_rank=max(0, state.local_process_index),
             device=device,
-            backend=str(state.backend or "none") if size > 1 else "none",
+            backend=backends().get(device.type, "none") if size > 1 else "none",
             fsdp=int(os.environ.get("FSDP_VERSION", "1")) if sharding else 0,
+            control=control_group() if size > 1 else None,
             _failure_key=f"ekfac_dist/failure/{run}",
             _arrivals=Arrivals(f"ekfac_dist/arrivals/{run}"),
         )
 
+    def meet(self) -> None:
+        """Lets the workers' GPUs meet, so that what keeps them apart is told before any work.
+
+        A collective.
+
+        Raises:
+            LaunchError: If workers share a GPU, or the first collective of their GPUs fails.
+        """
+        if self.size == 1 or self.backend != "nccl":
+            return
+        workers = self.gather((socket.gethostname(), *gpus.identity(self.device)))
+        with self.agree():
+            gpus.require_own_gpus(workers)
+        connect_gpus(self.device, None, id(dist.group.WORLD))
+
     def at(self, device: torch.device) -> "World":
-        """The same worker, computing on another device."""
+        """The same worker, computing on another device.
+
+        Raises:
+            ModelError: If the workers talk through NCCL, and the device is not this worker's GPU.
+        """
+        if self.backend == "nccl" and device != self.device:
+            raise ModelError(
+                f"The model is on {device}, and this worker's device is {self.device}, through "
+                f"which workers talk (NCCL); move it there: model.to({str(self.device)!r}), or "
+                "accelerator.device, on each worker."
+            )
         return replace(self, device=device)
 
     def within(self, group: Any) -> "World":
@@ -164,7 +204,7 @@ class World(Collectives):
         try:
             yield
         except Exception as caught:
-            error = caught if together is None else self._cause_of(caught)
+            error = (shortage(caught) or caught) if together is None else self._cause_of(caught)
             # One that was asked to end leaves a long block early, for the place where all agree.
             at_once = together is not None and isinstance(error, Preempted)
             alone = not isinstance(error, together or ()) or isinstance(error, PeerError)

@@ -226,6 +226,18 @@ def run_slurm(environment, *arguments):
     )
 
 
+def test_slurm_gives_workers_time_to_save_their_states_before_it_kills_them(slurm, tmp_path):
+    (tmp_path / "ekfac-dist").write_text(
+        "#!/usr/bin/env bash\necho $TORCH_ELASTIC_SHUTDOWN_TIMEOUT\n"
+    )
+    text = (ROOT / "launch" / "slurm.sh").read_text()
+    announced = int(re.search(r"^#SBATCH --signal=TERM@(\d+)$", text, re.M)[1])
+    seconds = [int(line) for line in run_slurm(slurm, "c.yaml").stdout.splitlines()[1:]]
+    assert seconds == [announced - 20] * 2
+    longer = run_slurm({**slurm, "GRACE_SECONDS": "900"}, "c.yaml")
+    assert longer.stdout.splitlines()[1:] == ["900"] * 2
+
+
 def test_slurm_starts_one_launcher_per_node_with_its_own_number(slurm):
     done = run_slurm(slurm, "my config.yaml", "--data.max_tokens", "256")
     assert done.returncode == 0, done.stderr

@@ -87,15 +87,32 @@ def test_a_decomposition_that_always_fails_is_an_error_that_names_the_factor(mon
 def test_the_last_attempt_is_on_another_device(monkeypatch, first, last):
     asked = []
 
-    def fails(matrix, device, backwards):
+    def fails(matrix, scale, device, backwards):
         asked.append((device.type, backwards))
         raise RuntimeError("failed")
 
-    monkeypatch.setattr(eigenbasis, "_eigh", fails)
+    monkeypatch.setattr(eigenbasis, "_attempt", fails)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(DecompositionError, match=f"on {first}: failed; on {first}: .* on {last}: "):
         decompose("f", covariance(4), 1, torch.device(first))
     assert asked == [(first, False), (first, True), (last, False)]
+
+
+def test_a_sum_goes_to_its_device_as_it_is_and_is_symmetrised_there(monkeypatch):
+    sent, to = [], torch.Tensor.to
+
+    def noted(tensor, *target, **more):
+        if target and target[0] == torch.device("cuda"):
+            sent.append((tensor.dtype, tensor.shape))
+            return tensor
+        return to(tensor, *target, **more)
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    upper = covariance(6).float()
+    upper[1, 0] += 1e-3  # not symmetric
+    basis = decompose("f", upper, 1, torch.device("cuda"))
+    assert sent == [(torch.float32, (6, 6))]  # half the bytes of float64
+    assert_valid(basis, (upper.double() + upper.double().T) / 2)
 
 
 def test_a_wrong_result_is_found_and_tried_again(monkeypatch):

@@ -75,6 +75,15 @@ def test_a_matrix_of_low_rank_is_approximated_exactly_and_the_same_each_time():
     assert torch.equal(right, again[1])
 
 
+def test_only_a_small_matrix_is_decomposed_for_a_low_rank_approximation(monkeypatch):
+    svd, sizes = torch.linalg.svd, []
+    monkeypatch.setattr(torch.linalg, "svd", lambda m, **more: sizes.append(m.shape) or svd(m))
+    for shape in ((300, 200), (200, 300)):
+        products.low_rank(rows([shape[0]], shape[1]), 8)
+    assert all(max(size) <= 16 for size in sizes), sizes
+    assert len(sizes) == 2
+
+
 def test_a_matrix_of_zeros_has_an_approximation():
     left, right = products.low_rank(torch.zeros(50, 60), 3)
     assert (left @ right.T == 0).all()

@@ -61,13 +61,21 @@ def lost_owner(process: subprocess.Popen[str], rank: int):
 
 
 @pytest.mark.parametrize("stage", ["covariance", "refit"])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("rank", "minutes"), [(0, 0), (1, 0), (1, 0.0001)])
 @pytest.mark.parametrize(("workers", "shard"), MESHES)
 def test_a_killed_owner_ends_the_run_which_goes_on(
-    root: Path, whole, tmp_path: Path, workers: int, shard: int, rank: int, stage: str
+    root: Path,
+    whole,
+    tmp_path: Path,
+    workers: int,
+    shard: int,
+    rank: int,
+    minutes: float,
+    stage: str,
 ):
     store = tmp_path / "store"
-    with running(root, store, workers, given=shared_out(root, store, shard)) as process:
+    given = [*shared_out(root, store, shard), "--save_minutes", str(minutes)]
+    with running(root, store, workers, given=given) as process:
         assert wait_for(lambda: any(store.glob(STAGES[stage])), process, 120)
         time.sleep(random.Random(rank).random() / 4)
         lost_owner(process, rank).kill()
@@ -125,16 +133,17 @@ def test_sigterm_ends_all_copies_and_the_run_goes_on(
     assert goes_on(root, store, 4, 2) == whole(4, 2)
 
 
-@pytest.mark.parametrize(("step", "slow"), [(2, 3), (3, 0)])
+@pytest.mark.parametrize(("step", "slow", "minutes", "later"), [(2, 3, 0, 0), (3, 0, 10, 1)])
 def test_sigterm_in_a_long_step_of_one_copy_saves_every_owners_sums(
-    root: Path, whole, tmp_path: Path, step: int, slow: int
+    root: Path, whole, tmp_path: Path, step: int, slow: int, minutes: int, later: int
 ):
     store = tmp_path / "store"
-    given = (tmp_path, step, slow, *shared_out(root, store, 2))
+    given = (tmp_path, step, slow, *shared_out(root, store, 2), "--save_minutes", minutes)
     run_workers(HERE / "worker_long_steps.py", 4, *map(str, given), timeout=120)
     statuses = [(tmp_path / str(rank)).read_text() for rank in range(4)]
     assert statuses == [str(Preempted.status)] * 4
-    # Not a step is lost: all learn of SIGTERM in the step after it, and save that one.
+    # Not a step is lost. Where sums are not saved after every step, all learn of SIGTERM in the
+    # next one.
     states = {part.parent.name for part in store.glob("state/covariance-1/*/part.json")}
-    assert states == {f"0-{rank}-{step + 1}" for rank in range(4)}
+    assert states == {f"0-{rank}-{step + later}" for rank in range(4)}
     assert goes_on(root, store, 4, 2) == whole(4, 2)

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from helpers.workshop import logged, rewrite_manifest, run_workers
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.errors import OutputError, StoreError
+from ekfac_dist.factors import writer
 from ekfac_dist.factors.layout import MANIFEST, STATE
 from ekfac_dist.fit.checkpoints import _kept, _newest_copies
 from ekfac_dist.runtime.journal import JOURNAL
@@ -59,6 +61,34 @@ def test_what_is_done_is_not_done_again(
     monkeypatch.setattr(torch.linalg, "eigh", lambda m: calls.append(1) or eigh(m))
     fit(tmp_path / "a")
     assert not calls
+
+
+def test_a_basis_is_written_while_the_next_factor_is_decomposed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    eigh, write = torch.linalg.eigh, writer._write_file
+    begun, next_had_begun = [], []
+
+    def decomposed(matrix):
+        begun.append(1)
+        return eigh(matrix)
+
+    def written(store, file, *of):
+        if file.startswith("eigenbasis/"):
+            number, start = len(next_had_begun) + 1, time.monotonic()
+            while len(begun) <= number < number_of_factors and time.monotonic() < start + 20:
+                time.sleep(0.001)
+            next_had_begun.append(len(begun) > number)
+        return write(store, file, *of)
+
+    monkeypatch.setattr(torch.linalg, "eigh", decomposed)
+    monkeypatch.setattr(writer, "_write_file", written)
+    estimate_factors(build("llama"), examples(9))  # in memory
+    number_of_factors = len(begun)
+    begun.clear()
+    fit(tmp_path / "a")
+    assert len(next_had_begun) == number_of_factors > 2
+    assert all(next_had_begun[:-1])
 
 
 def last_flush(output: Path, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from helpers.workshop import logged
 
 from ekfac_dist.curvature.eigenbasis import workspace_bytes
 from ekfac_dist.fit import decomposition_rounds
@@ -19,6 +20,7 @@ class Workers:
 
     places: list
     device: torch.device = CPU
+    is_main: bool = True
 
     def gather(self, _):
         return self.places
@@ -58,7 +60,10 @@ def test_workers_decompose_their_largest_factors_at_the_same_time():
 
 @pytest.mark.parametrize(("room", "taking_part"), [(0, {0}), (1, {0}), (2, {0, 1}), (3, {0, 1, 2})])
 def test_only_as_many_workers_of_a_host_take_part_as_its_memory_holds(room, taking_part):
-    assert set(owners(*[("host", "cpu", room * NEED)] * 3).values()) == taking_part
+    with logged() as lines:
+        assert set(owners(*[("host", "cpu", room * NEED)] * 3).values()) == taking_part
+    said = f"decomposition by {len(taking_part)} of 3 workers at a time: the largest takes 480.0 kB"
+    assert [line.partition(",")[0] for line in lines] == [said] * (len(taking_part) < 3)
 
 
 def test_hosts_and_devices_have_memory_of_their_own():
@@ -71,6 +76,12 @@ def test_hosts_and_devices_have_memory_of_their_own():
 def test_owners_of_a_host_wait_for_each_others_memory(room, at_once):
     owner_of = {"a": 0, "b": 1, "c": 2, "d": 3, "e": 0}
     workers = Workers([("host", "cpu", room * NEED)] * 4)
-    found = decomposition_rounds.rounds(WORK, 100, workers, sharded=True, places=owner_of, shard=4)
+    with logged() as lines:
+        found = decomposition_rounds.rounds(
+            WORK, 100, workers, sharded=True, places=owner_of, shard=4
+        )
     assert max(map(len, found)) == at_once
+    assert [line.startswith(f"decomposition by {at_once} of 4 workers") for line in lines] == [
+        True
+    ] * (at_once < 4)
     assert sorted((f, rank) for one in found for rank, f in one.items()) == sorted(owner_of.items())

@@ -1,13 +1,14 @@
 """Factors that are shared out among workers are those of one worker that holds them all."""
 
 import functools
+import json
 from pathlib import Path
 
 import pytest
 from helpers.dense import counts_in, dense_E, relative
 from helpers.networks import examples
 from helpers.workshop import run_workers
-from worker_shards import FITS, IN_ROUNDS, SETTINGS, made
+from worker_shards import FITS, IN_ROUNDS, SETTINGS, WAITS, made
 
 from ekfac_dist import estimate_factors, load_factors
 
@@ -67,3 +68,9 @@ def test_shared_out_factors_are_those_of_one_worker(alone, shared_out, workers, 
     for name, module in whole.modules.items():
         assert relative(dense_E(shards, name), dense_E(whole, name)) < 1e-12
         assert counts_in(shards, "covariance", module) == counts_in(whole, "covariance", module)
+
+
+def test_workers_do_not_wait_for_each_other_at_the_end_of_a_step(shared_out):
+    workers, shard, fits, _ = RUNS[0]
+    few, many = json.loads((shared_out(workers, shard, fits) / WAITS).read_text())
+    assert few == many

@@ -1,5 +1,6 @@
 """Started on W workers by test_shards.py: fits the same factors, shared out among some of them."""
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.passes import schedule
+from ekfac_dist.runtime.collectives import Collectives
 
 SETTINGS = {"accumulate": "float64", "batch_tokens": 16}
 # Family, number of sequences, arguments.
@@ -39,6 +41,7 @@ def made(name: str) -> nn.Module:
     return build(family) if family in CONFIGS else tiny_model(family)
 
 
+WAITS = "waits.json"  # how often worker 0 waits for others: in a fit of few steps, and of more
 # Fits whose windows travel in as many rounds as there are owners to send to.
 IN_ROUNDS = ("dense", "experts")
 
@@ -50,6 +53,21 @@ def fit(name: str, output: Path, shard: int) -> None:
     estimate_factors(made(name), data, output=output, shard=shard, **SETTINGS, **settings)
 
 
+def waits(number: int, output: Path, shard: int) -> int:
+    """How often worker 0 waits for the others in a fit of some sequences."""
+    waited, wait_for_all = [], Collectives.wait_for_all
+
+    def counted(world: Collectives) -> None:
+        waited.append(1)
+        wait_for_all(world)
+
+    Collectives.wait_for_all = counted
+    data = examples(number, prompts=True)
+    estimate_factors(made("dense"), data, output=output, shard=shard, labels="data", **SETTINGS)
+    Collectives.wait_for_all = wait_for_all
+    return len(waited)
+
+
 def main(output: Path, shard: int, names: Sequence[str]) -> None:
     """Fits some models into `output`, on all workers."""
     workers = Accelerator(cpu=True).num_processes
@@ -58,6 +76,9 @@ def main(output: Path, shard: int, names: Sequence[str]) -> None:
     schedule._ROUND_BYTES = 1
     for name in IN_ROUNDS:
         fit(name, output / "in rounds" / name, workers)
+    counts = [waits(number, output / f"of {number}", shard) for number in (9, 27)]
+    if Accelerator().is_main_process:
+        (output / WAITS).write_text(json.dumps(counts))
 
 
 if __name__ == "__main__":

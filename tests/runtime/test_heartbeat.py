@@ -10,7 +10,7 @@ from typing import NoReturn
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.workshop import free_port, start_without_launcher
+from helpers.workshop import free_port, logged, start_without_launcher
 
 from ekfac_dist.runtime import heartbeat
 from ekfac_dist.runtime.processes import World
@@ -106,8 +106,17 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_worker_that_is_cut_off_from_the_store_ends(ends: list[str]):
     alone, is_over = World(1, 2, 0, torch.device("cpu"), "gloo"), threading.Event()
     with pytest.raises(Ended):
-        heartbeat._require_answers(alone, 0.001, is_over, heartbeat._Answers())
+        heartbeat._require_answers(alone, 0.001, is_over, heartbeat._Answers(), True)
     assert ends == [heartbeat._NO_STORE]
+
+
+def test_in_a_script_it_is_said_and_the_process_is_left_alone(ends: list[str]):
+    alone, is_over = World(1, 2, 0, torch.device("cpu"), "gloo"), threading.Event()
+    with logged() as lines:
+        heartbeat._require_answers(alone, 0.001, is_over, heartbeat._Answers(), False)
+    assert not ends
+    (line,) = lines
+    assert line.startswith(f"worker 1 of 2: {heartbeat._NO_STORE}. This worker's wait for others")
 
 
 def test_a_worker_whose_store_answers_is_left_alone(ends: list[str]):
@@ -120,5 +129,5 @@ def test_a_worker_whose_store_answers_is_left_alone(ends: list[str]):
             answers.number += 1
             return answers.number > 10 * heartbeat.BEATS
 
-    heartbeat._require_answers(alone, 0.001, Waits(), answers)
+    heartbeat._require_answers(alone, 0.001, Waits(), answers, True)
     assert not ends

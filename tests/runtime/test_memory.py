@@ -47,6 +47,19 @@ def test_without_limits_there_is_what_the_host_has(tmp_path: Path, monkeypatch: 
     assert 10**8 < memory.available_bytes(torch.device("cpu")) < sys.maxsize
 
 
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A GPU of 80 GB: others hold 2 GB, this process has 70 GB and uses 30 GB of them."""
+    sizes = {"mem_get_info": (8 * GB, 80 * GB), "memory_reserved": 70 * GB}
+    for name, size in (sizes | {"memory_allocated": 30 * GB}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
+    return torch.device("cuda", 0)
+
+
+def test_what_the_allocator_of_a_gpu_keeps_without_using_it_is_free(gpu: torch.device):
+    assert memory.available_bytes(gpu) == 48 * GB
+
+
 def test_what_this_process_holds_is_about_its_peak():
     peak = memory.peak_bytes(torch.device("cpu"))["host"]
     assert 10**8 < memory.own_bytes() < 1.01 * peak  # the kernel counts them in batches

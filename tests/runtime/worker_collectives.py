@@ -16,8 +16,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ekfac_dist.errors import DataError, ModelError, NonFiniteError, PeerError, Preempted
-from ekfac_dist.runtime import collectives
+from ekfac_dist.errors import (
+    DataError,
+    ModelError,
+    NonFiniteError,
+    OutOfMemory,
+    PeerError,
+    Preempted,
+)
+from ekfac_dist.runtime import collectives, groups
 from ekfac_dist.runtime.heartbeat import heartbeat
 from ekfac_dist.runtime.peers import was_agreed
 from ekfac_dist.runtime.processes import World
@@ -63,6 +70,15 @@ def fail(error: Exception) -> None:
     raise error
 
 
+def with_nccl_alone() -> World:
+    """The workers as in a script whose process group is NCCL's alone."""
+    backends, groups.backends = groups.backends, lambda: {"cuda": "nccl"}
+    try:
+        return World.start()
+    finally:
+        groups.backends = backends
+
+
 # -- the checks ------------------------------------------------------------------------------------
 
 
@@ -84,6 +100,22 @@ def gather_keeps_the_order_of_ranks(world: World, directory: Path) -> None:
     assert [len(held["text"]) for held in everyones[1:]] == [
         1000**rank for rank in range(1, world.size)
     ]
+
+
+def a_control_group_of_its_own_does_all_that_the_default_one_does(
+    world: World, directory: Path
+) -> None:
+    run = with_nccl_alone()
+    assert run.control is not None
+    assert run.control is with_nccl_alone().control
+    assert run.gather(run.rank) == list(range(run.size))
+    assert run.share(run.rank) == 0
+    assert run.begin_sum([run.rank, 1])() == [sum(range(run.size)), run.size]
+    for tensor in (run.broadcast_(torch.tensor([run.rank])), torch.tensor([0])):
+        run.all_reduce_([tensor])
+        assert tensor.item() == 0
+    moved = run.moved({"a": torch.tensor([run.rank])}, 1, 0)
+    assert {name: t.item() for name, t in moved.items()} == ({"a": 1} if run.rank == 0 else {})
 
 
 def share_gives_worker_0s_value(world: World, directory: Path) -> None:
@@ -154,6 +186,16 @@ def those_who_take_part_speak_for_all(world: World, directory: Path) -> None:
 def the_first_of_different_failures_is_told(world: World, directory: Path) -> None:
     error = raised_in_agreement(world, lambda: fail(DataError(f"Row {world.rank} is bad.")))
     assert str(error) == f"worker 0 of {world.size}: Row 0 is bad."
+
+
+def memory_that_runs_out_on_one_is_a_sentence_on_all(world: World, directory: Path) -> None:
+    cause = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has …")
+    error = raised_in_agreement(world, lambda: fail(cause) if world.rank == 1 else None)
+    assert type(error) is (OutOfMemory if world.rank == 1 else PeerError)
+    assert error.status == 2
+    said = f"worker 1 of {world.size}: Memory ran out (CUDA out of memory. Tried to allocate 2.00"
+    assert str(error).startswith(said)
+    assert was_agreed(error)
 
 
 def a_defect_keeps_its_own_traceback(world: World, directory: Path) -> None:
@@ -338,6 +380,7 @@ def who_waits_for_an_agreement_hears_of_a_failure_only_there(world: World, direc
 CHECKS = [
     a_worker_knows_its_place,
     gather_keeps_the_order_of_ranks,
+    a_control_group_of_its_own_does_all_that_the_default_one_does,
     share_gives_worker_0s_value,
     broadcast_overwrites_in_place,
     all_reduce_gives_plain_sums_whatever_the_buckets,
@@ -347,6 +390,7 @@ CHECKS = [
     all_that_fail_alike_say_it_once,
     those_who_take_part_speak_for_all,
     the_first_of_different_failures_is_told,
+    memory_that_runs_out_on_one_is_a_sentence_on_all,
     a_defect_keeps_its_own_traceback,
     main_first_lets_the_others_find_what_it_made,
     main_first_runs_nowhere_else_if_it_fails_there,

@@ -10,13 +10,16 @@ and passes each expert's input and output to a listener; its result is the same 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from ekfac_dist.data.batches import to_device
 from ekfac_dist.models.modules import EXPERT, TrackedModule
 
 IMPLEMENTATION = "ekfac_dist"
@@ -31,7 +34,7 @@ class Routed:
         matrix: Name of the parameter that holds its matrix.
         inputs: [n, I], without the bias coordinate.
         outputs: [n, O].
-        tokens: Flat indices of the tokens [n], ascending.
+        tokens: Flat indices of the tokens [n], ascending, on the host: one array for both matrices.
         num_tokens: All tokens of the batch.
     """
 
@@ -39,7 +42,7 @@ class Routed:
     matrix: str
     inputs: Tensor
     outputs: Tensor
-    tokens: Tensor
+    tokens: np.ndarray
     num_tokens: int
 
 
@@ -138,19 +141,26 @@ def _forward_by_expert(
     listener = _LISTENERS.get(self)
     up, down = matrices(self)
     total = torch.zeros_like(hidden_states)
-    for expert in top_k_index.unique().tolist():
-        if expert >= self.down_proj.shape[0]:
-            continue  # an unused slot of the top k
-        tokens, slots = torch.where(top_k_index == expert)  # tokens ascend
-        num_tokens = len(hidden_states)
-        hidden = _apply_matrix(
-            self, expert, up, hidden_states[tokens], tokens, num_tokens, listener
-        )
+    num_tokens, top_k = top_k_index.shape
+    # Sorted on the host, for all experts at once: a GPU is waited for once a layer, not by expert.
+    chosen = top_k_index.cpu().numpy().reshape(-1)
+    order = np.argsort(chosen, kind="stable")  # an expert's tokens ascend
+    places = to_device(torch.from_numpy(order), hidden_states.device)
+    ends = np.cumsum(np.bincount(chosen, minlength=self.down_proj.shape[0]))
+    weights = top_k_weights.reshape(-1)
+    for expert in range(self.down_proj.shape[0]):  # above are unused slots of the top k
+        part = slice(ends[expert - 1] if expert else 0, ends[expert])
+        if part.start == part.stop:
+            continue
+        here, host_tokens = places[part], order[part] // top_k
+        tokens = here // top_k
+        passed = partial(_apply_matrix, self, expert, host_tokens, num_tokens, listener)
+        hidden = passed(up, hidden_states[tokens])
         hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
-        hidden = _apply_matrix(self, expert, down, hidden, tokens, num_tokens, listener)
+        hidden = passed(down, hidden)
         if self.has_post_expert_norm:
             hidden = self.post_expert_norm(hidden)
-        weighted = hidden * top_k_weights[tokens, slots, None]
+        weighted = hidden * weights[here, None]
         total.index_add_(0, tokens, weighted.to(total.dtype))
     return total
 
@@ -158,11 +168,11 @@ def _forward_by_expert(
 def _apply_matrix(
     experts: Any,
     expert: int,
-    matrix: str,
-    inputs: Tensor,
-    tokens: Tensor,
+    tokens: np.ndarray,
     num_tokens: int,
     listener: Listener | None,
+    matrix: str,
+    inputs: Tensor,
 ) -> Tensor:
     """One expert's matrix times its inputs [n, I], passed through the listener: [n, O]."""
     weight = getattr(experts, matrix)[expert]

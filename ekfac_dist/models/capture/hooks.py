@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -81,6 +82,7 @@ class Capture:
         self._readers = {module.input: module for module in reversed(modules)}
         self._called: set[str] = set()
         self._positions_of_input: dict[str, Grid | RoutedPositions] = {}
+        self._last_routed: tuple[np.ndarray | None, RoutedPositions | None] = None, None
         self._with_gradient: set[str] = set()
         # Each shared input with its version, until the last module that shares it has read it.
         self._inputs = SharedInputs[tuple[Tensor, int]](modules)
@@ -228,7 +230,7 @@ class Capture:
             return grid
         flat_positions = picked_positions(tensor, grid.size)
         if flat_positions is not None:
-            return grid.routed(flat_positions)
+            return grid.routed(flat_positions.cpu().numpy(), tensor.device)
         if tensor.numel() == grid.size * module.num_inputs:
             return grid
         raise ModelError(
@@ -244,7 +246,10 @@ class Capture:
                 f"of {grid.shape[0]} × {grid.shape[1]} positions; which is which position cannot "
                 "be told. Leave it out with model.modules."
             )
-        positions = grid.routed(routed.tokens)
+        tokens, positions = self._last_routed
+        if tokens is not routed.tokens or positions is None:  # else of the expert's first matrix
+            positions = grid.routed(routed.tokens, routed.inputs.device)
+            self._last_routed = routed.tokens, positions
         if not positions.num_positions:
             return routed.outputs  # padding alone
         output = self._on_forward(module, routed.inputs, routed.outputs, positions)

@@ -1,7 +1,7 @@
 """A model as the passes need it, for as long as they run: frozen, without noise; then restored."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,10 +99,44 @@ def precisely(device: torch.device) -> Iterator[None]:
     Args:
         device: Where the products are computed.
     """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    restore = _exact_float32_products()
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        restore()
+
+
+def _exact_float32_products() -> Callable[[], None]:
+    """Makes products of float32 exact; the returned function restores what the caller had set.
+
+    torch has an old setting of all devices, and from 2.9 on one of each, which the old one sets
+    too. Where the new ones do not fit the old one, torch refuses to read the old one: then only the
+    new ones are set.
+    """
+    settings = [
+        backend.matmul
+        for backend in (torch.backends.cuda, torch.backends.mkldnn)
+        if hasattr(getattr(backend, "matmul", None), "fp32_precision")
+    ]
+    before: list[str] = [setting.fp32_precision for setting in settings]
+    legacy: str | None = None
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        if not settings:
+            raise
+    if legacy is not None:
+        torch.set_float32_matmul_precision("highest")
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+
+    def restore() -> None:
+        if legacy is not None:
+            torch.set_float32_matmul_precision(legacy)
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = "none"  # which follows torch.backends.fp32_precision
+            if setting.fp32_precision != precision:
+                setting.fp32_precision = precision
+
+    return restore

@@ -19,6 +19,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
 )
+from transformers.utils.quantization_config import Mxfp4Config
 
 from ekfac_dist.config import ModelConfig
 from ekfac_dist.errors import ModelError, first_line
@@ -47,13 +48,17 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
     """
     name, settings = load_settings(config)
     dtype: Any = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    is_mxfp4 = _is_mxfp4(settings)
     quantised = config.quantization or getattr(settings, "quantization_config", None)
     placement: dict[str, Any] = {"device_map": {"": str(device)}} if quantised else {}
     if config.device_map is not None:
         placement["device_map"] = config.device_map
     if config.quantization is not None:
         placement["quantization_config"] = _quantization(config, dtype)
-    if config.gguf is not None:
+    elif is_mxfp4:
+        # As it stands on a CPU: the kernels that multiply by MXFP4 have no backward.
+        placement["quantization_config"] = Mxfp4Config(dequantize=True)
+    elif config.gguf is not None:
         dtype = torch.float32 if dtype == "auto" else dtype
         placement |= dequantising(settings)
     try:
@@ -84,6 +89,8 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
     _keep_weights(model)
     if config.gguf is not None:
         forget_quantisation(model)
+    if is_mxfp4 and config.dtype != "auto":
+        model = model.to(dtype)  # weights that were packed come out as bfloat16
     if config.adapter is not None:
         model = with_adapter(model, config.adapter, merge=config.merge_adapter)
     is_placed = quantised or config.device_map is not None
@@ -97,7 +104,7 @@ def _keep_weights(model: Any) -> None:
 
 
 def loads_quantised(config: ModelConfig, *, with_weights: bool) -> bool:
-    """Whether a model will be quantised when loaded, or was saved quantised.
+    """Whether a model will be quantised when loaded, or was saved so and stays so.
 
     Args:
         config: The model's configuration.
@@ -107,7 +114,17 @@ def loads_quantised(config: ModelConfig, *, with_weights: bool) -> bool:
         ModelError: If there is no such causal language model.
     """
     _, settings = load_settings(config, with_weights=with_weights)
+    if config.quantization is None and _is_mxfp4(settings):
+        return False
     return bool(config.quantization or getattr(settings, "quantization_config", None))
+
+
+def _is_mxfp4(settings: Any) -> bool:
+    """Whether a model's weights are packed as MXFP4, as gpt-oss is published."""
+    packed = getattr(settings, "quantization_config", None) or {}
+    if not isinstance(packed, dict):
+        packed = packed.to_dict()
+    return packed.get("quant_method") == "mxfp4"
 
 
 def without_weights(config: ModelConfig) -> nn.Module:

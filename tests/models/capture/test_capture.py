@@ -3,8 +3,10 @@
 import pytest
 import torch
 from helpers.dense import relative, sequence_loss, weight_gradient
+from helpers.families import tiny_model
 from helpers.networks import CONFIGS, KINDS, VOCAB, build, examples, shifted
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ekfac_dist import estimate_factors
 from ekfac_dist.data.sequences import collate
@@ -12,7 +14,7 @@ from ekfac_dist.data.tokenized_examples import from_examples
 from ekfac_dist.errors import ModelError
 from ekfac_dist.models.capture.hooks import Capture
 from ekfac_dist.models.capture.labels import COVARIANCE_PASS, LabelRule
-from ekfac_dist.models.capture.prepare import prepared
+from ekfac_dist.models.capture.prepare import precisely, prepared
 from ekfac_dist.models.find.discovery import discover
 
 CPU = torch.device("cpu")
@@ -307,28 +309,79 @@ def test_autocast_of_the_callers_reaches_the_model_and_not_the_sums(family, refi
         assert traces[0] == pytest.approx(traces[1], rel=0.1)
 
 
-def test_a_fast_float32_of_the_callers_does_not_reach_the_sums_and_stays_set():
-    before = torch.get_float32_matmul_precision()
+def float32_settings() -> tuple[str, str, str]:
+    """What products of float32 are computed with: as set for all devices, for GPUs and for CPUs."""
     try:
-        torch.set_float32_matmul_precision("medium")
-        seen = []
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer settings do not fit it
+        legacy = "refused"
+    backends = torch.backends
+    return legacy, backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision
 
-        class Watch(Recorder):
-            def on_input(self, module, rows, batch):
-                seen.append(torch.get_float32_matmul_precision())
 
-            def on_gradient(self, module, rows, batch):
-                seen.append(torch.get_float32_matmul_precision())
+def set_of_each_device(gpu: str, cpu: str) -> None:
+    torch.backends.cuda.matmul.fp32_precision = gpu
+    torch.backends.mkldnn.matmul.fp32_precision = cpu
 
-        model = build("llama")
-        with prepared(model):
-            modules = discover(model, None, CPU).modules
-            with Capture(model, modules, Watch(), torch.float32) as capture:
-                capture.run(collate(list(from_examples(examples(2)))), DATA_LABELS)
-        assert set(seen) == {"highest"}
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
+
+@pytest.fixture
+def restored_float32():
+    yield
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    set_of_each_device("none", "none")
+
+
+@pytest.mark.usefixtures("restored_float32")
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: torch.set_float32_matmul_precision("medium"),
+        lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+        lambda: set_of_each_device("tf32", "bf16"),
+        lambda: set_of_each_device("tf32", "none"),  # as TrainingArguments(tf32=True) does
+        lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    ],
+    ids=["old", "old, of GPUs", "new", "new, of GPUs", "new, of all devices"],
+)
+def test_a_fast_float32_of_the_callers_does_not_reach_the_sums_and_stays_set(ask):
+    ask()
+    before, seen = float32_settings(), []
+
+    class Watch(Recorder):
+        def on_input(self, module, rows, batch):
+            seen.append(float32_settings())
+
+        def on_gradient(self, module, rows, batch):
+            seen.append(float32_settings())
+
+    model = build("llama")
+    with prepared(model):
+        modules = discover(model, None, CPU).modules
+        with Capture(model, modules, Watch(), torch.float32) as capture:
+            capture.run(collate(list(from_examples(examples(2)))), DATA_LABELS)
+    assert set(seen) == {("highest", "ieee", "ieee")}
+    assert float32_settings() == before
+
+
+@pytest.mark.usefixtures("restored_float32")
+def test_a_setting_of_all_devices_is_still_followed_after_exact_products():
+    torch.backends.fp32_precision = "tf32"
+    with precisely(CPU):
+        pass
+    torch.backends.fp32_precision = "ieee"
+    assert float32_settings() == ("highest", "ieee", "ieee")
+
+
+def test_a_torch_that_has_only_the_old_setting_computes_exactly_too(monkeypatch):
+    for backend in (torch.backends.cuda, torch.backends.mkldnn):
+        monkeypatch.setattr(backend, "matmul", object())
+    asked = []
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    with precisely(CPU):
+        assert asked == ["highest"]
+    assert asked == ["highest", "high"]
 
 
 def test_a_fit_inside_inference_mode_works():
@@ -338,3 +391,42 @@ def test_a_fit_inside_inference_mode_works():
         found = estimate_factors(model, data)
     name = next(iter(expected.modules))
     assert torch.equal(found.module(name).lambda_OI, expected.module(name).lambda_OI)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations for which a host waits for a GPU, because it needs their result."""
+
+    NAMES = ("nonzero", "_unique2", "_local_scalar_dense", "equal", "masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def counted(self, value):
+        self.number += 1
+        return value
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func.overloadpacket.__name__ in self.NAMES
+        return func(*args, **(kwargs or {}))
+
+
+def reads_of_a_step(num_experts, num_layers, monkeypatch):
+    """How often a step of experts reads something from its device."""
+    number = {"num_local_experts": num_experts, "num_experts": num_experts}
+    model = tiny_model("MixtralForCausalLM", num_hidden_layers=num_layers, **number)
+    to_host = torch.Tensor.cpu
+    batch = collate(list(from_examples(examples(5, prompts=True))))
+    with prepared(model), monkeypatch.context() as patch:
+        modules = discover(model, None, CPU).modules
+        assert len(modules) == 2 * num_experts * num_layers
+        with Capture(model, modules, Recorder(), torch.float64) as capture, Reads() as reads:
+            patch.setattr(torch.Tensor, "cpu", lambda tensor: reads.counted(to_host(tensor)))
+            capture.run(batch, DATA_LABELS)
+    return reads.number
+
+
+def test_a_layer_of_experts_is_waited_for_once_however_many_they_are(monkeypatch):
+    few, many = (reads_of_a_step(number, 2, monkeypatch) for number in (2, 8))
+    assert few == many
+    assert reads_of_a_step(8, 4, monkeypatch) - many == 2  # one a layer

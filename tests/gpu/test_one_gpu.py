@@ -16,7 +16,7 @@ from ekfac_dist.fit import eigenbasis
 from ekfac_dist.functional import cache_linears, ihvp_at_x_ekfac
 
 pytestmark = pytest.mark.gpu
-LAUNCHERS = Path(__file__).parents[1] / "launch" / "accelerate"
+LAUNCHERS = Path(__file__).parents[2] / "launch" / "accelerate"
 
 
 @pytest.mark.parametrize("family", KINDS)

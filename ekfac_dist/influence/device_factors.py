@@ -1,0 +1,133 @@
+"""Factors on the device that computes with them: kept there if there is room, else sent ahead.
+
+Every batch needs every eigenvector matrix, and Λ where norms are wanted, always in the same order.
+So what stays on the device is chosen once, and everything else is sent for each batch again: while
+the device computes with one, what followed it and the one before the last time is on its way.
+
+    needed by a batch    Q_A 1   Q_A 2   Q_A 3   …   Q_S 3   Q_S 2   Q_S 1
+    there is room for    kept    kept    sent        sent    kept    kept
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ekfac_dist.curvature.blocks import Blocks, on
+from ekfac_dist.factors.factors import Factors, ModuleFactors
+from ekfac_dist.models.modules import TrackedModule
+
+Key = tuple[str, str]  # what it is, and the name of the factor or the module that it is of
+EIGENVECTORS, LAMBDA = "eigenvectors", "lambda"
+
+
+@dataclass
+class _Sent:
+    """Tensors on their way to the device.
+
+    Attributes:
+        tensors: The tensors on the device.
+        arrival: On a GPU, the event after which they may be used.
+        pinned: The host's memory that they are sent from, held until then.
+    """
+
+    tensors: list[Tensor]
+    arrival: torch.cuda.Event | None
+    pinned: list[Tensor]
+
+
+class DeviceFactors:
+    """Factors on a device, in the dtype of the gradients.
+
+    Args:
+        factors: The factors, on the host.
+        device: The device.
+        dtype: Float32 or float64.
+        budget: Bytes that may stay on the device.
+
+    Attributes:
+        num_sent: How often a tensor was sent, or converted.
+    """
+
+    def __init__(
+        self, factors: Factors, device: torch.device, dtype: torch.dtype, budget: float
+    ) -> None:
+        self._factors, self._device, self._dtype = factors, device, dtype
+        self._left = budget
+        self._kept: dict[Key, list[Tensor]] = {}
+        self._not_kept: set[Key] = set()
+        self._sources: dict[Key, Callable[[], Sequence[Tensor]]] = {}
+        self._next: dict[tuple[Key | None, Key], Key] = {}  # what followed two, the last time
+        self._last_two: tuple[Key | None, Key] | None = None
+        self._ahead: tuple[Key, _Sent] | None = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.num_sent = 0
+
+    def input_basis(self, module: TrackedModule) -> Blocks:
+        """The blocks of Q_A of a module's input factor."""
+        return self._at((EIGENVECTORS, module.input), lambda: self._host(module.name).blocks_II)
+
+    def output_basis(self, module: TrackedModule) -> Blocks:
+        """The blocks of Q_S of a module's output factor."""
+        return self._at((EIGENVECTORS, module.output), lambda: self._host(module.name).blocks_OO)
+
+    def lambda_of(self, module: TrackedModule) -> Tensor:
+        """Λ of a module [O, I]."""
+        return self._at((LAMBDA, module.name), lambda: [self._host(module.name).lambda_OI])[0]
+
+    def _host(self, name: str) -> ModuleFactors:
+        return self._factors.module(name)
+
+    def _at(self, key: Key, source: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+        """Some tensors on the device, whose transfer may have begun already.
+
+        Args:
+            key: What they are.
+            source: Gives them on the host.
+        """
+        self._sources[key] = source
+        if self._last_two is not None:
+            self._next[self._last_two] = key
+        self._last_two = (self._last_two[1] if self._last_two is not None else None), key
+        tensors = self._kept.get(key)
+        if tensors is None:
+            tensors = self._arrived(key)
+            num_bytes = sum(tensor.nbytes for tensor in tensors)
+            if key not in self._not_kept and num_bytes <= self._left:
+                self._kept[key] = tensors
+                self._left -= num_bytes
+            else:
+                self._not_kept.add(key)
+        following = self._next.get(self._last_two)
+        if following is not None and following not in self._kept and self._ahead is None:
+            self._ahead = following, self._send(self._sources[following]())
+        return tensors
+
+    def _arrived(self, key: Key) -> list[Tensor]:
+        """Tensors that are not kept, once they are on the device."""
+        ahead, self._ahead = self._ahead, None
+        sent = ahead[1] if ahead is not None and ahead[0] == key else None
+        if sent is None:
+            sent = self._send(self._sources[key]())
+        if sent.arrival is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(sent.arrival)
+            for tensor in sent.tensors:
+                tensor.record_stream(stream)  # its memory is not used again before
+            sent.arrival.synchronize()  # before the pinned memory is
+        return sent.tensors
+
+    def _send(self, tensors: Sequence[Tensor]) -> _Sent:
+        """Begins to send tensors to the device; only those that are not there as they should be."""
+        if all(t.device == self._device and t.dtype == self._dtype for t in tensors):
+            return _Sent(list(tensors), None, [])
+        self.num_sent += 1
+        if self._stream is None:
+            return _Sent(on(tensors, self._device, self._dtype), None, [])
+        pinned = [tensor.to(self._dtype).pin_memory() for tensor in tensors]
+        with torch.cuda.stream(self._stream):
+            arriving = [tensor.to(self._device, non_blocking=True) for tensor in pinned]
+            arrival = torch.cuda.Event()
+            arrival.record(self._stream)
+        return _Sent(arriving, arrival, pinned)

@@ -18,7 +18,7 @@ from ekfac_dist.runtime.files import write_whole
 
 # What has to be said wherever the texts are shown.
 ATTRIBUTION = (
-    "Texts: Wikipedia's authors, https://en.wikipedia.org/wiki/TITLE, CC BY-SA 4.0 "
+    "Texts: the authors of Wikipedia, https://en.wikipedia.org/wiki/TITLE, CC BY-SA 4.0 "
     "(https://creativecommons.org/licenses/by-sa/4.0/), cut to their summaries."
 )
 # Most summaries that are taken because of one subject.

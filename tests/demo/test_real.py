@@ -33,7 +33,7 @@ from ekfac_dist.demo.summaries import (
 )
 from ekfac_dist.errors import DataError, OutputError
 
-SETTINGS = RealDemoSettings(max_sequences=30, max_tokens=32, rank=2, rescore=4)
+SETTINGS = RealDemoSettings(max_sequences=30, max_tokens=32, rank=2, rescore=10)
 FROM_FACTORS_ON = ["estimate", "inspect", "query", "report"]
 
 

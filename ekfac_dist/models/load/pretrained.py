@@ -102,7 +102,7 @@ def _placement(
     elif _is_mxfp4(settings):
         # As it stands on a CPU: the kernels that multiply by MXFP4 have no backward.
         placement["quantization_config"] = Mxfp4Config(dequantize=True)
-    if config.gguf is not None:
+    elif config.gguf is not None:
         placement |= dequantising(settings)
     return placement
 

@@ -180,7 +180,7 @@ class _Header:
 
     def needed_bytes(self) -> int:
         """How many bytes the file must have for all of its tensors."""
-        from gguf import GGML_QUANT_SIZES  # type: {type: (values, bytes) of a block}
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         if self._content[:4] != b"GGUF":
             raise ValueError("it does not begin with GGUF")
@@ -195,9 +195,9 @@ class _Header:
             name = self._string().decode()
             num_values = math.prod(self._number("Q") for _ in range(self._number("I")))
             kind, offset = self._number("I"), self._number("Q")
-            if kind not in GGML_QUANT_SIZES:
+            if kind not in {known.value for known in GGML_QUANT_SIZES}:
                 raise ValueError(f"its tensor {name} is of unknown type {kind}")
-            values, size = GGML_QUANT_SIZES[kind]
+            values, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]  # of a block
             end_of_data = max(end_of_data, offset + num_values // values * size)
         return -(-self._at // alignment) * alignment + end_of_data
 

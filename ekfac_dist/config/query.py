@@ -254,7 +254,8 @@ class QueryConfig:
         data: Which training sequences; by default those that the factors were fitted on.
         damping: The damping λ.
         scores: Which scores.
-        batch_tokens: Largest number of tokens in a batch, per worker and step, padding included.
+        batch_tokens: Most tokens in a worker's step, padding included; on a CPU at most 1024 a
+            thread.
         output: Directory of the results.
     """
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ekfac_dist.config import ScoresConfig
+from ekfac_dist.curvature.costs import step_tokens
 from ekfac_dist.curvature.damping import Damping
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.errors import StoreError
@@ -86,7 +87,7 @@ def scoring_context(
         factors: The factors.
         damping: How λ is chosen.
         world: The workers, on the model's device.
-        batch_tokens: Token budget of a batch, padding included.
+        batch_tokens: Token budget of a batch, padding included; on a CPU less may be used.
         show_progress: Whether worker 0 shows progress.
         config: The scores that are asked for.
         num_groups: Number of query groups.
@@ -118,7 +119,7 @@ def scoring_context(
         damping=chosen,
         dtype=dtype,
         world=world,
-        batch_tokens=batch_tokens,
+        batch_tokens=world.share(step_tokens(batch_tokens, world.device)),  # the same for all
         show_progress=show_progress,
         task=task,
         owners=owners,

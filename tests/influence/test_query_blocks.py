@@ -4,12 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.networks import build
+from helpers.networks import build, examples
 
+from ekfac_dist import estimate_factors, influence_scores
 from ekfac_dist.config import ScoresConfig
+from ekfac_dist.curvature import costs
 from ekfac_dist.errors import ConfigError
 from ekfac_dist.influence.blocks import choose_shard, plan_blocks
 from ekfac_dist.influence.preconditioned import bytes_per_group
+from ekfac_dist.models.capture.hooks import Capture
 from ekfac_dist.models.find.discovery import discover
 from ekfac_dist.passes.owners import require_divisor
 
@@ -118,3 +121,16 @@ def test_rescored_parts_that_are_saved_stay_too(modules):
         "rescore-1-3": [1, 2, 3],
         "rescore-4-5": [4, 5],
     }
+
+
+def test_steps_of_queries_are_as_small_as_a_cpu_favours(monkeypatch: pytest.MonkeyPatch):
+    train, queries, ran = examples(12, seed=1), examples(5, seed=2), []
+    longest = max(len(example["input_ids"]) for example in (*train, *queries))
+    factors = estimate_factors(build("llama"), train)
+    run = Capture.run
+    monkeypatch.setattr(Capture, "run", lambda *of: ran.append(of[1].num_positions) or run(*of))
+    monkeypatch.setattr(costs, "TOKENS_PER_THREAD", 2 * longest)
+    whole = influence_scores(build("llama"), factors, queries, train, batch_tokens=9999)
+    assert longest < max(ran) <= 2 * longest * torch.get_num_threads()
+    few = influence_scores(build("llama"), factors, queries, train, batch_tokens=longest)
+    assert torch.allclose(whole.scores, few.scores, rtol=1e-4)

@@ -16,7 +16,7 @@ from contextlib import redirect_stderr
 from typing import TYPE_CHECKING
 
 from ekfac_dist.errors import MENDABLE, ConfigError, LaunchError, Preempted
-from ekfac_dist.runtime.platforms import num_cpus
+from ekfac_dist.runtime.platforms import num_cpus, says_yes
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -130,7 +130,7 @@ def _complete_options(options: argparse.Namespace) -> None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"The launcher configuration {file} cannot be used: {error}.") from error
     local_workers = max(1, workers // max(1, machines))
-    if uses_cpu or options.cpu:
+    if uses_cpu or options.cpu or says_yes("ACCELERATE_USE_CPU"):
         os.environ["ACCELERATE_USE_CPU"] = "true"
     else:
         _require_gpus(file, local_workers)

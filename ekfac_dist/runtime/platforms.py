@@ -35,3 +35,8 @@ def num_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # macOS: all there are
+
+
+def says_yes(variable: str) -> bool:
+    """Whether a variable of the environment says yes, as Accelerate's do."""
+    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")

@@ -42,14 +42,11 @@ from ekfac_dist.runtime.groups import (
 )
 from ekfac_dist.runtime.out_of_memory import shortage
 from ekfac_dist.runtime.peers import AGREED
+from ekfac_dist.runtime.platforms import says_yes
 
 T = TypeVar("T")
 
 _runs = itertools.count()
-
-
-def _says_yes(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
 
 
 def launched_processes() -> int:
@@ -71,7 +68,7 @@ class World(Collectives):
             LaunchError: If the launcher started several workers that do not see each other.
         """
         # Accelerate's launcher does not pass a configuration's use_cpu on to several workers.
-        says_cpu = _says_yes("ACCELERATE_USE_CPU")
+        says_cpu = says_yes("ACCELERATE_USE_CPU")
         # Other accelerators than CUDA's, such as Apple's, know no float64.
         cpu = says_cpu or not torch.cuda.is_available()
         arguments: dict[str, Any] = {}
@@ -98,7 +95,7 @@ class World(Collectives):
                 "In a script with an Accelerator of its own and no GPU, make it with "
                 "Accelerator(cpu=True); otherwise check the launcher's configuration."
             )
-        sharding = size > 1 and _says_yes("ACCELERATE_USE_FSDP")
+        sharding = size > 1 and says_yes("ACCELERATE_USE_FSDP")
         device = state.device
         if device.type == "cpu":
             device = torch.device("cpu")  # accelerate says "cpu:0" for a worker of several

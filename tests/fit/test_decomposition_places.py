@@ -24,7 +24,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> World:
     """A worker on a GPU of 80 GB with CUDA 12.8."""
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(decomposition_places, "total_bytes", lambda device: 80 * GB)
-    monkeypatch.setattr(decomposition_places, "_MEASURED_SIZE", 64)
     return World(0, 1, 0, CUDA, "none")
 
 

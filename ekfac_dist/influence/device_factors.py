@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.curvature.blocks import Blocks, on
+from ekfac_dist.data.batches import to_device
 from ekfac_dist.factors.factors import Factors, ModuleFactors
 from ekfac_dist.models.modules import TrackedModule
 
@@ -29,12 +30,10 @@ class _Sent:
     Attributes:
         tensors: The tensors on the device.
         arrival: On a GPU, the event after which they may be used.
-        pinned: The host's memory that they are sent from, held until then.
     """
 
     tensors: list[Tensor]
-    arrival: torch.cuda.Event | None
-    pinned: list[Tensor]
+    arrival: torch.cuda.Event | None = None
 
 
 class DeviceFactors:
@@ -115,19 +114,17 @@ class DeviceFactors:
             stream.wait_event(sent.arrival)
             for tensor in sent.tensors:
                 tensor.record_stream(stream)  # its memory is not used again before
-            sent.arrival.synchronize()  # before the pinned memory is
         return sent.tensors
 
     def _send(self, tensors: Sequence[Tensor]) -> _Sent:
         """Begins to send tensors to the device; only those that are not there as they should be."""
         if all(t.device == self._device and t.dtype == self._dtype for t in tensors):
-            return _Sent(list(tensors), None, [])
+            return _Sent(list(tensors))
         self.num_sent += 1
         if self._stream is None:
-            return _Sent(on(tensors, self._device, self._dtype), None, [])
-        pinned = [tensor.to(self._dtype).pin_memory() for tensor in tensors]
+            return _Sent(on(tensors, self._device, self._dtype))
         with torch.cuda.stream(self._stream):
-            arriving = [tensor.to(self._device, non_blocking=True) for tensor in pinned]
+            arriving = [to_device(tensor.to(self._dtype), self._device) for tensor in tensors]
             arrival = torch.cuda.Event()
             arrival.record(self._stream)
-        return _Sent(arriving, arrival, pinned)
+        return _Sent(arriving, arrival)

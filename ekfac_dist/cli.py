@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 from jsonargparse import ArgumentParser
 
 from ekfac_dist.arguments import command_parser, nearest_name, parse, parse_config
-from ekfac_dist.config import EstimateConfig, PlanConfig, QueryConfig, dotted
+from ekfac_dist.config import EstimateConfig, EvaluateConfig, PlanConfig, QueryConfig, dotted
 from ekfac_dist.errors import DEFECT, ConfigError, Preempted, UserError, status_of
 from ekfac_dist.runtime.platforms import require_system
 from ekfac_dist.runtime.terminal import show, visible
@@ -23,7 +23,7 @@ from ekfac_dist.runtime.terminal import show, visible
 if TYPE_CHECKING:
     from ekfac_dist.runtime.processes import World
 
-T = TypeVar("T", EstimateConfig, QueryConfig)
+T = TypeVar("T", EstimateConfig, QueryConfig, EvaluateConfig)
 
 USAGE = """usage: ekfac-dist COMMAND [options]
 
@@ -36,7 +36,8 @@ influence queries from them.
   query      score training sequences: ekfac-dist query --factors runs/gpt2 --queries queries.jsonl
              --output runs/scores
   report     a page to look at scores in: ekfac-dist report runs/scores [--output FILE.html]
-  launch     estimate or query on many workers, with the options of `accelerate launch`:
+  evaluate   how good the scores are, by retraining: ekfac-dist evaluate --config FILE
+  launch     estimate, query or evaluate on many workers, with the options of `accelerate launch`:
              ekfac-dist launch --config_file launch/accelerate/cpu.yaml estimate --config FILE
   demo       all of the main job on a small model and real text, nothing to download; with --real
              on a language model that knows the world, which is downloaded (100 MB)
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "inspect": inspect,
         "query": query,
         "report": report,
+        "evaluate": evaluate,
         "launch": launch,
         "demo": demo,
     }
@@ -158,6 +160,27 @@ def query(arguments: list[str]) -> int:
         "unfinished run in its output goes on if all is the same.",
     )
     return _work(parser, QueryConfig, arguments, work)
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Says how good attributions are, alone or as one of several workers."""
+
+    def work(config: EvaluateConfig, world: "World") -> str:
+        from ekfac_dist.evaluate.run import run_evaluation
+        from ekfac_dist.report.evaluation import evaluation_table
+        from ekfac_dist.runtime import preemption
+
+        preemption.install()
+        results = run_evaluation(config, world)
+        return evaluation_table(results) if world.is_main else ""
+
+    parser = command_parser(
+        "evaluate --config FILE [--FIELD VALUE …]",
+        "How good attributions are: trains the model to be explained by a stated recipe, fits "
+        "factors, scores with each method, retrains on subsets, and compares. An unfinished run in "
+        "its output goes on; one with other methods, dampings or protocols uses what is there.",
+    )
+    return _work(parser, EvaluateConfig, arguments, work)
 
 
 def _work(

@@ -19,6 +19,13 @@ from ekfac_dist.config.estimate import (
     ModelConfig,
     PlanConfig,
 )
+from ekfac_dist.config.evaluate import (
+    EvaluateConfig,
+    LdsConfig,
+    RemovalConfig,
+    TailPatchConfig,
+    TrainingConfig,
+)
 from ekfac_dist.config.fields import dotted, field_types
 from ekfac_dist.config.query import (
     DEFAULT_TOP_K,
@@ -37,8 +44,10 @@ __all__ = [
     "DampingConfig",
     "DataConfig",
     "EstimateConfig",
+    "EvaluateConfig",
     "FactorsConfig",
     "Labels",
+    "LdsConfig",
     "ModelConfig",
     "Normalize",
     "PerToken",
@@ -46,7 +55,10 @@ __all__ = [
     "QueryConfig",
     "QueryDataConfig",
     "QueryModelConfig",
+    "RemovalConfig",
     "ScoresConfig",
+    "TailPatchConfig",
+    "TrainingConfig",
     "dotted",
     "field_types",
     "require_checkpointing",

@@ -21,7 +21,7 @@ from ekfac_dist.runtime.platforms import num_cpus, says_yes
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-_COMMANDS = ("estimate", "query")
+_COMMANDS = ("estimate", "query", "evaluate")
 
 
 def launch_workers(arguments: Sequence[str]) -> int:
@@ -67,7 +67,7 @@ def _parsed_options(arguments: Sequence[str]) -> argparse.Namespace:
     if not any(command in arguments for command in _COMMANDS):
         raise ConfigError(
             "launch is given no command to run; write the launcher's options first, then "
-            f"{' or '.join(_COMMANDS)} and its options."
+            f"{', '.join(_COMMANDS[:-1])} or {_COMMANDS[-1]} and its options."
         )
     parser_output = io.StringIO()
     try:

@@ -160,6 +160,35 @@ def without_weights(config: ModelConfig) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
+def random_model(config: ModelConfig, device: torch.device, seed: int) -> nn.Module:
+    """The model built from its configuration, with random weights, in evaluation mode.
+
+    Args:
+        config: The model's configuration.
+        device: Where it is.
+        seed: Seed of the weights, which are drawn on the CPU.
+
+    Raises:
+        ModelError: If there is no such causal language model, or it cannot be built so.
+    """
+    name, settings = load_settings(config, with_weights=False)
+    dtype: Any = "float32" if config.dtype == "auto" else config.dtype
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(
+                settings,
+                dtype=getattr(torch, dtype),
+                trust_remote_code=config.trust_remote_code,
+            )
+    except Exception as error:
+        raise ModelError(
+            f"Model {name} cannot be built from its configuration alone: {first_line(error)}."
+        ) from error
+    _keep_weights(model)
+    return model.to(device).eval()
+
+
 def _quantization(config: ModelConfig, dtype: Any) -> Any:
     """The quantisation settings for `transformers`.
 
@@ -178,13 +207,18 @@ def _quantization(config: ModelConfig, dtype: Any) -> Any:
     )
 
 
-def load_tokenizer(config: ModelConfig) -> tuple[Any, str]:
+def load_tokenizer(config: ModelConfig, *, with_weights: bool = True) -> tuple[Any, str]:
     """The model's tokenizer, and a SHA-256 over its class, vocabulary and settings.
+
+    Args:
+        config: The model's configuration.
+        with_weights: Whether a local model without safetensors weights is refused.
 
     Raises:
         ModelError: If there is no such causal language model, or its tokenizer cannot be loaded.
     """
-    name, _ = load_settings(config)  # fails before a long text is tokenised in vain
+    # Fails before a long text is tokenised in vain.
+    name, _ = load_settings(config, with_weights=with_weights)
     origin = _origin(config)
     if config.gguf is not None and has_tokenizer(Path(name)):
         del origin["gguf_file"]

@@ -1,0 +1,225 @@
+"""The methods that are compared, and the scores of each: [query groups, sequences], kept in files.
+
+    random           independent normal numbers
+    bm25             BM25 of the query's words against each sequence's
+    gradient_dot     ∇log p(q)ᵀ ∇log p(z), of the tracked modules
+    gradient_cosine  the same over both norms
+    kfac             ∇log p(q)ᵀ (F + λ)⁻¹ ∇log p(z), F with K-FAC's Λ
+    ekfac            the same, F with the corrected eigenvalues
+    ekfac_cosine     the same over both norms in the inner product of (F + λ)⁻¹
+
+All scores of gradients are exact, by the same code as `query`.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import bm25s
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ekfac_dist.config import EvaluateConfig, ScoresConfig
+from ekfac_dist.curvature.damping import Damping
+from ekfac_dist.data.sequences import Sequences
+from ekfac_dist.errors import DataError, first_line
+from ekfac_dist.evaluate.curvatures import identity, kfac
+from ekfac_dist.factors.factors import Factors
+from ekfac_dist.factors.reader import StoreReader
+from ekfac_dist.influence.checks import check_model_and_sequences, scoring_context
+from ekfac_dist.influence.queries import QuerySet
+from ekfac_dist.influence.scoring import compute_scores
+from ekfac_dist.models.capture.prepare import prepared
+from ekfac_dist.runtime.processes import World
+
+NAMES = {
+    "random": "random",
+    "bm25": "BM25",
+    "gradient_dot": "gradient dot",
+    "gradient_cosine": "gradient cosine",
+    "kfac": "K-FAC",
+    "ekfac": "EK-FAC",
+    "ekfac_cosine": "EK-FAC, cosine",
+}
+PLAIN = "ekfac"  # the method that others are compared with
+_DAMPED = ("kfac", "ekfac", "ekfac_cosine")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: a method with its settings.
+
+    Attributes:
+        method: The method's name in the configuration; "scores" for another tool's.
+        name: Its name for people.
+        damping: The multiple of mean(Λ); None where there is none.
+        tracked: Name of the choice of modules; "" for that of `model.modules`.
+        file: Another tool's file of scores.
+    """
+
+    method: str
+    name: str
+    damping: float | None = None
+    tracked: str = ""
+    file: str = ""
+
+    @property
+    def key(self) -> str:
+        """A name that no other row of the run has, fit for a file."""
+        parts = [self.method, self.name if self.method == "scores" else self.tracked]
+        if self.damping is not None:
+            parts.append(f"{self.damping:g}")
+        return "-".join(re.sub(r"[^\w.]+", "_", part) for part in parts if part)
+
+    @property
+    def family(self) -> tuple[str, str]:
+        """What rows that differ in nothing but damping have in common."""
+        return self.method, self.tracked or self.name
+
+
+def rows_of(config: EvaluateConfig) -> list[Row]:
+    """The rows of the table, in its order."""
+    rows = []
+    for method in config.methods:
+        dampings = config.dampings if method in _DAMPED else [None]
+        rows += [Row(method, NAMES[method], damping) for damping in dampings]
+    for name in config.tracked:
+        rows += [
+            Row(PLAIN, f"{NAMES[PLAIN]}, {name}", damping, name) for damping in config.dampings
+        ]
+    rows += [Row("scores", name, file=file) for name, file in config.scores.items()]
+    return rows
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A trained model with its data, queries and factors: what scores are computed from.
+
+    Attributes:
+        model: The model.
+        sequences: The training sequences.
+        queries: The queries.
+        texts: The text of each training sequence.
+        stores: Directories of the factors, by the name of the choice of modules.
+        seed: The seed of training.
+        batch_tokens: Token budget of a batch.
+        world: The workers.
+    """
+
+    model: nn.Module
+    sequences: Sequences
+    queries: QuerySet
+    texts: list[str]
+    stores: Mapping[str, Path]
+    seed: int
+    batch_tokens: int
+    world: World
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(query groups, sequences)."""
+        return len(self.queries.members), len(self.sequences)
+
+
+def scores_of(row: Row, explained: Explained) -> np.ndarray:
+    """A method's scores, float32 [query groups, sequences]; a collective.
+
+    Raises:
+        DataError: If another tool's file cannot be read, or has another shape.
+    """
+    if row.method == "random":
+        generator = np.random.default_rng([explained.seed, 4])
+        return generator.standard_normal(explained.shape).astype(np.float32)
+    if row.method == "bm25":
+        return _bm25(explained)
+    if row.method == "scores":
+        path = Path(row.file.format(seed=explained.seed))
+        return read_scores(path, explained.shape)
+    return _gradient_scores(row, explained)
+
+
+def _gradient_scores(row: Row, explained: Explained) -> np.ndarray:
+    reader = StoreReader(explained.stores[row.tracked], verify=True)
+    factors, damping = Factors(reader), Damping(row.damping)
+    if row.method in ("gradient_dot", "gradient_cosine"):
+        factors, damping = identity(reader), Damping(1.0, relative=False)
+    elif row.method == "kfac":
+        factors = kfac(reader)
+    config = ScoresConfig(
+        normalize="cosine" if row.method.endswith("cosine") else "none",
+        per_token="none",
+        top_k=1,
+        bottom_k=0,
+    )
+    model, queries, sequences = explained.model, explained.queries, explained.sequences
+    with prepared(model):
+        check_model_and_sequences(
+            str(reader.path),
+            factors,
+            model,
+            sequences,
+            queries,
+            explained.world,
+            advice="set data.max_tokens to {context} or less",
+            allow_changes=False,
+        )
+        context = scoring_context(
+            model,
+            factors,
+            damping,
+            explained.world,
+            explained.batch_tokens,
+            True,
+            config,
+            len(queries.members),
+        )
+        scores = compute_scores(context, queries, sequences, config)
+    return scores.scores.float().numpy()
+
+
+def _bm25(explained: Explained) -> np.ndarray:
+    """BM25 of each query group's words, in lower case, against each sequence's."""
+    index = bm25s.BM25()
+    index.index([words(text) for text in explained.texts], show_progress=False)
+    queries = explained.queries
+    assert queries.texts is not None
+    scores = []
+    for members in queries.members:
+        asked = [words(queries.texts[k].prompt + queries.texts[k].completion) for k in members]
+        known = [word for group in asked for word in group if word in index.vocab_dict]
+        scores.append(index.get_scores(known) if known else np.zeros(len(explained.texts)))
+    return np.stack(scores).astype(np.float32)
+
+
+def words(text: str) -> list[str]:
+    """A text's words, in lower case."""
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def read_scores(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """Scores of a file: safetensors with a tensor `scores` [query groups, sequences].
+
+    The results of `query` have such a file. Sequences are in data order, all of them.
+
+    Raises:
+        DataError: If it cannot be read, has another shape, or holds NaN or infinity.
+    """
+    try:
+        with safe_open(path, framework="pt") as opened:
+            scores = opened.get_tensor("scores").float().numpy()
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DataError(
+            f"The scores {path} cannot be read: {first_line(error)}. Give a safetensors file with "
+            "a tensor scores [queries, sequences]."
+        ) from error
+    if scores.shape != shape:
+        raise DataError(
+            f"The scores {path} are {' × '.join(map(str, scores.shape))}, but there are {shape[0]} "
+            f"queries and {shape[1]} sequences; give a score for each of both, in the order of the "
+            "data."
+        )
+    if not np.isfinite(scores).all():
+        raise DataError(f"The scores {path} hold NaN or infinity; give finite numbers.")
+    return scores

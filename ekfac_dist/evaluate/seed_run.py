@@ -1,0 +1,365 @@
+"""One seed of an evaluation: its trained model, factors, scores and bank, each stored when done.
+
+In its own part of the evaluation's directory:
+
+seed-0/model/                    the model that is explained, and its tokenizer
+seed-0/factors/                  its factors; factors-<name>/ of another choice of modules
+seed-0/scores/<row>.safetensors  scores [query groups, sequences] float32
+seed-0/bank/                     losses of the queries after retraining; see `bank`
+"""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ekfac_dist.config import EstimateConfig, EvaluateConfig, ModelConfig
+from ekfac_dist.errors import OutputError, StoreError
+from ekfac_dist.evaluate.bank import Bank, BankKey, fill
+from ekfac_dist.evaluate.inputs import Inputs
+from ekfac_dist.evaluate.methods import Explained, Row, scores_of
+from ekfac_dist.evaluate.training import (
+    Trained,
+    num_steps,
+    query_losses,
+    read_all,
+    train,
+)
+from ekfac_dist.factors.layout import MANIFEST
+from ekfac_dist.factors.reader import StoreReader
+from ekfac_dist.fit.estimate import run_estimate
+from ekfac_dist.models.load.fingerprints import fingerprints
+from ekfac_dist.models.load.pretrained import load_model, random_model
+from ekfac_dist.runtime import preemption
+from ekfac_dist.runtime.files import safetensors_parts, write_whole
+from ekfac_dist.runtime.logs import log_on_main
+from ekfac_dist.runtime.processes import World
+from ekfac_dist.runtime.progress import Progress
+from ekfac_dist.runtime.resuming import require_same_config
+
+_MODEL, _FACTORS, _SCORES, _BANK = "model", "factors", "scores", "bank"
+_OTHER_OUTPUT = "give another output directory"
+
+
+class SeedRun:
+    """The models, factors and scores of one seed.
+
+    Args:
+        config: The evaluation.
+        inputs: Data and queries.
+        world: The workers.
+        seed: The seed.
+
+    Raises:
+        StoreError: If its bank is of another recipe, start, data or queries.
+    """
+
+    def __init__(self, config: EvaluateConfig, inputs: Inputs, world: World, seed: int) -> None:
+        self.config, self.inputs, self.world, self.seed = config, inputs, world, seed
+        self.path = Path(str(config.output)) / f"seed-{seed}"
+        self._start_model = world.main_first(self._load_start)
+        self._start = _weights_of(self._start_model)
+        whole = fingerprints(self._start_model, ()).whole
+        world.require_same("initial weights, by fingerprint,", whole)
+        key = BankKey(
+            asdict(config.training),
+            seed,
+            whole,
+            inputs.sequences.fingerprint,
+            inputs.query_sequences.fingerprint,
+        )
+        world.on_main(lambda: Bank(self.path / _BANK, key))
+        with world.agree():
+            self.bank = Bank(self.path / _BANK, key)
+
+    def _load_start(self) -> nn.Module:
+        if self.config.training.start == "random":
+            return random_model(self.config.model, self.world.device, self.seed)
+        return load_model(self.config.model, self.world.device)
+
+    @cached_property
+    def _in_memory(self) -> list[Any]:
+        return read_all(self.inputs.sequences)
+
+    # -- the model that is explained ---------------------------------------------------------------
+
+    @property
+    def everything(self) -> np.ndarray:
+        """All sequences are kept: bool [N]."""
+        return np.ones(len(self.inputs.sequences), dtype=bool)
+
+    def train_explained(self) -> None:
+        """Trains the model that is explained, on worker 0, unless it is there; a collective."""
+        self.world.on_main(self._train_explained)
+
+    def _train_explained(self) -> None:
+        directory = self.path / _MODEL
+        if directory.is_dir() and self.bank.has(self.everything):
+            return
+        start = time.perf_counter()
+        total = num_steps(len(self.everything), len(self.everything), self.config.training)
+        with Progress(f"train {self.seed}", total=total, unit="steps") as progress:
+
+            def on_step() -> None:
+                if preemption.requested():
+                    raise preemption.ended("no model is trained yet")
+                progress.update(1)
+
+            losses, trained = self.retrain(self.everything, on_step)
+        partial = directory.with_name(f".{_MODEL}.partial")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(directory, ignore_errors=True)
+            model: Any = self._start_model
+            model.save_pretrained(partial)
+            self.inputs.tokenizer.save_pretrained(partial)
+            partial.rename(directory)
+        except OSError as error:
+            raise OutputError(
+                f"{directory} cannot be written: {error.strerror or error}. Give an output "
+                "directory that can be written and has room."
+            ) from error
+        self.bank.put(self.everything, losses, trained, time.perf_counter() - start)
+
+    @property
+    def trained(self) -> Trained:
+        """What training on all sequences did."""
+        return self.bank.trained(self.everything)
+
+    def retrain(self, kept: np.ndarray, on_step: Callable[[], None]) -> tuple[np.ndarray, Trained]:
+        """Trains on some sequences, from the start, and returns the queries' losses."""
+        model = self._start_model
+        model.load_state_dict(self._start)
+        recipe = self.config.training
+        trained = train(model, self._in_memory, kept, recipe, self.seed, on_step)
+        queries = self.inputs.query_sequences
+        return query_losses(model, queries, self.config.batch_tokens), trained
+
+    def fill(self, subsets: np.ndarray, name: str) -> None:
+        """Trains on those of some subsets that the bank lacks; a collective."""
+        total, recipe = len(self.everything), self.config.training
+        fill(
+            self.bank,
+            subsets,
+            self.world,
+            self.retrain,
+            lambda kept: num_steps(total, int(kept.sum()), recipe),
+            name,
+        )
+
+    def group_losses(self, subsets: np.ndarray) -> np.ndarray:
+        """Losses of query groups after training on each subset, from the bank [S, Q]."""
+        return self.inputs.group_losses(self.bank.losses(subsets))
+
+    # -- factors and scores ------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Fits the factors of each choice of modules, unless they are there; a collective."""
+        for name in ("", *self.config.tracked):
+            store = self._store(name)
+            is_there = self.world.share(_is_complete(store) if self.world.is_main else None)
+            config = self._estimate_config(name, store)
+            if is_there:
+                with self.world.agree():
+                    _require_same_factors(store, config)
+                continue
+            log_on_main(self.world, f"fit           seed {self.seed}{f', {name}' * bool(name)}")
+            run_estimate(config, self.world)
+
+    def _store(self, name: str) -> Path:
+        return self.path / (f"{_FACTORS}-{name.replace('/', '_')}" if name else _FACTORS)
+
+    @property
+    def _explained_config(self) -> ModelConfig:
+        model = self.config.model
+        # A GGUF file's model is saved as any other.
+        return replace(model, name=str(self.path / _MODEL), gguf=None, revision=None)
+
+    def _estimate_config(self, name: str, store: Path) -> EstimateConfig:
+        model = self._explained_config
+        if name:
+            model = replace(model, modules=list(self.config.tracked[name]))
+        return EstimateConfig(
+            model=model,
+            data=replace(self.config.data),
+            factors=replace(self.config.factors),
+            batch_tokens=self.config.batch_tokens,
+            output=str(store),
+        )
+
+    def score(self, rows: list[Row]) -> dict[str, np.ndarray]:
+        """The scores of each row by its key, computed unless they are stored; a collective.
+
+        Raises:
+            UserError: As `scores_of`.
+        """
+        explained: Explained | None = None
+        scores = {}
+        for row in rows:
+            file = self._scores_file(row)
+            of = self._scores_print(row)
+            stored = self.world.share(_stored_scores(file, of) if self.world.is_main else None)
+            if stored is None:
+                if explained is None:
+                    explained = self._explained()
+                start = time.perf_counter()
+                with preemption.deferred():
+                    stored = scores_of(row, explained)
+                seconds = time.perf_counter() - start
+                self.world.on_main(lambda: _store_scores(file, stored, of, seconds))  # noqa: B023
+                preemption.end_if_requested()
+            scores[row.key] = stored
+        return scores
+
+    def _scores_file(self, row: Row) -> Path:
+        return self.path / _SCORES / f"{row.key}.safetensors"
+
+    def _scores_print(self, row: Row) -> str:
+        """What a row's scores were computed from, as a digest."""
+        store = self._store(row.tracked) / MANIFEST
+        parts = [
+            store.read_bytes() if store.is_file() else b"",
+            self.inputs.sequences.fingerprint.encode(),
+            self.inputs.query_sequences.fingerprint.encode(),
+            repr((row.method, row.damping, row.tracked, self.inputs.queries.members)).encode(),
+        ]
+        if row.method == "scores":
+            with suppress(OSError):
+                parts.append(Path(row.file.format(seed=self.seed)).read_bytes())
+        return hashlib.sha256(b"|".join(parts)).hexdigest()
+
+    def _explained(self) -> Explained:
+        model = self.world.main_first(lambda: load_model(self._explained_config, self.world.device))
+        return Explained(
+            model=model,
+            sequences=self.inputs.sequences,
+            queries=self.inputs.queries,
+            texts=self.inputs.texts,
+            stores={name: self._store(name) for name in ("", *self.config.tracked)},
+            seed=self.seed,
+            batch_tokens=self.config.batch_tokens,
+            world=self.world,
+        )
+
+    def seconds_of(self, row: Row) -> float | None:
+        """How long the scores of a row took to compute."""
+        return _seconds_in(self._scores_file(row))
+
+    def fit_seconds(self) -> float:
+        """How long the passes and the decomposition of the fit took."""
+        passes = StoreReader(self._store("")).manifest["passes"]
+        return sum(float(stage["seconds"]) for stage in passes.values())
+
+    # -- one step on one sequence ------------------------------------------------------------------
+
+    def tail_patch(self, columns: np.ndarray, learning_rate: float) -> np.ndarray:
+        """Losses of query groups after one step on each of some sequences; a collective.
+
+        The step is AdamW's first, of the recipe's weight decay, from the trained model.
+
+        Args:
+            columns: The sequences [n].
+            learning_rate: The step's.
+
+        Returns:
+            −log p, float64 [n, Q].
+        """
+        world, recipe = self.world, self.config.training
+        step = replace(
+            recipe,
+            epochs=1,
+            batch_size=1,
+            learning_rate=learning_rate,
+            schedule="constant",
+            warmup_steps=0,
+        )
+        own = range(world.rank, len(columns), world.size)
+        losses = torch.zeros(len(columns), len(self.inputs.queries.members), dtype=torch.float64)
+        with world.agree():
+            model = load_model(self._explained_config, world.device)
+            trained = _weights_of(model)
+            shown = world.is_main and bool(own)
+            with Progress(
+                f"tail {self.seed}", total=len(own), unit="steps", enabled=shown
+            ) as progress:
+                for k in own:
+                    world.check_peers()
+                    model.load_state_dict(trained)
+                    sequence = [self._in_memory[columns[k]]]
+                    train(model, sequence, np.ones(1, dtype=bool), step, self.seed)
+                    after = query_losses(
+                        model, self.inputs.query_sequences, self.config.batch_tokens
+                    )
+                    losses[k] = torch.from_numpy(self.inputs.group_losses(after))
+                    progress.update(1)
+        world.all_reduce_([losses])
+        return losses.numpy()
+
+
+def _weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of a model's parameters and buffers, by name."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def _is_complete(store: Path) -> bool:
+    with suppress(StoreError):
+        StoreReader(store)
+        return True
+    return False
+
+
+def _require_same_factors(store: Path, config: EstimateConfig) -> None:
+    """Refuses factors that were fitted with other settings.
+
+    Raises:
+        OutputError: If they were.
+    """
+    stored = StoreReader(store).manifest["config"]
+    require_same_config(
+        store,
+        stored,
+        config.as_dict(),
+        may_change=("output", "batch_tokens", "save_minutes", "factors.shard", "factors.eigen"),
+        advice=_OTHER_OUTPUT,
+    )
+
+
+def _stored_scores(file: Path, of: str) -> np.ndarray | None:
+    """The scores in a file, if they are of what they should be of."""
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="np") as opened:
+            if (opened.metadata() or {}).get("of") != of:
+                return None
+            return opened.get_tensor("scores")
+    except (OSError, SafetensorError):
+        return None
+
+
+def _store_scores(file: Path, scores: np.ndarray, of: str, seconds: float) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{file.parent} cannot be made: {error.strerror or error}.") from error
+    header = {"of": of, "seconds": f"{seconds:.3f}"}
+    write_whole(file, safetensors_parts({"scores": torch.from_numpy(scores)}, header))
+
+
+def _seconds_in(file: Path) -> float | None:
+    """How long the scores of a file took; None if it does not say so."""
+    try:
+        with safe_open(file, framework="np") as opened:
+            return float((opened.metadata() or {})["seconds"])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None

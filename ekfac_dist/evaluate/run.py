@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ekfac_dist.config import EvaluateConfig
-from ekfac_dist.errors import ConfigError, OutputError
+from ekfac_dist.errors import ConfigError, LaunchError, OutputError
 from ekfac_dist.evaluate import measures
 from ekfac_dist.evaluate.inputs import Inputs, read_inputs
 from ekfac_dist.evaluate.methods import Row, rows_of
@@ -58,6 +58,12 @@ def run_evaluation(config: EvaluateConfig, world: World) -> dict[str, Any]:
     Raises:
         UserError: If the user can correct the cause; on every worker alike.
     """
+    with world.agree():
+        if world.fsdp:
+            raise LaunchError(
+                "The launcher's configuration shards the model over the workers, each of which "
+                "trains models of its own; use launch/accelerate/multi_gpu.yaml, or cpu.yaml."
+            )
     with _locked_output(config, world):
         inputs = read_inputs(config, world)
         with world.agree():

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ekfac_dist.config import EstimateConfig, EvaluateConfig, ModelConfig
-from ekfac_dist.errors import OutputError, StoreError
+from ekfac_dist.errors import ConfigError, OutputError, StoreError
 from ekfac_dist.evaluate.bank import Bank, BankKey, fill
 from ekfac_dist.evaluate.inputs import Inputs
 from ekfac_dist.evaluate.methods import Explained, Row, scores_of
@@ -40,6 +40,7 @@ from ekfac_dist.factors.reader import StoreReader
 from ekfac_dist.fit.estimate import run_estimate
 from ekfac_dist.models.load.fingerprints import fingerprints
 from ekfac_dist.models.load.pretrained import load_model, random_model
+from ekfac_dist.passes.sequences import check_sequences
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.files import safetensors_parts, write_whole
 from ekfac_dist.runtime.logs import log_on_main
@@ -62,12 +63,18 @@ class SeedRun:
 
     Raises:
         StoreError: If its bank is of another recipe, start, data or queries.
+        DataError: If the model cannot read a sequence or a query.
     """
 
     def __init__(self, config: EvaluateConfig, inputs: Inputs, world: World, seed: int) -> None:
         self.config, self.inputs, self.world, self.seed = config, inputs, world, seed
         self.path = Path(str(config.output)) / f"seed-{seed}"
         self._start_model = world.main_first(self._load_start)
+        with world.agree():
+            check_sequences(
+                self._start_model, inputs.sequences, "set data.max_tokens to {context} or less"
+            )
+            check_sequences(self._start_model, inputs.query_sequences, "shorten the query")
         self._start = _weights_of(self._start_model)
         whole = fingerprints(self._start_model, ()).whole
         world.require_same("initial weights, by fingerprint,", whole)
@@ -116,6 +123,12 @@ class SeedRun:
                 progress.update(1)
 
             losses, trained = self.retrain(self.everything, on_step)
+        if trained.last_loss > trained.first_loss:
+            raise ConfigError(
+                f"Training diverges: the mean loss per token rose from {trained.first_loss:.3g} in "
+                f"the first epoch to {trained.last_loss:.3g} in the last. Lower "
+                "training.learning_rate, or raise training.warmup_steps."
+            )
         partial = directory.with_name(f".{_MODEL}.partial")
         try:
             shutil.rmtree(partial, ignore_errors=True)

@@ -130,9 +130,9 @@ def train(
                     loss.backward()
                     if recipe.clip_norm is not None:
                         nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
                     sums += torch.tensor([value * num_labels, num_labels], dtype=torch.float64)
+                optimizer.step()  # changes nothing where there is no gradient
+                optimizer.zero_grad()
                 schedule.step()
             losses_by_epoch.append(_mean(sums))
     model.eval()

@@ -14,7 +14,8 @@ from helpers.made_results import Made
 
 from ekfac_dist.errors import ConfigError, OutputError, StoreError
 from ekfac_dist.influence.results import DETAILS, MANIFEST, SCORES, TOP, ResultsWriter
-from ekfac_dist.report.page import island, write_report
+from ekfac_dist.report.html import island_text
+from ekfac_dist.report.page import write_report
 from ekfac_dist.report.spread import NUM_BINS, carriers, distribution
 
 HOSTILE = [
@@ -295,7 +296,7 @@ def test_a_score_on_two_tokens_is_flagged_and_an_even_one_is_not(report):
 
 @pytest.mark.parametrize("text", [*HOSTILE, "\ud83d"])
 def test_an_island_is_ascii_without_markup_and_reads_back(text):
-    written = island({"text": text})
+    written = island_text({"text": text})
     assert written.isascii()
     assert not set("<>&") & set(written)
     assert "\u2028" not in written

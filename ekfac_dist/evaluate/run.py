@@ -64,11 +64,13 @@ def run_evaluation(config: EvaluateConfig, world: World) -> dict[str, Any]:
                 "The launcher's configuration shards the model over the workers, each of which "
                 "trains models of its own; use launch/accelerate/multi_gpu.yaml, or cpu.yaml."
             )
-    with _locked_output(config, world):
-        inputs = read_inputs(config, world)
-        with world.agree():
-            plan = _Plan(config, inputs)
-        _log_inputs(world, inputs)
+    output = Path(str(config.output))
+    world.on_main(lambda: _check_output(output))
+    inputs = read_inputs(config, world)
+    with world.agree():
+        plan = _Plan(config, inputs)
+    _log_inputs(world, inputs)
+    with _locked_output(output, world):
         with preemption.deferred():
             seeds = [SeedRun(config, inputs, world, seed) for seed in config.seeds]
             for seed in seeds:
@@ -237,14 +239,12 @@ class _Plan:
 
 
 @contextmanager
-def _locked_output(config: EvaluateConfig, world: World) -> Iterator[None]:
+def _locked_output(output: Path, world: World) -> Iterator[None]:
     """Context in which the output directory is this run's alone.
 
     Raises:
-        OutputError: If it cannot be written, holds something else, or is another run's; or if a
-            worker sees another disk.
+        OutputError: If it cannot be written, or is another run's; or if a worker sees another disk.
     """
-    output = Path(str(config.output))
     lock: DirectoryLock | None = world.on_main(lambda: _opened(output))
     try:
         writers = workers_that_write(output, world, saves=False)
@@ -263,11 +263,28 @@ def _locked_output(config: EvaluateConfig, world: World) -> Iterator[None]:
 def _opened(output: Path) -> DirectoryLock:
     try:
         output.mkdir(parents=True, exist_ok=True)
-        entries = [entry.name for entry in output.iterdir()]
     except OSError as error:
         raise OutputError(
             f"output {output} cannot be made: {error.strerror or error}. Give a directory that can "
             "be written."
+        ) from error
+    return DirectoryLock(output)
+
+
+def _check_output(output: Path) -> None:
+    """Refuses a directory that holds something else than an evaluation.
+
+    Raises:
+        OutputError: If it does, is a file, or cannot be read.
+    """
+    try:
+        entries = [entry.name for entry in output.iterdir()]
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(
+            f"output {output} is no directory that can be read ({error.strerror or error}); give "
+            "one that is new or empty."
         ) from error
     others = [
         name for name in entries if name != RESULTS and not name.startswith((_SEED, ".", "state"))
@@ -277,7 +294,6 @@ def _opened(output: Path) -> DirectoryLock:
             f"output {output} exists and is no evaluation (it holds {others[0]}); give a directory "
             "that is new or empty."
         )
-    return DirectoryLock(output)
 
 
 def _log_inputs(world: World, inputs: Inputs) -> None:

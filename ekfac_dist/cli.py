@@ -35,7 +35,8 @@ influence queries from them.
   inspect    a store's summary and health: ekfac-dist inspect runs/gpt2 [--verify] [--plot FILE]
   query      score training sequences: ekfac-dist query --factors runs/gpt2 --queries queries.jsonl
              --output runs/scores
-  report     a page to look at scores in: ekfac-dist report runs/scores [--output FILE.html]
+  report     a page to look at scores, or an evaluation, in: ekfac-dist report runs/scores
+             [--output FILE.html]
   evaluate   how good the scores are, by retraining: ekfac-dist evaluate --config FILE
   launch     estimate, query or evaluate on many workers, with the options of `accelerate launch`:
              ekfac-dist launch --config_file launch/accelerate/cpu.yaml estimate --config FILE
@@ -168,11 +169,14 @@ def evaluate(arguments: list[str]) -> int:
     def work(config: EvaluateConfig, world: "World") -> str:
         from ekfac_dist.evaluate.run import run_evaluation
         from ekfac_dist.report.evaluation import evaluation_table
+        from ekfac_dist.report.evaluation_page import write_beside
         from ekfac_dist.runtime import preemption
 
         preemption.install()
         results = run_evaluation(config, world)
-        return evaluation_table(results) if world.is_main else ""
+        if not world.is_main:
+            return ""
+        return "\n".join([evaluation_table(results), "", *write_beside(str(config.output))])
 
     parser = command_parser(
         "evaluate --config FILE [--FIELD VALUE …]",
@@ -258,11 +262,14 @@ def inspect(arguments: list[str]) -> int:
 
 
 def report(arguments: list[str]) -> int:
-    """Writes a page to look at scores in."""
+    """Writes a page to look at scores, or at an evaluation, in."""
     parser = command_parser(
-        "report SCORES [--output FILE.html] [--note TEXT]", "Writes query results as one HTML file."
+        "report SCORES [--output FILE.html] [--note TEXT]",
+        "Writes the results of `query` or `evaluate` as one HTML file.",
     )
-    parser.add_argument("scores", type=str, help="Output directory of a `query` run.")
+    parser.add_argument(
+        "scores", type=str, help="Output directory of a `query` or an `evaluate` run."
+    )
     parser.add_argument(
         "--note",
         type=str | None,
@@ -274,10 +281,13 @@ def report(arguments: list[str]) -> int:
     )
     types = {"output": str | None, "note": str | None}
     values = parse(parser, arguments, types, positionals=["scores"])
+    from ekfac_dist.evaluate.results import is_evaluation
+    from ekfac_dist.report.evaluation_page import write_evaluation_page
     from ekfac_dist.report.page import write_report
 
     output = values["output"] or values["scores"].rstrip("/") + ".html"
-    write_report(values["scores"], output, note=values["note"])
+    write = write_evaluation_page if is_evaluation(values["scores"]) else write_report
+    write(values["scores"], output, note=values["note"])
     show(f"The report is in {output}")
     return 0
 

@@ -8,5 +8,6 @@ subsets     which sequences are left out
 methods     scores of each method that is compared
 measures    rank correlations, ranks, and their bootstrap intervals: numbers only
 protocols   what is measured: LDS, removal, tail patch, recall
+results     the format of results.json, with its writer and its reader
 run         all of it, from text to a table
 """

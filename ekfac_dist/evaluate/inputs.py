@@ -41,6 +41,27 @@ class Inputs:
         assert isinstance(self.queries.sequences, Sequences)
         return self.queries.sequences
 
+    def query_texts(self) -> list[dict[str, Any]]:
+        """The texts of each query group, as they are written into results."""
+        texts = self.queries.texts
+        assert texts is not None
+        groups = zip(self.queries.group_names, self.queries.members, strict=True)
+        return [
+            {
+                "group": name,
+                "members": [
+                    {
+                        "line": texts[query].line,
+                        "prompt": texts[query].prompt,
+                        "completion": texts[query].completion,
+                    }
+                    for query in members
+                ],
+                "gold": self.gold.get(group, []),
+            }
+            for group, (name, members) in enumerate(groups)
+        ]
+
     def group_losses(self, losses: np.ndarray) -> np.ndarray:
         """Losses of query groups, from those of queries, along the last axis."""
         groups = [losses[..., list(members)].sum(-1) for members in self.queries.members]

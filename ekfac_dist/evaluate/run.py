@@ -1,15 +1,14 @@
 """`evaluate`, the command: from text to a table of how good each method's scores are.
 
     EVALUATION/
-      results.json    all measured values, with the configuration
+      results.json    all measured values, with the configuration; see `results`
       seed-0/ …       of each seed the model, its factors, scores and bank; see `seed_run`
+      evaluation.html, lds.svg    the page and the plot of them, made by `report`
 
 Everything is stored as soon as it is known; the same run again goes on, and a run with other
 methods, dampings or protocols uses what is there.
 """
 
-import json
-import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,19 +29,19 @@ from ekfac_dist.evaluate.protocols import (
     recall_result,
     removal_result,
 )
+from ekfac_dist.evaluate.results import FORMAT, PAGE, PLOT, RESULTS, SEED, write_results
 from ekfac_dist.evaluate.seed_run import SeedRun
 from ekfac_dist.evaluate.subsets import lds_subsets, num_removed, random_removals, without
 from ekfac_dist.fit.directories import workers_that_write
 from ekfac_dist.runtime import preemption
-from ekfac_dist.runtime.files import write_whole
 from ekfac_dist.runtime.lock import DirectoryLock
 from ekfac_dist.runtime.logs import log_on_main
+from ekfac_dist.runtime.platforms import processor_name
 from ekfac_dist.runtime.processes import World
+from ekfac_dist.runtime.software import software
 
-FORMAT = "ekfac_dist-evaluation/1"
-RESULTS = "results.json"
-# What an evaluation's directory may hold when one begins.
-_SEED = "seed-"
+# What an evaluation's directory may hold when one begins, beside seeds' directories.
+_OWN = (RESULTS, PAGE, PLOT)
 
 
 def run_evaluation(config: EvaluateConfig, world: World) -> dict[str, Any]:
@@ -83,7 +82,7 @@ def run_evaluation(config: EvaluateConfig, world: World) -> dict[str, Any]:
         scores = {row.key: [each[row.key] for each in by_seed] for row in rows}
         with preemption.deferred():
             results = plan.measured(seeds, rows, scores)
-        world.on_main(lambda: _write(config, results))
+        world.on_main(lambda: write_results(output, results))
     return results
 
 
@@ -101,6 +100,8 @@ class _Plan:
     def __init__(self, config: EvaluateConfig, inputs: Inputs) -> None:
         self.config, self.inputs = config, inputs
         self.num_sequences = len(inputs.sequences)
+        # Of each seed that removals were made for, whether each sequence is kept [removals, N].
+        self.removals_of: dict[int, np.ndarray] = {}
         num_queries = len(inputs.queries.members)
         protocols = config.protocols
         if "lds" in protocols:
@@ -162,7 +163,11 @@ class _Plan:
             "num_positions": int(self.inputs.sequences.num_positions.sum()),
             "num_queries": len(self.inputs.queries.members),
         }
-        results["processor"] = platform.processor() or platform.machine()
+        results["model"] = seeds[0].model_facts()
+        results["queries"] = self.inputs.query_texts()
+        results["workers"] = seeds[0].world.size
+        results["processor"] = processor_name()
+        results["software"] = software()
         return results
 
     def _seed_result(self, seed: SeedRun) -> dict[str, Any]:
@@ -171,6 +176,10 @@ class _Plan:
         if "lds" in self.config.protocols:
             result["models"] = len(self.subsets_SN)
             result["bank_seconds"] = seed.bank.seconds(self.subsets_SN)
+        removals = self.removals_of.get(seed.seed)
+        if removals is not None:
+            result["removal_models"] = len(removals)
+            result["removal_seconds"] = seed.bank.seconds(removals)
         return result
 
     def _lds(
@@ -203,10 +212,12 @@ class _Plan:
                 )
                 for row in rows
             }
-            seed.fill(np.concatenate([randoms, *subsets.values()]), f"removal {seed.seed}")
+            removals = np.unique(np.concatenate([randoms, *subsets.values()]), axis=0)
+            self.removals_of[seed.seed] = removals
+            seed.fill(removals, f"removal {seed.seed}")
             after_random[:, k] = seed.group_losses(randoms)[:, :number].T
-            for key, removals in subsets.items():
-                after[key][:, k] = np.diagonal(seed.group_losses(removals)[:, :number])
+            for key, kept in subsets.items():
+                after[key][:, k] = np.diagonal(seed.group_losses(kept)[:, :number])
         return {
             row.key: removal_result(after[row.key], after_random, self.config.bootstrap)
             for row in rows
@@ -287,7 +298,7 @@ def _check_output(output: Path) -> None:
             "one that is new or empty."
         ) from error
     others = [
-        name for name in entries if name != RESULTS and not name.startswith((_SEED, ".", "state"))
+        name for name in entries if name not in _OWN and not name.startswith((SEED, ".", "state"))
     ]
     if others:
         raise OutputError(
@@ -313,26 +324,3 @@ def _log_training(world: World, seed: SeedRun) -> None:
             f"trained       seed {seed.seed}: {trained.steps} steps, mean loss per token "
             f"{trained.first_loss:.3f} in the first epoch, {trained.last_loss:.3f} in the last",
         )
-
-
-def _write(config: EvaluateConfig, results: dict[str, Any]) -> None:
-    path = Path(str(config.output)) / RESULTS
-    write_whole(path, [json.dumps(results, indent=1, ensure_ascii=False).encode() + b"\n"])
-
-
-def read_results(output: str | Path) -> dict[str, Any]:
-    """The results of an evaluation.
-
-    Raises:
-        OutputError: If there are none, or the file is damaged.
-    """
-    path = Path(output) / RESULTS
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OutputError(
-            f"{path} cannot be read; give the output directory of a finished `evaluate` run."
-        ) from error
-    if not isinstance(results, dict) or results.get("format") != FORMAT:
-        raise OutputError(f"{path} is no result of `evaluate`; give its output directory.")
-    return results

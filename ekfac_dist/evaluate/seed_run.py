@@ -98,6 +98,12 @@ class SeedRun:
     def _in_memory(self) -> list[Any]:
         return read_all(self.inputs.sequences)
 
+    def model_facts(self) -> dict[str, Any]:
+        """Class and number of parameters of the model, as they are written into results."""
+        model = self._start_model
+        number = sum(parameter.numel() for parameter in model.parameters())
+        return {"class": type(model).__name__, "num_parameters": number}
+
     # -- the model that is explained ---------------------------------------------------------------
 
     @property

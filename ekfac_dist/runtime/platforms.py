@@ -6,6 +6,9 @@ Windows lacks what files and workers are made with: the flushing of directories,
 """
 
 import os
+import platform
+from contextlib import suppress
+from pathlib import Path
 
 from ekfac_dist.errors import LaunchError
 
@@ -35,6 +38,16 @@ def num_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # macOS: all there are
+
+
+def processor_name() -> str:
+    """The processor's name for people, such as "AMD EPYC 9B45"; its architecture if not known."""
+    with suppress(OSError):  # there is no such file but on Linux
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n"):
+            field, _, name = line.partition(":")
+            if field.strip() == "model name" and name.strip():
+                return name.strip()
+    return platform.processor() or platform.machine()
 
 
 def says_yes(variable: str) -> bool:

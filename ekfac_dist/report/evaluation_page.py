@@ -99,6 +99,8 @@ def _has_lds(results: Mapping[str, Any]) -> bool:
 def _page(results: Mapping[str, Any], note: str | None) -> str:
     from markupsafe import Markup
 
+    if not results["rows"]:
+        raise ValueError("there are no rows")
     columns, has_lds = columns_of(results), _has_lds(results)
     plots = {"wide": _WIDE, "narrow": _NARROW} if has_lds else {}
     return page_text(
@@ -172,6 +174,6 @@ def _island(results: Mapping[str, Any]) -> dict[str, Any]:
             for row in rows
         ],
         # The rows that are compared at first: plain EK-FAC at its best damping, and the best other.
-        "pair": [*first, *second, *first][:2],
+        "pair": [*first, *second, *ordered][:2],
         "queries": [{"group": query["group"], "members": query["members"]} for query in queries],
     }

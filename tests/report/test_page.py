@@ -1,16 +1,15 @@
 """The report: one file, nothing from elsewhere, and the numbers of the results."""
 
 import base64
-import hashlib
 import json
 import re
 import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
 from helpers.made_results import Made
+from helpers.pages import HOSTILE, Page, require_nothing_from_elsewhere, require_own_policy
 
 from ekfac_dist.errors import ConfigError, OutputError, StoreError
 from ekfac_dist.influence.results import DETAILS, MANIFEST, SCORES, TOP, ResultsWriter
@@ -18,45 +17,9 @@ from ekfac_dist.report.html import island_text
 from ekfac_dist.report.page import write_report
 from ekfac_dist.report.spread import NUM_BINS, carriers, distribution
 
-HOSTILE = [
-    "</script><img src=x onerror=alert(1)>",
-    "<!--<script>",
-    "]]>",
-    "\u2028\u2029",
-    "\x00\x01\x1b",
-    "\u202eevil\u202c",
-    "שלום",
-    "👩‍👧",
-    "&amp;&lt;",
-    "\"'`${1}",
-    "\n",
-    "  ",
-]
 
-
-class Page(HTMLParser):
-    """What a parser finds: elements with their attributes, the scripts' content, the text."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.html, self.elements, self.scripts, self.text = html, [], [], ""
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_data(self, text):
-        if self.cdata_elem == "script":
-            self.scripts[-1] += text
-        elif self.cdata_elem is None:
-            self.text += text
-
-    @property
-    def data(self):
-        return json.loads(self.scripts[0])
+class ReportPage(Page):
+    """A report, with its second island."""
 
     def pair(self, number):
         """A pair's token, module, and layer by token scores, read as the script reads them."""
@@ -77,7 +40,7 @@ def report(tmp_path):
         made = Made(**settings)
         output = tmp_path / "report.html"
         write_report(made.write(tmp_path / "scores"), output)
-        return made, Page(output.read_text(encoding="utf-8"))
+        return made, ReportPage(output.read_text(encoding="utf-8"))
 
     return write
 
@@ -87,33 +50,12 @@ def report(tmp_path):
 
 def test_the_page_needs_nothing_from_elsewhere(report):
     _, page = report()
-    links = [
-        (tag, name, value)
-        for tag, attributes in page.elements
-        for name, value in attributes.items()
-        if name in ("src", "href", "srcset", "action", "data", "poster")
-    ]
-    assert links == [("link", "href", "data:,")]
-    own = page.html.replace(page.scripts[0], "").replace(page.scripts[1], "")
-    assert "@import" not in own
-    assert "url(" not in own
-    assert re.findall(r"https?://[^\"]*", own) == ["http://www.w3.org/2000/svg"]  # a name
-    assert not re.search(r"\b(fetch|XMLHttpRequest|WebSocket|innerHTML|eval)\b", own)
-    assert not any(name.startswith("on") or name == "style" for _, a in page.elements for name in a)
+    require_nothing_from_elsewhere(page)
 
 
 def test_its_policy_allows_its_own_style_and_script_and_no_other(report):
     _, page = report()
-    (policy,) = [
-        attributes["content"]
-        for tag, attributes in page.elements
-        if tag == "meta" and attributes.get("http-equiv") == "Content-Security-Policy"
-    ]
-    style = re.search(r"<style>(.*?)</style>", page.html, re.DOTALL).group(1)
-    for name, text in (("script-src", page.scripts[2]), ("style-src", style)):
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        assert f"{name} 'sha256-{digest}'" in policy
-    assert policy.startswith("default-src 'none'")
+    require_own_policy(page)
 
 
 def test_a_thousand_sequences_stay_small(report):

@@ -1,95 +1,33 @@
 """The report in Chromium, opened from the disk with the network off.
 
-    bash launch/setup.sh test,browser && bash launch/test.sh -m browser
-
-CHROMIUM names the browser; Debian's is looked for without it.
+bash launch/setup.sh test,browser && bash launch/test.sh -m browser
 """
 
-import os
-import shutil
-
 import pytest
+from helpers.browser import DESKTOP, PHONE, facts, fits, number
 from helpers.made_results import Made
 
 from ekfac_dist.report.page import write_report
 
 pytestmark = pytest.mark.browser
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-MINUS = "−"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
-
 
 @pytest.fixture
-def opened(browser, tmp_path):
-    """Opens a report; at the end nothing has been asked of a network and nothing has failed."""
-    contexts, faults = [], []
-
-    def judge(route):
-        if route.request.url.startswith("file:"):
-            route.continue_()
-        else:
-            faults.append(f"asked for {route.request.url}")
-            route.abort()
+def opened(open_page, tmp_path):
+    """Opens a report; see `open_page`."""
 
     def open_report(made, viewport=DESKTOP, address="", **settings):
         output = tmp_path / "report.html"
         if not output.exists():
             write_report(made.write(tmp_path / "scores"), output)
-        phone = viewport is PHONE
-        context = browser.new_context(
-            viewport=viewport, is_mobile=phone, has_touch=phone, **settings
-        )
-        contexts.append(context)
-        context.set_offline(True)
-        context.route("**/*", judge)
-        page = context.new_page()
-        page.on("console", lambda m: faults.append(m.text) if m.type != "log" else None)
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("requestfailed", lambda request: faults.append(f"failed: {request.url}"))
-        page.goto(f"{output.as_uri()}{address}")
-        return page
+        return open_page(output, viewport, address, **settings)
 
-    yield open_report
-    for context in contexts:
-        context.close()
-    assert faults == []
-
-
-def number(text):
-    return float(text.replace(MINUS, "-").replace(",", "").replace("+", ""))
-
-
-def facts(page, box):
-    names, values = page.locator(f"{box} dt"), page.locator(f"{box} dd")
-    return dict(zip(names.all_inner_texts(), values.all_inner_texts(), strict=True))
+    return open_report
 
 
 def token_score(made, query, index, t):
     p = made.pairs.index((query, index))
     return float(made.details["token_scores"][int(made.details["offsets"][p]) + t])
-
-
-def fits(page):
-    return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 # -- with a pointer --------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ const pairView = {
     }
     const [nameAcross, nameUp] = this.rows.map((row) => brief(spelled(row.name), 40));
     plot.svg.append(
-      draw("text", { x: plot.left + 4, y: plot.top + 14 }, `↑ ${nameUp}`),
+      draw("text", { x: plot.left, y: plot.top - 2 }, `↑ ${nameUp}`),
       draw("text", { x: plot.left + plot.width, y: plot.bottom - 6, "text-anchor": "end" }, `${nameAcross} →`));
     plot.svg.append(draw("path", { class: "even", d: `M${x(low)} ${y(low)}L${x(high)} ${y(high)}` }));
     data.queries.forEach((_, k) => {

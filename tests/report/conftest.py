@@ -1,0 +1,46 @@
+"""A browser for the tests of pages, which opens them from the disk with the network off."""
+
+import pytest
+from helpers.browser import ARGUMENTS, CHROMIUM, DESKTOP, PHONE
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Opens a page; at the end nothing has been asked of a network and nothing has failed."""
+    contexts, faults = [], []
+
+    def judge(route):
+        if route.request.url.startswith("file:"):
+            route.continue_()
+        else:
+            faults.append(f"asked for {route.request.url}")
+            route.abort()
+
+    def open_file(file, viewport=DESKTOP, address="", **settings):
+        phone = viewport is PHONE
+        context = browser.new_context(
+            viewport=viewport, is_mobile=phone, has_touch=phone, **settings
+        )
+        contexts.append(context)
+        context.set_offline(True)
+        context.route("**/*", judge)
+        page = context.new_page()
+        page.on("console", lambda m: faults.append(m.text) if m.type != "log" else None)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("requestfailed", lambda request: faults.append(f"failed: {request.url}"))
+        page.goto(f"{file.as_uri()}{address}")
+        return page
+
+    yield open_file
+    for context in contexts:
+        context.close()
+    assert faults == []

@@ -29,7 +29,9 @@ from ekfac_dist.config.query import (
     QueryDataConfig,
     QueryModelConfig,
     ScoresConfig,
+    require_refinable,
 )
+from ekfac_dist.config.refine import RefineConfig, RefineMethod
 
 __all__ = [
     "DEFAULT_TOP_K",
@@ -46,6 +48,8 @@ __all__ = [
     "QueryConfig",
     "QueryDataConfig",
     "QueryModelConfig",
+    "RefineConfig",
+    "RefineMethod",
     "ScoresConfig",
     "dotted",
     "field_types",
@@ -53,4 +57,5 @@ __all__ = [
     "require_given",
     "require_pass_settings",
     "require_positive",
+    "require_refinable",
 ]

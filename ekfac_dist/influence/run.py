@@ -35,6 +35,7 @@ from ekfac_dist.influence.queries import (
     read_queries,
     tokenize_queries,
 )
+from ekfac_dist.influence.refinement_sample import RefinementSample
 from ekfac_dist.influence.saved_blocks import opened_results, run_inputs
 from ekfac_dist.influence.scoring import compute_scores
 from ekfac_dist.influence.unfinished import check_results_output
@@ -82,6 +83,8 @@ def run_query(config: QueryConfig, world: World) -> Answer:
     with world.agree():
         columns = pick_candidates(train, candidates)
         list_lengths(config.scores, len(columns))
+        if config.refine.is_on:
+            RefinementSample.draw(train, config.refine)  # refuses more than there are
     scored = train.take(columns)
     _log_data(world, train, scored, factors)
     inputs = _Inputs(
@@ -155,6 +158,7 @@ def _answer(config: QueryConfig, inputs: _Inputs, world: World, start: float) ->
             True,
             config.scores,
             len(queries.members),
+            refine=config.refine,
         )
         for sentence in comparison.differs:
             log_on_main(world, f"model differs {sentence}")
@@ -167,7 +171,13 @@ def _answer(config: QueryConfig, inputs: _Inputs, world: World, start: float) ->
             preemption.deferred(),
         ):
             scores = compute_scores(
-                context, queries, scored, config.scores, saved, inputs.model.gradient_checkpointing
+                context,
+                queries,
+                scored,
+                config.scores,
+                saved,
+                inputs.model.gradient_checkpointing,
+                inputs.train,
             )
             scores.model_differs = comparison.differs
             scores.not_compared = comparison.not_compared

@@ -33,6 +33,8 @@ from ekfac_dist.influence.queries import (
     pick_candidates,
     read_candidates,
 )
+from ekfac_dist.influence.refinement_sample import RefinementSample
+from ekfac_dist.influence.refinement_start import require_refinable_model
 from ekfac_dist.influence.scores import InfluenceScores
 from ekfac_dist.influence.scoring import compute_scores
 from ekfac_dist.models.capture.prepare import prepared
@@ -175,6 +177,9 @@ def influence_scores(
         require_fitted_task(name, factors, task)
         query_set = queries_of(queries, tokenizer, model, task)
         sequences = sequences_of(train, tokenizer, max_tokens, model, task)
+        if refine_config.is_on:
+            RefinementSample.draw(sequences, refine_config)  # refuses more than there are
+            require_refinable_model(model, task, refine_config)
         scored = sequences.take(pick_candidates(sequences, read_candidates(config.candidates)))
         advice = "give max_tokens={context}"
         if not isinstance(task, CausalLM):
@@ -227,6 +232,10 @@ def _refine_config(refine: str | Mapping[str, Any]) -> RefineConfig:
     Raises:
         ConfigError: If it has a field that is none, or a value that cannot be meant.
     """
+    if not isinstance(refine, (str, Mapping)):
+        raise ConfigError(
+            f"refine is {refine!r}; give none, cg or astra, or a mapping of the fields of refine."
+        )
     fields = {"method": refine} if isinstance(refine, str) else dict(refine)
     unknown = [name for name in fields if name not in field_types(RefineConfig)]
     if unknown:

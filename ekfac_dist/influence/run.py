@@ -36,6 +36,7 @@ from ekfac_dist.influence.queries import (
     tokenize_queries,
 )
 from ekfac_dist.influence.refinement_sample import RefinementSample
+from ekfac_dist.influence.refinement_start import require_refinable_model
 from ekfac_dist.influence.saved_blocks import opened_results, run_inputs
 from ekfac_dist.influence.scoring import compute_scores
 from ekfac_dist.influence.unfinished import check_results_output
@@ -136,6 +137,7 @@ def _answer(config: QueryConfig, inputs: _Inputs, world: World, start: float) ->
     model = load(inputs.model, world)
     with prepared(model):
         with world.agree():
+            require_refinable_model(model, CAUSAL_LM, config.refine)
             queries = tokenize_queries(inputs.texts, inputs.tokenizer, context_length(model))
         comparison = check_model_and_sequences(
             store,

@@ -44,11 +44,7 @@ from ekfac_dist.influence.preconditioned import PreparedQueries, rank_in
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.influence.query_gradients import prepare
 from ekfac_dist.influence.refinement import Refinement
-from ekfac_dist.influence.refinement_start import (
-    require_refinable_model,
-    start_refinement,
-    try_and_tell,
-)
+from ekfac_dist.influence.refinement_start import start_refinement, try_and_tell
 from ekfac_dist.influence.saved_blocks import (
     SavedBlocks,
     details_of,
@@ -92,8 +88,6 @@ def compute_scores(
     Raises:
         UserError: If the user can correct the cause; on every worker alike.
     """
-    with context.world.agree():
-        require_refinable_model(context.model, context.task, context.refine)
     top_k, bottom_k = list_lengths(config, len(scored))
     if isinstance(scored, TaskExamples):
         require_harmless_padding(

@@ -12,6 +12,7 @@ from helpers.task_models import bert, classified_examples
 from helpers.workshop import logged, run_here, save_tiny_llama, texts, write_jsonl
 from safetensors.torch import load_file
 from torch import nn
+from transformers import BertForSequenceClassification
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -101,7 +102,7 @@ def test_a_plain_answer_has_no_refinement(root):
     manifest = manifest_of(root / "plain")
     assert manifest["refine"] is None
     assert "(F+λ)⁻¹" in manifest["scores"]["scale"]
-    assert "refine" not in done.stdout
+    assert not [line for line in done.stdout.splitlines() if line.startswith("refine")]
     run_here(["report", root / "plain", "--output", root / "plain.html"])
     assert "Refined" not in (root / "plain.html").read_text()
 
@@ -165,7 +166,7 @@ def scores(small, **options):
         (3, "refine is 3; give none, cg or astra"),
         ({"methods": "cg"}, "refine has 'methods'; its fields are method, sequences"),
         ("newton", "refine.method is 'newton'; it must be one of none, cg, astra"),
-        ({"method": "cg", "sequences": 7}, "refine.sequences is 7 .* has 6 sequences; give 6 or"),
+        ({"method": "cg", "sequences": 7}, "refine.sequences is 7, .* has 6 sequences; give 6 or"),
         ({"method": "cg", "iterations": 1.5}, "refine.iterations is 1.5"),
     ],
 )
@@ -188,7 +189,8 @@ class OwnLoss(LossTask):
 
 
 def test_a_task_without_logits_is_refused():
-    model, train, task = bert(), classified_examples(5), OwnLoss()
+    model, task = bert(BertForSequenceClassification), OwnLoss()
+    train = classified_examples(5)
     factors = estimate_factors(model, train, labels="data", task=task)
     with pytest.raises(ModelError, match=r"the task OwnLoss has losses of its own and no logits"):
         influence_scores(model, factors, train[:1], train, task=task, refine="cg", top_k=1)
@@ -229,7 +231,7 @@ class DoublesUnseen(DoublesOnce):
 
 @pytest.mark.parametrize("function", [DoublesOnce, DoublesUnseen])
 def test_an_operation_without_second_derivative_is_refused(small, function):
-    model, factors, train = small
+    model = small[0]
     handles = [
         layer.attention.register_forward_hook(lambda m, a, out: (function.apply(out[0]), *out[1:]))
         for layer in model.gpt_neox.layers
@@ -262,7 +264,7 @@ def test_attention_that_cannot_be_differentiated_twice_is_replaced_for_the_solve
     finally:
         model.config._attn_implementation = before
     assert used
-    assert relative(found.scores, expected.scores) < 1e-10
+    assert relative(found.scores, expected.scores) < 1e-6  # batches, and so rounding, differ
 
 
 def test_a_training_sequence_that_the_model_cannot_read_is_refused(small):
@@ -270,7 +272,7 @@ def test_a_training_sequence_that_the_model_cannot_read_is_refused(small):
     longer = [*train, {"input_ids": torch.ones(40, dtype=torch.int64)}]
     options = {"top_k": 1, "candidates": [0, 1]}
     influence_scores(model, factors, train[:1], longer, **options)
-    with pytest.raises(DataError, match="longest sequence has 39 positions, .* reads 32 at most"):
+    with pytest.raises(DataError, match=r"longest sequence has 39 positions, .* reads 32 at most"):
         influence_scores(model, factors, train[:1], longer, refine="cg", **options)
 
 

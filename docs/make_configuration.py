@@ -127,6 +127,12 @@ SCORES = """\
 Either of `scores.low_rank` and `scores.rank` asks for a scan of low rank.
 """
 
+REFINE = """\
+### Refinement
+
+Of `query`; [Queries](queries.md#refinement) says what it does and what it costs.
+"""
+
 
 EVALUATE = """\
 ## Fields of evaluate
@@ -141,6 +147,12 @@ TRAINING = """\
 
 PROTOCOLS = """\
 ### Protocols
+"""
+
+REFINED = """\
+### Refined methods
+
+Of the methods `ekfac_cg` and `ekfac_astra`, as [of queries](#refinement).
 """
 
 
@@ -169,6 +181,8 @@ def page() -> str:
         table(_class_of(query, "damping"), "damping."),
         SCORES,
         table(_class_of(query, "scores"), "scores."),
+        REFINE,
+        table(_class_of(query, "refine"), "refine."),
         EVALUATE,
         table(evaluate),
         TRAINING,
@@ -177,6 +191,9 @@ def page() -> str:
         table(_class_of(evaluate, "lds"), "lds."),
         table(_class_of(evaluate, "removal"), "removal."),
         table(_class_of(evaluate, "tail_patch"), "tail_patch."),
+        REFINED,
+        table(_class_of(evaluate, "cg"), "cg."),
+        table(_class_of(evaluate, "astra"), "astra."),
     ]
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
 

@@ -16,14 +16,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from ekfac_dist.config import EstimateConfig, PlanConfig, QueryConfig
+from ekfac_dist.config import EstimateConfig, EvaluateConfig, PlanConfig, QueryConfig
 
 PAGE = Path(__file__).parent / "configuration.md"
 
 HEAD = """\
 # Configuration
 
-*What can be set for `estimate`, `plan` and `query`, how, and what is set by default.*
+*What can be set for `estimate`, `plan`, `query` and `evaluate`, how, and what is set by default.*
 
 <!-- Made by docs/make_configuration.py from ekfac_dist/config/; do not edit this page. -->
 
@@ -127,10 +127,38 @@ SCORES = """\
 Either of `scores.low_rank` and `scores.rank` asks for a scan of low rank.
 """
 
+REFINE = """\
+### Refinement
+
+Of `query`; [Queries](queries.md#refinement) says what it does and what it costs.
+"""
+
+
+EVALUATE = """\
+## Fields of evaluate
+
+[Evaluation](evaluation.md) explains what is measured. `model`, `data` and `factors` are those of
+[`estimate`](#which-model); a model is trained in float32 or float64, whole, on one device.
+"""
+
+TRAINING = """\
+### The recipe
+"""
+
+PROTOCOLS = """\
+### Protocols
+"""
+
+REFINED = """\
+### Refined methods
+
+Of the methods `ekfac_cg` and `ekfac_astra`, as [of queries](#refinement).
+"""
+
 
 def page() -> str:
     """The whole page."""
-    estimate, query = EstimateConfig, QueryConfig
+    estimate, query, evaluate = EstimateConfig, QueryConfig, EvaluateConfig
     own = set(_names(PlanConfig)) - set(_names(estimate))
     parts = [
         HEAD,
@@ -153,6 +181,19 @@ def page() -> str:
         table(_class_of(query, "damping"), "damping."),
         SCORES,
         table(_class_of(query, "scores"), "scores."),
+        REFINE,
+        table(_class_of(query, "refine"), "refine."),
+        EVALUATE,
+        table(evaluate),
+        TRAINING,
+        table(_class_of(evaluate, "training"), "training."),
+        PROTOCOLS,
+        table(_class_of(evaluate, "lds"), "lds."),
+        table(_class_of(evaluate, "removal"), "removal."),
+        table(_class_of(evaluate, "tail_patch"), "tail_patch."),
+        REFINED,
+        table(_class_of(evaluate, "cg"), "cg."),
+        table(_class_of(evaluate, "astra"), "astra."),
     ]
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
 
@@ -187,6 +228,7 @@ _REQUIRED = {
     "ModelConfig": ("model.name",),
     "DataConfig": ("data.source",),
     "QueryConfig": ("factors", "queries", "output"),
+    "EvaluateConfig": ("queries", "output"),
 }
 
 
@@ -229,10 +271,12 @@ def _kinds(kind: Any) -> Iterator[str]:
         yield from arguments
     elif kind in _TYPES:
         yield _TYPES[kind]
+    elif origin is list and get_origin(arguments[0]) is Literal:
+        yield f"list of {', '.join(get_args(arguments[0]))}"
     elif origin is list:
         yield f"list of {_TYPES[arguments[0]]}s"
     elif origin is dict:
-        yield "names or globs, each with a number"
+        yield f"names or globs, each with a {' or '.join(_kinds(arguments[1]))}"
     else:  # a union
         for part in arguments:
             yield from _kinds(part)

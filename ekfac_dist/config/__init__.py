@@ -36,7 +36,9 @@ from ekfac_dist.config.query import (
     QueryDataConfig,
     QueryModelConfig,
     ScoresConfig,
+    require_refinable,
 )
+from ekfac_dist.config.refine import RefineConfig, RefineMethod
 
 __all__ = [
     "DEFAULT_TOP_K",
@@ -55,6 +57,8 @@ __all__ = [
     "QueryConfig",
     "QueryDataConfig",
     "QueryModelConfig",
+    "RefineConfig",
+    "RefineMethod",
     "RemovalConfig",
     "ScoresConfig",
     "TailPatchConfig",
@@ -65,4 +69,5 @@ __all__ = [
     "require_given",
     "require_pass_settings",
     "require_positive",
+    "require_refinable",
 ]

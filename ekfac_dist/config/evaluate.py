@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from ekfac_dist.config.checks import require_choice, require_count, require_given, require_positive
 from ekfac_dist.config.estimate import DataConfig, FactorsConfig, ModelConfig
+from ekfac_dist.config.refine import RefineConfig
 from ekfac_dist.errors import ConfigError
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -15,8 +16,18 @@ Start = Literal["model", "random"]
 Batches = Literal["gaps", "refilled"]
 Protocol = Literal["lds", "removal", "tail_patch", "recall"]
 Method = Literal[
-    "random", "bm25", "gradient_dot", "gradient_cosine", "kfac", "ekfac", "ekfac_cosine"
+    "random",
+    "bm25",
+    "gradient_dot",
+    "gradient_cosine",
+    "kfac",
+    "ekfac",
+    "ekfac_cosine",
+    "ekfac_cg",
+    "ekfac_astra",
 ]
+# All but those that solve for each query, which take longer than all others together.
+_DEFAULT_METHODS: tuple[Method, ...] = get_args(Method)[:-2]
 
 
 @dataclass(kw_only=True)
@@ -28,7 +39,8 @@ class TrainingConfig:
     Args:
         start: From the weights of the model (model), or from its configuration and random weights
             (random), drawn by the run's seed.
-        epochs: How often each sequence is trained on.
+        epochs: How often each sequence is trained on; 0: the model is explained as it is, for
+            recall and tail patches.
         batch_size: Sequences in a step.
         learning_rate: The highest learning rate.
         schedule: What follows the warm-up: constant, or to zero at the end, linear or cosine.
@@ -54,7 +66,7 @@ class TrainingConfig:
         require_choice("training.start", self.start, get_args(Start))
         require_choice("training.schedule", self.schedule, get_args(Schedule))
         require_choice("training.batches", self.batches, get_args(Batches))
-        require_positive("training.epochs", self.epochs)
+        require_count("training.epochs", self.epochs)
         require_positive("training.batch_size", self.batch_size)
         require_count("training.warmup_steps", self.warmup_steps)
         _require_between("training.learning_rate", self.learning_rate, 0, math.inf)
@@ -149,10 +161,15 @@ class EvaluateConfig:
         lds: The linear datamodeling score.
         removal: Retraining without the most positive sequences.
         tail_patch: A step on the most positive sequences.
+        cg: How ekfac_cg refines.
+        astra: How ekfac_astra refines.
         seeds: Seeds of training, each with a model, factors and a bank of its own. Two or more show
             how far retraining itself agrees: the ceiling of LDS.
         bootstrap: Number of resamples of the intervals.
         batch_tokens: Most tokens in a worker's step of fits and scores.
+        rank: Rank of the query gradients in scans, for models that are too large for whole ones;
+            null: whole, and scores are exact.
+        query_memory_gb: Each worker's budget for query gradients, in GB (10⁹ bytes).
         output: Directory of the evaluation.
     """
 
@@ -162,18 +179,20 @@ class EvaluateConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     factors: FactorsConfig = field(default_factory=FactorsConfig)
     protocols: list[Protocol] = field(default_factory=lambda: ["lds"])
-    methods: list[Method] = field(
-        default_factory=lambda: list(get_args(Method))  # type: ignore[arg-type]
-    )
+    methods: list[Method] = field(default_factory=lambda: list(_DEFAULT_METHODS))
     dampings: list[float] = field(default_factory=lambda: [0.001, 0.1, 10.0])
     tracked: dict[str, list[str]] = field(default_factory=dict)
     scores: dict[str, str] = field(default_factory=dict)
     lds: LdsConfig = field(default_factory=LdsConfig)
     removal: RemovalConfig = field(default_factory=RemovalConfig)
     tail_patch: TailPatchConfig = field(default_factory=TailPatchConfig)
+    cg: RefineConfig = field(default_factory=lambda: RefineConfig(method="cg"))
+    astra: RefineConfig = field(default_factory=lambda: RefineConfig(method="astra"))
     seeds: list[int] = field(default_factory=lambda: [0])
     bootstrap: int = 1000
     batch_tokens: int = 4096
+    rank: int | None = None
+    query_memory_gb: float = 4.0
     output: str | None = None
 
     def __post_init__(self) -> None:
@@ -191,6 +210,9 @@ class EvaluateConfig:
         self.output = os.path.expanduser(self.output or "")
         require_positive("batch_tokens", self.batch_tokens)
         require_positive("bootstrap", self.bootstrap)
+        if self.rank is not None:
+            require_positive("rank", self.rank)
+        _require_between("query_memory_gb", self.query_memory_gb, 0, math.inf)
         self._check_lists()
         self._check_model()
 
@@ -213,6 +235,23 @@ class EvaluateConfig:
             raise ConfigError(
                 "protocols has removal without lds, by which each method's damping is chosen; add "
                 "lds."
+            )
+
+        for name in ("cg", "astra"):
+            if getattr(self, name).method != name:
+                raise ConfigError(
+                    f"{name}.method is {getattr(self, name).method}; it is {name}: leave it out."
+                )
+        retrains = [name for name in ("lds", "removal") if name in self.protocols]
+        if retrains and not self.training.epochs:
+            raise ConfigError(
+                f"training.epochs is 0, so the model stays as it is, but protocols has "
+                f"{retrains[0]}, which retrains it; give epochs of 1 or more, or other protocols."
+            )
+        if not self.training.epochs and (len(self.seeds) > 1 or self.training.start == "random"):
+            raise ConfigError(
+                "training.epochs is 0, so the model stays as it is; leave training.start and the "
+                "seeds but one out."
             )
 
     def _check_model(self) -> None:

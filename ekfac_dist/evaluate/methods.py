@@ -7,12 +7,14 @@
     kfac             ∇log p(q)ᵀ (F + λ)⁻¹ ∇log p(z), F with K-FAC's Λ
     ekfac            the same, F with the corrected eigenvalues
     ekfac_cosine     the same over both norms in the inner product of (F + λ)⁻¹
+    ekfac_cg         EK-FAC's solution refined by conjugate gradients on the Gauss–Newton matrix
+    ekfac_astra      the same by ASTRA
 
-All scores of gradients are exact, by the same code as `query`.
+Scores of gradients are by the same code as `query`, exact unless a rank is given.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ekfac_dist.config import EvaluateConfig, ScoresConfig
+from ekfac_dist.config import EvaluateConfig, RefineConfig, ScoresConfig
 from ekfac_dist.curvature.damping import Damping
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.errors import DataError, first_line
@@ -42,9 +44,11 @@ NAMES = {
     "kfac": "K-FAC",
     "ekfac": "EK-FAC",
     "ekfac_cosine": "EK-FAC, cosine",
+    "ekfac_cg": "EK-FAC + CG",
+    "ekfac_astra": "EK-FAC + ASTRA",
 }
 PLAIN = "ekfac"  # the method that others are compared with
-_DAMPED = ("kfac", "ekfac", "ekfac_cosine")
+_DAMPED = ("kfac", "ekfac", "ekfac_cosine", "ekfac_cg", "ekfac_astra")
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,9 @@ class Explained:
         stores: Directories of the factors, by the name of the choice of modules.
         seed: The seed of training.
         batch_tokens: Token budget of a batch.
+        rank: Rank of query gradients in scans; None: whole.
+        query_memory_gb: Each worker's budget for them.
+        refine: How the method of a row refines; gives None where it does not.
         world: The workers.
     """
 
@@ -115,6 +122,9 @@ class Explained:
     stores: Mapping[str, Path]
     seed: int
     batch_tokens: int
+    rank: int | None
+    query_memory_gb: float
+    refine: Callable[[Row], RefineConfig | None]
     world: World
 
     @property
@@ -152,6 +162,8 @@ def _gradient_scores(row: Row, explained: Explained) -> np.ndarray:
         per_token="none",
         top_k=1,
         bottom_k=0,
+        rank=explained.rank,
+        query_memory_gb=explained.query_memory_gb,
     )
     model, queries, sequences = explained.model, explained.queries, explained.sequences
     with prepared(model):
@@ -174,6 +186,7 @@ def _gradient_scores(row: Row, explained: Explained) -> np.ndarray:
             True,
             config,
             len(queries.members),
+            refine=explained.refine(row),
         )
         scores = compute_scores(context, queries, sequences, config)
     return scores.scores.float().numpy()

@@ -15,9 +15,10 @@
                  removal     an estimate in nats, and by_query of the first queries
                  tail_patch  an estimate in nats
                  recall      mrr and recall10, estimates, and num_queries, of those with gold
-    seeds      of each seed: seed, steps, first_loss, last_loss (mean nats per token in the first
-               and last epoch), fit_seconds; models and bank_seconds of the subsets of LDS,
-               removal_models and removal_seconds of the removals
+    seeds      of each seed: seed, fit_seconds; steps, first_loss and last_loss (mean nats per
+               token in the first and last epoch) of the training of the model, if it was trained;
+               models and bank_seconds of the subsets of LDS, removal_models and removal_seconds
+               of the removals
     workers    number of workers
     processor  name of the processor of worker 0
     software   versions

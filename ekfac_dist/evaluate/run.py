@@ -171,8 +171,8 @@ class _Plan:
         return results
 
     def _seed_result(self, seed: SeedRun) -> dict[str, Any]:
-        trained = seed.trained
-        result = {"seed": seed.seed, **vars(trained), "fit_seconds": seed.fit_seconds()}
+        trained = vars(seed.trained) if seed.is_trained else {}
+        result = {"seed": seed.seed, **trained, "fit_seconds": seed.fit_seconds()}
         if "lds" in self.config.protocols:
             result["models"] = len(self.subsets_SN)
             result["bank_seconds"] = seed.bank.seconds(self.subsets_SN)
@@ -236,7 +236,7 @@ class _Plan:
                 for row in rows
             }
             columns = np.unique(np.concatenate([each.ravel() for each in lists.values()]))
-            before = seed.group_losses(seed.everything[None])[0]
+            before = seed.losses_before()
             after = seed.tail_patch(columns, rate)
             for key, listed in lists.items():
                 found = np.searchsorted(columns, listed)
@@ -317,7 +317,7 @@ def _log_inputs(world: World, inputs: Inputs) -> None:
 
 
 def _log_training(world: World, seed: SeedRun) -> None:
-    if world.is_main:
+    if world.is_main and seed.is_trained:
         trained = seed.trained
         log_on_main(
             world,

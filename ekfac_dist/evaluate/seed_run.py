@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ekfac_dist.config import EstimateConfig, EvaluateConfig, ModelConfig
+from ekfac_dist.config import EstimateConfig, EvaluateConfig, ModelConfig, RefineConfig
 from ekfac_dist.errors import ConfigError, OutputError, StoreError
 from ekfac_dist.evaluate.bank import Bank, BankKey, fill
 from ekfac_dist.evaluate.inputs import Inputs
@@ -113,7 +113,13 @@ class SeedRun:
 
     def train_explained(self) -> None:
         """Trains the model that is explained, on worker 0, unless it is there; a collective."""
-        self.world.on_main(self._train_explained)
+        if self.is_trained:
+            self.world.on_main(self._train_explained)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the model that is explained is trained first, or is the given one as it is."""
+        return self.config.training.epochs > 0
 
     def _train_explained(self) -> None:
         directory = self.path / _MODEL
@@ -201,6 +207,8 @@ class SeedRun:
     @property
     def _explained_config(self) -> ModelConfig:
         model = self.config.model
+        if not self.is_trained:
+            return replace(model)
         # A GGUF file's model is saved as any other.
         return replace(model, name=str(self.path / _MODEL), gguf=None, revision=None)
 
@@ -250,12 +258,16 @@ class SeedRun:
             store.read_bytes() if store.is_file() else b"",
             self.inputs.sequences.fingerprint.encode(),
             self.inputs.query_sequences.fingerprint.encode(),
-            repr((row.method, row.damping, row.tracked, self.inputs.queries.members)).encode(),
+            repr((row.method, row.damping, row.tracked, self.config.rank)).encode(),
+            repr((self.inputs.queries.members, self._refine(row))).encode(),
         ]
         if row.method == "scores":
             with suppress(OSError):
                 parts.append(Path(row.file.format(seed=self.seed)).read_bytes())
         return hashlib.sha256(b"|".join(parts)).hexdigest()
+
+    def _refine(self, row: Row) -> RefineConfig | None:
+        return {"ekfac_cg": self.config.cg, "ekfac_astra": self.config.astra}.get(row.method)
 
     def _explained(self) -> Explained:
         model = self.world.main_first(lambda: load_model(self._explained_config, self.world.device))
@@ -267,6 +279,9 @@ class SeedRun:
             stores={name: self._store(name) for name in ("", *self.config.tracked)},
             seed=self.seed,
             batch_tokens=self.config.batch_tokens,
+            rank=self.config.rank,
+            query_memory_gb=self.config.query_memory_gb,
+            refine=self._refine,
             world=self.world,
         )
 
@@ -278,6 +293,16 @@ class SeedRun:
         """How long the passes and the decomposition of the fit took."""
         passes = StoreReader(self._store("")).manifest["passes"]
         return sum(float(stage["seconds"]) for stage in passes.values())
+
+    def losses_before(self) -> np.ndarray:
+        """Losses of query groups of the model that is explained [Q]."""
+        if self.is_trained:
+            return self.group_losses(self.everything[None])[0]
+        self._start_model.load_state_dict(self._start)
+        losses = query_losses(
+            self._start_model, self.inputs.query_sequences, self.config.batch_tokens
+        )
+        return self.inputs.group_losses(losses)
 
     # -- one step on one sequence ------------------------------------------------------------------
 

@@ -41,7 +41,13 @@ from ekfac_dist.runtime.processes import World
 
 
 def prepare(
-    name: str, context: ScoringContext, queries: QuerySet, groups: Sequence[int], rank: int | None
+    name: str,
+    context: ScoringContext,
+    queries: QuerySet,
+    groups: Sequence[int],
+    rank: int | None,
+    *,
+    solved: bool = True,
 ) -> PreparedQueries:
     """Computes the preconditioned gradients of a block of query groups; a collective.
 
@@ -51,6 +57,7 @@ def prepare(
         queries: All queries.
         groups: Indices of the block's query groups.
         rank: Rank of the gradients, reduced to a module's own where that is less; None: whole.
+        solved: Whether they are multiplied by (F + λ)⁻¹; if not, they are ∇ itself.
 
     Raises:
         ConfigError: If damping is zero where Λ has zeros.
@@ -69,7 +76,7 @@ def prepare(
     batches = batches_by_rank[world.rank]
     in_copy = [batches_by_rank[rank] for rank in context.copy_ranks]
     steps = [list(chain(*step)) for step in zip_longest(*in_copy, fillvalue=())]
-    observer = _QueryGradients(context, queries, list(groups), rank, steps)
+    observer = _QueryGradients(context, queries, list(groups), rank, steps, solved)
     # The pass sees the queries of this block only, so that its progress is the block's.
     block_queries = sorted(query for group in groups for query in queries.members[group])
     index_in_block = {query: k for k, query in enumerate(block_queries)}
@@ -140,6 +147,7 @@ class _QueryGradients(PairObserver[CapturedPositions]):
         groups: Indices of the block's query groups; a group's slot is its index among them.
         rank: Rank of the gradients; None: whole.
         steps: Indices of the queries that this worker, or all of its copy, run in each step.
+        solved: Whether gradients are multiplied by (F + λ)⁻¹.
 
     Attributes:
         gradients: The gradients in each module that this worker holds, by its name; zero in slots
@@ -155,9 +163,10 @@ class _QueryGradients(PairObserver[CapturedPositions]):
         groups: list[int],
         rank: int | None,
         steps: Sequence[Sequence[int]],
+        solved: bool,
     ) -> None:
         super().__init__(context.modules)
-        self._context = context
+        self._context, self._solved = context, solved
         self._slots = {group: slot for slot, group in enumerate(groups)}
         self._group_of = {query: group for group in groups for query in queries.members[group]}
         self._num_queries = {group: len(queries.members[group]) for group in groups}
@@ -206,7 +215,7 @@ class _QueryGradients(PairObserver[CapturedPositions]):
             self._precondition(module, group, gradient_OI)
 
     def _precondition(self, module: TrackedModule, group: int, gradient_OI: Tensor) -> None:
-        """Stores (F + λ)⁻¹ ∇ of one module.
+        """Stores (F + λ)⁻¹ ∇, or ∇, of one module.
 
         Args:
             module: The module.
@@ -219,6 +228,8 @@ class _QueryGradients(PairObserver[CapturedPositions]):
         self_influence = (gradient_OI * solved_OI).sum(dtype=torch.float64)
         self.self_influence[slot] += self_influence
         self._total += self_influence
+        if not self._solved:
+            solved_OI = gradient_OI
         gradients = self.gradients[module.name]
         rotates_back = not self._context.in_eigenbasis
         if isinstance(gradients, WholeGradients):

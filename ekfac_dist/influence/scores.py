@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.config import Normalize
+from ekfac_dist.influence.refined import Refined
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ class InfluenceScores:
     several that are summed; N the scored sequences, in data order.
 
     Attributes:
-        scores: ∇log p(q)ᵀ (F + λ)⁻¹ ∇log p(z), summed over modules, divided by both norms [Q, N].
+        scores: ∇log p(q)ᵀ (F + λ)⁻¹ ∇log p(z), summed over modules, divided by both norms [Q, N];
+            with refinement, the Gauss–Newton matrix G in the place of F.
             With query gradients of low rank these scores, and all their parts, are the scan's and
             so approximate; the exact ones of sequences that were scored again are in `top`,
             `bottom` and `rescored`.
@@ -148,6 +150,7 @@ class InfluenceScores:
             were fitted for.
         not_compared: A sentence for each part of the model that could not be compared with that
             one.
+        refined: How query gradients were refined; None: they were not.
     """
 
     scores: Tensor
@@ -175,6 +178,7 @@ class InfluenceScores:
     num_scans: int = 1
     model_differs: tuple[str, ...] = ()
     not_compared: tuple[str, ...] = ()
+    refined: Refined | None = None
 
     @property
     def shares(self) -> Tensor:

@@ -21,7 +21,13 @@ from torch import Tensor
 
 from ekfac_dist.config import Checkpointing, ScoresConfig
 from ekfac_dist.data.examples import Examples, TaskExamples
-from ekfac_dist.influence.blocks import Block, bytes_on_disk, groups_at_a_time, plan_blocks
+from ekfac_dist.influence.blocks import (
+    Block,
+    bytes_on_disk,
+    groups_at_a_time,
+    held_bytes_per_group,
+    plan_blocks,
+)
 from ekfac_dist.influence.context import ScoringContext
 from ekfac_dist.influence.data_passes import DataPasses, require_scan_agrees
 from ekfac_dist.influence.held import computes_again, factors_on_device
@@ -34,9 +40,11 @@ from ekfac_dist.influence.lists import (
     listed_pairs,
     make_lists,
 )
-from ekfac_dist.influence.preconditioned import PreparedQueries, bytes_per_group, rank_in
+from ekfac_dist.influence.preconditioned import PreparedQueries, rank_in
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.influence.query_gradients import prepare
+from ekfac_dist.influence.refinement import Refinement
+from ekfac_dist.influence.refinement_start import start_refinement, try_and_tell
 from ekfac_dist.influence.saved_blocks import (
     SavedBlocks,
     details_of,
@@ -64,6 +72,7 @@ def compute_scores(
     config: ScoresConfig,
     saved: SavedBlocks | None = None,
     checkpointing: Checkpointing = "auto",
+    train: Examples | None = None,
 ) -> InfluenceScores:
     """Scores training sequences for queries; a collective.
 
@@ -74,6 +83,7 @@ def compute_scores(
         config: The scores that are asked for.
         saved: Where finished pieces are saved; None: nowhere.
         checkpointing: Whether layers are computed again in the backward, or "auto".
+        train: The whole training set, of which query gradients are refined; None: it is `scored`.
 
     Raises:
         UserError: If the user can correct the cause; on every worker alike.
@@ -97,9 +107,19 @@ def compute_scores(
     row_order = context.over(scored).noted_row_order(context.modules)
     fitted = factors_on_device(context, scored, num_groups, config)
     context = replace(context, row_order=row_order, on_device=fitted)
-    result = _empty_result(context, queries, scored, config)
+    result, refinement = _empty_result(context, queries, scored, config), None
+    if context.refine.is_on:
+        refinement = start_refinement(context, train or scored, config, num_groups)
+        result.refined = refinement.result
     run = _Scoring(
-        context, queries, scored, config, (top_k, bottom_k), result, saved or SavedBlocks()
+        context,
+        queries,
+        scored,
+        config,
+        (top_k, bottom_k),
+        result,
+        saved or SavedBlocks(),
+        refinement,
     )
     run.all_blocks()
     return result
@@ -147,6 +167,7 @@ class _Scoring:
     list_lengths: tuple[int, int]
     result: InfluenceScores
     saved: SavedBlocks
+    refinement: Refinement | None = None
     lists: dict[int, Lists] = field(default_factory=dict)
     rescored: dict[int, Rescored] = field(default_factory=dict)
     details: list[Details] = field(default_factory=list)
@@ -164,7 +185,7 @@ class _Scoring:
         context, world = self.context, self.context.world
         blocks = plan_blocks(len(rows), context, self.config, self.saved.finished)
         result.num_scans = len(blocks)
-        num_bytes = bytes_per_group(context.modules, rank, context.dtype, context.shard)
+        num_bytes = held_bytes_per_group(context, rank)
         one = as_text(num_bytes)
         if world.size > 1:
             self._log(
@@ -189,6 +210,8 @@ class _Scoring:
             *bytes_on_disk(result, self.scored, self.config, self.list_lengths)
         )
         self._tell_what_is_done(blocks)
+        if self.refinement is not None:
+            try_and_tell(self.refinement)
         if self.config.per_token == "all":
             offsets = np.concatenate([[0], np.cumsum(self.scored.num_positions)])
             result.token_offsets = offsets.astype(np.int64)
@@ -199,6 +222,8 @@ class _Scoring:
         result.rescored = [self.rescored[group] for group in rows if group in self.rescored]
         if self.details:
             result.details = Details.join(self.details)
+        if result.refined is not None:
+            self._log(f"refined       {result.refined.convergence_in_words}")
 
     def _tell_what_is_done(self, blocks: Sequence[Block]) -> None:
         """Says how many pieces were finished before this run was resumed, if any."""
@@ -261,7 +286,10 @@ class _Scoring:
 
     def _prepare(self, name: str, groups: list[int], rank: int | None) -> PreparedQueries:
         """Computes query gradients, and fills in the queries' losses."""
-        prepared = prepare(name, self.context, self.queries, groups, rank)
+        if self.refinement is not None:
+            prepared = self.refinement.prepare(name, self.queries, groups, rank)
+        else:
+            prepared = prepare(name, self.context, self.queries, groups, rank)
         for query, loss in prepared.losses.items():
             self.result.query_losses[query] = loss
         return prepared

@@ -66,8 +66,15 @@ def _meaning_lines(manifest: dict[str, Any]) -> list[str]:
         *(f"model differs {sentence}" for sentence in manifest["model"].get("differs", ())),
         *(f"not compared  {sentence}" for sentence in manifest["model"].get("not_compared", ())),
     ]
+    refine = manifest.get("refine")  # not in results of earlier versions
+    if refine is not None:
+        lines += [
+            f"refined       {refine['solved']}",
+            f"              {refine['convergence']}",
+        ]
     if scan["rank"] is None:
-        return [*lines, "gradients     whole: scores are exact"]
+        exact = "exact" if refine is None else "exact, for the refined query gradients"
+        return [*lines, f"gradients     whole: scores are {exact}"]
     lines.append(f"gradients     of rank {scan['rank']}: the scan's scores are approximate")
     if scan["rescored"]:
         lines += [

@@ -129,20 +129,20 @@ def _page(results: Mapping[str, Any], note: str | None) -> str:
 
 def _seeds(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of the table of seeds."""
-    titles = ["Seed", "Steps", "Loss, first epoch", "Loss, last epoch", "Fit, seconds"]
-    keys = ["seed", "steps", "first_loss", "last_loss", "fit_seconds"]
-    optional = {
+    columns = {
+        "seed": "Seed",
+        "steps": "Steps",
+        "first_loss": "Loss, first epoch",
+        "last_loss": "Loss, last epoch",
+        "fit_seconds": "Fit, seconds",
         "models": "Retrained models",
         "bank_seconds": "Their training, seconds",
         "removal_models": "Removals",
         "removal_seconds": "Their training, seconds",
     }
-    for key, title in optional.items():
-        if all(key in seed for seed in results["seeds"]):
-            keys.append(key)
-            titles.append(title)
+    keys = [key for key in columns if all(key in seed for seed in results["seeds"])]
     cells = [[_seed_cell(key, seed[key]) for key in keys] for seed in results["seeds"]]
-    return titles, cells
+    return [columns[key] for key in keys], cells
 
 
 def _seed_cell(key: str, value: float) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ekfac_dist.config import RefineConfig
 from ekfac_dist.report.evaluation import LDS, OVER_PLAIN
 from ekfac_dist.report.evaluation_rows import families_of, row_name
 from ekfac_dist.report.html import Facts
@@ -29,13 +30,15 @@ def measured(results: Mapping[str, Any]) -> Facts:
 def _measured(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     config, data, model = results["config"], results["data"], results["model"]
     recipe, limit = config["training"], config["data"]["max_tokens"]
-    start = "from its weights" if recipe["start"] == "model" else "from random weights"
+    starts = {"model": "trained from its weights", "random": "trained from random weights"}
+    start = starts[recipe["start"]] if recipe["epochs"] else "not trained, but explained as it is"
     yield (
         "Model",
         f"{config['model']['name']} ({model['class']}, {model['num_parameters']:,} parameters, "
-        f"{config['model']['dtype']}), trained {start}",
+        f"{config['model']['dtype']}), {start}",
     )
-    yield "Recipe", _recipe(recipe)
+    if recipe["epochs"]:
+        yield "Recipe", _recipe(recipe)
     yield (
         "Data",
         f"{_count(data['num_sequences'], 'sequence')}, {data['num_positions']:,} positions, of "
@@ -49,6 +52,11 @@ def _measured(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         f"models of its own",
     )
     yield "Factors", f"{_LABELS[config['factors']['labels']]}; damping multiplies mean(Λ)"
+    if config["rank"] is not None:
+        yield "Query gradients", f"of rank {config['rank']}, approximate"
+    for name, title in (("cg", "CG"), ("astra", "ASTRA")):
+        if f"ekfac_{name}" in config["methods"]:
+            yield title, _refinement(RefineConfig(**config[name]), data["num_sequences"])
     for protocol, sentence in _PROTOCOLS.items():
         if protocol in config["protocols"]:
             yield sentence(results)
@@ -67,6 +75,15 @@ def _recipe(recipe: Mapping[str, Any]) -> str:
         _BATCHES[recipe["batches"]],
     ]
     return "; ".join(parts)
+
+
+def _refinement(refine: RefineConfig, num_sequences: int) -> str:
+    drawn = min(refine.drawn[1] or refine.default_drawn, num_sequences)
+    where = "the same in all" if refine.method == "cg" else "others in each"
+    return (
+        f"at most {_count(refine.num_iterations, 'iteration')}, with "
+        f"{_count(drawn, 'training sequence')}, {where}"
+    )
 
 
 def _queries(results: Mapping[str, Any]) -> str:

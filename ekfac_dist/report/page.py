@@ -60,6 +60,7 @@ def _page(manifest: Mapping[str, Any], data: PageData, note: str | None) -> str:
         facts=_facts(manifest),
         differs=manifest["model"].get("differs", []),
         not_compared=manifest["model"].get("not_compared", []),
+        convergence=(manifest.get("refine") or {}).get("convergence"),
         few_tokens=FEW_TOKENS,
         few_of_positions=FEW_OF_POSITIONS,
         arrays=Markup(data.arrays),
@@ -72,6 +73,7 @@ def _facts(manifest: Mapping[str, Any]) -> Facts:
     labels = {"sampled": f"labels sampled, seed {factors['seed']}", "data": "the data's labels"}
     value = f"{damping['value']:g}"
     normalize, size = manifest["scores"]["normalize"], manifest["scores"]["training_size"]
+    refine = manifest.get("refine")  # not in results of earlier versions
     strength = f"λ = {value} × mean Λ" if damping["kind"] == "relative" else f"λ = {value}"
     if damping["modules"]:
         strength += f"; other for {', '.join(damping['modules'])}"
@@ -80,6 +82,7 @@ def _facts(manifest: Mapping[str, Any]) -> Facts:
         ("Damping", strength),
         ("Normalisation", NORMALIZE_NAMES.get(normalize, normalize)),
         ("Gradients", _gradients_text(scan)),
+        *([] if refine is None else [("Refined", refine["solved"])]),
         *([] if size is None else [("Training size", f"{size:,}")]),
     ]
 
@@ -97,11 +100,12 @@ def _settings(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     damping, scan = manifest["damping"], manifest["scan"]
     per_query = ("spearman", "spearman_top", "overlap")  # shown beside each query instead
     run = ("top_k", "bottom_k", "per_token", "workers", "seconds")
-    return {
+    groups = {
         "Model": manifest["model"],
         "Factors": {k: v for k, v in manifest["factors"].items() if not isinstance(v, dict)},
         "Data": manifest["data"],
         "Scores": manifest["scores"],
+        "Refinement": {k: v for k, v in (manifest.get("refine") or {}).items() if k != "residuals"},
         "Scan": {name: value for name, value in scan.items() if name not in per_query},
         "Damping": {"kind": damping["kind"], "value": damping["value"], **damping["modules"]},
         "λ of each module": damping["absolute"],
@@ -109,3 +113,4 @@ def _settings(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         "Software": manifest["software"],
         "Configuration": manifest["config"],
     }
+    return {title: group for title, group in groups.items() if group}

@@ -14,6 +14,7 @@ from ekfac_dist.errors import LaunchError
 
 # Commands that need nothing of what Windows lacks.
 _READING = ("inspect",)
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 def require_system(command: str) -> None:
@@ -43,7 +44,7 @@ def num_cpus() -> int:
 def processor_name() -> str:
     """The processor's name for people, such as "AMD EPYC 9B45"; its architecture if not known."""
     with suppress(OSError):  # there is no such file but on Linux
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n"):
+        for line in _CPU_INFO.read_text(encoding="utf-8", errors="replace").split("\n"):
             field, _, name = line.partition(":")
             if field.strip() == "model name" and name.strip():
                 return name.strip()

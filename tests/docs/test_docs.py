@@ -104,11 +104,12 @@ def test_the_page_of_the_configuration_is_current():
 
 
 def test_every_field_has_a_row_with_a_meaning():
-    from ekfac_dist.config import EstimateConfig, PlanConfig, QueryConfig, field_types
+    from ekfac_dist import config
 
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `([\w.]+)` \|.*\| ([^|]+) \|$", page, re.MULTILINE))
-    wanted = {name for c in (EstimateConfig, PlanConfig, QueryConfig) for name in field_types(c)}
+    commands = config.EstimateConfig, config.PlanConfig, config.QueryConfig, config.EvaluateConfig
+    wanted = {name for command in commands for name in config.field_types(command)}
     assert wanted == set(rows)
     assert all(len(meaning) > 10 for meaning in rows.values())
 

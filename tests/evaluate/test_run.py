@@ -7,7 +7,9 @@ import pytest
 import torch
 from helpers.dense import dense_modules, relative
 from helpers.dense_scores import DenseScores
+from helpers.made_evaluation import made_evaluation
 from helpers.networks import shifted
+from helpers.pages import Page
 from helpers.workshop import run_cli, run_here, save_tiny_llama, texts, write_jsonl, write_yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -144,6 +146,58 @@ def test_every_row_has_every_measure_and_the_table_shows_them(evaluated):
     assert table in shown
     for text in ("EK-FAC, attention", "gradient cosine", "Noise ceiling", "removal", "recall@10"):
         assert text in table
+
+
+def test_results_say_what_was_evaluated_and_with_what(evaluated):
+    directory, _ = evaluated
+    results = results_in(directory)
+    model, _ = explained(directory)
+    assert results["model"] == {
+        "class": type(model).__name__,
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    lines = [json.loads(line) for line in (directory / "queries.jsonl").read_text().splitlines()]
+    members = [member for query in results["queries"] for member in query["members"]]
+    assert members == [
+        {"line": k, "prompt": line["prompt"], "completion": line["completion"]}
+        for k, line in enumerate(lines, start=1)
+    ]
+    assert [query["group"] for query in results["queries"]] == [None] * 4 + ["pair"]
+    assert [query["gold"] for query in results["queries"]] == [[0], [1, 2], [], [3], [4, 5]]
+    assert results["workers"] == 1
+    bank = directory / "evaluation" / "seed-1" / "bank" / "losses"
+    assert results["seeds"][1]["removal_models"] == len(list(bank.iterdir())) - 1 - SUBSETS
+
+
+def test_the_page_and_the_plot_are_beside_the_results(evaluated):
+    directory, shown = evaluated
+    output = directory / "evaluation"
+    for name, file in (("page", "evaluation.html"), ("plot", "lds.svg")):
+        assert (output / file).is_file()
+        assert f"{name:<14}{output / file}" in shown
+    page = Page((output / "evaluation.html").read_text(encoding="utf-8"))
+    results = results_in(directory)
+    found = [row["by_query"] for row in page.data["rows"]]
+    assert found == [row["lds"]["by_query"] for row in results["rows"]]
+
+
+def test_made_up_results_have_the_fields_of_these(evaluated):
+    directory, _ = evaluated
+
+    def fields(value):
+        if isinstance(value, list):
+            merged = {}
+            for each in value:
+                merged |= fields(each)
+            return merged
+        if isinstance(value, dict):
+            return {name: fields(each) for name, each in value.items()}
+        return {}
+
+    made, results = fields(made_evaluation()), fields(results_in(directory))
+    for different in ("config", "software"):
+        del made[different], results[different]
+    assert made == results
 
 
 def test_seeds_have_models_and_banks_of_their_own(evaluated):

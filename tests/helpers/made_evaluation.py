@@ -33,6 +33,7 @@ def made_evaluation(
     text="Paris",
     model="runs/base",
     seed=0,
+    **settings,
 ):
     """Results as `evaluate` writes them.
 
@@ -45,6 +46,7 @@ def made_evaluation(
         text: A text that all queries have in common.
         model: Name of the model.
         seed: Of the numbers.
+        settings: Other fields of the configuration.
     """
     numbers = np.random.default_rng(seed)
     rows = []
@@ -77,6 +79,7 @@ def made_evaluation(
             protocols=list(protocols),
             seeds=list(seeds),
             output="runs/evaluation",
+            **settings,
         ).as_dict(),
         "rows": rows,
         "seeds": [_seed(numbers, k, protocols) for k in seeds],

@@ -13,6 +13,7 @@ from helpers.made_evaluation import METHODS, PROTOCOLS, made_evaluation, write_e
 from helpers.pages import HOSTILE, Page, require_nothing_from_elsewhere, require_own_policy
 from helpers.workshop import run_here
 
+from ekfac_dist.config import RefineConfig
 from ekfac_dist.errors import ConfigError, OutputError, StoreError
 from ekfac_dist.report.evaluation_page import write_beside, write_evaluation_page
 from ekfac_dist.report.evaluation_words import found
@@ -302,6 +303,33 @@ def test_the_page_says_what_was_measured(page_of):
         "2 workers; AMD EPYC 9B45",
     ):
         assert words in text
+
+
+def test_the_page_says_how_solutions_were_refined(page_of):
+    methods = ["ekfac", "ekfac_cg", "ekfac_astra"]
+    refined = RefineConfig(method="astra", batch=8)
+    results = made_evaluation(methods=METHODS[4:6], rank=32)
+    results["config"] |= {"methods": methods, "astra": vars(refined)}
+    text = " ".join(page_of(results).text.split())
+    for words in (
+        "CGat most 20 iterations, with 256 training sequences, the same in all",
+        "ASTRAat most 300 iterations, with 8 training sequences, others in each",
+        "Query gradientsof rank 32, approximate",
+    ):
+        assert words in text
+
+
+def test_a_model_that_was_not_trained_has_no_recipe(page_of):
+    results = made_evaluation(seeds=(0,), protocols=("tail_patch", "recall"))
+    results["config"]["training"]["epochs"] = 0
+    for name in ("steps", "first_loss", "last_loss"):
+        del results["seeds"][0][name]
+    page = page_of(results)
+    text = " ".join(page.text.split())
+    assert "float32), not trained, but explained as it is" in text
+    assert "AdamW" not in text
+    head, _ = Tables(page.html).tables["seeds"]
+    assert [cell[2] for cell in head] == ["Seed", "Fit, seconds"]
 
 
 def test_the_page_says_what_was_found(page_of):

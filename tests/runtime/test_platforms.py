@@ -74,3 +74,24 @@ def test_an_accelerator_that_is_not_cudas_is_not_used(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert World.start().device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (
+            "processor\t: 0\nmodel name\t: AMD EPYC 9B45 : 2\nmodel name\t: other\n",
+            "AMD EPYC 9B45 : 2",
+        ),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\n", "aarch64"),
+        (None, "aarch64"),
+    ],
+)
+def test_the_processor_has_its_name_or_its_architecture(content, name, monkeypatch, tmp_path):
+    file = tmp_path / "cpuinfo"
+    if content is not None:
+        file.write_text(content)
+    monkeypatch.setattr(platforms, "_CPU_INFO", file)
+    monkeypatch.setattr(platforms.platform, "processor", lambda: "")
+    monkeypatch.setattr(platforms.platform, "machine", lambda: "aarch64")
+    assert platforms.processor_name() == name

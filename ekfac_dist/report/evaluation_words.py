@@ -149,11 +149,11 @@ def found(results: Mapping[str, Any]) -> list[str]:
         )
     above = [row for row in _at_their_best(results) if row["over_plain"]["low"] > 0]
     sentences.append(
-        "Above it beyond the 95 % interval, at the best damping of each: "
+        "Above plain EK-FAC beyond the 95 % interval, at the best damping of each: "
         + "; ".join(f"{row_name(row)} ({OVER_PLAIN.of(row)})" for row in above)
         + "."
         if above
-        else "No method is above it beyond the 95 % interval."
+        else "No method is above plain EK-FAC beyond the 95 % interval."
     )
     return sentences
 

@@ -339,11 +339,11 @@ def test_the_page_says_what_was_found(page_of):
     text = " ".join(page_of(results).text.split())
     assert f"The highest LDS is {shown(best['lds'], False)}: {best['name']}" in text
     assert f"Plain EK-FAC at its best damping has {shown(plain['lds'], False)}" in text
-    above = text[text.index("Above it beyond the 95 % interval") :]
+    above = text[text.index("Above plain EK-FAC beyond the 95 % interval") :]
     assert f"{best['name']} ({shown(best['over_plain'], True)})" in above
     for row in results["rows"]:
         row["over_plain"] = {"mean": 0.0, "low": -0.1, "high": 0.1}
-    assert found(results)[-1] == "No method is above it beyond the 95 % interval."
+    assert found(results)[-1] == "No method is above plain EK-FAC beyond the 95 % interval."
 
 
 def test_the_table_of_seeds_has_the_results_numbers(page_of):

@@ -49,6 +49,8 @@ from ekfac_dist.runtime.progress import Progress
 from ekfac_dist.runtime.resuming import require_same_config
 
 _MODEL, _FACTORS, _SCORES, _BANK = "model", "factors", "scores", "bank"
+# Settings of a fit that its factors do not depend on.
+_MAY_CHANGE = ("output", "batch_tokens", "save_minutes", "factors.shard", "factors.eigen")
 _OTHER_OUTPUT = "give another output directory"
 
 
@@ -196,7 +198,7 @@ class SeedRun:
             config = self._estimate_config(name, store)
             if is_there:
                 with self.world.agree():
-                    _require_same_factors(store, config)
+                    _require_same_factors(store, config, self.inputs.sequences.fingerprint)
                 continue
             log_on_main(self.world, f"fit           seed {self.seed}{f', {name}' * bool(name)}")
             run_estimate(config, self.world)
@@ -362,20 +364,29 @@ def _is_complete(store: Path) -> bool:
     return False
 
 
-def _require_same_factors(store: Path, config: EstimateConfig) -> None:
-    """Refuses factors that were fitted with other settings.
+def _require_same_factors(store: Path, config: EstimateConfig, data: str) -> None:
+    """Refuses factors that were fitted with other settings, or to other sequences.
+
+    Args:
+        store: Their directory.
+        config: The settings that they should have been fitted with.
+        data: SHA-256 of the sequences.
 
     Raises:
         OutputError: If they were.
     """
-    stored = StoreReader(store).manifest["config"]
+    manifest = StoreReader(store).manifest
+    # The model is compared by its weights, when it is used.
+    may_change = [*_MAY_CHANGE, "model.name", "data.source"]
     require_same_config(
         store,
-        stored,
+        manifest["config"],
         config.as_dict(),
-        may_change=("output", "batch_tokens", "save_minutes", "factors.shard", "factors.eigen"),
+        may_change=may_change,
         advice=_OTHER_OUTPUT,
     )
+    if manifest["data"]["fingerprint"] != data:
+        raise OutputError(f"{store} holds factors of other sequences; {_OTHER_OUTPUT}.")
 
 
 def _stored_scores(file: Path, of: str) -> np.ndarray | None:

@@ -103,6 +103,12 @@ def write_evaluation(directory, results):
     return Path(directory)
 
 
+def shown(estimate, signed):
+    """An estimate as pages and tables show it."""
+    numbers = (f"{estimate[name]:{'+' if signed else ''}.3f}" for name in ("mean", "low", "high"))
+    return "{} [{}, {}]".format(*numbers).replace("-", "−")
+
+
 def _row(numbers, method, name, tracked, damping, height, num_queries):
     by_query = np.clip(numbers.normal(height, 0.2, num_queries), -1, 1)
     mean = float(by_query.mean())

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 HOSTILE = [
     "</script><img src=x onerror=alert(1)>",
@@ -45,6 +46,43 @@ class Page(HTMLParser):
     @property
     def data(self):
         return json.loads(self.scripts[0])
+
+
+class Tables(HTMLParser):
+    """The tables of a page by their id: rows of (tag, attributes, text)."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tables, self.rows, self.cell = {}, None, None
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "table":
+            self.rows = self.tables.setdefault(dict(attributes).get("id"), [])
+        elif tag == "tr":
+            self.rows.append([])
+        elif tag in ("th", "td"):
+            self.cell = [tag, dict(attributes), ""]
+            self.rows[-1].append(self.cell)
+
+    def handle_endtag(self, tag):
+        if tag in ("th", "td"):
+            self.cell = None
+
+    def handle_data(self, text):
+        if self.cell is not None:
+            self.cell[2] += text
+
+
+def plots_of(page):
+    """The <svg> elements of a page."""
+    drawn = re.findall(r"<svg.*?</svg>", page.html, re.DOTALL)
+    return [ElementTree.fromstring(svg) for svg in drawn]
+
+
+def local(element):
+    """An element's tag without its namespace."""
+    return element.tag.rpartition("}")[2]
 
 
 def require_nothing_from_elsewhere(page):

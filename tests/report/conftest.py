@@ -1,7 +1,23 @@
-"""A browser for the tests of pages, which opens them from the disk with the network off."""
+"""Pages of made-up evaluations; and a browser, which opens pages with the network off."""
 
 import pytest
 from helpers.browser import ARGUMENTS, CHROMIUM, DESKTOP, PHONE
+from helpers.made_evaluation import write_evaluation
+from helpers.pages import Page
+
+from ekfac_dist.report.evaluation_page import write_evaluation_page
+
+
+@pytest.fixture
+def page_of(tmp_path):
+    """Writes the page of results, and parses it."""
+
+    def write(results):
+        output = tmp_path / "page.html"
+        write_evaluation_page(write_evaluation(tmp_path / "run", results), output)
+        return Page(output.read_text(encoding="utf-8"))
+
+    return write
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,20 @@
-"""The page and the plot of an evaluation: the numbers of its results, and nothing else."""
+"""The page of an evaluation: the numbers of its results, and nothing else."""
 
-import copy
-import json
-import re
-import subprocess
-import sys
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from helpers.made_evaluation import METHODS, PROTOCOLS, made_evaluation, write_evaluation
-from helpers.pages import HOSTILE, Page, require_nothing_from_elsewhere, require_own_policy
-from helpers.workshop import run_here
+from helpers.made_evaluation import METHODS, PROTOCOLS, made_evaluation, shown
+from helpers.pages import (
+    HOSTILE,
+    Tables,
+    local,
+    plots_of,
+    require_nothing_from_elsewhere,
+    require_own_policy,
+)
 
 from ekfac_dist.config import RefineConfig
-from ekfac_dist.errors import ConfigError, OutputError, StoreError
-from ekfac_dist.report.evaluation_page import write_beside, write_evaluation_page
+from ekfac_dist.report.evaluation_page import write_beside
 from ekfac_dist.report.evaluation_words import found
 
 PATHS = {
@@ -29,52 +28,10 @@ PATHS = {
 SIGNED = ("over EK-FAC", "removal")
 
 
-class Tables(HTMLParser):
-    """The tables of a page by their id: rows of (tag, attributes, text)."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.tables, self.rows, self.cell = {}, None, None
-        self.feed(html)
-
-    def handle_starttag(self, tag, attributes):
-        if tag == "table":
-            self.rows = self.tables.setdefault(dict(attributes).get("id"), [])
-        elif tag == "tr":
-            self.rows.append([])
-        elif tag in ("th", "td"):
-            self.cell = [tag, dict(attributes), ""]
-            self.rows[-1].append(self.cell)
-
-    def handle_endtag(self, tag):
-        if tag in ("th", "td"):
-            self.cell = None
-
-    def handle_data(self, text):
-        if self.cell is not None:
-            self.cell[2] += text
-
-
-@pytest.fixture
-def page_of(tmp_path):
-    def write(results):
-        output = tmp_path / "page.html"
-        write_evaluation_page(write_evaluation(tmp_path / "run", results), output)
-        return Page(output.read_text(encoding="utf-8"))
-
-    return write
-
-
 def value_at(row, path):
     for name in path:
         row = row.get(name, {})
     return row
-
-
-def shown(estimate, signed):
-    """An estimate as the page shows it."""
-    numbers = (f"{estimate[name]:{'+' if signed else ''}.3f}" for name in ("mean", "low", "high"))
-    return "{} [{}, {}]".format(*numbers).replace("-", "−")
 
 
 # -- the table -------------------------------------------------------------------------------------
@@ -153,106 +110,6 @@ def test_headings_have_scopes_and_every_scroll_box_is_reached_by_keyboard(page_o
     assert len(ids) == len(set(ids))
     named = {a["aria-labelledby"] for _, a in page.elements if "aria-labelledby" in a}
     assert named <= set(ids)
-
-
-# -- the plot --------------------------------------------------------------------------------------
-
-
-def plots_of(page):
-    drawn = re.findall(r"<svg.*?</svg>", page.html, re.DOTALL)
-    return [ElementTree.fromstring(svg) for svg in drawn]
-
-
-def classes(svg):
-    """The elements of a plot by their class."""
-    return {element.get("class"): element for element in svg.iter()}
-
-
-def local(element):
-    return element.tag.rpartition("}")[2]
-
-
-def scale_of(svg):
-    """The value at a height, from the labels of the grid."""
-    labels = [
-        (float(text.text.replace("−", "-")), float(text.get("y")) - 4)
-        for text in svg.iter()
-        if local(text) == "text" and text.get("text-anchor") == "end" and text.get("class") is None
-        if re.fullmatch(r"−?[\d.]+", text.text)
-    ]
-    (first, top), (last, bottom) = labels[0], labels[-1]
-    return lambda y: first + (y - top) * (last - first) / (bottom - top)
-
-
-def marks_of(svg):
-    """Of each row of the results: its title, and the values that its interval is drawn between."""
-    value = scale_of(svg)
-    marks = {}
-    for group in svg.iter():
-        title = next((child for child in group if local(child) == "title"), None)
-        if local(group) == "g" and title is not None:
-            (interval,) = [child for child in group if child.get("class") == "interval"]
-            _, low, high = re.fullmatch(r"M([\d.]+) ([\d.]+)V([\d.]+)", interval.get("d")).groups()
-            dot = next(child for child in group if "dot" in child.get("class", ""))
-            marks[title.text] = (value(float(low)), value(float(high)), "best" in dot.get("class"))
-    return marks
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_each_plot_has_every_row_with_its_interval(page_of, seed):
-    results = made_evaluation(seed=seed)
-    plots = plots_of(page_of(results))
-    assert [int(svg.get("width")) for svg in plots] == [900, 340]
-    for svg in plots:
-        marks = marks_of(svg)
-        assert len(marks) == len(results["rows"])
-        for row in results["rows"]:
-            damping = "" if row["damping"] is None else f", damping {row['damping']:g}"
-            low, high, _ = marks[f"{row['name']}{damping}: LDS {shown(row['lds'], False)}"]
-            assert (low, high) == pytest.approx((row["lds"]["low"], row["lds"]["high"]), abs=2e-3)
-        assert sum(best for _, _, best in marks.values()) == sum(damped for *_, damped in METHODS)
-        starts = re.findall(r"M([\d.]+) ", ElementTree.tostring(svg, "unicode"))
-        assert max(map(float, starts)) <= int(svg.get("width"))
-
-
-def test_the_noise_ceiling_and_its_root_are_lines(page_of):
-    results = made_evaluation()
-    ceiling = results["ceiling"]
-    for svg in plots_of(page_of(results)):
-        value = scale_of(svg)
-        lines = classes(svg)
-        for kind, expected in (("ceiling", ceiling["mean"]), ("root", ceiling["mean"] ** 0.5)):
-            y = float(re.match(r"M[\d.]+ ([\d.]+)H", lines[kind].get("d"))[1])
-            assert value(y) == pytest.approx(expected, abs=2e-3)
-        top = float(lines["band"].get("y"))
-        assert value(top) == pytest.approx(ceiling["high"], abs=2e-3)
-        bottom = top + float(lines["band"].get("height"))
-        assert value(bottom) == pytest.approx(ceiling["low"], abs=2e-3)
-
-
-def test_with_one_seed_there_is_no_ceiling(page_of):
-    page = page_of(made_evaluation(seeds=(3,)))
-    assert "ceiling" not in page.text
-    assert not any({"ceiling", "root", "band"} & set(classes(svg)) for svg in plots_of(page))
-
-
-def test_without_lds_there_is_neither_plot_nor_comparison(page_of):
-    page = page_of(made_evaluation(protocols=("recall",)))
-    assert plots_of(page) == []
-    assert page.data["rows"] == []
-    assert not {"scatter", "across"} & {a.get("id") for _, a in page.elements}
-
-
-def test_the_plots_file_needs_nothing_around_it(tmp_path):
-    run = write_evaluation(tmp_path, made_evaluation())
-    write_beside(run)
-    text = (run / "lds.svg").read_text(encoding="utf-8")
-    svg = ElementTree.fromstring(text)
-    assert svg.tag == "{http://www.w3.org/2000/svg}svg"
-    assert len(marks_of(svg)) == len(made_evaluation()["rows"])
-    assert "var(" not in text
-    assert "@media" not in text
-    assert "#b42318" in text
 
 
 # -- queries ---------------------------------------------------------------------------------------
@@ -388,121 +245,3 @@ def test_hostile_names_and_texts_are_inert(page_of, tmp_path, text):
     write_beside(tmp_path / "run")
     svg = ElementTree.fromstring((tmp_path / "run" / "lds.svg").read_text(encoding="utf-8"))
     assert not any(local(element) in ("img", "script") for element in svg.iter())
-
-
-# -- the command, and what `evaluate` leaves -------------------------------------------------------
-
-
-def test_report_makes_the_page_of_an_evaluation(tmp_path):
-    run = write_evaluation(tmp_path / "run", made_evaluation())
-    done = run_here(["report", f"{run}/", "--note", "Texts: <public domain>."])
-    assert (done.returncode, done.stderr) == (0, "")
-    assert f"The report is in {run}.html" in done.stdout
-    page = Page((tmp_path / "run.html").read_text(encoding="utf-8"))
-    assert "Texts: <public domain>." in page.text
-    again = run_here(["report", run])
-    assert again.returncode == 2
-    assert "run.html exists already" in again.stderr
-
-
-def test_the_page_and_the_plot_are_written_beside_the_results_and_anew(tmp_path):
-    run = write_evaluation(tmp_path, made_evaluation())
-    lines = write_beside(run)
-    assert [line.split() for line in lines] == [
-        ["plot", str(run / "lds.svg")],
-        ["page", str(run / "evaluation.html")],
-    ]
-    first = (run / "evaluation.html").read_bytes()
-    write_evaluation(tmp_path, made_evaluation(protocols=("recall",)))
-    assert len(write_beside(run)) == 1
-    assert not (run / "lds.svg").exists()  # it would be of other results
-    assert (run / "evaluation.html").read_bytes() != first
-
-
-def test_without_jinja2_the_plot_is_there_and_a_line_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    run = write_evaluation(tmp_path / "run", made_evaluation())
-    plot, page = write_beside(run)
-    assert plot.endswith("lds.svg")
-    assert page.startswith("page          not written: ")
-    assert "pip install 'ekfac_dist[report]'" in page
-    assert not (run / "evaluation.html").exists()
-    with pytest.raises(ConfigError, match=r"pip install 'ekfac_dist\[report\]'"):
-        write_evaluation_page(run, tmp_path / "page.html")
-
-
-def test_a_page_that_cannot_be_written_is_a_line_and_no_failure(tmp_path):
-    run = write_evaluation(tmp_path / "run", made_evaluation())
-    (run / "evaluation.html").mkdir()
-    plot, page = write_beside(run)
-    assert plot.endswith("lds.svg")
-    assert "not written" in page
-    assert "evaluation.html cannot be written" in page
-
-
-def test_a_page_needs_nothing_that_only_an_evaluation_needs(tmp_path):
-    run = write_evaluation(tmp_path / "run", made_evaluation())
-    code = (
-        "import sys; sys.modules |= dict.fromkeys(('bm25s', 'scipy', 'matplotlib'));"
-        "from ekfac_dist.cli import main; sys.exit(main(['report', sys.argv[1]]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code, run], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run.html").exists()
-
-
-# -- results that are damaged or missing -----------------------------------------------------------
-
-
-def test_an_unfinished_evaluation_is_told(tmp_path):
-    (tmp_path / "run" / "seed-0").mkdir(parents=True)
-    done = run_here(["report", tmp_path / "run"])
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "results.json cannot be read; give the output directory of a finished" in done.stderr
-    assert not (tmp_path / "run.html").exists()
-
-
-@pytest.mark.parametrize("content", ["", "{", "[" * 100_000, '{"a": NaN}', "\x00", "[]", "{}"])
-def test_results_that_are_none_are_a_sentence(tmp_path, content):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "results.json").write_text(content)
-    with pytest.raises(OutputError, match=r"results\.json (cannot be read|is no result of)"):
-        write_evaluation_page(tmp_path / "run", tmp_path / "page.html")
-    assert not (tmp_path / "page.html").exists()
-
-
-HARMLESS = [("ceiling", None), *(("processor", v) for v in (None, "text", 3, [])), ("workers", 3)]
-
-
-def damages():
-    """Ways in which results can lack something: where, and what is there instead."""
-    made = made_evaluation()
-    for name in set(made) - {"format", "plain"}:
-        for value in ("absent", None, "text", 3, []):
-            if (name, value) not in HARMLESS:
-                yield (name,), value
-    for path in (("rows", 3, "lds", "mean"), ("rows", 2, "key"), ("seeds", 0, "models")):
-        yield path, "absent"
-    yield ("rows", 5, "lds", "by_query"), [0.5]
-    yield ("rows", 5, "lds", "low"), "1"
-    yield ("rows", 5, "damping"), "high"
-    yield ("queries", 0, "members"), "absent"
-    yield ("config", "training", "schedule"), "none such"
-
-
-@pytest.mark.parametrize(("path", "value"), damages(), ids=str)
-def test_results_that_lack_something_are_a_sentence(tmp_path, path, value):
-    results = copy.deepcopy(made_evaluation())
-    place = results
-    for name in path[:-1]:
-        place = place[name]
-    if value == "absent":
-        del place[path[-1]]
-    else:
-        place[path[-1]] = value
-    run = write_evaluation(tmp_path / "run", results)
-    with pytest.raises(StoreError, match=r"results\.json lacks something.*Run `evaluate` again"):
-        write_evaluation_page(run, tmp_path / "page.html")
-    assert not (tmp_path / "page.html").exists()
-    assert json.loads((run / "results.json").read_text())  # as it was

@@ -77,7 +77,7 @@ def lds_results(lds: Lds, rows: Sequence[Row]) -> tuple[dict[str, dict[str, Any]
     """The LDS of each row by its key, and the key of plain EK-FAC at its best damping.
 
     Each has "lds", with "by_query"; and, where there is a plain row, "over_plain": by how much it
-    is above that one.
+    is above that one; and "over_equal": above plain EK-FAC at the row's own damping.
     """
     results: dict[str, dict[str, Any]] = {}
     samples = {row.key: lds.samples(row.key) for row in rows}
@@ -93,6 +93,11 @@ def lds_results(lds: Lds, rows: Sequence[Row]) -> tuple[dict[str, dict[str, Any]
         gain = results[row.key]["lds"]["mean"] - results[best]["lds"]["mean"]
         difference = measures.interval(samples[row.key] - samples[best], gain)
         results[row.key]["over_plain"] = difference.as_dict()
+        equal = next((one.key for one in plain if one.damping == row.damping), None)
+        if equal is not None and equal != row.key:
+            gain = results[row.key]["lds"]["mean"] - results[equal]["lds"]["mean"]
+            difference = measures.interval(samples[row.key] - samples[equal], gain)
+            results[row.key]["over_equal"] = difference.as_dict()
     return results, best
 
 

@@ -12,6 +12,7 @@
                seconds of its scores by seed, and what was measured:
                  lds         an estimate, and by_query
                  over_plain  an estimate: its LDS above that of the row `plain`
+                 over_equal  the same above plain EK-FAC at the row's own damping, of other rows
                  removal     an estimate in nats, and by_query of the first queries
                  tail_patch  an estimate in nats
                  recall      mrr and recall10, estimates, and num_queries, of those with gold

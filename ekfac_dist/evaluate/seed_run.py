@@ -20,14 +20,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ekfac_dist.config import EstimateConfig, EvaluateConfig, ModelConfig, RefineConfig
-from ekfac_dist.errors import ConfigError, OutputError, StoreError
+from ekfac_dist.errors import ConfigError, OutputError
 from ekfac_dist.evaluate.bank import Bank, BankKey, fill
+from ekfac_dist.evaluate.factor_stores import is_complete, require_same_factors
 from ekfac_dist.evaluate.inputs import Inputs
 from ekfac_dist.evaluate.methods import Explained, Row, scores_of
+from ekfac_dist.evaluate.score_files import seconds_in, store_scores, stored_scores
 from ekfac_dist.evaluate.training import (
     Trained,
     num_steps,
@@ -42,16 +43,11 @@ from ekfac_dist.models.load.fingerprints import fingerprints
 from ekfac_dist.models.load.pretrained import load_model, random_model
 from ekfac_dist.passes.sequences import check_sequences
 from ekfac_dist.runtime import preemption
-from ekfac_dist.runtime.files import safetensors_parts, write_whole
 from ekfac_dist.runtime.logs import log_on_main
 from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress
-from ekfac_dist.runtime.resuming import require_same_config
 
 _MODEL, _FACTORS, _SCORES, _BANK = "model", "factors", "scores", "bank"
-# Settings of a fit that its factors do not depend on.
-_MAY_CHANGE = ("output", "batch_tokens", "save_minutes", "factors.shard", "factors.eigen")
-_OTHER_OUTPUT = "give another output directory"
 
 
 class SeedRun:
@@ -194,11 +190,11 @@ class SeedRun:
         """Fits the factors of each choice of modules, unless they are there; a collective."""
         for name in ("", *self.config.tracked):
             store = self._store(name)
-            is_there = self.world.share(_is_complete(store) if self.world.is_main else None)
+            is_there = self.world.share(is_complete(store) if self.world.is_main else None)
             config = self._estimate_config(name, store)
             if is_there:
                 with self.world.agree():
-                    _require_same_factors(store, config, self.inputs.sequences.fingerprint)
+                    require_same_factors(store, config, self.inputs.sequences.fingerprint)
                 continue
             log_on_main(self.world, f"fit           seed {self.seed}{f', {name}' * bool(name)}")
             run_estimate(config, self.world)
@@ -237,7 +233,7 @@ class SeedRun:
         for row in rows:
             file = self._scores_file(row)
             of = self._scores_print(row)
-            stored = self.world.share(_stored_scores(file, of) if self.world.is_main else None)
+            stored = self.world.share(stored_scores(file, of) if self.world.is_main else None)
             if stored is None:
                 if explained is None:
                     explained = self._explained()
@@ -245,7 +241,7 @@ class SeedRun:
                 with preemption.deferred():
                     stored = scores_of(row, explained)
                 seconds = time.perf_counter() - start
-                self.world.on_main(lambda: _store_scores(file, stored, of, seconds))  # noqa: B023
+                self.world.on_main(lambda: store_scores(file, stored, of, seconds))  # noqa: B023
                 preemption.end_if_requested()
             scores[row.key] = stored
         return scores
@@ -289,7 +285,7 @@ class SeedRun:
 
     def seconds_of(self, row: Row) -> float | None:
         """How long the scores of a row took to compute."""
-        return _seconds_in(self._scores_file(row))
+        return seconds_in(self._scores_file(row))
 
     def fit_seconds(self) -> float:
         """How long the passes and the decomposition of the fit took."""
@@ -355,66 +351,3 @@ class SeedRun:
 def _weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of a model's parameters and buffers, by name."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def _is_complete(store: Path) -> bool:
-    with suppress(StoreError):
-        StoreReader(store)
-        return True
-    return False
-
-
-def _require_same_factors(store: Path, config: EstimateConfig, data: str) -> None:
-    """Refuses factors that were fitted with other settings, or to other sequences.
-
-    Args:
-        store: Their directory.
-        config: The settings that they should have been fitted with.
-        data: SHA-256 of the sequences.
-
-    Raises:
-        OutputError: If they were.
-    """
-    manifest = StoreReader(store).manifest
-    # The model is compared by its weights, when it is used.
-    may_change = [*_MAY_CHANGE, "model.name", "data.source"]
-    require_same_config(
-        store,
-        manifest["config"],
-        config.as_dict(),
-        may_change=may_change,
-        advice=_OTHER_OUTPUT,
-    )
-    if manifest["data"]["fingerprint"] != data:
-        raise OutputError(f"{store} holds factors of other sequences; {_OTHER_OUTPUT}.")
-
-
-def _stored_scores(file: Path, of: str) -> np.ndarray | None:
-    """The scores in a file, if they are of what they should be of."""
-    if not file.is_file():
-        return None
-    try:
-        with safe_open(file, framework="np") as opened:
-            if (opened.metadata() or {}).get("of") != of:
-                return None
-            return opened.get_tensor("scores")
-    except (OSError, SafetensorError):
-        return None
-
-
-def _store_scores(file: Path, scores: np.ndarray, of: str, seconds: float) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{file.parent} cannot be made: {error.strerror or error}.") from error
-    header = {"of": of, "seconds": f"{seconds:.3f}"}
-    write_whole(file, safetensors_parts({"scores": torch.from_numpy(scores)}, header))
-
-
-def _seconds_in(file: Path) -> float | None:
-    """How long the scores of a file took; None if it does not say so."""
-    try:
-        with safe_open(file, framework="np") as opened:
-            return float((opened.metadata() or {})["seconds"])
-    except (OSError, SafetensorError, KeyError, ValueError):
-        return None

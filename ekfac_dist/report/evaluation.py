@@ -66,9 +66,13 @@ LDS = Column("lds", "LDS", ("lds",), "rank correlation of scores with retrained 
 OVER_PLAIN = Column(
     "lds", "over EK-FAC", ("over_plain",), "LDS above that of EK-FAC at its best damping", True
 )
+OVER_EQUAL = Column(
+    "lds", "at equal damping", ("over_equal",), "LDS above that of EK-FAC at the same damping", True
+)
 _COLUMNS = (
     LDS,
     OVER_PLAIN,
+    OVER_EQUAL,
     Column(
         "removal",
         "removal",
@@ -89,7 +93,8 @@ _COLUMNS = (
 
 def columns_of(results: Mapping[str, Any]) -> list[Column]:
     """The columns of what was measured."""
-    return [column for column in _COLUMNS if column.protocol in results["config"]["protocols"]]
+    asked = [column for column in _COLUMNS if column.protocol in results["config"]["protocols"]]
+    return [column for column in asked if any(column.estimate(row) for row in results["rows"])]
 
 
 def number_text(value: float, signed: bool = False) -> str:

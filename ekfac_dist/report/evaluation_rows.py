@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ekfac_dist.report.evaluation import OVER_PLAIN, Column, columns_of, damping_text
+from ekfac_dist.report.evaluation import OVER_EQUAL, OVER_PLAIN, Column, columns_of, damping_text
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ def _cell(column: Column, row: Mapping[str, Any], is_plain: bool) -> Cell:
     parts = column.parts(row)
     if parts is None:
         return Cell("–")
-    if column != OVER_PLAIN:
+    if column not in (OVER_PLAIN, OVER_EQUAL):
         return Cell(*parts, kind=column.protocol)
-    if is_plain:
+    if is_plain and column == OVER_PLAIN:
         return Cell("reference")
     return Cell(*parts, verdict=_verdict(column.estimate(row) or {}))
 

@@ -103,6 +103,10 @@ def test_rows_are_compared_with_plain_ekfac_at_its_best_damping(lds):
     assert worse["mean"] == pytest.approx(
         results["ekfac-0.1"]["lds"]["mean"] - results["ekfac-1"]["lds"]["mean"]
     )
+    equal = results["kfac-0.1"]["over_equal"]  # the same scores as plain EK-FAC's there
+    assert (equal["mean"], equal["low"], equal["high"]) == (0, 0, 0)
+    assert results["kfac-1"]["over_equal"] == results["kfac-1"]["over_plain"]
+    assert "over_equal" not in results["ekfac-0.1"]
     assert [row.key for row in chosen_rows(both, list(chosen.values()), 5)] == [
         "kfac-0.1",
         "ekfac-1",

@@ -68,7 +68,12 @@ def made_evaluation(
     for row in rows if best else []:
         gain = row["lds"]["mean"] - best["lds"]["mean"]
         row["over_plain"] = {"mean": gain, "low": gain - 0.05, "high": gain + 0.05}
-    absent = {*PROTOCOLS, *(["over_plain"] if "lds" not in protocols else [])} - {*protocols}
+        equal = next((one for one in plain if one["damping"] == row["damping"]), row)
+        if equal is not row:
+            gain = row["lds"]["mean"] - equal["lds"]["mean"]
+            row["over_equal"] = {"mean": gain, "low": gain - 0.04, "high": gain + 0.04}
+    over = ["over_plain", "over_equal"] if "lds" not in protocols else []
+    absent = {*PROTOCOLS, *over} - {*protocols}
     rows = [{name: value for name, value in row.items() if name not in absent} for row in rows]
     results = {
         "format": "ekfac_dist-evaluation/1",

@@ -20,12 +20,13 @@ from ekfac_dist.report.evaluation_words import found
 PATHS = {
     "LDS": ("lds",),
     "over EK-FAC": ("over_plain",),
+    "at equal damping": ("over_equal",),
     "removal": ("removal",),
     "tail patch": ("tail_patch",),
     "reciprocal rank": ("recall", "mrr"),
     "recall@10": ("recall", "recall10"),
 }
-SIGNED = ("over EK-FAC", "removal")
+SIGNED = ("over EK-FAC", "at equal damping", "removal")
 
 
 def value_at(row, path):
@@ -44,7 +45,7 @@ def test_the_table_has_the_results_numbers(page_of, protocols):
     titles = [cell[2] for cell in head]
     measured = [name for name in PATHS if name in titles]
     assert titles == ["Method", "Damping", *measured, "Seconds"]
-    named = {"lds": 2, "removal": 1, "tail_patch": 1, "recall": 2}
+    named = {"lds": 3, "removal": 1, "tail_patch": 1, "recall": 2}
     assert len(measured) == sum(named[protocol] for protocol in protocols)
     assert len(lines) == len(results["rows"])
     name = None
@@ -91,7 +92,7 @@ def test_a_difference_is_marked_where_its_interval_excludes_zero(page_of):
     verdicts = []
     for cells, row in zip(lines, results["rows"], strict=True):
         if row["key"] != results["plain"]:
-            text = cells[-6][2]
+            text = cells[-7][2]
             low, high = (row["over_plain"][end] for end in ("low", "high"))
             verdicts.append((text.startswith("above"), text.startswith("below")))
             assert verdicts[-1] == (low > 0, high < 0)

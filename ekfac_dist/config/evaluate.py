@@ -154,6 +154,8 @@ class EvaluateConfig:
         protocols: What is measured.
         methods: The methods that are compared.
         dampings: The dampings that K-FAC and EK-FAC are tried with, as multiples of mean(Λ).
+        damping_scales: Other scales of Λ that plain EK-FAC is tried with multiples of, as of
+            damping.scale of queries: trimmed, geometric.
         tracked: Other choices of modules that EK-FAC is tried with beside model.modules, by the
             name that a row gets, as lists of globs.
         scores: Files with other tools' scores, by the name that a row gets: safetensors with a
@@ -181,6 +183,7 @@ class EvaluateConfig:
     protocols: list[Protocol] = field(default_factory=lambda: ["lds"])
     methods: list[Method] = field(default_factory=lambda: list(_DEFAULT_METHODS))
     dampings: list[float] = field(default_factory=lambda: [0.001, 0.1, 10.0])
+    damping_scales: list[Literal["trimmed", "geometric"]] = field(default_factory=list)
     tracked: dict[str, list[str]] = field(default_factory=dict)
     scores: dict[str, str] = field(default_factory=dict)
     lds: LdsConfig = field(default_factory=LdsConfig)
@@ -221,9 +224,10 @@ class EvaluateConfig:
             require_choice("protocols", protocol, get_args(Protocol))
         for method in self.methods:
             require_choice("methods", method, get_args(Method))
-        for name in ("protocols", "methods", "dampings", "seeds"):
+        for name in ("protocols", "methods", "dampings", "seeds", "damping_scales"):
             values = getattr(self, name)
-            if not values and not (name == "methods" and self.scores):
+            optional = name == "damping_scales" or (name == "methods" and self.scores)
+            if not values and not optional:
                 raise ConfigError(f"{name} is empty; give at least one.")
             if len(set(values)) < len(values):
                 raise ConfigError(f"{name} is {values}; give each once.")

@@ -23,6 +23,7 @@ from ekfac_dist.errors import ConfigError
 T = TypeVar("T")
 Normalize = Literal["none", "cosine", "relatif_l", "relatif_theta"]
 PerToken = Literal["none", "top", "all"]
+DampingScale = Literal["mean", "trimmed", "geometric"]
 
 DEFAULT_RANK = 32
 DEFAULT_TOP_K = 20
@@ -153,12 +154,15 @@ class DampingConfig:
         value: λ of every module: a multiple of mean(Λ) of the module or, with relative false, λ
             itself.
         relative: Whether values are multiples of the module's mean(Λ).
+        scale: What relative values multiply: mean(Λ) of the module (mean), the same without the
+            largest hundredth of its entries (trimmed), or its geometric mean (geometric).
         modules: Other values for some modules, by name or glob; an exact name wins over globs, and
             of several matching globs the first.
     """
 
     value: float = 0.1
     relative: bool = True
+    scale: DampingScale = "mean"
     modules: dict[str, float] = field(default_factory=dict)
 
 

@@ -11,30 +11,70 @@ from torch import Tensor
 from ekfac_dist.errors import ConfigError
 
 DEFAULT = 0.1
+TRIMMED_SHARE = 0.01
+# What relative damping is a multiple of, and what that is called.
+SCALES = {
+    "mean": "mean(Λ)",
+    "trimmed": "mean(Λ without its largest hundredth)",
+    "geometric": "geometric mean(Λ)",
+}
+
+
+def scale_of(lambda_OI: Tensor, scale: str) -> float:
+    """What relative damping of a module is a multiple of.
+
+    A few directions of very large Λ, such as those of a massive activation, decide the mean: of
+    some down projections, 18 of 885,000 entries are nine tenths of it. The other two are nearly the
+    same with and without such directions.
+
+    Args:
+        lambda_OI: The module's Λ.
+        scale: "mean"; "trimmed": the mean without the largest hundredth of the entries;
+            "geometric": the geometric mean of the entries above 0.
+    """
+    values = lambda_OI.double().flatten()
+    if scale == "trimmed":
+        values = values.sort().values[: math.ceil((1 - TRIMMED_SHARE) * len(values))]
+    elif scale == "geometric":
+        positive = values[values > 0]
+        return math.exp(positive.log().mean().item()) if len(positive) else 0.0
+    return values.mean().item()
 
 
 @dataclass(frozen=True)
 class Damping:
     """The damping λ of every module.
 
-    Relative damping is a multiple of the module's mean(Λ); 0.1 of it is what Grosse et al. 2023,
-    §5.1.1, use.
+    Relative damping is a multiple of the module's mean(Λ), or of another scale of its Λ; 0.1 of the
+    mean is what Grosse et al. 2023, §5.1.1, use.
 
     Args:
         value: Value for every module that `modules` does not match; None if it matches all.
         relative: Whether values are multiples of mean(Λ); if not, they are λ itself.
         modules: Values by module name or glob. A module's own name takes precedence over globs;
             among globs the first that matches counts.
+        scale: What relative values are multiples of, as of `scale_of`.
 
     Raises:
-        ConfigError: If `modules` is no mapping, or a value is negative, not finite or no number.
+        ConfigError: If `modules` is no mapping, a value is negative, not finite or no number, or
+            the scale is unknown, or given for values that are not relative.
     """
 
     value: float | None = DEFAULT
     relative: bool = True
     modules: Mapping[str, float] = field(default_factory=dict)
+    scale: str = "mean"
 
     def __post_init__(self) -> None:
+        if self.scale not in SCALES:
+            raise ConfigError(
+                f"damping.scale is {self.scale!r}; it must be one of {', '.join(SCALES)}."
+            )
+        if not self.relative and self.scale != "mean":
+            raise ConfigError(
+                f"damping.scale is {self.scale}, but damping.relative is false, so that values are "
+                "λ itself; give one of them."
+            )
         if not isinstance(self.modules, Mapping):
             raise ConfigError(
                 f"damping of modules is {self.modules!r}; it must give each a number, by name or "
@@ -90,10 +130,10 @@ class Damping:
             ConfigError: If neither `modules` nor `value` has a value for the module.
         """
         value = self.value_of(name)
-        return value * lambda_OI.double().mean().item() if self.relative else value
+        return value * scale_of(lambda_OI, self.scale) if self.relative else value
 
     def value_of(self, name: str) -> float:
-        """The value of one module: λ, or a multiple of its mean(Λ).
+        """The value of one module: λ, or a multiple of its Λ's scale.
 
         Raises:
             ConfigError: If neither `modules` nor `value` has one.

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ekfac_dist.config import EvaluateConfig, RefineConfig, ScoresConfig
-from ekfac_dist.curvature.damping import Damping
+from ekfac_dist.curvature.damping import SCALES, Damping
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.errors import DataError, first_line
 from ekfac_dist.evaluate.curvatures import identity, kfac
@@ -58,7 +58,8 @@ class Row:
     Attributes:
         method: The method's name in the configuration; "scores" for another tool's.
         name: Its name for people.
-        damping: The multiple of mean(Λ); None where there is none.
+        damping: The multiple of mean(Λ), or of another scale of Λ; None where there is none.
+        scale: What it is a multiple of, as of `Damping`.
         tracked: Name of the choice of modules; "" for that of `model.modules`.
         file: Another tool's file of scores.
     """
@@ -66,6 +67,7 @@ class Row:
     method: str
     name: str
     damping: float | None = None
+    scale: str = "mean"
     tracked: str = ""
     file: str = ""
 
@@ -73,6 +75,8 @@ class Row:
     def key(self) -> str:
         """A name that no other row of the run has, fit for a file."""
         parts = [self.method, self.name if self.method == "scores" else self.tracked]
+        if self.scale != "mean":
+            parts.append(self.scale)
         if self.damping is not None:
             parts.append(f"{self.damping:g}")
         return "-".join(re.sub(r"[^\w.]+", "_", part) for part in parts if part)
@@ -81,6 +85,11 @@ class Row:
     def family(self) -> tuple[str, str]:
         """What rows that differ in nothing but damping have in common."""
         return self.method, self.tracked or self.name
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is plain EK-FAC with relative damping, which others are compared with."""
+        return self.method == PLAIN and self.scale == "mean" and not self.tracked
 
 
 def rows_of(config: EvaluateConfig) -> list[Row]:
@@ -91,7 +100,13 @@ def rows_of(config: EvaluateConfig) -> list[Row]:
         rows += [Row(method, NAMES[method], damping) for damping in dampings]
     for name in config.tracked:
         rows += [
-            Row(PLAIN, f"{NAMES[PLAIN]}, {name}", damping, name) for damping in config.dampings
+            Row(PLAIN, f"{NAMES[PLAIN]}, {name}", damping, tracked=name)
+            for damping in config.dampings
+        ]
+    for scale in config.damping_scales:
+        rows += [
+            Row(PLAIN, f"{NAMES[PLAIN]}, λ of {SCALES[scale]}", damping, scale)
+            for damping in config.dampings
         ]
     rows += [Row("scores", name, file=file) for name, file in config.scores.items()]
     return rows
@@ -152,7 +167,7 @@ def scores_of(row: Row, explained: Explained) -> np.ndarray:
 
 def _gradient_scores(row: Row, explained: Explained) -> np.ndarray:
     reader = StoreReader(explained.stores[row.tracked], verify=True)
-    factors, damping = Factors(reader), Damping(row.damping)
+    factors, damping = Factors(reader), Damping(row.damping, scale=row.scale)
     if row.method in ("gradient_dot", "gradient_cosine"):
         factors, damping = identity(reader), Damping(1.0, relative=False)
     elif row.method == "kfac":

@@ -13,7 +13,7 @@ import numpy as np
 
 from ekfac_dist.evaluate import measures
 from ekfac_dist.evaluate.measures import Estimate
-from ekfac_dist.evaluate.methods import PLAIN, Row
+from ekfac_dist.evaluate.methods import Row
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def lds_results(lds: Lds, rows: Sequence[Row]) -> tuple[dict[str, dict[str, Any]
         by_query = lds.by_query(row.key)
         estimate = measures.interval(samples[row.key], by_query.mean())
         results[row.key] = {"lds": {**estimate.as_dict(), "by_query": by_query.tolist()}}
-    plain = [row for row in rows if row.method == PLAIN and not row.tracked]
+    plain = [row for row in rows if row.is_plain]
     if not plain:
         return results, None
     best = max(plain, key=lambda row: results[row.key]["lds"]["mean"]).key

@@ -256,7 +256,7 @@ class SeedRun:
             store.read_bytes() if store.is_file() else b"",
             self.inputs.sequences.fingerprint.encode(),
             self.inputs.query_sequences.fingerprint.encode(),
-            repr((row.method, row.damping, row.tracked, self.config.rank)).encode(),
+            repr((row.method, row.damping, row.scale, row.tracked, self.config.rank)).encode(),
             repr((self.inputs.queries.members, self._refine(row))).encode(),
         ]
         if row.method == "scores":

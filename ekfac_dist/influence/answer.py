@@ -116,6 +116,7 @@ def results_manifest(answer: Answer) -> dict[str, Any]:
         },
         "damping": {
             "kind": "relative" if damping.relative else "absolute",
+            "scale": damping.scale if damping.relative else None,
             "value": damping.value,
             "modules": dict(damping.modules),
             "absolute": scores.damping,

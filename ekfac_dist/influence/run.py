@@ -66,7 +66,7 @@ def run_query(config: QueryConfig, world: World) -> Answer:
     world.on_main(lambda: check_results_output(output, config.as_dict()))
     with world.agree():
         require_divisor("scores.shard", config.scores.shard, world.size)
-        damping = Damping(config.damping.value, config.damping.relative, config.damping.modules)
+        damping = Damping(**vars(config.damping))
         texts = read_queries(queries_file)
         candidates = read_candidates(config.scores.candidates)
         factors = load_factors(store)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ekfac_dist.curvature.damping import SCALES
 from ekfac_dist.influence import results
 from ekfac_dist.influence.results import ResultsReader
 from ekfac_dist.report.tables import table
@@ -53,7 +54,9 @@ def meaning(manifest: dict[str, Any]) -> list[str]:
 
 def _meaning_lines(manifest: dict[str, Any]) -> list[str]:
     factors, damping, scan = manifest["factors"], manifest["damping"], manifest["scan"]
-    unit = " · mean(Λ) of each module" if damping["kind"] == "relative" else ", absolute"
+    unit = ", absolute"
+    if damping["kind"] == "relative":
+        unit = f" · {SCALES[damping.get('scale', 'mean')]} of each module"
     module_values = ", ".join(f"{name}: {value}" for name, value in damping["modules"].items())
     lines = [
         f"sign          {manifest['scores']['sign']}",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ekfac_dist.curvature.damping import SCALES
 from ekfac_dist.errors import StoreError
 from ekfac_dist.influence.answer import NORMALIZE_NAMES
 from ekfac_dist.influence.results import ResultsReader
@@ -74,7 +75,9 @@ def _facts(manifest: Mapping[str, Any]) -> Facts:
     value = f"{damping['value']:g}"
     normalize, size = manifest["scores"]["normalize"], manifest["scores"]["training_size"]
     refine = manifest.get("refine")  # not in results of earlier versions
-    strength = f"λ = {value} × mean Λ" if damping["kind"] == "relative" else f"λ = {value}"
+    strength = f"λ = {value}"
+    if damping["kind"] == "relative":
+        strength += f" × {SCALES[damping.get('scale', 'mean')]}"
     if damping["modules"]:
         strength += f"; other for {', '.join(damping['modules'])}"
     return [
@@ -107,7 +110,10 @@ def _settings(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         "Scores": manifest["scores"],
         "Refinement": {k: v for k, v in (manifest.get("refine") or {}).items() if k != "residuals"},
         "Scan": {name: value for name, value in scan.items() if name not in per_query},
-        "Damping": {"kind": damping["kind"], "value": damping["value"], **damping["modules"]},
+        "Damping": {
+            **{name: damping[name] for name in ("kind", "scale", "value") if name in damping},
+            **damping["modules"],
+        },
         "λ of each module": damping["absolute"],
         "Run": {name: manifest[name] for name in run},
         "Software": manifest["software"],

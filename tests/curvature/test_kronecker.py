@@ -3,6 +3,7 @@ import torch
 from helpers.dense import relative
 
 from ekfac_dist.curvature import kronecker
+from ekfac_dist.curvature.damping import Damping, scale_of
 from ekfac_dist.curvature.spectrum import departure, effective_rank
 from ekfac_dist.errors import ConfigError
 
@@ -71,3 +72,40 @@ def test_zeros_but_for_rounding_are_zeros(dtype):
         kronecker.damped(lambda_OI, 0.0)
     assert torch.equal(kronecker.damped(lambda_OI, 1e-20), lambda_OI + 1e-20)
     assert torch.equal(kronecker.damped(torch.ones(2, 3) * 1e-9, 0.0), torch.ones(2, 3) * 1e-9)
+
+
+# -- damping ---------------------------------------------------------------------------------------
+
+
+def test_scales_of_damping_are_means_of_what_they_say():
+    lam = torch.linspace(1, 7, 1000, dtype=torch.float64)[torch.randperm(1000)].view(20, 50)
+    lam[3, 7] = 1e9  # a massive activation
+    largest = lam.flatten().sort().values
+    assert scale_of(lam, "mean") == pytest.approx(lam.mean().item())
+    assert scale_of(lam, "trimmed") == pytest.approx(largest[:990].mean().item())
+    assert scale_of(lam, "geometric") == pytest.approx(largest.log().mean().exp().item())
+    assert scale_of(lam, "mean") > 1e5
+    assert max(scale_of(lam, "trimmed"), scale_of(lam, "geometric")) < 8
+
+
+def test_a_geometric_mean_passes_over_zeros():
+    assert scale_of(torch.tensor([[0.0, 4.0], [9.0, 0.0]]), "geometric") == pytest.approx(6)
+    assert scale_of(torch.zeros(2, 2), "geometric") == 0
+
+
+def test_damping_multiplies_its_scale():
+    lam = torch.tensor([[1.0, 4.0], [16.0, 64.0]])
+    assert Damping(0.5, scale="geometric").absolute("any", lam) == pytest.approx(4)
+    assert Damping(0.5).absolute("any", lam) == pytest.approx(85 / 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"scale": "median"}, "damping.scale is 'median'.*geometric"),
+        ({"scale": "trimmed", "relative": False}, "damping.scale is trimmed, but damping.relative"),
+    ],
+)
+def test_a_scale_that_cannot_be_meant_is_refused(arguments, says):
+    with pytest.raises(ConfigError, match=says):
+        Damping(0.1, **arguments)

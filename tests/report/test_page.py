@@ -99,7 +99,7 @@ def test_the_manifests_meaning_stands_at_the_top(report):
     for words in (
         "tiny",
         "true Fisher (labels sampled, seed 0)",
-        "λ = 0.1 × mean Λ",
+        "λ = 0.1 × mean(Λ)",
         "cosine",
         "of rank 32; scored again exactly: 20 at either end and 20 spread over the data",
         "more of this sequence in the training data makes the query's completion more likely",

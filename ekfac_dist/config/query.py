@@ -249,7 +249,8 @@ class QueryConfig:
     Args:
         factors: Directory of the factor store.
         queries: A .jsonl file of queries; each line has "prompt" and "completion", or "text", or
-            the "messages" of a chat. Lines with the same "group" are summed into one query.
+            the "messages" of a chat; the completion, or the last message, may be "against" another.
+            Lines with the same "group" are summed into one query.
         model: Which model; by default the one that the factors were fitted for.
         data: Which training sequences; by default those that the factors were fitted on.
         damping: The damping λ.

@@ -17,6 +17,8 @@ from ekfac_dist.runtime.files import file_sha256
 from ekfac_dist.runtime.software import software
 
 SIGN = "positive: more of the training sequence makes the query more likely; negative: less likely"
+CONTRAST_SIGN = " (of a contrast: its completion, beside the one that it is against)"
+CONTRAST_SCALE = "; of a contrast, log p(q) is log p(completion) − log p(against)"
 # Each normalisation's name in results and pages, and, below, the divisor of a score.
 NORMALIZE_NAMES = {
     "none": "none",
@@ -71,6 +73,11 @@ class Answer:
     seconds: float
 
 
+def sign_in_words(scores: InfluenceScores) -> str:
+    """What the sign of a score says, in one line."""
+    return f"{SIGN}{CONTRAST_SIGN if scores.has_contrasts else ''}"
+
+
 def scale_in_words(scores: InfluenceScores) -> str:
     """The formula and scale of a score, in one line."""
     rank = max(scores.ranks.values(), default=None)
@@ -79,7 +86,7 @@ def scale_in_words(scores: InfluenceScores) -> str:
     nats = "" if size is None else f"; nats, to first order = the sum / training size {size}"
     return (
         f"score = ∇log p(q)ᵀ (F+λ)⁻¹ ∇log p(z), summed over modules{scanned}"
-        f"{DIVISORS[scores.normalize]}{nats}"
+        f"{DIVISORS[scores.normalize]}{nats}{CONTRAST_SCALE if scores.has_contrasts else ''}"
     )
 
 
@@ -106,7 +113,7 @@ def results_manifest(answer: Answer) -> dict[str, Any]:
         },
         "num_queries": len(answer.queries.members),
         "scores": {
-            "sign": SIGN,
+            "sign": sign_in_words(scores),
             "scale": scale_in_words(scores),
             "share": share_in_words(scores),
             "normalize": scores.normalize,

@@ -18,16 +18,13 @@ from ekfac_dist.curvature.damping import DEFAULT, Damping
 from ekfac_dist.factors.comparison import require_fitted_task
 from ekfac_dist.factors.factors import Factors
 from ekfac_dist.factors.opening import load_factors
+from ekfac_dist.influence.candidates import pick_candidates, read_candidates
 from ekfac_dist.influence.checks import (
     check_model_and_sequences,
     require_same_inputs,
     scoring_context,
 )
 from ekfac_dist.influence.examples import queries_of, sequences_of
-from ekfac_dist.influence.queries import (
-    pick_candidates,
-    read_candidates,
-)
 from ekfac_dist.influence.scores import InfluenceScores
 from ekfac_dist.influence.scoring import compute_scores
 from ekfac_dist.models.capture.prepare import prepared
@@ -83,8 +80,9 @@ def influence_scores(
         factors: From `load_factors` or `estimate_factors`; or the directory of a store.
         queries: Examples as `estimate_factors` takes, with `input_ids` and `labels` (−100 for the
             prompt); or, with a tokenizer, mappings with "prompt" and "completion", or "text", or
-            the "messages" of a chat. Queries with the same "group" are summed, and have one row
-            of scores.
+            the "messages" of a chat. What a completion, or the last message, is "against" is
+            subtracted, ∇(log p(completion) − log p(against)); what an example is against is another
+            example. Queries with the same "group" are summed, and have one row of scores.
         train: The training sequences: examples; or, with a tokenizer, mappings with "text" and
             perhaps "prompt", or with "messages".
         tokenizer: For queries and training sequences that are text.

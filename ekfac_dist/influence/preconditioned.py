@@ -122,7 +122,7 @@ class PreparedQueries:
         groups: Index of each query group of the block, by slot.
         gradients: The gradients in each module that this worker holds, by its name.
         self_influence: ⟨∇, (F + λ)⁻¹ ∇⟩ of each group [Q], float64.
-        losses: −log p of each query of the block, by the query's index, in nats.
+        losses: −log p of each sequence of the block's queries, by its index, in nats.
     """
 
     groups: list[int]

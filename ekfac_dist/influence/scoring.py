@@ -41,7 +41,7 @@ from ekfac_dist.influence.saved_blocks import (
     SavedBlocks,
     details_of,
     details_tensors,
-    losses_tensor,
+    losses_tensors,
     put_losses,
     put_scan,
     scan_tensors,
@@ -124,7 +124,8 @@ def _empty_result(
         layers=layers,
         layer_of=np.array([layers.index(layer_name(name)) for name in names]),
         damping=dict(context.damping),
-        query_losses=[math.nan] * len(queries.sequences),
+        query_losses=[math.nan] * len(queries),
+        against_losses=[None] * len(queries),
     )
 
 
@@ -181,7 +182,7 @@ class _Scoring:
                 f"scores.query_memory_gb allows ({as_text(budget)}); a lower scores.rank would help"
             )
         self._log(
-            f"queries       {len(self.queries.sequences)} in {len(rows)} rows of scores; gradients "
+            f"queries       {len(self.queries)} in {len(rows)} rows of scores; gradients "
             f"{kind}, {one} a row{' on a worker' * (context.shard > 1)}, "
             f"{min(len(rows), groups_at_a_time(context, self.config, rank))} at a time: {scans}"
         )
@@ -262,8 +263,10 @@ class _Scoring:
     def _prepare(self, name: str, groups: list[int], rank: int | None) -> PreparedQueries:
         """Computes query gradients, and fills in the queries' losses."""
         prepared = prepare(name, self.context, self.queries, groups, rank)
-        for query, loss in prepared.losses.items():
-            self.result.query_losses[query] = loss
+        for query in self._queries_of(groups):
+            self.result.query_losses[query] = prepared.losses[query]
+            if (other := self.queries.against[query]) is not None:
+                self.result.against_losses[query] = prepared.losses[other]
         return prepared
 
     def _note_ranks(self) -> None:
@@ -308,7 +311,7 @@ class _Scoring:
                 "exact_rows": torch.from_numpy(details.rows),
                 "exact_columns": torch.from_numpy(details.columns),
                 "exact_scores": details.module_scores.sum(1),
-                "query_losses": losses_tensor(self.result, queries),
+                **losses_tensors(self.result, queries),
             }
         self._take_exact(tensors, chosen)
         if details is not None and self.config.per_token != "none":

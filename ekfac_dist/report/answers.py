@@ -110,7 +110,11 @@ def _query_heading(query: dict[str, Any]) -> list[str]:
     for member in query["members"][:3]:
         prompt = f"{_on_one_line(member['prompt'])} → " if member["prompt"] else ""
         lines.append(f"  {prompt}{_on_one_line(member['completion'])}")
-        lines.append(f"  −log p {member['nats']:.2f}")
+        if other := member.get("against"):
+            lines.append(f"  rather than {_on_one_line(other['completion'])}")
+            lines.append(f"  −log p {member['nats']:.2f}, rather than {other['nats']:.2f}")
+        else:
+            lines.append(f"  −log p {member['nats']:.2f}")
     return lines
 
 

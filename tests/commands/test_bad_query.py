@@ -82,6 +82,9 @@ QUERIES = [
 ]
 
 
+CONTRAST = {"prompt": "The capital is", "completion": " Paris", "against": " Rome"}
+
+
 class Query(Command):
     """A query to the store `factors` of the good directory."""
 
@@ -485,6 +488,26 @@ QUERY_CASES = [
             ({"text": "That.", "group": 3}, "group is 3"),
         )
     ),
+    *(
+        case(f"a contrast whose {what}", queries({**CONTRAST, **fields}), f"line 2: {says}")
+        for what, fields, says in (
+            ("against is empty", {"against": ""}, "against is '' … or be left out"),
+            ("against is blank", {"against": " \n"}, r"against is ' \\n' … or be left out"),
+            ("against is a number", {"against": 17}, "against is 17; it must be text"),
+            ("against is a list", {"against": ["a"]}, r"against is \['a'\]; it must be text"),
+            ("sides are the same", {"against": CONTRAST["completion"]},
+             "against is what the query is about, ' Paris' … another text"),
+        )
+    ),
+    case("a text that is against another", queries({"text": "That.", "against": "This."}),
+         "line 2: has text and against, … two completions of one prompt … as \"prompt\""),
+    case("an against alone", queries({"against": "This."}), "line 2: has against; … each line"),
+    case("a contrast longer than the model reads",
+         queries({**CONTRAST, "against": " a long text" * 200}),
+         rf"queries\.jsonl, line 2, against: has \d\d\d+ tokens … reads {CONTEXT} at most"),
+    case("an against with nothing to predict",
+         queries({"prompt": "a to", "completion": " and more", "against": "ken"}),
+         "line 2, against:  … 'ken' … nothing to predict … end the prompt where"),
     case("a query of an empty completion", queries({"prompt": "What?", "completion": ""}),
          "line 2: completion is empty … must hold"),
     case("a query of an empty text", queries({"text": ""}), "line 2: text is empty … must hold"),

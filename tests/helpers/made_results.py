@@ -62,6 +62,7 @@ class Made:
         tokens: Tokens of the sequence with that index, in place of drawn ones.
         prompt: Of every query.
         completion: Of every query.
+        against: Completion that every query is against; None: no contrasts.
         model: Name of the model.
         training_size: As in the manifest; None: no nats.
         loss: −log p of the first query; of each further one 1 more.
@@ -79,6 +80,7 @@ class Made:
     tokens: dict[int, list[str]] = field(default_factory=dict)
     prompt: str = "The tower was built in"
     completion: str = " Paris"
+    against: str | None = None
     model: str = "tiny"
     training_size: int | None = None
     loss: float = 1.25
@@ -125,6 +127,10 @@ class Made:
             "is_label": [False] * len(self.prompt.split()) + [True],
             "nats": self.loss + query,
         }
+        if self.against is not None:
+            other = {"completion": self.against, "tokens": [*self.prompt.split(), self.against]}
+            other |= {"is_label": member["is_label"], "nats": self.loss + query + 2}
+            member["against"] = other
         number = 3 if self.group else 1
         members = [{"line": query * number + k + 1, **member} for k in range(number)]
         return {"query": query, "group": self.group, "members": members}

@@ -89,9 +89,9 @@ def test_workers_scores_are_the_dense_ones(
     alone, answers, stores, name, workers, shard, is_sharded
 ):
     queries, train = asked(name)
-    expected = DenseScores(made(name), load_factors(stores / name).modules, train)
-    expected = expected.scores(queries, train)
-    expected = torch.stack([expected[0], expected[1] + expected[3], expected[2]])
+    dense = DenseScores(made(name), load_factors(stores / name).modules, train)
+    rows = dense.scores([*queries, queries[2]["against"]], train)
+    expected = torch.stack([rows[0], rows[1] + rows[3], rows[2] - rows[4]])
     for found in (alone(name), answers(name, workers, 0, shard, is_sharded)):
         assert relative(found["exact"]["scores"], expected) < 1e-10
 

@@ -38,7 +38,7 @@ from ekfac_dist.runtime.lock import DirectoryLock
 from ekfac_dist.runtime.processes import World
 
 QUERIES = [
-    {"prompt": "The worker reads", "completion": " a batch of tokens"},
+    {"prompt": "The worker reads", "completion": " a batch of tokens", "against": " one row"},
     {"prompt": "Label", "completion": " sums", "group": "pair"},
     {"text": "Each layer keeps one factor."},
     {"prompt": "Gradient", "completion": " counts", "group": "pair"},

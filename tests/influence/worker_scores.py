@@ -63,12 +63,15 @@ def task(name: str) -> Seq2SeqLM | None:
 
 
 def asked(name: str) -> tuple[list, list]:
-    """Queries, two of which are summed, and training sequences."""
+    """Queries, two of which are summed and one is a contrast, and training sequences."""
     if name == "encoder-decoder":
-        queries, train = translated_examples(4, seed=2), translated_examples(11, seed=1)
+        *queries, other = translated_examples(5, seed=2)
+        train = translated_examples(11, seed=1)
     else:
-        queries, train = examples(4, seed=2, prompts=True), examples(11, seed=1, prompts=True)
+        *queries, other = examples(5, seed=2, prompts=True)
+        train = examples(11, seed=1, prompts=True)
     queries[1]["group"] = queries[3]["group"] = "pair"
+    queries[2]["against"] = other
     return (queries[:1], train[:1]) if name == "one query, one sequence" else (queries, train)
 
 
@@ -112,7 +115,7 @@ def answers(root: Path, name: str, model: nn.Module, shard: int = 1) -> dict:
         found[answer] = {
             "scores": scores.scores,
             "shares": scores.shares,
-            "losses": scores.query_losses,
+            "losses": [*scores.query_losses, *scores.losses],
             "top": [end.columns.tolist() for end in scores.top],
             "num_scans": scores.num_scans,
             "ranks": scores.ranks,

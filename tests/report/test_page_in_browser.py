@@ -118,6 +118,21 @@ def test_a_pointer_chooses_a_query_a_sequence_and_a_token(opened):
     assert page.url.endswith(f"#query=2&list=bottom&sequence={index}")
 
 
+def test_a_contrast_shows_both_texts_and_both_losses(opened):
+    made = Made(num_queries=2, against=" Rome\u202e", loss=1.25)
+    page = opened(made)
+    page.select_option("#query-select", "1")
+    texts = page.locator("#query .quote").all_inner_texts()
+    assert texts == ["The tower was built in Paris", "The tower was built in RomeU+202E"]
+    notes = page.locator("#query .member .note").all_inner_texts()
+    assert "−log p = 2.25" in notes[0]
+    assert "−log p = 4.25" in notes[1]
+    assert notes[2].endswith("log p(completion) − log p(against) = +2.000.")
+    assert page.locator("#query .key .against").count() == 1
+    title = page.locator("#query-select option").nth(1).inner_text()
+    assert title == "2 · The tower was built in →  Paris rather than  RomeU+202E"
+
+
 def test_the_layers_bars_and_map_show_their_values(opened):
     made = Made(num_queries=1)
     page = opened(made)

@@ -24,6 +24,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from ekfac_dist.data.batches import Batch
 from ekfac_dist.errors import ModelError
+from ekfac_dist.models.capture.labelled_logits import (
+    DATA_LABELS,
+    LabelledLogits,
+    LogitsInChunks,
+)
 from ekfac_dist.models.capture.labels import (
     GRADIENT_SCALES,
     LabelLosses,
@@ -77,11 +82,7 @@ class CausalLMInChunks(CausalLM):
         """
         labels = batch.inputs["labels"]
         output, hidden, num_classes = self._run_body(batch)
-        if hidden.shape[:-1] != labels.shape:
-            raise ModelError(
-                f"{type(self._model).__name__} gave hidden states of shape {list(hidden.shape)} "
-                f"for labels of shape {list(labels.shape)}."
-            )
+        self._check_hidden(hidden, labels)
         losses = LabelLosses(labels, batch, rule, num_classes)
         flat_hidden = hidden.detach().flatten(0, -2)
         flat_ids = batch.inputs["input_ids"].flatten()
@@ -97,6 +98,30 @@ class CausalLMInChunks(CausalLM):
                 (gradient_nH,) = torch.autograd.grad(logits_nV, hidden_nH, residual_nV)
             flat_gradient[places] = gradient_nH
         return hidden, losses.finished(flat_gradient.view_as(hidden), scale, logit_bytes)
+
+    def labelled_logits(self, model: nn.Module, batch: Batch) -> LabelledLogits:
+        """Runs a batch's body; see `Task.labelled_logits`.
+
+        Raises:
+            ModelError: If the body does not give one hidden state for each label.
+        """
+        labels = batch.inputs["labels"]
+        output, hidden, num_classes = self._run_body(batch)
+        self._check_hidden(hidden, labels)
+        flat_ids = batch.inputs["input_ids"].flatten()
+        return LogitsInChunks(
+            hidden,
+            LabelLosses(labels, batch, DATA_LABELS, num_classes),
+            lambda hidden_nH, places: self._logits(output, hidden_nH, flat_ids[places]),
+            self._chunk_elements // num_classes,
+        )
+
+    def _check_hidden(self, hidden: Tensor, labels: Tensor) -> None:
+        if hidden.shape[:-1] != labels.shape:
+            raise ModelError(
+                f"{type(self._model).__name__} gave hidden states of shape {list(hidden.shape)} "
+                f"for labels of shape {list(labels.shape)}."
+            )
 
     def logits_at(self, model: nn.Module, batch: Batch, places: Tensor) -> Tensor:
         """Logits [n, V] at some positions of a batch; see `CausalLM.logits_at`."""

@@ -183,6 +183,27 @@ class Capture:
             ModelError: If a module was used twice or not at all, or received no gradient, or if its
                 input does not have one vector for each position of the batch.
         """
+        with self._forward_of(batch):
+            with self._checkpointing.active() if self._checkpointing else nullcontext():
+                start, result = self.task.loss_gradient(self.model, batch, rule)
+                self._in_forward = False
+                self._require_all(self._everywhere - self._called, "was not used in this forward")
+                if start.requires_grad:
+                    self._scale = result.scale
+                    with torch.autocast(start.device.type, enabled=False):  # meant for forwards
+                        torch.autograd.backward(start, result.gradient)
+            reached = self._called - self._in_lists
+            reached |= self._everywhere | {*self._positions_of_input}
+            self._require_all(
+                reached - self._with_gradient,
+                "received no gradient: its output does not reach the loss through differentiable "
+                "operations (reentrant gradient checkpointing does this; set use_reentrant=False)",
+            )
+            return result
+
+    @contextmanager
+    def _forward_of(self, batch: Batch) -> Iterator[None]:
+        """While it lasts, the hooks see a batch, whose forward comes first."""
         self._batch = batch
         self._called.clear()
         self._positions_of_input.clear()
@@ -194,28 +215,17 @@ class Capture:
             with (
                 torch.compiler.set_stance("force_eager"),
                 attending_within(self.model, batch),
-                self._checkpointing.active() if self._checkpointing else nullcontext(),
             ):
-                start, result = self.task.loss_gradient(self.model, batch, rule)
-                self._in_forward = False
-                everywhere = {module.name for module in self.modules if module.kind != EXPERT}
-                everywhere -= self._in_lists
-                self._require_all(everywhere - self._called, "was not used in this forward")
-                if start.requires_grad:
-                    self._scale = result.scale
-                    with torch.autocast(start.device.type, enabled=False):  # meant for forwards
-                        torch.autograd.backward(start, result.gradient)
-            reached = everywhere | (self._called - self._in_lists) | {*self._positions_of_input}
-            self._require_all(
-                reached - self._with_gradient,
-                "received no gradient: its output does not reach the loss through differentiable "
-                "operations (reentrant gradient checkpointing does this; set use_reentrant=False)",
-            )
-            return result
+                yield
         finally:
             self._in_forward = False
             self._inputs.clear()
             self._batch = None
+
+    @property
+    def _everywhere(self) -> set[str]:
+        """The modules that every forward uses: all but experts."""
+        return {m.name for m in self.modules if m.kind != EXPERT} - self._in_lists
 
     def _require_all(self, missing: set[str], fault: str) -> None:
         for module in self.modules:
@@ -287,14 +297,19 @@ class Capture:
             # An in-place activation would cut a view, and the hook on it, out of the graph.
             output = output.clone()
 
+        if call is None or not call.is_repeated:
+            self._watch(module, output, call)
+        return output
+
+    def _watch(self, module: TrackedModule, output: Tensor, call: LayerCall | None) -> None:
+        """Observes the gradient of an output once the backward has reached it."""
+
         def on_gradient(gradient: Tensor) -> None:
             if call is not None:
                 call.repeat()
             self._observe_gradient(module, gradient)
 
-        if call is None or not call.is_repeated:
-            output.register_hook(on_gradient)
-        return output
+        output.register_hook(on_gradient)
 
     def _require_first_use(self, module: TrackedModule) -> None:
         if module.name in self._called:

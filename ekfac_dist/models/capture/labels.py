@@ -202,6 +202,10 @@ class LabelLosses:
             end = min(start + max(1, size), self.num_labels)
             yield range(start, end), _label_indices(self._labelled, start, end)
 
+    def data_labels(self, places: slice | Tensor) -> Tensor:
+        """The data's own labels [n] at flat indices of labelled positions."""
+        return self._targets[places]
+
     def differentiate(
         self, numbers: range, places: slice | Tensor, scores_nV: Tensor, residual_nV: Tensor
     ) -> None:
@@ -217,7 +221,7 @@ class LabelLosses:
         """
         torch.softmax(scores_nV, -1, out=residual_nV)
         if self._uniform is None:
-            chosen = self._targets[places]
+            chosen = self.data_labels(places)
         else:
             chosen = inverse_cdf(residual_nV, self._uniform[numbers.start : numbers.stop])
         chosen_elements = (torch.arange(len(numbers), device=scores_nV.device), chosen)
@@ -257,7 +261,7 @@ def logit_gradient(logits: Tensor, labels: Tensor, batch: Batch, rule: LabelRule
         ModelError: If logits and labels do not match in shape, or labels are not int64.
         DataError: If a label is no class of the model, or a sequence has no label.
     """
-    _check_logits(logits, labels, batch)
+    check_logits(logits, labels, batch)
     losses = LabelLosses(labels, batch, rule, num_classes=logits.shape[-1])
     flat_logits = logits.detach().flatten(0, -2)
     all_labelled = losses.num_labels == len(flat_logits)
@@ -314,8 +318,12 @@ def _label_indices(labelled: LabelPlaces, start: int, end: int) -> slice | Tenso
     return labelled.flat_on_device[start:end]
 
 
-def _check_logits(logits: Tensor, labels: Tensor, batch: Batch) -> None:
-    """Refuses logits that are not one vector per label."""
+def check_logits(logits: Tensor, labels: Tensor, batch: Batch) -> None:
+    """Checks that logits are one vector for each label; arguments as of `logit_gradient`.
+
+    Raises:
+        ModelError: If they are not, or labels are not int64.
+    """
     if labels.ndim not in (1, 2) or labels.dtype != torch.int64:
         raise ModelError(
             f"The labels are {labels.dtype} of shape {list(labels.shape)}; they must be int64, "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ekfac_dist.data.batches import NO_LABEL, Batch
 from ekfac_dist.errors import ConfigError, DataError, ModelError, first_line
+from ekfac_dist.models.capture.labelled_logits import LabelledLogits, WholeLogits
 from ekfac_dist.models.capture.labels import (
     GRADIENT_SCALES,
     Draws,
@@ -113,6 +114,20 @@ class Task:
         Raises:
             ModelError: If `forward` does not return logits and labels.
         """
+        logits, labels = self._logits_and_labels(model, batch)
+        return logits, logit_gradient(logits, labels, batch, rule)
+
+    def labelled_logits(self, model: nn.Module, batch: Batch) -> LabelledLogits:
+        """Runs a batch's forward, whose logits can then be differentiated in both directions.
+
+        Raises:
+            ModelError: If `forward` does not return logits and labels, or the task has none.
+        """
+        logits, labels = self._logits_and_labels(model, batch)
+        return WholeLogits(logits, labels, batch)
+
+    def _logits_and_labels(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What `forward` gives, checked."""
         data_labels = batch.inputs.get("labels")
         version = None if data_labels is None else data_labels._version
         result = self.forward(model, batch.inputs)
@@ -125,7 +140,7 @@ class Task:
         logits, labels = result
         if labels is data_labels and labels._version != version:
             labels = labels.clone()  # so that where they are is looked up again
-        return logits, logit_gradient(logits, labels, batch, rule)
+        return logits, labels
 
     @property
     def name(self) -> str:
@@ -181,6 +196,13 @@ class LossTask(Task, ABC):
         scale = GRADIENT_SCALES.get(next(model.parameters()).dtype, 1.0)
         gradient = torch.full_like(losses, scale).detach()
         return losses, LossGradient(gradient, scale, losses.detach().double(), count)
+
+    def labelled_logits(self, model: nn.Module, batch: Batch) -> LabelledLogits:
+        """Raises a `ModelError`: its losses are of no logits that are known."""
+        raise ModelError(
+            f"The task {self.name} has losses of its own and no logits, so the Hessian of its loss "
+            "is not known; derive it from Task instead, with logits and labels."
+        )
 
 
 class CausalLM(Task):

@@ -29,6 +29,7 @@ from ekfac_dist.config.query import (
     QueryDataConfig,
     QueryModelConfig,
     ScoresConfig,
+    Tokens,
 )
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "QueryDataConfig",
     "QueryModelConfig",
     "ScoresConfig",
+    "Tokens",
     "dotted",
     "field_types",
     "require_checkpointing",

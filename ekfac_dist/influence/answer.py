@@ -135,6 +135,7 @@ def results_manifest(answer: Answer) -> dict[str, Any]:
         "top_k": len(scores.top[0].columns),
         "bottom_k": len(scores.bottom[0].columns),
         "per_token": answer.config.scores.per_token,
+        "tokens": scores.tokens,
         "workers": answer.workers,
         "seconds": round(answer.seconds, 3),
         "software": software(),

@@ -11,6 +11,7 @@ from ekfac_dist.config import (
     Normalize,
     PerToken,
     ScoresConfig,
+    Tokens,
     require_checkpointing,
     require_positive,
 )
@@ -55,6 +56,7 @@ def influence_scores(
     top_k: int | None = None,
     bottom_k: int | None = None,
     per_token: PerToken = "none",
+    tokens: Tokens = "inputs",
     per_module: bool = False,
     per_layer: bool = False,
     self_influence: bool = False,
@@ -97,6 +99,8 @@ def influence_scores(
         top_k: Length of the list of the most positive sequences; None: 20 or all.
         bottom_k: Length of the list of the most negative; None: as `top_k`.
         per_token: Scores of positions: of the listed sequences ("top"), of "all", or "none".
+        tokens: What a position's score is of: what its input adds to the sequence's gradient
+            ("inputs"), or the loss of the token that it predicts ("outputs").
         per_module: Compute the scores of each module too.
         per_layer: Compute the scores of each layer too.
         self_influence: Compute each training sequence's influence on itself.
@@ -137,6 +141,7 @@ def influence_scores(
             top_k=top_k,
             bottom_k=bottom_k,
             per_token=per_token,
+            tokens=tokens,
             per_module=per_module,
             per_layer=per_layer,
             self_influence=self_influence,

@@ -39,6 +39,10 @@ class WholeGradients:
         """
         return products.position_scores(self.matrices_QOI[slot], acts_MI, grads_MO)
 
+    def matrix(self, slot: int) -> Tensor:
+        """P of one query group [O, I]."""
+        return self.matrices_QOI[slot]
+
     def all_position_scores(self, acts_MI: Tensor, grads_MO: Tensor) -> Tensor:
         """⟨P, g aᵀ⟩ at every position for all query groups [Q, M]."""
         return torch.stack(
@@ -92,6 +96,10 @@ class LowRankGradients:
         return products.low_rank_position_scores(
             self.left_QOr[group], self.right_QIr[group], acts_MI, grads_MO
         )[0]
+
+    def matrix(self, slot: int) -> Tensor:
+        """U Vᵀ of one query group [O, I]."""
+        return self.left_QOr[slot] @ self.right_QIr[slot].T
 
     def all_position_scores(self, acts_MI: Tensor, grads_MO: Tensor) -> Tensor:
         """⟨U Vᵀ, g aᵀ⟩ at every position for all query groups [Q, M]."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ekfac_dist.config import Normalize
+from ekfac_dist.config import Normalize, Tokens
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,7 @@ class InfluenceScores:
         members: Indices of each query group's queries.
         training_size: How many sequences the model was trained on; None: unknown, so no nats.
         normalize: Which norms scores are divided by.
+        tokens: What a position's score is of: what its input adds, or its loss.
         norms: Norm of each sequence's gradient [N]; ones without a normalisation.
         query_norms: Norm of each query group's gradient [Q]; ones unless `normalize` is "cosine".
         modules: Names of the tracked modules, in model order.
@@ -157,6 +158,7 @@ class InfluenceScores:
     members: tuple[tuple[int, ...], ...]
     training_size: int | None
     normalize: Normalize
+    tokens: Tokens
     norms: Tensor
     query_norms: Tensor
     modules: tuple[str, ...]

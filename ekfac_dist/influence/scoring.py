@@ -34,6 +34,7 @@ from ekfac_dist.influence.lists import (
     listed_pairs,
     make_lists,
 )
+from ekfac_dist.influence.output_tokens import require_output_tokens
 from ekfac_dist.influence.preconditioned import PreparedQueries, bytes_per_group, rank_in
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.influence.query_gradients import prepare
@@ -97,6 +98,8 @@ def compute_scores(
     row_order = context.over(scored).noted_row_order(context.modules)
     fitted = factors_on_device(context, scored, num_groups, config)
     context = replace(context, row_order=row_order, on_device=fitted)
+    if config.tokens == "outputs":
+        require_output_tokens(context, scored)
     result = _empty_result(context, queries, scored, config)
     run = _Scoring(
         context, queries, scored, config, (top_k, bottom_k), result, saved or SavedBlocks()
@@ -118,6 +121,7 @@ def _empty_result(
         members=queries.members,
         training_size=config.training_size,
         normalize=config.normalize,
+        tokens=config.tokens,
         norms=torch.ones(len(scored), dtype=context.dtype),
         query_norms=torch.ones(num_groups, dtype=context.dtype),
         modules=names,
@@ -242,6 +246,7 @@ class _Scoring:
             pairs = listed_pairs(groups, self.lists)
             details = self._passes.details("details" + suffix + part, prepared, pairs)
             require_scan_agrees(self.context, self.result, details)
+            details = self._passes.with_outputs("outputs" + suffix + part, prepared, details)
             self.saved.keep(piece, details_tensors(details))
             self.details.append(details)
 
@@ -253,7 +258,7 @@ class _Scoring:
             return None
         prepared = self._prepare("queries" + suffix, block.groups, self.config.effective_rank)
         self._note_ranks()
-        self._passes.scan("scan" + suffix, prepared)
+        self._passes.scan(suffix, prepared)
         self.saved.keep(block.scan, scan_tensors(self.result, block.groups, queries))
         return prepared
 
@@ -294,7 +299,7 @@ class _Scoring:
             group: choose_for_rescoring(self.result, group, self.config.rescore, self.list_lengths)
             for group in groups
         }
-        queries, details = self._queries_of(groups), None
+        queries, details, prepared = self._queries_of(groups), None, None
         tensors: dict[str, Tensor]
         if self.saved.has(piece):
             tensors = self.saved.load(piece)
@@ -314,8 +319,10 @@ class _Scoring:
                 **losses_tensors(self.result, queries),
             }
         self._take_exact(tensors, chosen)
-        if details is not None and self.config.per_token != "none":
-            tensors |= details_tensors(self._only_listed(details, groups))
+        if details is not None and prepared is not None and self.config.per_token != "none":
+            listed = self._only_listed(details, groups)
+            listed = self._passes.with_outputs("outputs" + suffix, prepared, listed)
+            tensors |= details_tensors(listed)
         if details is not None:
             self.saved.keep(piece, tensors)
         if self.config.per_token != "none":

@@ -7,6 +7,7 @@ FSDP2 shards over all workers.
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import Accelerator
 from helpers.families import tiny_model
@@ -18,6 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ekfac_dist import Seq2SeqLM, influence_scores, load_factors
+from ekfac_dist.errors import ModelError
+from ekfac_dist.models.sharding import is_sharded
 
 ANSWERS = {
     "exact": {"per_token": "top", "per_module": True},
@@ -26,6 +29,8 @@ ANSWERS = {
     "blocks": {"query_memory_gb": 9e-6, "per_layer": True},
     "one candidate": {"candidates": [3], "top_k": 1, "per_token": "top"},
 }
+# What is asked of whole models alone: FSDP2's gathered weights are not there for it.
+OF_WHOLE = {"outputs": {"tokens": "outputs", "per_token": "all"}}
 # Family, what is asked, and what of the model is tracked: all, or some.
 MODELS = {
     "biased": ("llama_bias", ANSWERS, None),
@@ -60,6 +65,10 @@ def made(name: str) -> nn.Module:
 
 def task(name: str) -> Seq2SeqLM | None:
     return Seq2SeqLM() if name == "encoder-decoder" else None
+
+
+def answers_of(name: str, is_sharded: bool) -> list[str]:
+    return [*MODELS[name][1], *([] if is_sharded else OF_WHOLE)]
 
 
 def asked(name: str) -> tuple[list, list]:
@@ -108,9 +117,9 @@ def answers(root: Path, name: str, model: nn.Module, shard: int = 1) -> dict:
     factors = load_factors(root / name, model=model)
     queries, train = asked(name)
     found = {}
-    for answer in MODELS[name][1]:
-        options = {"batch_tokens": 20, "top_k": min(2, len(train)), "shard": shard}
-        options |= ANSWERS[answer] | {"task": task(name)}
+    fixed = {"batch_tokens": 20, "top_k": min(2, len(train)), "shard": shard, "task": task(name)}
+    for answer in answers_of(name, is_sharded(model)):
+        options = fixed | (ANSWERS | OF_WHOLE)[answer]
         scores = influence_scores(model, factors, queries, train, **options)
         found[answer] = {
             "scores": scores.scores,
@@ -126,6 +135,10 @@ def answers(root: Path, name: str, model: nn.Module, shard: int = 1) -> dict:
             "details": None if scores.details is None else scores.details.layer_token_scores,
             "exact": [row.exact_scores for row in scores.rescored],
         }
+    if is_sharded(model):
+        with pytest.raises(ModelError) as raised:
+            influence_scores(model, factors, queries, train, **fixed, **OF_WHOLE["outputs"])
+        found["refused"] = str(raised.value)
     found["held"] = sorted(factors._lambdas)  # the modules whose factors this worker has read
     return found
 

@@ -18,6 +18,8 @@
     details.safetensors   for the P pairs of a query group and a sequence listed for it: pair_query,
                           pair_index [P], offsets [P + 1], token_scores [positions],
                           layer_token_scores [layers, positions], module_scores [P, modules]
+                          (the manifest's "tokens" says what a position's score is of: its input
+                          or its loss)
     sequences.jsonl       one line per listed sequence: index, text, tokens, is_label
 
 Q counts query groups, each of one query or several that are summed, by whose index "query" names

@@ -66,6 +66,10 @@ def _meaning_lines(manifest: dict[str, Any]) -> list[str]:
         *(f"model differs {sentence}" for sentence in manifest["model"].get("differs", ())),
         *(f"not compared  {sentence}" for sentence in manifest["model"].get("not_compared", ())),
     ]
+    if manifest.get("tokens") == "outputs":
+        lines.append(
+            "tokens        of losses: a position's score is what predicting its token does"
+        )
     if scan["rank"] is None:
         return [*lines, "gradients     whole: scores are exact"]
     lines.append(f"gradients     of rank {scan['rank']}: the scan's scores are approximate")

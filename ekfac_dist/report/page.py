@@ -153,8 +153,15 @@ def _facts(manifest: Mapping[str, Any]) -> Facts:
         ("Damping", strength),
         ("Normalisation", NORMALIZE_NAMES.get(normalize, normalize)),
         ("Gradients", _gradients_text(scan)),
+        *([] if manifest["per_token"] == "none" else [("Tokens", _tokens_text(manifest))]),
         *([] if size is None else [("Training size", f"{size:,}")]),
     ]
+
+
+def _tokens_text(manifest: Mapping[str, Any]) -> str:
+    if manifest.get("tokens") == "outputs":
+        return "shaded by what the loss of predicting each does"
+    return "shaded by what reading each adds"
 
 
 def _gradients_text(scan: Mapping[str, Any]) -> str:
@@ -169,7 +176,7 @@ def _settings(manifest: Mapping[str, Any]) -> list[tuple[str, Facts]]:
     """All entries of the manifest, in groups."""
     damping, scan = manifest["damping"], manifest["scan"]
     per_query = ("spearman", "spearman_top", "overlap")  # shown beside each query instead
-    run = ("top_k", "bottom_k", "per_token", "workers", "seconds")
+    run = ("top_k", "bottom_k", "per_token", "tokens", "workers", "seconds")
     groups = {
         "Model": manifest["model"],
         "Factors": {k: v for k, v in manifest["factors"].items() if not isinstance(v, dict)},
@@ -178,7 +185,7 @@ def _settings(manifest: Mapping[str, Any]) -> list[tuple[str, Facts]]:
         "Scan": {name: value for name, value in scan.items() if name not in per_query},
         "Damping": {"kind": damping["kind"], "value": damping["value"], **damping["modules"]},
         "λ of each module": damping["absolute"],
-        "Run": {name: manifest[name] for name in run},
+        "Run": {name: manifest[name] for name in run if name != "tokens" or name in manifest},
         "Software": manifest["software"],
         "Configuration": manifest["config"],
     }

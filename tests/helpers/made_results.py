@@ -56,6 +56,8 @@ class Made:
         num_layers: Layers, with three modules each.
         num_tokens: Tokens of a sequence, one more than it has positions.
         per_token: "top" or "none".
+        of: What positions' scores are of, "inputs" or "outputs"; None: not
+            told, as by earlier versions.
         normalize: As in the manifest.
         rescored: Sequences that a second stage scored; 0 is one exact stage.
         group: The group's name if rows are groups of three queries.
@@ -74,6 +76,7 @@ class Made:
     num_layers: int = 4
     num_tokens: int = 25
     per_token: str = "top"
+    of: str | None = "inputs"
     normalize: str = "none"
     rescored: int = 0
     group: str | None = None
@@ -244,6 +247,7 @@ class Made:
             "top_k": self.listed,
             "bottom_k": self.listed,
             "per_token": self.per_token,
+            **({} if self.of is None else {"tokens": self.of}),
             "workers": 2,
             "seconds": 12.5,
             "software": {"torch": "2.13.0", "transformers": "5.23.0"},

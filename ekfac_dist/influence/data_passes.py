@@ -92,7 +92,8 @@ class DataPasses:
         positions = scan.position_scores
         if config.per_token == "all" and config.tokens == "outputs":
             positions = self._outputs.of_all(f"outputs{suffix}", prepared)
-            _require_sums_agree(self._context, positions, scan.scores, self._scored)
+            lengths = self._scored.num_positions.tolist()
+            _require_sums_agree(self._context, positions, lengths, scan.scores)
         if positions is not None:
             column_of = np.repeat(np.arange(len(self._scored)), self._scored.num_positions)
             put_rows(result, "token_scores", positions.cpu() * scale[:, column_of], groups)
@@ -171,9 +172,10 @@ class DataPasses:
         scale = self._result.pair_scale(details.rows, details.columns)
         pair_of = np.repeat(np.arange(len(slots)), np.diff(details.offsets))
         scores = self._outputs.by_layer(name, prepared, pairs).cpu() * scale[pair_of]
-        found = replace(details, layer_token_scores=scores)
-        _require_layers_agree(self._context, found, self._result.layer_of)
-        return found
+        layer_of, modules_MP = torch.from_numpy(self._result.layer_of), details.module_scores.T
+        layers_LP = scores.new_zeros(len(scores), len(slots)).index_add_(0, layer_of, modules_MP)
+        _require_sums_agree(self._context, scores, np.diff(details.offsets).tolist(), layers_LP)
+        return replace(details, layer_token_scores=scores)
 
     def _run(self, name: str, observer: SummingObserver, columns: np.ndarray) -> None:
         """Runs some of the scored sequences through the model, shared out over the workers."""
@@ -221,35 +223,25 @@ def require_scan_agrees(context: ScoringContext, result: InfluenceScores, detail
             )
 
 
-def _require_layers_agree(context: ScoringContext, details: Details, layer_of: np.ndarray) -> None:
-    """Checks that the losses' scores in each layer sum to those of its modules.
+def _require_sums_agree(
+    context: ScoringContext, positions_RM: Tensor, lengths: list[int], expected_Rn: Tensor
+) -> None:
+    """Checks that the scores of positions' losses sum to those of sequences from another pass.
 
     Args:
         context: Gives the tolerance.
-        details: Details with the losses' scores.
-        layer_of: Index of each module's layer [modules].
+        positions_RM: Scores of positions, in R layers or for R query groups.
+        lengths: Positions of each sequence [n].
+        expected_Rn: Scores of the sequences.
 
     Raises:
         ModelError: If they differ by more than the tolerance.
     """
-    sums_LP = products.sum_by_sequence(
-        details.layer_token_scores.double(), np.diff(details.offsets).tolist()
-    )
-    modules_MP = details.module_scores.double().T
-    expected_LP = torch.zeros_like(sums_LP).index_add_(0, torch.from_numpy(layer_of), modules_MP)
-    _require_outputs_agree((sums_LP - expected_LP).norm() / modules_MP.norm(), context)
-
-
-def _require_sums_agree(
-    context: ScoringContext, positions_QM: Tensor, scores_QN: Tensor, scored: Examples
-) -> None:
-    """Checks that the losses' scores of each sequence sum to its score; see above."""
-    sums_QN = products.sum_by_sequence(positions_QM.double(), scored.num_positions.tolist())
-    difference = (sums_QN - scores_QN.double()).norm() / scores_QN.double().norm()
-    _require_outputs_agree(difference, context)
-
-
-def _require_outputs_agree(difference: Tensor, context: ScoringContext) -> None:
+    positions_RM, expected_Rn = positions_RM.double(), expected_Rn.double()
+    difference = (products.sum_by_sequence(positions_RM, lengths) - expected_Rn).norm()
+    # A sum may be a small difference of large scores.
+    sizes_Rn = products.sum_by_sequence(positions_RM.abs(), lengths)
+    difference /= max(sizes_Rn.norm(), expected_Rn.norm())
     if difference > _tolerance(context):
         raise ModelError(
             "The scores of single positions' losses do not sum to the sequences' scores (relative "

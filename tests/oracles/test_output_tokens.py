@@ -131,6 +131,7 @@ def test_a_sequences_positions_sum_to_its_score_and_unlabelled_ones_have_none(fa
         {"query_memory_gb": 1e-9},
         {"self_influence": True},
         {"rank": 99},
+        {"rank": 99, "self_influence": True},
         {"gradient_checkpointing": True},
     ],
 )

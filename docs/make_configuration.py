@@ -127,6 +127,12 @@ SCORES = """\
 Either of `scores.low_rank` and `scores.rank` asks for a scan of low rank.
 """
 
+REFINE = """\
+### Refinement
+
+Of `query`; [Queries](queries.md#refinement) says what it does and what it costs.
+"""
+
 
 def page() -> str:
     """The whole page."""
@@ -153,6 +159,8 @@ def page() -> str:
         table(_class_of(query, "damping"), "damping."),
         SCORES,
         table(_class_of(query, "scores"), "scores."),
+        REFINE,
+        table(_class_of(query, "refine"), "refine."),
     ]
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
 

@@ -30,7 +30,9 @@ from ekfac_dist.config.query import (
     QueryModelConfig,
     ScoresConfig,
     Tokens,
+    require_refinable,
 )
+from ekfac_dist.config.refine import RefineConfig, RefineMethod
 
 __all__ = [
     "DEFAULT_TOP_K",
@@ -47,6 +49,8 @@ __all__ = [
     "QueryConfig",
     "QueryDataConfig",
     "QueryModelConfig",
+    "RefineConfig",
+    "RefineMethod",
     "ScoresConfig",
     "Tokens",
     "dotted",
@@ -55,4 +59,5 @@ __all__ = [
     "require_given",
     "require_pass_settings",
     "require_positive",
+    "require_refinable",
 ]

@@ -17,6 +17,7 @@ from ekfac_dist.config.estimate import (
     Quantization,
 )
 from ekfac_dist.config.fields import field_types
+from ekfac_dist.config.refine import RefineConfig
 from ekfac_dist.errors import ConfigError
 
 T = TypeVar("T")
@@ -253,6 +254,34 @@ class ScoresConfig:
         return self.rank or (DEFAULT_RANK if self.low_rank else None)
 
 
+def require_refinable(scores: ScoresConfig, refine: RefineConfig) -> None:
+    """Refuses scores that are not defined, or not computed, with refined query gradients.
+
+    Raises:
+        ConfigError: If they are asked for.
+    """
+    if not refine.is_on:
+        return
+    given, advice = None, "none"
+    if scores.normalize != "none":
+        given = f"scores.normalize is {scores.normalize}"
+    elif scores.self_influence:
+        given, advice = "scores.self_influence is true", "false"
+    if given is not None:
+        field_name = given.partition(" ")[0]
+        raise ConfigError(
+            f"{given}, but refine.method is {refine.method}: norms of training gradients are in "
+            "the factors' (F + λ)⁻¹, and refined scores in another inner product, so that the "
+            f"quotient has no meaning; set {field_name}: {advice}, or refine.method: none."
+        )
+    if scores.shard not in ("auto", 1):
+        raise ConfigError(
+            f"scores.shard is {scores.shard}, but refine.method is {refine.method}, for which "
+            "every worker holds all factors and query gradients; set scores.shard: 1, or "
+            "refine.method: none."
+        )
+
+
 @dataclass(kw_only=True)
 class QueryConfig:
     """A whole run of `query`.
@@ -266,6 +295,7 @@ class QueryConfig:
         data: Which training sequences; by default those that the factors were fitted on.
         damping: The damping λ.
         scores: Which scores.
+        refine: Whether query gradients are refined beyond the factors' solution.
         batch_tokens: Most tokens in a worker's step, padding included; on a CPU at most 1024 a
             thread.
         output: Directory of the results.
@@ -277,6 +307,7 @@ class QueryConfig:
     data: QueryDataConfig = field(default_factory=QueryDataConfig)
     damping: DampingConfig = field(default_factory=DampingConfig)
     scores: ScoresConfig = field(default_factory=ScoresConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
     batch_tokens: int = 4096
     output: str | None = None
 
@@ -285,6 +316,7 @@ class QueryConfig:
         require_given({name: getattr(self, name) for name in ("factors", "queries", "output")})
         for name in ("factors", "queries", "output"):
             setattr(self, name, os.path.expanduser(getattr(self, name)))
+        require_refinable(self.scores, self.refine)
 
     def as_dict(self) -> dict[str, Any]:
         """The whole configuration as plain nested dictionaries."""

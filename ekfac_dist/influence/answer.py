@@ -12,6 +12,7 @@ from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.factors.factors import Factors
 from ekfac_dist.factors.layout import FISHER_NAMES, MANIFEST
 from ekfac_dist.influence.queries import QuerySet
+from ekfac_dist.influence.refined import Refined
 from ekfac_dist.influence.scores import InfluenceScores
 from ekfac_dist.runtime.files import file_sha256
 from ekfac_dist.runtime.software import software
@@ -84,8 +85,9 @@ def scale_in_words(scores: InfluenceScores) -> str:
     scanned = "" if rank is None else f" (the scan's: approximate, query gradients of rank {rank})"
     size = scores.training_size
     nats = "" if size is None else f"; nats, to first order = the sum / training size {size}"
+    matrix = "F" if scores.refined is None else "G"
     return (
-        f"score = ∇log p(q)ᵀ (F+λ)⁻¹ ∇log p(z), summed over modules{scanned}"
+        f"score = ∇log p(q)ᵀ ({matrix}+λ)⁻¹ ∇log p(z), summed over modules{scanned}"
         f"{DIVISORS[scores.normalize]}{nats}{CONTRAST_SCALE if scores.has_contrasts else ''}"
     )
 
@@ -126,6 +128,7 @@ def results_manifest(answer: Answer) -> dict[str, Any]:
             "absolute": scores.damping,
         },
         "scan": _scan_entry(answer),
+        "refine": None if scores.refined is None else _refine_entry(scores.refined),
         "layers": list(scores.layers),
         "modules": {
             name: scores.layers[layer]
@@ -180,6 +183,20 @@ def _scan_entry(answer: Answer) -> dict[str, Any]:
         "spearman": [rescored.spearman for rescored in scores.rescored],
         "spearman_top": [rescored.spearman_top for rescored in scores.rescored],
         "overlap": [rescored.overlap for rescored in scores.rescored],
+    }
+
+
+def _refine_entry(refined: Refined) -> dict[str, Any]:
+    residuals = [row[row.isfinite()].tolist() for row in refined.residuals]
+    return {
+        "method": refined.settings.method,
+        "num_sequences": refined.num_sequences,
+        "num_training": refined.num_training,
+        "seed": refined.settings.seed,
+        "solved": refined.in_words,
+        "convergence": refined.convergence_in_words,
+        "num_converged": refined.num_converged,
+        "residuals": residuals,
     }
 
 

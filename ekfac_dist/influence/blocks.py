@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from ekfac_dist.config import ScoresConfig
+from ekfac_dist.curvature.iterative import HELD_BLOCKS
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.influence.context import ScoringContext
 from ekfac_dist.influence.preconditioned import bytes_per_group
@@ -92,13 +93,36 @@ def choose_shard(
 
 
 def groups_at_a_time(context: ScoringContext, config: ScoresConfig, rank: int | None) -> int:
-    """How many groups' gradients of a rank (None: whole) fit the budget together, at least 1."""
+    """How many groups' gradients of a rank (None: whole) fit the budget together, at least 1.
+
+    Refined ones are whole, and held with the other vectors of their solve; where they become
+    gradients of low rank afterwards, these and the solve have half of the budget each.
+    """
+    each = held_bytes_per_group(context, rank)
+    share = 0.5 if context.refine.is_on and rank is not None else 1.0
+    return max(1, _groups_in_budget(config, each, share))
+
+
+def refined_at_a_time(context: ScoringContext, config: ScoresConfig, rank: int | None) -> int:
+    """How many groups' gradients are refined together, at least 1.
+
+    Args:
+        context: Gives the modules and the gradients' dtype.
+        config: The scores that are asked for, and the memory budget.
+        rank: Rank of the gradients that refined ones become; None: they stay whole.
+    """
+    each = held_bytes_per_group(context, None)
+    return max(1, _groups_in_budget(config, each, 1.0 if rank is None else 0.5))
+
+
+def held_bytes_per_group(context: ScoringContext, rank: int | None) -> int:
+    """Memory of a group's gradients of a rank (None: whole), and of what they are refined with."""
     each = bytes_per_group(context.modules, rank, context.dtype, context.shard)
-    return max(1, _groups_in_budget(config, each))
+    return each * HELD_BLOCKS if context.refine.is_on and rank is None else each
 
 
-def _groups_in_budget(config: ScoresConfig, bytes_each: int) -> int:
-    return int(config.query_memory_gb * 1e9 // bytes_each)
+def _groups_in_budget(config: ScoresConfig, bytes_each: int, share: float = 1.0) -> int:
+    return int(share * config.query_memory_gb * 1e9 // bytes_each)
 
 
 def plan_blocks(

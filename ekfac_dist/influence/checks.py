@@ -7,10 +7,12 @@ In this order, each a collective:
     scoring_context              damping against the factors
 """
 
+import dataclasses
+
 import torch
 from torch import nn
 
-from ekfac_dist.config import ScoresConfig
+from ekfac_dist.config import RefineConfig, ScoresConfig
 from ekfac_dist.curvature.costs import step_tokens
 from ekfac_dist.curvature.damping import Damping
 from ekfac_dist.data.examples import Examples
@@ -77,6 +79,7 @@ def scoring_context(
     config: ScoresConfig,
     num_groups: int,
     task: Task = CAUSAL_LM,
+    refine: RefineConfig | None = None,
 ) -> ScoringContext:
     """The scoring context of a checked model; scores are float64 for a float64 model, else float32.
 
@@ -92,6 +95,7 @@ def scoring_context(
         config: The scores that are asked for.
         num_groups: Number of query groups.
         task: The task whose loss gradients are of.
+        refine: How query gradients are refined; None: they are not.
 
     Raises:
         ConfigError: As of `Factors.chosen_damping` and `choose_shard`.
@@ -99,7 +103,9 @@ def scoring_context(
     """
     double = next(model.parameters()).dtype == torch.float64
     dtype = torch.float64 if double else torch.float32
-    modules = list(factors.modules.values())
+    modules, refine = list(factors.modules.values()), refine or RefineConfig()
+    if refine.is_on:  # every worker holds all vectors of a solve
+        config = dataclasses.replace(config, shard=1)
     with world.agree():
         shard = choose_shard(num_groups, modules, dtype, world.size, config)
     owners = Owners.of(world, shard, modules) if shard > 1 else None
@@ -123,6 +129,7 @@ def scoring_context(
         show_progress=show_progress,
         task=task,
         owners=owners,
+        refine=refine,
     )
 
 

@@ -1,11 +1,12 @@
 """The scoring context: all that both query gradients and training gradients are computed with."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from ekfac_dist.config import RefineConfig
 from ekfac_dist.curvature.kronecker import damped
 from ekfac_dist.data.batch_plan import worker_batches
 from ekfac_dist.data.examples import Examples
@@ -46,6 +47,7 @@ class ScoringContext:
         checkpoints: Whether layers keep their inputs alone, and are computed again in the backward.
         row_order: In which order a step shows the rows of modules; needed where they travel.
         on_device: The factors on the worker's device; needed by passes.
+        refine: How query gradients are refined.
     """
 
     model: nn.Module
@@ -61,6 +63,7 @@ class ScoringContext:
     checkpoints: bool = False
     row_order: RowOrder | None = None
     on_device: DeviceFactors | None = None
+    refine: RefineConfig = field(default_factory=RefineConfig)
 
     @property
     def modules(self) -> tuple[TrackedModule, ...]:

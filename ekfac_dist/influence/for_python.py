@@ -10,12 +10,17 @@ from torch import nn
 from ekfac_dist.config import (
     Normalize,
     PerToken,
+    RefineConfig,
+    RefineMethod,
     ScoresConfig,
     Tokens,
+    field_types,
     require_checkpointing,
     require_positive,
+    require_refinable,
 )
 from ekfac_dist.curvature.damping import DEFAULT, Damping
+from ekfac_dist.errors import ConfigError
 from ekfac_dist.factors.comparison import require_fitted_task
 from ekfac_dist.factors.factors import Factors
 from ekfac_dist.factors.opening import load_factors
@@ -26,6 +31,8 @@ from ekfac_dist.influence.checks import (
     scoring_context,
 )
 from ekfac_dist.influence.examples import queries_of, sequences_of
+from ekfac_dist.influence.refinement_sample import RefinementSample
+from ekfac_dist.influence.refinement_start import require_refinable_model
 from ekfac_dist.influence.scores import InfluenceScores
 from ekfac_dist.influence.scoring import compute_scores
 from ekfac_dist.models.capture.prepare import prepared
@@ -70,6 +77,7 @@ def influence_scores(
     progress: bool = False,
     task: Task | None = None,
     allow_changes: bool = False,
+    refine: RefineMethod | Mapping[str, Any] = "none",
 ) -> InfluenceScores:
     """Scores training sequences for queries: ∇log p(q)ᵀ (F + λ)⁻¹ ∇log p(z) (Grosse et al. 2023).
 
@@ -121,6 +129,8 @@ def influence_scores(
             tasks' queries and training sequences are their examples.
         allow_changes: Accept a model that differs from the fitted one outside the tracked modules,
             with a warning.
+        refine: How query gradients are refined: "none", "cg" or "astra"; or a mapping of fields of
+            the configuration `refine`, such as {"method": "cg", "sequences": 64}.
 
     Returns:
         The scores, on the CPU; `model_differs` and `not_compared` say how the model compares with
@@ -152,6 +162,8 @@ def influence_scores(
             query_memory_gb=query_memory_gb,
             shard=shard,
         )
+        refine_config = _refine_config(refine)
+        require_refinable(config, refine_config)
         require_divisor("shard", shard, world.size)
         require_checkpointing("gradient_checkpointing", gradient_checkpointing)
         task = require_task(task)
@@ -168,6 +180,9 @@ def influence_scores(
         require_fitted_task(name, factors, task)
         query_set = queries_of(queries, tokenizer, model, task)
         sequences = sequences_of(train, tokenizer, max_tokens, model, task)
+        if refine_config.is_on:
+            RefinementSample.draw(sequences, refine_config)  # refuses more than there are
+            require_refinable_model(model, task, refine_config)
         scored = sequences.take(pick_candidates(sequences, read_candidates(config.candidates)))
         advice = "give max_tokens={context}"
         if not isinstance(task, CausalLM):
@@ -199,10 +214,35 @@ def influence_scores(
             config,
             len(query_set.members),
             task,
+            refine_config,
         )
         with prepared(model):
             scores = compute_scores(
-                context, query_set, scored, config, checkpointing=gradient_checkpointing
+                context,
+                query_set,
+                scored,
+                config,
+                checkpointing=gradient_checkpointing,
+                train=sequences,
             )
     scores.model_differs, scores.not_compared = comparison.differs, comparison.not_compared
     return scores
+
+
+def _refine_config(refine: str | Mapping[str, Any]) -> RefineConfig:
+    """The configuration of a refinement.
+
+    Raises:
+        ConfigError: If it has a field that is none, or a value that cannot be meant.
+    """
+    if not isinstance(refine, (str, Mapping)):
+        raise ConfigError(
+            f"refine is {refine!r}; give none, cg or astra, or a mapping of the fields of refine."
+        )
+    fields = {"method": refine} if isinstance(refine, str) else dict(refine)
+    unknown = [name for name in fields if name not in field_types(RefineConfig)]
+    if unknown:
+        raise ConfigError(
+            f"refine has {unknown[0]!r}; its fields are {', '.join(field_types(RefineConfig))}."
+        )
+    return RefineConfig(**fields)

@@ -4,10 +4,9 @@ from ekfac_dist.config import Checkpointing, ScoresConfig
 from ekfac_dist.curvature.blocks import num_elements
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.errors import ModelError
-from ekfac_dist.influence.blocks import groups_at_a_time
+from ekfac_dist.influence.blocks import groups_at_a_time, held_bytes_per_group
 from ekfac_dist.influence.context import ScoringContext
 from ekfac_dist.influence.device_factors import DeviceFactors
-from ekfac_dist.influence.preconditioned import bytes_per_group
 from ekfac_dist.models.modules import factor_sizes
 from ekfac_dist.passes.owners import Places
 from ekfac_dist.passes.sequences import COMPUTED_AGAIN, why_not_checkpointed
@@ -48,7 +47,7 @@ def factors_on_device(
 def _held_gradients(context: ScoringContext, num_groups: int, config: ScoresConfig) -> int:
     """Bytes of the query gradients that are held at once."""
     rank = config.effective_rank
-    each = bytes_per_group(context.modules, rank, context.dtype, context.shard)
+    each = held_bytes_per_group(context, rank)
     return each * min(num_groups, groups_at_a_time(context, config, rank))
 
 

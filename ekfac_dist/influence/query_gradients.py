@@ -42,7 +42,13 @@ from ekfac_dist.runtime.processes import World
 
 
 def prepare(
-    name: str, context: ScoringContext, queries: QuerySet, groups: Sequence[int], rank: int | None
+    name: str,
+    context: ScoringContext,
+    queries: QuerySet,
+    groups: Sequence[int],
+    rank: int | None,
+    *,
+    solved: bool = True,
 ) -> PreparedQueries:
     """Computes the preconditioned gradients of a block of query groups; a collective.
 
@@ -52,6 +58,7 @@ def prepare(
         queries: All queries.
         groups: Indices of the block's query groups.
         rank: Rank of the gradients, reduced to a module's own where that is less; None: whole.
+        solved: Whether they are multiplied by (F + λ)⁻¹; if not, they are ∇ itself.
 
     Raises:
         ConfigError: If damping is zero where Λ has zeros.
@@ -70,7 +77,7 @@ def prepare(
     batches = batches_by_rank[world.rank]
     in_copy = [batches_by_rank[rank] for rank in context.copy_ranks]
     steps = [list(chain(*step)) for step in zip_longest(*in_copy, fillvalue=())]
-    observer = _QueryGradients(context, queries, list(groups), rank, steps)
+    observer = _QueryGradients(context, queries, list(groups), rank, steps, solved)
     # The pass sees the sequences of this block only, so that its progress is the block's.
     in_block = sorted(one for group in groups for one in queries.sequences_of(group))
     index_in_block = {sequence: k for k, sequence in enumerate(in_block)}
@@ -141,6 +148,7 @@ class _QueryGradients(PairObserver[CapturedPositions]):
         groups: Indices of the block's query groups; a group's slot is its index among them.
         rank: Rank of the gradients; None: whole.
         steps: Indices of the sequences that this worker, or all of its copy, run in each step.
+        solved: Whether gradients are multiplied by (F + λ)⁻¹.
 
     Attributes:
         gradients: The gradients in each module that this worker holds, by its name; zero in slots
@@ -156,9 +164,10 @@ class _QueryGradients(PairObserver[CapturedPositions]):
         groups: list[int],
         rank: int | None,
         steps: Sequence[Sequence[int]],
+        solved: bool,
     ) -> None:
         super().__init__(context.modules)
-        self._context = context
+        self._context, self._solved = context, solved
         self._slots = {group: slot for slot, group in enumerate(groups)}
         self._is_subtracted = queries.is_subtracted
         sequences = {group: queries.sequences_of(group) for group in groups}
@@ -212,7 +221,7 @@ class _QueryGradients(PairObserver[CapturedPositions]):
             self._precondition(module, group, gradient_OI)
 
     def _precondition(self, module: TrackedModule, group: int, gradient_OI: Tensor) -> None:
-        """Stores (F + λ)⁻¹ ∇ of one module.
+        """Stores (F + λ)⁻¹ ∇, or ∇, of one module.
 
         Args:
             module: The module.
@@ -225,6 +234,8 @@ class _QueryGradients(PairObserver[CapturedPositions]):
         self_influence = (gradient_OI * solved_OI).sum(dtype=torch.float64)
         self.self_influence[slot] += self_influence
         self._total += self_influence
+        if not self._solved:
+            solved_OI = gradient_OI
         gradients = self.gradients[module.name]
         rotates_back = not self._context.in_eigenbasis
         if isinstance(gradients, WholeGradients):

@@ -31,6 +31,8 @@ from ekfac_dist.influence.lists import list_lengths
 from ekfac_dist.influence.output import write_answer
 from ekfac_dist.influence.queries import tokenize_queries
 from ekfac_dist.influence.query_texts import Query, read_queries
+from ekfac_dist.influence.refinement_sample import RefinementSample
+from ekfac_dist.influence.refinement_start import require_refinable_model
 from ekfac_dist.influence.saved_blocks import opened_results, run_inputs
 from ekfac_dist.influence.scoring import compute_scores
 from ekfac_dist.influence.unfinished import check_results_output
@@ -78,6 +80,8 @@ def run_query(config: QueryConfig, world: World) -> Answer:
     with world.agree():
         columns = pick_candidates(train, candidates)
         list_lengths(config.scores, len(columns))
+        if config.refine.is_on:
+            RefinementSample.draw(train, config.refine)  # refuses more than there are
     scored = train.take(columns)
     _log_data(world, train, scored, factors)
     inputs = _Inputs(
@@ -129,6 +133,7 @@ def _answer(config: QueryConfig, inputs: _Inputs, world: World, start: float) ->
     model = load(inputs.model, world)
     with prepared(model):
         with world.agree():
+            require_refinable_model(model, CAUSAL_LM, config.refine)
             queries = tokenize_queries(inputs.texts, inputs.tokenizer, context_length(model))
         comparison = check_model_and_sequences(
             store,
@@ -151,6 +156,7 @@ def _answer(config: QueryConfig, inputs: _Inputs, world: World, start: float) ->
             True,
             config.scores,
             len(queries.members),
+            refine=config.refine,
         )
         for sentence in comparison.differs:
             log_on_main(world, f"model differs {sentence}")
@@ -163,7 +169,13 @@ def _answer(config: QueryConfig, inputs: _Inputs, world: World, start: float) ->
             preemption.deferred(),
         ):
             scores = compute_scores(
-                context, queries, scored, config.scores, saved, inputs.model.gradient_checkpointing
+                context,
+                queries,
+                scored,
+                config.scores,
+                saved,
+                inputs.model.gradient_checkpointing,
+                inputs.train,
             )
             scores.model_differs = comparison.differs
             scores.not_compared = comparison.not_compared

@@ -6,7 +6,8 @@ q counts the piece's query groups, P the pairs of a group and a sequence.
     scan       scores [q, N] and, if asked for, query_norms [q], module_scores [q, modules, N],
                layer_scores [q, layers, N], token_scores [q, positions]; query_losses [queries]
                and, if there are contrasts, against_losses [queries], NaN where a query is none;
-               ranks [modules] at low rank; with the first group norms, self_influence [N]
+               ranks [modules] at low rank; residuals [q, steps + 1] with refinement; with the
+               first group norms, self_influence [N]
     details    the fields of `Details` of the listed pairs
     rescore    exact_rows, exact_columns, exact_scores [P] of all pairs that were scored again;
                query_losses and against_losses [queries]; the fields of `Details` of the listed
@@ -231,6 +232,8 @@ def scan_tensors(
     for name in _SEQUENCE_FIELDS:  # only the first block's scan computes them
         if groups[0] == 0 and (values := getattr(result, name)) is not None:
             tensors[name] = values
+    if result.refined is not None:
+        tensors["residuals"] = result.refined.residuals[rows]
     if result.ranks:
         tensors["ranks"] = torch.tensor([result.ranks[name] for name in result.modules])
     return tensors
@@ -247,6 +250,8 @@ def put_scan(
     for name in _SEQUENCE_FIELDS:
         if name in tensors:
             setattr(result, name, tensors[name])
+    if result.refined is not None:
+        result.refined.residuals[groups] = tensors["residuals"]
     if "ranks" in tensors:
         result.ranks = dict(zip(result.modules, tensors["ranks"].tolist(), strict=True))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.config import Normalize, Tokens
+from ekfac_dist.influence.refined import Refined
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ class InfluenceScores:
 
     Attributes:
         scores: ∇log p(q)ᵀ (F + λ)⁻¹ ∇log p(z), summed over modules, divided by both norms [Q, N];
-            of a contrast, log p(q) is log p(completion) − log p(against).
+            of a contrast, log p(q) is log p(completion) − log p(against); with refinement, the
+            Gauss–Newton matrix G in the place of F.
             With query gradients of low rank these scores, and all their parts, are the scan's and
             so approximate; the exact ones of sequences that were scored again are in `top`,
             `bottom` and `rescored`.
@@ -151,6 +153,7 @@ class InfluenceScores:
             were fitted for.
         not_compared: A sentence for each part of the model that could not be compared with that
             one.
+        refined: How query gradients were refined; None: they were not.
     """
 
     scores: Tensor
@@ -180,6 +183,7 @@ class InfluenceScores:
     num_scans: int = 1
     model_differs: tuple[str, ...] = ()
     not_compared: tuple[str, ...] = ()
+    refined: Refined | None = None
 
     @property
     def shares(self) -> Tensor:

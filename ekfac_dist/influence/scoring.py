@@ -12,7 +12,7 @@ each when it is finished, and a piece that is saved already is loaded instead of
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,7 +21,11 @@ from torch import Tensor
 
 from ekfac_dist.config import Checkpointing, ScoresConfig
 from ekfac_dist.data.examples import Examples, TaskExamples
-from ekfac_dist.influence.blocks import Block, bytes_on_disk, groups_at_a_time, plan_blocks
+from ekfac_dist.influence.blocks import (
+    Block,
+    bytes_on_disk,
+    plan_blocks,
+)
 from ekfac_dist.influence.context import ScoringContext
 from ekfac_dist.influence.data_passes import DataPasses, require_scan_agrees
 from ekfac_dist.influence.held import computes_again, factors_on_device
@@ -35,9 +39,12 @@ from ekfac_dist.influence.lists import (
     make_lists,
 )
 from ekfac_dist.influence.output_tokens import require_output_tokens
-from ekfac_dist.influence.preconditioned import PreparedQueries, bytes_per_group, rank_in
+from ekfac_dist.influence.plan_lines import plan_lines, resumed_line
+from ekfac_dist.influence.preconditioned import PreparedQueries, rank_in
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.influence.query_gradients import prepare
+from ekfac_dist.influence.refinement import Refinement
+from ekfac_dist.influence.refinement_start import start_refinement, try_and_tell
 from ekfac_dist.influence.saved_blocks import (
     SavedBlocks,
     details_of,
@@ -55,7 +62,6 @@ from ekfac_dist.passes.sequences import (
     with_chunked_head,
 )
 from ekfac_dist.runtime.logs import log_on_main
-from ekfac_dist.runtime.memory import as_text
 
 
 def compute_scores(
@@ -65,6 +71,7 @@ def compute_scores(
     config: ScoresConfig,
     saved: SavedBlocks | None = None,
     checkpointing: Checkpointing = "auto",
+    train: Examples | None = None,
 ) -> InfluenceScores:
     """Scores training sequences for queries; a collective.
 
@@ -75,6 +82,7 @@ def compute_scores(
         config: The scores that are asked for.
         saved: Where finished pieces are saved; None: nowhere.
         checkpointing: Whether layers are computed again in the backward, or "auto".
+        train: The whole training set, of which query gradients are refined; None: it is `scored`.
 
     Raises:
         UserError: If the user can correct the cause; on every worker alike.
@@ -100,9 +108,19 @@ def compute_scores(
     context = replace(context, row_order=row_order, on_device=fitted)
     if config.tokens == "outputs":
         require_output_tokens(context, scored)
-    result = _empty_result(context, queries, scored, config)
+    result, refinement = _empty_result(context, queries, scored, config), None
+    if context.refine.is_on:
+        refinement = start_refinement(context, train or scored, config, num_groups)
+        result.refined = refinement.result
     run = _Scoring(
-        context, queries, scored, config, (top_k, bottom_k), result, saved or SavedBlocks()
+        context,
+        queries,
+        scored,
+        config,
+        (top_k, bottom_k),
+        result,
+        saved or SavedBlocks(),
+        refinement,
     )
     run.all_blocks()
     return result
@@ -152,6 +170,7 @@ class _Scoring:
     list_lengths: tuple[int, int]
     result: InfluenceScores
     saved: SavedBlocks
+    refinement: Refinement | None = None
     lists: dict[int, Lists] = field(default_factory=dict)
     rescored: dict[int, Rescored] = field(default_factory=dict)
     details: list[Details] = field(default_factory=list)
@@ -165,35 +184,18 @@ class _Scoring:
     def all_blocks(self) -> None:
         """Computes every block, and puts lists and details into the results."""
         rows = range(len(self.queries.members))
-        rank, result = self.config.effective_rank, self.result
-        context, world = self.context, self.context.world
+        context, result = self.context, self.result
         blocks = plan_blocks(len(rows), context, self.config, self.saved.finished)
         result.num_scans = len(blocks)
-        num_bytes = bytes_per_group(context.modules, rank, context.dtype, context.shard)
-        one = as_text(num_bytes)
-        if world.size > 1:
-            self._log(
-                f"shard         {context.shard}: a copy of the factors and query gradients for "
-                f"every {'worker' if context.shard == 1 else f'{context.shard} workers'} of "
-                f"{world.size}"
-            )
-        kind = "whole" if rank is None else f"of rank {rank}"
-        scans = f"{len(blocks)} scan{'s' * (len(blocks) > 1)} of the data"
-        budget = self.config.query_memory_gb * 1e9
-        if num_bytes > budget:
-            self._log(
-                f"memory        one row's gradients alone take {one}, more than "
-                f"scores.query_memory_gb allows ({as_text(budget)}); a lower scores.rank would help"
-            )
-        self._log(
-            f"queries       {len(self.queries)} in {len(rows)} rows of scores; gradients "
-            f"{kind}, {one} a row{' on a worker' * (context.shard > 1)}, "
-            f"{min(len(rows), groups_at_a_time(context, self.config, rank))} at a time: {scans}"
-        )
+        for line in plan_lines(context, self.config, len(self.queries), len(rows), len(blocks)):
+            self._log(line)
         self.saved.require_disk_space(
             *bytes_on_disk(result, self.scored, self.config, self.list_lengths)
         )
-        self._tell_what_is_done(blocks)
+        if (resumed := resumed_line(self.config, blocks, self.saved.finished)) is not None:
+            self._log(resumed)
+        if self.refinement is not None:
+            try_and_tell(self.refinement)
         if self.config.per_token == "all":
             offsets = np.concatenate([[0], np.cumsum(self.scored.num_positions)])
             result.token_offsets = offsets.astype(np.int64)
@@ -204,19 +206,8 @@ class _Scoring:
         result.rescored = [self.rescored[group] for group in rows if group in self.rescored]
         if self.details:
             result.details = Details.join(self.details)
-
-    def _tell_what_is_done(self, blocks: Sequence[Block]) -> None:
-        """Says how many pieces were finished before this run was resumed, if any."""
-        scanned = sum(self.saved.has(block.scan) for block in blocks)
-        follow = [piece for block in blocks for piece in block.following]
-        followed = sum(map(self.saved.has, follow))
-        if not scanned + followed:
-            return
-        line = f"goes on       {scanned} of {len(blocks)} blocks are scored"
-        if follow:
-            passes = "parts re-scored" if self.config.rescore else "in detail"
-            line += f", {followed} of {len(follow)} {passes}"
-        self._log(line)
+        if result.refined is not None:
+            self._log(f"refined       {result.refined.convergence_in_words}")
 
     def _compute_block(self, block: Block, suffix: str) -> None:
         """Computes one block: the scan, then re-scoring or details.
@@ -267,7 +258,10 @@ class _Scoring:
 
     def _prepare(self, name: str, groups: list[int], rank: int | None) -> PreparedQueries:
         """Computes query gradients, and fills in the queries' losses."""
-        prepared = prepare(name, self.context, self.queries, groups, rank)
+        if self.refinement is not None:
+            prepared = self.refinement.prepare(name, self.queries, groups, rank)
+        else:
+            prepared = prepare(name, self.context, self.queries, groups, rank)
         for query in self._queries_of(groups):
             self.result.query_losses[query] = prepared.losses[query]
             if (other := self.queries.against[query]) is not None:

@@ -70,8 +70,15 @@ def _meaning_lines(manifest: dict[str, Any]) -> list[str]:
         lines.append(
             "tokens        of losses: a position's score is what predicting its token does"
         )
+    refine = manifest.get("refine")  # not in results of earlier versions
+    if refine is not None:
+        lines += [
+            f"refined       {refine['solved']}",
+            f"              {refine['convergence']}",
+        ]
     if scan["rank"] is None:
-        return [*lines, "gradients     whole: scores are exact"]
+        exact = "exact" if refine is None else "exact, for the refined query gradients"
+        return [*lines, f"gradients     whole: scores are {exact}"]
     lines.append(f"gradients     of rank {scan['rank']}: the scan's scores are approximate")
     if scan["rescored"]:
         lines += [

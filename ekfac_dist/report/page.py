@@ -123,6 +123,7 @@ def _page(
         settings=_settings(manifest),
         differs=manifest["model"].get("differs", []),
         not_compared=manifest["model"].get("not_compared", []),
+        convergence=(manifest.get("refine") or {}).get("convergence"),
         few_tokens=FEW_TOKENS,
         few_of_positions=FEW_OF_POSITIONS,
         style=Markup(style),
@@ -145,6 +146,7 @@ def _facts(manifest: Mapping[str, Any]) -> Facts:
     labels = {"sampled": f"labels sampled, seed {factors['seed']}", "data": "the data's labels"}
     value = f"{damping['value']:g}"
     normalize, size = manifest["scores"]["normalize"], manifest["scores"]["training_size"]
+    refine = manifest.get("refine")  # not in results of earlier versions
     strength = f"λ = {value} × mean Λ" if damping["kind"] == "relative" else f"λ = {value}"
     if damping["modules"]:
         strength += f"; other for {', '.join(damping['modules'])}"
@@ -153,6 +155,7 @@ def _facts(manifest: Mapping[str, Any]) -> Facts:
         ("Damping", strength),
         ("Normalisation", NORMALIZE_NAMES.get(normalize, normalize)),
         ("Gradients", _gradients_text(scan)),
+        *([] if refine is None else [("Refined", refine["solved"])]),
         *([] if manifest["per_token"] == "none" else [("Tokens", _tokens_text(manifest))]),
         *([] if size is None else [("Training size", f"{size:,}")]),
     ]
@@ -182,6 +185,7 @@ def _settings(manifest: Mapping[str, Any]) -> list[tuple[str, Facts]]:
         "Factors": {k: v for k, v in manifest["factors"].items() if not isinstance(v, dict)},
         "Data": manifest["data"],
         "Scores": manifest["scores"],
+        "Refinement": {k: v for k, v in (manifest.get("refine") or {}).items() if k != "residuals"},
         "Scan": {name: value for name, value in scan.items() if name not in per_query},
         "Damping": {"kind": damping["kind"], "value": damping["value"], **damping["modules"]},
         "λ of each module": damping["absolute"],
@@ -192,6 +196,7 @@ def _settings(manifest: Mapping[str, Any]) -> list[tuple[str, Facts]]:
     return [
         (title, [(name, _value_text(value)) for name, value in _flat(group).items()])
         for title, group in groups.items()
+        if group
     ]
 
 

@@ -98,6 +98,7 @@ class Query(Command):
             "data": {},
             "damping": {},
             "scores": {"top_k": 3},
+            "refine": {},
             "batch_tokens": 256,
             "output": self.path("scores"),
         }
@@ -135,6 +136,8 @@ STAND_FOR_ALL = (
     "top_k above the data",
     "candidates that are [0, 12]",
     "a shard above the workers",
+    "more refine.sequences than the data",
+    "a refinement in 16 bits",
     "a damping that is negative",
     "no damping where the spectrum has zeros",
     "an unknown option",
@@ -596,6 +599,61 @@ SCORES = [
 ]
 
 
+# -- the refinement --------------------------------------------------------------------------------
+
+REFINED, BY_STEPS = config("refine.method", "cg"), config("refine.method", "astra")
+
+REFINEMENTS = [
+    case("a refinement by an unknown method", options("--refine.method=newton"),
+         "refine.method … newton … astra"),
+    case("a refinement by an unknown method in the file", config("refine.method", "newton"),
+         "refine.method … newton … astra"),
+    case("more refine.sequences than the data", (REFINED, config("refine.sequences", NUM_ROWS + 1)),
+         r"refine\.sequences is 13 … has 12 sequences; give 12 or fewer"),
+    case("a larger refine.batch than the data", (BY_STEPS, config("refine.batch", NUM_ROWS + 1)),
+         r"refine\.batch is 13 … has 12 sequences; give 12 or fewer"),
+    *(
+        case(f"refine.{name} of {value}", (change, config(f"refine.{name}", value)),
+             rf"refine\.{name} is {value} … {known}")
+        for change, name, value, known in (
+            (REFINED, "sequences", 0, "1 or more"),
+            (REFINED, "iterations", -1, "1 or more"),
+            (REFINED, "tolerance", -0.5, "finite number of 0 or more"),
+            (REFINED, "tolerance", float("nan"), "finite number of 0 or more"),
+            (REFINED, "seed", -1, "0 or more"),
+            (REFINED, "seed", 2**63, "below 2.63"),
+            (BY_STEPS, "batch", 0, "1 or more"),
+            (BY_STEPS, "step_size", -0.1, "finite number of 0 or more"),
+            (BY_STEPS, "momentum", 1.0, "from 0 to below 1"),
+        )
+    ),
+    *(
+        case(f"refine.{name} with {method}",
+             (config("refine.method", method), config(f"refine.{name}", value)),
+             rf"refine\.{name} is {value}, but refine\.method is {method}; it belongs to {other}")
+        for method, name, value, other in (
+            ("astra", "sequences", 4, "cg"),
+            ("astra", "tolerance", 0.5, "cg"),
+            ("cg", "batch", 4, "astra"),
+            ("cg", "step_size", 0.5, "astra"),
+            ("none", "momentum", 0.5, "astra"),
+        )
+    ),
+    *(
+        case(f"refined scores with {name} {value}", (REFINED, config(f"scores.{name}", value)),
+             rf"scores\.{name} is .*{value}.*refine\.method is cg … set scores\.{name}: {advice}")
+        for name, value, advice in (
+            ("normalize", "cosine", "none"),
+            ("normalize", "relatif_l", "none"),
+            ("self_influence", "true", "false"),
+            ("shard", 2, "1"),
+        )
+    ),
+    case("a refinement in 16 bits", (REFINED, config("model.dtype", "bfloat16")),
+         r"refine\.method is cg … bfloat16 … too coarse … model\.dtype: float32"),
+]
+
+
 # -- the candidates --------------------------------------------------------------------------------
 
 
@@ -770,7 +828,7 @@ OUTPUTS = [
 ]
 
 CASES = [
-    *(*STORES, *MODELS, *DATA, *QUERY_CASES, *SCORES),
+    *(*STORES, *MODELS, *DATA, *QUERY_CASES, *SCORES, *REFINEMENTS),
     *(*CANDIDATES, *DAMPINGS, *CONFIGURATIONS, *OUTPUTS),
 ]
 # fmt: on

@@ -7,10 +7,10 @@ import torch
 from helpers.networks import build, examples
 
 from ekfac_dist import estimate_factors, influence_scores
-from ekfac_dist.config import ScoresConfig
+from ekfac_dist.config import RefineConfig, ScoresConfig
 from ekfac_dist.curvature import costs
 from ekfac_dist.errors import ConfigError
-from ekfac_dist.influence.blocks import choose_shard, plan_blocks
+from ekfac_dist.influence.blocks import choose_shard, plan_blocks, refined_at_a_time
 from ekfac_dist.influence.preconditioned import bytes_per_group
 from ekfac_dist.models.capture.hooks import Capture
 from ekfac_dist.models.find.discovery import discover
@@ -29,9 +29,13 @@ def budget(num_bytes, **options):
     return ScoresConfig(query_memory_gb=num_bytes / 1e9, **options)
 
 
-def plan(modules, num_groups, config, saved=(), shard=1):
-    context = SimpleNamespace(modules=modules, dtype=DOUBLE, shard=shard)
-    return plan_blocks(num_groups, context, config, saved)
+def made_context(modules, shard=1, method="none"):
+    refine = RefineConfig(method=method)
+    return SimpleNamespace(modules=modules, dtype=DOUBLE, shard=shard, refine=refine)
+
+
+def plan(modules, num_groups, config, saved=(), shard=1, method="none"):
+    return plan_blocks(num_groups, made_context(modules, shard, method), config, saved)
 
 
 def pieces(blocks):
@@ -87,6 +91,18 @@ def test_blocks_hold_as_many_groups_as_fit(modules):
     assert [b.groups for b in plan(modules, 5, config)] == [[0, 1], [2, 3], [4]]
     assert [b.groups for b in plan(modules, 5, config, shard=2)] == [[0, 1, 2, 3], [4]]
     assert len(plan(modules, 3, budget(1))) == 3
+
+
+def test_refined_gradients_share_the_budget_with_the_vectors_of_their_solve(modules):
+    """A solve holds four vectors of each row; where these become low-rank ones, half is theirs."""
+    whole = bytes_per_group(modules, None, DOUBLE)
+    config = budget(8 * whole, per_token="none")
+    assert [b.groups for b in plan(modules, 5, config, method="cg")] == [[0, 1], [2, 3], [4]]
+    assert refined_at_a_time(made_context(modules, method="cg"), config, None) == 2
+    config = budget(8 * whole, rank=1, per_token="none")
+    assert refined_at_a_time(made_context(modules, method="cg"), config, 1) == 1
+    at_a_time = int(4 * whole // bytes_per_group(modules, 1, DOUBLE))
+    assert len(plan(modules, at_a_time + 1, config, method="cg")[0]) == at_a_time
 
 
 def test_pieces_that_are_saved_stay_as_they_are_whatever_fits_now(modules):

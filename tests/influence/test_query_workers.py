@@ -78,7 +78,8 @@ def test_any_number_of_workers_gives_the_same_answer(
             assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-12)
             if shard == 1:
                 assert found["num_scans"] == wanted["num_scans"]
-            for key in ("scores", "shares", "self_influence", "token_scores", "parts", "details"):
+            tensors = "scores shares self_influence token_scores parts details residuals"
+            for key in tensors.split():
                 assert (found[key] is None) == (wanted[key] is None)
                 if wanted[key] is not None:
                     assert relative(found[key], wanted[key]) < tolerance, (answer, key)

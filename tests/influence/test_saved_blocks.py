@@ -24,8 +24,10 @@ from ekfac_dist.config import (
     ModelConfig,
     QueryConfig,
     QueryDataConfig,
+    RefineConfig,
     ScoresConfig,
 )
+from ekfac_dist.curvature.iterative import HELD_BLOCKS
 from ekfac_dist.errors import OutputError, StoreError
 from ekfac_dist.fit.estimate import run_estimate
 from ekfac_dist.influence import blocks, data_passes
@@ -78,7 +80,9 @@ ASKED = {
         "per_token": "none",
         "normalize": "relatif_theta",
     },
+    "refined": {"query_memory_gb": HELD_BLOCKS * TWO_ROWS, "top_k": 3},
 }
+REFINED = {"refined": RefineConfig(method="cg", sequences=4, iterations=2)}
 
 
 class Failure(BaseException):
@@ -128,6 +132,7 @@ def asked(root: Path, output: Path, name: str, **changes) -> QueryConfig:
             "factors": str(root / "store"),
             "queries": str(root / "queries.jsonl"),
             "scores": ScoresConfig(**ASKED[name]),
+            "refine": REFINED.get(name, RefineConfig()),
             "batch_tokens": 100,
             "output": str(output),
             **changes,
@@ -219,7 +224,7 @@ def contents_in_bytes(results: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     "name",
     [
-        name if name == "two stages" else pytest.param(name, marks=pytest.mark.slow)
+        name if name in ("two stages", "refined") else pytest.param(name, marks=pytest.mark.slow)
         for name in ASKED
     ],
 )

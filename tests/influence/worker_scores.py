@@ -27,13 +27,19 @@ ANSWERS = {
     "eigenbasis": {"normalize": "cosine", "self_influence": True, "per_token": "all"},
     "two stages": {"rank": 2, "rescore": 5, "per_token": "top"},
     "blocks": {"query_memory_gb": 9e-6, "per_layer": True},
+    "refined": {"refine": {"method": "cg", "sequences": 7, "iterations": 3}, "per_token": "top"},
+    "refined by steps": {
+        "refine": {"method": "astra", "batch": 4, "iterations": 3},
+        "query_memory_gb": 3e-5,
+        "rank": 3,
+    },
     "one candidate": {"candidates": [3], "top_k": 1, "per_token": "top"},
 }
 # What is asked of whole models alone: FSDP2's gathered weights are not there for it.
 OF_WHOLE = {"outputs": {"tokens": "outputs", "per_token": "all"}}
 # Family, what is asked, and what of the model is tracked: all, or some.
 MODELS = {
-    "biased": ("llama_bias", ANSWERS, None),
+    "biased": ("llama_bias", [name for name in ANSWERS if "refined" not in name], None),
     "dense": ("llama", ["exact"], None),
     "conv1d": ("gpt2", ["exact", "two stages"], None),
     "experts": ("MixtralForCausalLM", ["exact", "eigenbasis", "two stages"], None),
@@ -41,15 +47,18 @@ MODELS = {
     "one query, one sequence": ("Starcoder2ForCausalLM", ["exact"], None),
     "encoder-decoder": ("t5", ["eigenbasis"], None),
 }
+SHARED_OUT = list(MODELS)
+# Whose factors are not shared out among workers.
+MODELS["whole"] = ("gpt2", ["refined", "refined by steps"], None)
 # By the number of workers, by how many share a copy and whether FSDP2 shards the model: the models.
 MESHES = {
     2: {
-        (1, False): ["biased"],
-        (2, False): list(MODELS),
+        (1, False): ["biased", "whole"],
+        (2, False): SHARED_OUT,
         (1, True): ["dense", "experts"],
-        (2, True): ["biased", "experts", *list(MODELS)[-2:]],
+        (2, True): ["biased", "experts", *SHARED_OUT[-2:]],
     },
-    3: {(1, False): ["biased"], (3, False): list(MODELS)},
+    3: {(1, False): ["biased", "whole"], (3, False): SHARED_OUT},
     4: {(2, False): ["experts", "one module"]},
 }
 
@@ -133,6 +142,7 @@ def answers(root: Path, name: str, model: nn.Module, shard: int = 1) -> dict:
             "token_scores": scores.token_scores,
             "parts": scores.module_scores if scores.layer_scores is None else scores.layer_scores,
             "details": None if scores.details is None else scores.details.layer_token_scores,
+            "residuals": None if scores.refined is None else scores.refined.residuals,
             "exact": [row.exact_scores for row in scores.rescored],
         }
     if is_sharded(model):

@@ -128,6 +128,16 @@ def test_low_rank_gradients_are_of_the_difference_and_lists_end_exact():
         assert relative(rescored.exact_scores, exact) < 1e-9
 
 
+def test_a_refined_contrast_is_the_difference_of_refined_queries():
+    it = case("llama")
+    refine = {"method": "cg", "iterations": 400, "tolerance": 1e-10}
+    plain = it.ask([it.own[1], it.others[1]], refine=refine, training_size=50)
+    found = it.ask(it.queries[1:2], refine=refine, training_size=50)
+    assert relative(found.scores[0], plain.scores[0] - plain.scores[1]) < 1e-6
+    assert relative(found.scores[0], it.difference[1]) > 0.01
+    assert found.losses == pytest.approx([plain.losses[0] - plain.losses[1]])
+
+
 def test_both_losses_are_told_and_only_a_query_that_is_no_contrast_has_a_most_to_gain():
     it = case("opt")
     found, losses = it.ask(it.queries), it.plain.query_losses

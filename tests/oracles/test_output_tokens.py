@@ -175,6 +175,17 @@ def test_after_a_low_rank_scan_the_listed_ones_are_exact():
         assert relative(one, other) < EXACT
 
 
+@pytest.mark.parametrize("options", [{}, {"rank": 2}])
+def test_they_are_along_refined_gradients_too(options):
+    it = case("gpt2")
+    refine = {"method": "cg", "iterations": 3, "tolerance": 0}
+    found = it.ask(per_token="all", refine=refine, **options)
+    starts = found.token_offsets
+    sums = [found.token_scores[:, starts[n] : starts[n + 1]].sum(1) for n in range(NUM_TRAIN)]
+    assert relative(torch.stack(sums, 1), found.scores) < EXACT
+    assert relative(found.scores, it.ask().scores) > 0.01
+
+
 # -- tasks -----------------------------------------------------------------------------------------
 
 

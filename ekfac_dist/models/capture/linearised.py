@@ -279,24 +279,29 @@ class LinearisedBatch:
         return torch.cat(parts)
 
     def add_gauss_newton_products_(
-        self, vectors: Mapping[str, Tensor], into: Mapping[str, Tensor]
+        self,
+        vectors: Mapping[str, Tensor],
+        into: Mapping[str, Tensor],
+        numbers: Sequence[int] | None = None,
     ) -> None:
         """Adds Σ_t Jᵀ(diag p_t − p_t p_tᵀ)J V over the batch's labelled positions t.
 
         Args:
             vectors: V of Q right-hand sides in every tracked module, by name [Q, O, I].
             into: Sums of the same shapes, changed in place.
+            numbers: Of which right-hand sides, by index; None: of all.
         """
         if not self._calls:
             return
-        num_vectors = len(next(iter(vectors.values())))
+        if numbers is None:
+            numbers = range(len(next(iter(vectors.values()))))
         step = max(1, TANGENT_BYTES // (2 * self._start.nbytes))
-        for first in range(0, num_vectors, step):
-            numbers = range(first, min(first + step, num_vectors))
-            tangents = [self.tangent({n: v[k] for n, v in vectors.items()}) for k in numbers]
+        for first in range(0, len(numbers), step):
+            few = numbers[first : first + step]
+            tangents = [self.tangent({n: v[k] for n, v in vectors.items()}) for k in few]
             cotangents = labelled_logits.hessian_products(self._logits, tangents)
             del tangents
-            for k, cotangent in zip(numbers, cotangents, strict=True):
+            for k, cotangent in zip(few, cotangents, strict=True):
                 for module, acts_MI, grads_MO in self.gradients(cotangent):
                     with precisely(acts_MI.device):
                         product_OI = grads_MO.T @ acts_MI

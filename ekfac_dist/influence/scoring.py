@@ -44,7 +44,8 @@ from ekfac_dist.influence.preconditioned import PreparedQueries, rank_in
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.influence.query_gradients import prepare
 from ekfac_dist.influence.refinement import Refinement
-from ekfac_dist.influence.refinement_start import start_refinement, try_and_tell
+from ekfac_dist.influence.refinement_start import start_refinement
+from ekfac_dist.influence.refinement_trial import tried
 from ekfac_dist.influence.saved_blocks import (
     SavedBlocks,
     details_of,
@@ -211,7 +212,7 @@ class _Scoring:
         )
         self._tell_what_is_done(blocks)
         if self.refinement is not None:
-            try_and_tell(self.refinement)
+            self.refinement = tried(self.refinement)
         if self.config.per_token == "all":
             offsets = np.concatenate([[0], np.cumsum(self.scored.num_positions)])
             result.token_offsets = offsets.astype(np.int64)

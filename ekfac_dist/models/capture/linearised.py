@@ -240,6 +240,12 @@ class LinearisedBatch:
         """
         return labelled_logits.log_probability_tangents(self._logits, [self.tangent(vectors)])[0]
 
+    def log_probability_gradients(
+        self, number: int
+    ) -> Iterator[tuple[TrackedModule, Tensor, Tensor]]:
+        """The gradient of log p(label) at one labelled position, by a backward; as `gradients`."""
+        return self.gradients(labelled_logits.log_probability_cotangent(self._logits, number))
+
     def add_gauss_newton_products_(
         self,
         vectors: Mapping[str, Tensor],

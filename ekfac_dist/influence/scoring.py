@@ -44,7 +44,8 @@ from ekfac_dist.influence.preconditioned import PreparedQueries, rank_in
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.influence.query_gradients import prepare
 from ekfac_dist.influence.refinement import Refinement
-from ekfac_dist.influence.refinement_start import start_refinement, try_and_tell
+from ekfac_dist.influence.refinement_start import start_refinement
+from ekfac_dist.influence.refinement_trial import tried
 from ekfac_dist.influence.saved_blocks import (
     SavedBlocks,
     details_of,
@@ -195,7 +196,7 @@ class _Scoring:
         if (resumed := resumed_line(self.config, blocks, self.saved.finished)) is not None:
             self._log(resumed)
         if self.refinement is not None:
-            try_and_tell(self.refinement)
+            self.refinement = tried(self.refinement)
         if self.config.per_token == "all":
             offsets = np.concatenate([[0], np.cumsum(self.scored.num_positions)])
             result.token_offsets = offsets.astype(np.int64)

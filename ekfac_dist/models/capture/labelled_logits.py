@@ -226,3 +226,25 @@ def log_probability_tangents(logits: LabelledLogits, tangents: Sequence[Tensor])
             )
         )
     return torch.cat(parts, 1)
+
+
+def log_probability_cotangent(logits: LabelledLogits, number: int) -> Tensor:
+    """The gradient of log p(label) at one labelled position with respect to `start`.
+
+    Args:
+        logits: The logits; labels are the data's own.
+        number: The position's number among the labelled ones.
+
+    Returns:
+        A cotangent of `start`.
+    """
+    cotangent, first = torch.zeros_like(logits.start), 0
+    for chunk in logits.chunks():
+        place = number - first
+        if 0 <= place < len(chunk.labels_n):
+            gradient_nV = torch.zeros_like(chunk.logits_nV)
+            gradient_nV[place] = -torch.softmax(chunk.logits_nV[place], -1)
+            gradient_nV[place, chunk.labels_n[place]] += 1
+            chunk.pull_(gradient_nV, cotangent)
+        first += len(chunk.labels_n)
+    return cotangent

@@ -278,6 +278,12 @@ class LinearisedBatch:
         ]
         return torch.cat(parts)
 
+    def log_probability_gradients(
+        self, number: int
+    ) -> Iterator[tuple[TrackedModule, Tensor, Tensor]]:
+        """The gradient of log p(label) at one labelled position, by a backward; as `gradients`."""
+        return self.gradients(labelled_logits.log_probability_cotangent(self._logits, number))
+
     def add_gauss_newton_products_(
         self,
         vectors: Mapping[str, Tensor],

@@ -132,6 +132,24 @@ def test_both_products_are_each_others_transpose(family):
     assert abs((tangent * cotangent).sum() - pulled) < 1e-7 * size
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+def test_the_gradient_of_one_label_is_what_its_derivatives_are_of(chunked):
+    model, batch = tiny_model("Gemma2ForCausalLM"), collate(list(from_examples(examples(3))))
+    with prepared(model):
+        modules = tracked(model)
+        vectors = directions(modules)
+        task = CausalLMInChunks(model, "model", 3 * 29) if chunked else CAUSAL_LM
+        with Linearisation(model, modules, torch.float64, task) as linearisation:
+            batch = linearisation.of(batch)
+            found = batch.log_probability_tangents(vectors)
+            for number in range(batch.num_labels):
+                along = sum(
+                    (vectors[module.name] * (grads_MO.T @ acts_MI)).sum()
+                    for module, acts_MI, grads_MO in batch.log_probability_gradients(number)
+                )
+                assert abs(found[number] - along) < ROUNDED * found.abs().max()
+
+
 @pytest.mark.parametrize("positions", [1, 4, 100])
 def test_a_chunked_head_changes_nothing(positions):
     """Cohere scales its logits and Gemma caps them."""

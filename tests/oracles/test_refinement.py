@@ -13,6 +13,7 @@ from helpers.directions import flat, gauss_newton, runs_of, with_wide_norms
 from helpers.families import tiny_model
 from helpers.networks import build, examples, shifted
 from helpers.task_models import bert, masked_examples
+from test_experts import PICKS, RoutedList
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -233,6 +234,20 @@ def weight_gradients(model, factors, run, rows):
     losses = [lambda row=row: cross_entropy(*run(row), reduction="sum") for row in rows]
     dense = dense_of_losses(model, losses, list(factors.modules))
     return {name: torch.stack(module.gradients) for name, module in dense.items()}
+
+
+def test_experts_in_lists_are_refined_as_fused_ones():
+    train, queries = examples(6, prompts=True), examples(2, seed=4)
+    fused, listed = (tiny_model("MixtralForCausalLM") for _ in range(2))
+    for layer in listed.model.layers:
+        layer.mlp.experts = RoutedList(layer.mlp.experts, PICKS["tokens[index]"])
+    options = {"refine": {"method": "cg", "iterations": 2}, "damping": DAMPING, "top_k": 2}
+    found = []
+    for model in (fused, listed):
+        factors = estimate_factors(model, train, labels="data", accumulate="float64")
+        found.append(influence_scores(model, factors, queries, train, **options))
+    assert relative(found[1].scores, found[0].scores) < 1e-6  # norms are in float32
+    assert relative(found[1].refined.residuals, found[0].refined.residuals) < 1e-6
 
 
 def test_stored_factors_are_never_changed(tmp_path):

@@ -130,7 +130,8 @@ def _fitting_tokens(refinement: Refinement, trial: _Trial) -> int:
     """Positions of a step whose graph fits the free memory of every worker; a collective."""
     context = refinement.context
     free, _ = free_bytes(context.world)
-    room = USABLE * free - _rows_at_a_time(refinement) * _bytes_per_row(context)
+    held = _rows_at_a_time(refinement) * _bytes_per_row(context) + context.fitted.bytes_left
+    room = USABLE * free - held
     num_sequences = max(1, int(room // max(1, trial.num_bytes)))
     return min(context.world.gather(min(context.batch_tokens, num_sequences * trial.positions)))
 

@@ -103,6 +103,21 @@ def test_log_probabilities_change_as_the_weights_themselves_would_have_it(family
     assert relative(found, expected) < tolerance(family)
 
 
+@pytest.mark.parametrize("family", ["llama_bias", "gpt2", "GptOssForCausalLM"])
+def test_attention_and_heads_that_are_tracked_too(family):
+    model, rows = made(family), examples(5, prompts=True)
+    globs = ["*attn*", "*mlp*"] if family == "gpt2" else ["*"]  # its head is tied
+    with prepared(model):
+        modules = discover(model, globs, CPU).modules
+        vectors = directions(modules)
+        with Linearisation(model, modules, torch.float64) as linearisation:
+            batch = linearisation.of(collate(list(from_examples(rows))))
+            found = batch.log_probability_tangents(vectors)
+    assert any("attn" in module.name for module in modules)
+    expected = label_tangents(model, by_name(modules), [shifted(row) for row in rows], vectors)
+    assert relative(found, expected) < ROUNDED
+
+
 @pytest.mark.parametrize("family", [*KINDS, *PLAIN, *WITH_EXPERTS])
 def test_both_products_are_each_others_transpose(family):
     model, batch = made(family), collate(list(from_examples(examples(4, prompts=True))))

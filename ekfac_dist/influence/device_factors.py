@@ -65,7 +65,7 @@ class DeviceFactors:
 
     @property
     def bytes_left(self) -> float:
-        """Bytes that may still come to stay on the device; 0 where the factors are there already."""
+        """Bytes that may yet come to stay on the device; 0 where the factors are there already."""
         return self._left
 
     def input_basis(self, module: TrackedModule) -> Blocks:

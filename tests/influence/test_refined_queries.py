@@ -97,6 +97,7 @@ def test_the_page_says_that_it_did_not_converge(root, refined):
     done = run_here(["report", root / "refined", "--output", root / "refined.html"])
     assert done.returncode == 0, done.stderr
     page = (root / "refined.html").read_text()
+    assert "by refined EK-FAC influence" in page
     assert "Refined query gradients: not converged for 3 of 3 rows of scores" in page
     assert "conjugate gradients from the factors&#39; solution, G of 4 of 11" in page
 
@@ -298,6 +299,20 @@ def test_steps_are_cut_to_fit_the_memory(small, monkeypatch):
         assert relative(found.scores, whole.scores) < 1e-10
         longest = max(len(row["input_ids"]) - 1 for row in small[2])
         assert (most - 1) * longest < max(steps) <= most * longest
+
+
+def test_layers_that_are_computed_again_are_not_for_the_solve():
+    model, train = build("llama"), examples(6, seed=1)
+    small = model, estimate_factors(model, train, labels="data"), train
+    plain = scores(small, refine=TWO_STEPS)
+    again = scores(small, refine=TWO_STEPS, gradient_checkpointing=True)
+    assert relative(again.scores, plain.scores) < 1e-6
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.train()
+    by_itself = scores(small, refine=TWO_STEPS, batch_tokens=5)
+    assert relative(by_itself.scores, plain.scores) < 1e-6
+    assert model.training
+    assert model.model.layers[0].training
 
 
 def test_a_training_sequence_that_the_model_cannot_read_is_refused(small):

@@ -36,6 +36,7 @@ from ekfac_dist.config.query import (
     QueryDataConfig,
     QueryModelConfig,
     ScoresConfig,
+    Tokens,
     require_refinable,
 )
 from ekfac_dist.config.refine import RefineConfig, RefineMethod
@@ -62,6 +63,7 @@ __all__ = [
     "RemovalConfig",
     "ScoresConfig",
     "TailPatchConfig",
+    "Tokens",
     "TrainingConfig",
     "dotted",
     "field_types",

@@ -24,6 +24,7 @@ T = TypeVar("T")
 Normalize = Literal["none", "cosine", "relatif_l", "relatif_theta"]
 PerToken = Literal["none", "top", "all"]
 DampingScale = Literal["mean", "trimmed", "geometric"]
+Tokens = Literal["inputs", "outputs"]
 
 DEFAULT_RANK = 32
 DEFAULT_TOP_K = 20
@@ -179,6 +180,9 @@ class ScoresConfig:
         bottom_k: Length of its list of the most negative; null: as top_k.
         per_token: Which sequences get a score for each of their positions: the listed ones (top),
             all, or none.
+        tokens: What a position's score is of: what the position's input adds to the sequence's
+            gradient (inputs), or the loss of the token that it predicts (outputs), for which each
+            such sequence is run again for each query.
         per_module: Store the scores of each module too.
         per_layer: Store the scores of each layer too.
         self_influence: Store each training sequence's influence on itself.
@@ -203,6 +207,7 @@ class ScoresConfig:
     top_k: int | None = None
     bottom_k: int | None = None
     per_token: PerToken = "top"
+    tokens: Tokens = "inputs"
     per_module: bool = False
     per_layer: bool = False
     self_influence: bool = False
@@ -217,6 +222,12 @@ class ScoresConfig:
     def __post_init__(self) -> None:
         require_choice("scores.normalize", self.normalize, get_args(Normalize))
         require_choice("scores.per_token", self.per_token, get_args(PerToken))
+        require_choice("scores.tokens", self.tokens, get_args(Tokens))
+        if self.tokens == "outputs" and self.per_token == "none":
+            raise ConfigError(
+                "scores.tokens is outputs, but scores.per_token is none, so no position has a "
+                "score; set scores.per_token to top or all, or leave scores.tokens out."
+            )
         for name in ("top_k", "rank", "training_size"):
             value = getattr(self, name)
             if value is not None:
@@ -282,7 +293,8 @@ class QueryConfig:
     Args:
         factors: Directory of the factor store.
         queries: A .jsonl file of queries; each line has "prompt" and "completion", or "text", or
-            the "messages" of a chat. Lines with the same "group" are summed into one query.
+            the "messages" of a chat; the completion, or the last message, may be "against" another.
+            Lines with the same "group" are summed into one query.
         model: Which model; by default the one that the factors were fitted for.
         data: Which training sequences; by default those that the factors were fitted on.
         damping: The damping λ.

@@ -11,7 +11,8 @@ import numpy as np
 from ekfac_dist.config import EvaluateConfig
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.errors import ConfigError, DataError
-from ekfac_dist.influence.queries import Query, QuerySet, read_queries, tokenize_queries
+from ekfac_dist.influence.queries import Query, QuerySet, tokenize_queries
+from ekfac_dist.influence.query_texts import read_queries
 from ekfac_dist.models.load.pretrained import load_tokenizer
 from ekfac_dist.passes.sequences import load_sequences
 from ekfac_dist.runtime.processes import World
@@ -37,7 +38,7 @@ class Inputs:
 
     @property
     def query_sequences(self) -> Sequences:
-        """The sequence of each query."""
+        """The sequence of each query, and then of what contrasts are against."""
         assert isinstance(self.queries.sequences, Sequences)
         return self.queries.sequences
 
@@ -54,6 +55,7 @@ class Inputs:
                         "line": texts[query].line,
                         "prompt": texts[query].prompt,
                         "completion": texts[query].completion,
+                        "against": texts[query].against,
                     }
                     for query in members
                 ],
@@ -63,9 +65,16 @@ class Inputs:
         ]
 
     def group_losses(self, losses: np.ndarray) -> np.ndarray:
-        """Losses of query groups, from those of queries, along the last axis."""
-        groups = [losses[..., list(members)].sum(-1) for members in self.queries.members]
-        return np.stack(groups, axis=-1)
+        """Losses of query groups, from those of the queries' sequences, along the last axis.
+
+        What a contrast is against is subtracted.
+        """
+        queries = self.queries
+        signs = np.array(
+            [-1.0 if queries.is_subtracted(k) else 1.0 for k in range(losses.shape[-1])]
+        )
+        groups = [queries.sequences_of(group) for group in range(len(queries.members))]
+        return np.stack([(losses * signs)[..., each].sum(-1) for each in groups], axis=-1)
 
 
 def read_inputs(config: EvaluateConfig, world: World) -> Inputs:

@@ -208,16 +208,24 @@ def _gradient_scores(row: Row, explained: Explained) -> np.ndarray:
 
 
 def _bm25(explained: Explained) -> np.ndarray:
-    """BM25 of each query group's words, in lower case, against each sequence's."""
+    """BM25 of each query group's words, in lower case, against each sequence's.
+
+    Of a contrast it is the difference of both texts'.
+    """
     index = bm25s.BM25()
     index.index([words(text) for text in explained.texts], show_progress=False)
     queries = explained.queries
     assert queries.texts is not None
+
+    def of(asked: list[str]) -> np.ndarray:
+        known = [word for text in asked for word in words(text) if word in index.vocab_dict]
+        return index.get_scores(known) if known else np.zeros(len(explained.texts))
+
     scores = []
     for members in queries.members:
-        asked = [words(queries.texts[k].prompt + queries.texts[k].completion) for k in members]
-        known = [word for group in asked for word in group if word in index.vocab_dict]
-        scores.append(index.get_scores(known) if known else np.zeros(len(explained.texts)))
+        texts = [queries.texts[query] for query in members]
+        others = [text.prompt + text.against for text in texts if text.against is not None]
+        scores.append(of([text.prompt + text.completion for text in texts]) - of(others))
     return np.stack(scores).astype(np.float32)
 
 

@@ -4,8 +4,8 @@
     config     the whole configuration
     model      class, num_parameters
     data       num_sequences, num_positions, num_queries
-    queries    of each query group: group (its name, or null), members (line, prompt, completion),
-               gold (the columns of the sequences that say it)
+    queries    of each query group: group (its name, or null), members (line, prompt, completion,
+               against), gold (the columns of the sequences that say it)
     plain      key of the row of plain EK-FAC at its best damping; null without LDS or such a row
     ceiling    an estimate: LDS of one seed's losses for another's; null with one seed
     rows       of each method, choice of modules and damping: key, method, name, damping, tracked,

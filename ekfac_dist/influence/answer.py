@@ -18,6 +18,8 @@ from ekfac_dist.runtime.files import file_sha256
 from ekfac_dist.runtime.software import software
 
 SIGN = "positive: more of the training sequence makes the query more likely; negative: less likely"
+CONTRAST_SIGN = " (of a contrast: its completion, beside the one that it is against)"
+CONTRAST_SCALE = "; of a contrast, log p(q) is log p(completion) − log p(against)"
 # Each normalisation's name in results and pages, and, below, the divisor of a score.
 NORMALIZE_NAMES = {
     "none": "none",
@@ -72,6 +74,11 @@ class Answer:
     seconds: float
 
 
+def sign_in_words(scores: InfluenceScores) -> str:
+    """What the sign of a score says, in one line."""
+    return f"{SIGN}{CONTRAST_SIGN if scores.has_contrasts else ''}"
+
+
 def scale_in_words(scores: InfluenceScores) -> str:
     """The formula and scale of a score, in one line."""
     rank = max(scores.ranks.values(), default=None)
@@ -81,7 +88,7 @@ def scale_in_words(scores: InfluenceScores) -> str:
     matrix = "F" if scores.refined is None else "G"
     return (
         f"score = ∇log p(q)ᵀ ({matrix}+λ)⁻¹ ∇log p(z), summed over modules{scanned}"
-        f"{DIVISORS[scores.normalize]}{nats}"
+        f"{DIVISORS[scores.normalize]}{nats}{CONTRAST_SCALE if scores.has_contrasts else ''}"
     )
 
 
@@ -108,7 +115,7 @@ def results_manifest(answer: Answer) -> dict[str, Any]:
         },
         "num_queries": len(answer.queries.members),
         "scores": {
-            "sign": SIGN,
+            "sign": sign_in_words(scores),
             "scale": scale_in_words(scores),
             "share": share_in_words(scores),
             "normalize": scores.normalize,
@@ -132,6 +139,7 @@ def results_manifest(answer: Answer) -> dict[str, Any]:
         "top_k": len(scores.top[0].columns),
         "bottom_k": len(scores.bottom[0].columns),
         "per_token": answer.config.scores.per_token,
+        "tokens": scores.tokens,
         "workers": answer.workers,
         "seconds": round(answer.seconds, 3),
         "software": software(),

@@ -151,6 +151,6 @@ def require_same_inputs(
     world.require_same("data, by fingerprint,", scored.fingerprint)
     world.require_same("candidates", scored.indices.tolist())
     world.require_same("queries, by fingerprint,", queries.sequences.fingerprint)
-    world.require_same("groups of queries", (queries.members, queries.group_names))
+    world.require_same("groups of queries", (queries.members, queries.group_names, queries.against))
     world.require_same("factors, by fingerprint,", factors.fingerprint)
     require_same_model(model, comparison.fingerprints, world)

@@ -2,20 +2,24 @@
 
     scan       every scored sequence once                          → fields of `InfluenceScores`
     details    the sequences of chosen pairs with a query group    → `Details`
+    outputs    either, where positions' scores are of their losses
 
 The observers of `scan` give raw scores; here these are divided by norms, and put into the results.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ekfac_dist.config import ScoresConfig
+from ekfac_dist.curvature import products
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.errors import ModelError
 from ekfac_dist.influence.context import DATA_LABELS, STORED, ScoringContext
+from ekfac_dist.influence.output_tokens import OutputTokens
 from ekfac_dist.influence.preconditioned import PreparedQueries
 from ekfac_dist.influence.saved_blocks import put_rows
 from ekfac_dist.influence.scan import DetailSums, Pairs, Scan
@@ -51,12 +55,13 @@ class DataPasses:
     ) -> None:
         self._context, self._scored = context, scored
         self._config, self._result = config, result
+        self._outputs = OutputTokens(context, scored, result.layer_of)
 
-    def scan(self, name: str, prepared: PreparedQueries) -> None:
+    def scan(self, suffix: str, prepared: PreparedQueries) -> None:
         """Scores every sequence for a block of query groups, and fills in the block's results.
 
         Args:
-            name: The pass's name in progress and errors.
+            suffix: Ends the passes' names in progress and errors.
             prepared: The block's preconditioned query gradients.
         """
         config, result, groups = self._config, self._result, prepared.groups
@@ -72,9 +77,9 @@ class DataPasses:
             parts=parts,
             # Norms do not depend on the queries, so the first block computes them for all.
             with_norms=self._context.in_eigenbasis and 0 in groups,
-            with_positions=config.per_token == "all",
+            with_positions=config.per_token == "all" and config.tokens == "inputs",
         )
-        self._run(name, scan, np.arange(len(self._scored)))
+        self._run(f"scan{suffix}", scan, np.arange(len(self._scored)))
         if scan.norms is not None:
             self._put_norms(scan.norms.cpu())
         if config.normalize == "cosine":
@@ -84,10 +89,14 @@ class DataPasses:
         result.scores[groups] = scan.scores.cpu() * scale
         if scan.part_scores is not None:
             self._put_parts(scan.part_scores.cpu() * scale[:, None], groups)
-        if scan.position_scores is not None:
+        positions = scan.position_scores
+        if config.per_token == "all" and config.tokens == "outputs":
+            positions = self._outputs.of_all(f"outputs{suffix}", prepared)
+            lengths = self._scored.num_positions.tolist()
+            _require_sums_agree(self._context, positions, lengths, scan.scores)
+        if positions is not None:
             column_of = np.repeat(np.arange(len(self._scored)), self._scored.num_positions)
-            positions = scan.position_scores.cpu() * scale[:, column_of]
-            put_rows(result, "token_scores", positions, groups)
+            put_rows(result, "token_scores", positions.cpu() * scale[:, column_of], groups)
 
     def _put_norms(self, sums_2N: Tensor) -> None:
         """Fills in norms and self-influence of the sequences.
@@ -144,12 +153,44 @@ class DataPasses:
             sums.module_scores.cpu() * scale[:, None],
         )
 
+    def with_outputs(self, name: str, prepared: PreparedQueries, details: Details) -> Details:
+        """Details whose positions' scores are of their losses, where that is asked for.
+
+        Args:
+            name: What the work is called in progress and errors.
+            prepared: The preconditioned query gradients of the pairs' block.
+            details: Details of pairs, whose modules' scores are kept.
+
+        Raises:
+            ModelError: If a layer's scores do not sum to those of its modules.
+        """
+        if self._config.tokens == "inputs":
+            return details
+        slot_of = {group: slot for slot, group in enumerate(prepared.groups)}
+        slots = np.array([slot_of[group] for group in details.rows.tolist()], dtype=np.int64)
+        pairs = Pairs(slots, details.columns, details.offsets)
+        scale = self._result.pair_scale(details.rows, details.columns)
+        pair_of = np.repeat(np.arange(len(slots)), np.diff(details.offsets))
+        scores = self._outputs.by_layer(name, prepared, pairs).cpu() * scale[pair_of]
+        layer_of, modules_MP = torch.from_numpy(self._result.layer_of), details.module_scores.T
+        layers_LP = scores.new_zeros(len(scores), len(slots)).index_add_(0, layer_of, modules_MP)
+        _require_sums_agree(self._context, scores, np.diff(details.offsets).tolist(), layers_LP)
+        return replace(details, layer_token_scores=scores)
+
     def _run(self, name: str, observer: SummingObserver, columns: np.ndarray) -> None:
         """Runs some of the scored sequences through the model, shared out over the workers."""
         context = self._context
         pass_context = context.over(self._scored.take(columns))
         state = PassState(pass_context.own_batches, STORED)
         run_pass(name, pass_context, context.modules, observer, DATA_LABELS, state=state)
+
+
+def _tolerance(context: ScoringContext) -> float:
+    """Allowed difference between scores of two passes, relative to the modules' scores."""
+    tolerance = _TOLERANCE.get(context.model_dtype, _TOLERANCE_IN_16_BITS)
+    if any(module.kind == EXPERT for module in context.modules):
+        tolerance = max(tolerance, _TOLERANCE_WITH_EXPERTS)
+    return tolerance
 
 
 def require_scan_agrees(context: ScoringContext, result: InfluenceScores, details: Details) -> None:
@@ -165,9 +206,7 @@ def require_scan_agrees(context: ScoringContext, result: InfluenceScores, detail
     Raises:
         ModelError: If they differ by more than the tolerance.
     """
-    tolerance = _TOLERANCE.get(context.model_dtype, _TOLERANCE_IN_16_BITS)
-    if any(module.kind == EXPERT for module in context.modules):
-        tolerance = max(tolerance, _TOLERANCE_WITH_EXPERTS)
+    tolerance = _tolerance(context)
     columns = torch.from_numpy(details.columns)
     for group in np.unique(details.rows).tolist():
         pairs = torch.from_numpy(np.flatnonzero(details.rows == group))
@@ -182,3 +221,30 @@ def require_scan_agrees(context: ScoringContext, result: InfluenceScores, detail
                 "only the batches differ: what this model gives for a sequence depends on its "
                 "batch. Set batch_tokens: 1, which gives each sequence a batch of its own."
             )
+
+
+def _require_sums_agree(
+    context: ScoringContext, positions_RM: Tensor, lengths: list[int], expected_Rn: Tensor
+) -> None:
+    """Checks that the scores of positions' losses sum to those of sequences from another pass.
+
+    Args:
+        context: Gives the tolerance.
+        positions_RM: Scores of positions, in R layers or for R query groups.
+        lengths: Positions of each sequence [n].
+        expected_Rn: Scores of the sequences.
+
+    Raises:
+        ModelError: If they differ by more than the tolerance.
+    """
+    positions_RM, expected_Rn = positions_RM.double(), expected_Rn.double()
+    difference = (products.sum_by_sequence(positions_RM, lengths) - expected_Rn).norm()
+    # A sum may be a small difference of large scores.
+    sizes_Rn = products.sum_by_sequence(positions_RM.abs(), lengths)
+    difference /= max(sizes_Rn.norm(), expected_Rn.norm())
+    if difference > _tolerance(context):
+        raise ModelError(
+            "The scores of single positions' losses do not sum to the sequences' scores (relative "
+            f"difference {difference.item():.2g}): this model's backward is not the derivative of "
+            "its forward, or depends on the batch. Set scores.tokens: inputs."
+        )

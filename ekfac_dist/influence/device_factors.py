@@ -63,6 +63,11 @@ class DeviceFactors:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.num_sent = 0
 
+    @property
+    def bytes_left(self) -> float:
+        """Bytes that may yet come to stay on the device; 0 where the factors are there already."""
+        return self._left
+
     def input_basis(self, module: TrackedModule) -> Blocks:
         """The blocks of Q_A of a module's input factor."""
         return self._at((EIGENVECTORS, module.input), lambda: self._host(module.name).blocks_II)

@@ -15,7 +15,8 @@ from ekfac_dist.data.examples import Examples
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.data.tokenizing import encode, require_offsets
 from ekfac_dist.errors import ConfigError, DataError
-from ekfac_dist.influence.queries import QuerySet, parse_query, query_examples, tokenize_queries
+from ekfac_dist.influence.queries import QuerySet, query_examples, tokenize_queries
+from ekfac_dist.influence.query_texts import parse_query
 from ekfac_dist.models.capture.task_examples import read_examples
 from ekfac_dist.models.capture.tasks import CausalLM, Task
 from ekfac_dist.models.load.pretrained import context_length

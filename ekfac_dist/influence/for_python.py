@@ -13,6 +13,7 @@ from ekfac_dist.config import (
     RefineConfig,
     RefineMethod,
     ScoresConfig,
+    Tokens,
     field_types,
     require_checkpointing,
     require_positive,
@@ -23,16 +24,13 @@ from ekfac_dist.errors import ConfigError
 from ekfac_dist.factors.comparison import require_fitted_task
 from ekfac_dist.factors.factors import Factors
 from ekfac_dist.factors.opening import load_factors
+from ekfac_dist.influence.candidates import pick_candidates, read_candidates
 from ekfac_dist.influence.checks import (
     check_model_and_sequences,
     require_same_inputs,
     scoring_context,
 )
 from ekfac_dist.influence.examples import queries_of, sequences_of
-from ekfac_dist.influence.queries import (
-    pick_candidates,
-    read_candidates,
-)
 from ekfac_dist.influence.refinement_sample import RefinementSample
 from ekfac_dist.influence.refinement_start import require_refinable_model
 from ekfac_dist.influence.scores import InfluenceScores
@@ -65,6 +63,7 @@ def influence_scores(
     top_k: int | None = None,
     bottom_k: int | None = None,
     per_token: PerToken = "none",
+    tokens: Tokens = "inputs",
     per_module: bool = False,
     per_layer: bool = False,
     self_influence: bool = False,
@@ -91,8 +90,9 @@ def influence_scores(
         factors: From `load_factors` or `estimate_factors`; or the directory of a store.
         queries: Examples as `estimate_factors` takes, with `input_ids` and `labels` (−100 for the
             prompt); or, with a tokenizer, mappings with "prompt" and "completion", or "text", or
-            the "messages" of a chat. Queries with the same "group" are summed, and have one row
-            of scores.
+            the "messages" of a chat. What a completion, or the last message, is "against" is
+            subtracted, ∇(log p(completion) − log p(against)); what an example is against is another
+            example. Queries with the same "group" are summed, and have one row of scores.
         train: The training sequences: examples; or, with a tokenizer, mappings with "text" and
             perhaps "prompt", or with "messages".
         tokenizer: For queries and training sequences that are text.
@@ -107,6 +107,8 @@ def influence_scores(
         top_k: Length of the list of the most positive sequences; None: 20 or all.
         bottom_k: Length of the list of the most negative; None: as `top_k`.
         per_token: Scores of positions: of the listed sequences ("top"), of "all", or "none".
+        tokens: What a position's score is of: what its input adds to the sequence's gradient
+            ("inputs"), or the loss of the token that it predicts ("outputs").
         per_module: Compute the scores of each module too.
         per_layer: Compute the scores of each layer too.
         self_influence: Compute each training sequence's influence on itself.
@@ -149,6 +151,7 @@ def influence_scores(
             top_k=top_k,
             bottom_k=bottom_k,
             per_token=per_token,
+            tokens=tokens,
             per_module=per_module,
             per_layer=per_layer,
             self_influence=self_influence,

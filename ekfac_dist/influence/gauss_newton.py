@@ -63,7 +63,7 @@ class GaussNewton:
     ) -> None:
         """Adds the sums over this worker's sequences of a product."""
         world, sequences = self._context.world, self._sample.sequences
-        batches = self._sample.own_batches(self._context, product_number)
+        batches = self._sample.own_batches(world, product_number)
         for indices, batch in zip(batches, prefetch(sequences.batch, batches), strict=True):
             linearised = self._linearisation.of(batch.to(world.device))
             linearised.add_gauss_newton_products_(of, into, numbers)

@@ -90,24 +90,35 @@ def _lines_of_queries(answer: Answer) -> Iterator[dict[str, Any]]:
     tokens = TokenTexts(answer.tokenizer)
     assert texts is not None
     assert isinstance(sequences, Sequences)
+
+    def side(number: int) -> dict[str, Any]:
+        """The tokens of one of the queries' sequences."""
+        ids, is_label = _tokens_and_labels(sequences[number].inputs, sequences[number].targets)
+        return {
+            "tokens": tokens.of(ids),
+            "is_label": is_label,
+            "split_token": answer.queries.split_tokens[number],
+        }
+
     for group, (queries, name) in enumerate(
         zip(answer.queries.members, answer.queries.group_names, strict=True)
     ):
         members = []
         for query in queries:
-            sequence = sequences[query]
-            ids, is_label = _tokens_and_labels(sequence.inputs, sequence.targets)
-            members.append(
-                {
-                    "line": texts[query].line,
-                    "prompt": texts[query].prompt,
-                    "completion": texts[query].completion,
-                    "tokens": tokens.of(ids),
-                    "is_label": is_label,
-                    "split_token": answer.queries.split_tokens[query],
-                    "nats": answer.scores.query_losses[query],
+            member = {
+                "line": texts[query].line,
+                "prompt": texts[query].prompt,
+                "completion": texts[query].completion,
+                **side(query),
+                "nats": answer.scores.query_losses[query],
+            }
+            if (other := answer.queries.against[query]) is not None:
+                member["against"] = {
+                    "completion": texts[query].against,
+                    **side(other),
+                    "nats": answer.scores.against_losses[query],
                 }
-            )
+            members.append(member)
         yield {"query": group, "group": name, "members": members}
 
 
@@ -167,7 +178,7 @@ def _lines_of_lists(
     scores: InfluenceScores, lists: list[Listed], texts: _SequenceTexts
 ) -> Iterator[dict[str, Any]]:
     """The line of each listed sequence of each query group, for one of both ends."""
-    losses = scores.losses
+    gains = scores.gains
     for group, listed in enumerate(lists):
         shares = scores.in_shares(listed.scores, group).tolist()
         nats = scores.in_nats(listed.scores, group, listed.columns)
@@ -185,8 +196,8 @@ def _lines_of_lists(
             }
             if scores.rescored:
                 line["scan_score"] = float(scores.scores[group, column])
-            if nats is not None and nats[rank - 1] > losses[group]:
-                line["note"] = _note_beyond_loss(losses[group])
+            if nats is not None and nats[rank - 1] > gains[group]:
+                line["note"] = _note_beyond_loss(gains[group])
             yield line
 
 

@@ -39,6 +39,10 @@ class WholeGradients:
         """
         return products.position_scores(self.matrices_QOI[slot], acts_MI, grads_MO)
 
+    def matrix(self, slot: int) -> Tensor:
+        """P of one query group [O, I]."""
+        return self.matrices_QOI[slot]
+
     def all_position_scores(self, acts_MI: Tensor, grads_MO: Tensor) -> Tensor:
         """⟨P, g aᵀ⟩ at every position for all query groups [Q, M]."""
         return torch.stack(
@@ -93,6 +97,10 @@ class LowRankGradients:
             self.left_QOr[group], self.right_QIr[group], acts_MI, grads_MO
         )[0]
 
+    def matrix(self, slot: int) -> Tensor:
+        """U Vᵀ of one query group [O, I]."""
+        return self.left_QOr[slot] @ self.right_QIr[slot].T
+
     def all_position_scores(self, acts_MI: Tensor, grads_MO: Tensor) -> Tensor:
         """⟨U Vᵀ, g aᵀ⟩ at every position for all query groups [Q, M]."""
         return products.low_rank_position_scores(self.left_QOr, self.right_QIr, acts_MI, grads_MO)
@@ -122,7 +130,7 @@ class PreparedQueries:
         groups: Index of each query group of the block, by slot.
         gradients: The gradients in each module that this worker holds, by its name.
         self_influence: ⟨∇, (F + λ)⁻¹ ∇⟩ of each group [Q], float64.
-        losses: −log p of each query of the block, by the query's index, in nats.
+        losses: −log p of each sequence of the block's queries, by its index, in nats.
     """
 
     groups: list[int]

@@ -1,6 +1,7 @@
 """Computes preconditioned query gradients, P_q = (F + λ)⁻¹ ∇_q, in every module.
 
-∇_q is the gradient of a query group's loss. The groups of a block are shared out over the workers;
+∇_q is the gradient of a query group's loss; what a contrast is against is a sequence of the group
+whose gradient is subtracted. The groups of a block are shared out over the workers;
 each runs its own through the model, and a sum over workers gives all of them to every worker. Where
 modules are shared out too, the gradients of a copy's groups are computed by the modules' owners,
 and summed over the owners of the same modules in all copies. A gradient is preconditioned, and
@@ -65,30 +66,30 @@ def prepare(
         StoreError: If a factor file is damaged.
     """
     world, lengths = context.world, queries.sequences.num_positions
-    costs = [int(lengths[list(queries.members[group])].sum()) for group in groups]
+    costs = [int(lengths[queries.sequences_of(group)].sum()) for group in groups]
     limit = equal_lengths_above(context.model)
 
     def batches_of(own: Sequence[int]) -> list[list[int]]:
-        own_queries = [query for k in own for query in queries.members[groups[k]]]
-        return list(_batches_in_order(own_queries, lengths, context.batch_tokens, limit))
+        own_sequences = [one for k in own for one in queries.sequences_of(groups[k])]
+        return list(_batches_in_order(own_sequences, lengths, context.batch_tokens, limit))
 
     batches_by_rank = [batches_of(own) for own in assign_batches(costs, world.size)]
     batches = batches_by_rank[world.rank]
     in_copy = [batches_by_rank[rank] for rank in context.copy_ranks]
     steps = [list(chain(*step)) for step in zip_longest(*in_copy, fillvalue=())]
     observer = _QueryGradients(context, queries, list(groups), rank, steps, solved)
-    # The pass sees the queries of this block only, so that its progress is the block's.
-    block_queries = sorted(query for group in groups for query in queries.members[group])
-    index_in_block = {query: k for k, query in enumerate(block_queries)}
-    block_batches = [[index_in_block[query] for query in batch] for batch in batches]
+    # The pass sees the sequences of this block only, so that its progress is the block's.
+    in_block = sorted(one for group in groups for one in queries.sequences_of(group))
+    index_in_block = {sequence: k for k, sequence in enumerate(in_block)}
+    block_batches = [[index_in_block[sequence] for sequence in batch] for batch in batches]
     pass_context = PassContext(
         context.model,
-        queries.sequences.take(block_queries),
+        queries.sequences.take(in_block),
         block_batches,
         world,
         context.dtype,
         context.show_progress,
-        called="query {} (from 0)",
+        called=queries.name_of,
         wider=OVERFLOW_ADVICE,
         task=context.task,
         owners=context.owners,
@@ -110,30 +111,30 @@ def prepare(
         list(groups),
         observer.gradients,
         observer.self_influence,
-        {query: losses[query] for query in block_queries},
+        {sequence: losses[sequence] for sequence in in_block},
     )
 
 
 def _batches_in_order(
-    queries: Sequence[int], lengths: np.ndarray, batch_tokens: int, equal_above: int | None
+    sequences: Sequence[int], lengths: np.ndarray, batch_tokens: int, equal_above: int | None
 ) -> Iterator[list[int]]:
-    """Batches of queries in the order given, in which the queries of a group stay together.
+    """Batches of sequences in the order given, in which those of a group stay together.
 
     Args:
-        queries: Indices of the queries.
-        lengths: Positions of every query, by its index.
+        sequences: Indices of the queries' sequences.
+        lengths: Positions of every sequence, by its index.
         batch_tokens: Token budget of a batch, padding included.
-        equal_above: Longer queries share a batch only with others of their length; None: with any.
+        equal_above: Longer ones share a batch only with others of their length; None: with any.
     """
     batch: list[int] = []
-    for query in queries:
-        length = int(lengths[query])
+    for sequence in sequences:
+        length = int(lengths[sequence])
         longest = max([int(lengths[other]) for other in batch] + [length])
         fits = longest * (len(batch) + 1) <= batch_tokens
         if batch and not (fits and may_share(int(lengths[batch[-1]]), length, equal_above)):
             yield batch
             batch = []
-        batch.append(query)
+        batch.append(sequence)
     if batch:
         yield batch
 
@@ -146,14 +147,14 @@ class _QueryGradients(PairObserver[CapturedPositions]):
         queries: All queries.
         groups: Indices of the block's query groups; a group's slot is its index among them.
         rank: Rank of the gradients; None: whole.
-        steps: Indices of the queries that this worker, or all of its copy, run in each step.
+        steps: Indices of the sequences that this worker, or all of its copy, run in each step.
         solved: Whether gradients are multiplied by (F + λ)⁻¹.
 
     Attributes:
         gradients: The gradients in each module that this worker holds, by its name; zero in slots
             of other copies.
         self_influence: ⟨∇, (F + λ)⁻¹ ∇⟩ of each group in these modules [Q], float64.
-        losses: −log p of every query, by its index, float64.
+        losses: −log p of every sequence of the queries, by its index, float64.
     """
 
     def __init__(
@@ -168,12 +169,14 @@ class _QueryGradients(PairObserver[CapturedPositions]):
         super().__init__(context.modules)
         self._context, self._solved = context, solved
         self._slots = {group: slot for slot, group in enumerate(groups)}
-        self._group_of = {query: group for group in groups for query in queries.members[group]}
-        self._num_queries = {group: len(queries.members[group]) for group in groups}
-        # By (module, group): sums over the queries that a module has seen, and how many those are.
+        self._is_subtracted = queries.is_subtracted
+        sequences = {group: queries.sequences_of(group) for group in groups}
+        self._group_of = {one: group for group in groups for one in sequences[group]}
+        self._num_sequences = {group: len(sequences[group]) for group in groups}
+        # By (module, group): sums over sequences that a module has seen, and how many those are.
         self._partial_sums: dict[tuple[str, int], tuple[Tensor, int]] = {}
         self._steps = iter(steps)
-        self._num_done = Counter[int]()  # queries of each group that went through the model
+        self._num_done = Counter[int]()  # sequences of each group that went through the model
         self._total = context.zeros(dtype=torch.float64)
         self.self_influence = context.zeros(len(groups), dtype=torch.float64)
         self.losses = context.zeros(len(queries.sequences), dtype=torch.float64)
@@ -195,21 +198,24 @@ class _QueryGradients(PairObserver[CapturedPositions]):
         grads_MO: Tensor,
         positions: CapturedPositions,
     ) -> None:
-        """Sums each group's gradient, and preconditions it with the group's last query."""
+        """Sums each group's gradient, and preconditions it with the group's last sequence."""
         grads_MO = rotate_rows(grads_MO, self._context.fitted.output_basis(module))
         start = 0
         parts: dict[int, list[slice]] = {}
-        for query, length in zip(positions.indices, positions.lengths, strict=True):
-            parts.setdefault(self._group_of[query], []).append(slice(start, start + length))
+        for sequence, length in zip(positions.indices, positions.lengths, strict=True):
+            own = slice(start, start + length)
+            parts.setdefault(self._group_of[sequence], []).append(own)
+            if self._is_subtracted(sequence):
+                grads_MO[own].neg_()
             start += length
         for group, slices in parts.items():
-            whole = slice(slices[0].start, slices[-1].stop)  # a group's queries are adjacent
+            whole = slice(slices[0].start, slices[-1].stop)  # a group's sequences are adjacent
             gradient_OI = grads_MO[whole].T @ acts[whole]
             earlier_OI, num_seen = self._partial_sums.pop((module.name, group), (None, 0))
             if earlier_OI is not None:
                 gradient_OI += earlier_OI
             num_seen += len(slices)
-            if num_seen < self._num_queries[group]:
+            if num_seen < self._num_sequences[group]:
                 self._partial_sums[module.name, group] = (gradient_OI, num_seen)
                 continue
             self._precondition(module, group, gradient_OI)
@@ -248,19 +254,18 @@ class _QueryGradients(PairObserver[CapturedPositions]):
         gradients.left_QOr[slot], gradients.right_QIr[slot] = left_Or, right_Ir
 
     def on_loss(self, batch: Batch, losses_B: Tensor) -> None:
-        """Takes −log p of each query of a batch."""
+        """Takes −log p of each sequence of a batch."""
         self.losses[list(batch.indices)] = losses_B
 
     def on_step(self) -> None:
         """Finishes the groups that are complete with a step.
 
-        An expert sees only the queries that have tokens routed to it. So where a group's queries
-        have all gone through the model, the sums of such a module are complete too.
+        An expert sees only the sequences that have tokens routed to it. So where a group's have all
+        gone through the model, the sums of such a module are complete too.
         """
-        self._num_done.update(self._group_of[query] for query in next(self._steps, ()))
-        done = {
-            group for group, number in self._num_done.items() if number == self._num_queries[group]
-        }
+        self._num_done.update(self._group_of[sequence] for sequence in next(self._steps, ()))
+        wanted = self._num_sequences
+        done = {group for group, number in self._num_done.items() if number == wanted[group]}
         for name, group in [key for key in self._partial_sums if key[1] in done]:
             gradient_OI, _ = self._partial_sums.pop((name, group))
             self._precondition(self._context.factors.modules[name], group, gradient_OI)

@@ -12,7 +12,7 @@ vectors that a solve holds of each.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,15 @@ class Refinement:
         settings, sample = self.context.refine, self.sample
         num_sequences = len(sample.of_product(0))
         return Refined(settings, num_sequences, sample.num_training, self.residuals)
+
+    @property
+    def num_rows(self) -> int:
+        """Q, the number of query groups."""
+        return len(self.residuals)
+
+    def in_steps_of(self, step_tokens: int) -> "Refinement":
+        """The same in steps of at most so many positions, padding included."""
+        return replace(self, sample=replace(self.sample, step_tokens=step_tokens))
 
     def prepare(
         self, name: str, queries: QuerySet, groups: Sequence[int], rank: int | None
@@ -170,7 +179,7 @@ class Refinement:
         """Progress of a solve that takes all of its steps."""
         context, sample = self.context, self.sample
         lengths, products = sample.sequences.num_positions, range(context.refine.num_iterations + 1)
-        own = [[i for b in sample.own_batches(context, k) for i in b] for k in products]
+        own = [[i for b in sample.own_batches(context.world, k) for i in b] for k in products]
         everyones = [sample.of_product(k) for k in products]
         return Progress(
             name,

@@ -13,7 +13,7 @@ from ekfac_dist.config import RefineConfig
 from ekfac_dist.data.batch_plan import worker_batches
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.errors import ConfigError
-from ekfac_dist.influence.context import ScoringContext
+from ekfac_dist.runtime.processes import World
 
 
 @dataclass(frozen=True)
@@ -24,19 +24,24 @@ class RefinementSample:
         sequences: All sequences that are drawn.
         steps: Indices into them of each product's; of one entry if all products have the same.
         num_training: How many sequences they were drawn from.
+        step_tokens: Token budget of a batch, padding included.
     """
 
     sequences: Examples
     steps: Sequence[np.ndarray]
     num_training: int
+    step_tokens: int
 
     @classmethod
-    def draw(cls, train: Examples, settings: RefineConfig) -> "RefinementSample":
+    def draw(
+        cls, train: Examples, settings: RefineConfig, step_tokens: int = 1
+    ) -> "RefinementSample":
         """Draws the sequences.
 
         Args:
             train: The training set.
             settings: How query gradients are refined.
+            step_tokens: Token budget of a batch, padding included.
 
         Raises:
             ConfigError: If it has fewer sequences than are asked for.
@@ -53,20 +58,20 @@ class RefinementSample:
         draws = [_drawn(len(train), number, settings.seed, step) for step in range(num_draws)]
         distinct = np.unique(np.concatenate(draws))
         steps = [np.searchsorted(distinct, indices) for indices in draws]
-        return cls(train.take(distinct), steps, len(train))
+        return cls(train.take(distinct), steps, len(train), step_tokens)
 
     def of_product(self, number: int) -> np.ndarray:
         """Indices into `sequences` of those of a product, counted from 0, ascending."""
         return self.steps[min(number, len(self.steps) - 1)]
 
-    def own_batches(self, context: ScoringContext, number: int) -> list[list[int]]:
+    def own_batches(self, world: World, number: int) -> list[list[int]]:
         """This worker's batches of a product: indices into `sequences`."""
         chosen = self.of_product(number)
         batches = worker_batches(
             self.sequences.num_positions[chosen],
-            context.batch_tokens,
-            context.world.size,
-            context.world.rank,
+            self.step_tokens,
+            world.size,
+            world.rank,
             self.sequences.equal_above,
         )
         return [chosen[batch].tolist() for batch in batches]

@@ -3,7 +3,8 @@
     manifest.json         what was scored, with which factors, damping, sign and scale
     queries.jsonl         one line per query group: its queries, with their tokens, and the
                           "split_token" that begins in the prompt and ends in the completion, and
-                          so carries no label, or null
+                          so carries no label, or null; of a contrast, "against" has the same of the
+                          completion that it is against
     scores.safetensors    scores [Q, N] float32, indices [N] in the data, and if asked for
                           self_influence [N], module_scores [Q, modules, N], layer_scores
                           [Q, layers, N], token_scores [Q, positions] with token_offsets [N + 1];
@@ -17,6 +18,8 @@
     details.safetensors   for the P pairs of a query group and a sequence listed for it: pair_query,
                           pair_index [P], offsets [P + 1], token_scores [positions],
                           layer_token_scores [layers, positions], module_scores [P, modules]
+                          (the manifest's "tokens" says what a position's score is of: its input
+                          or its loss)
     sequences.jsonl       one line per listed sequence: index, text, tokens, is_label
 
 Q counts query groups, each of one query or several that are summed, by whose index "query" names
@@ -25,7 +28,7 @@ them; N counts the scored sequences, in data order.
 A share is the score over the sum of |scores| of the same sign for the query group (of `scores`, so
 of the scan's where there was one), null if there are none; it has the score's sign. Nats are null
 without the training set's size. They are to first order; where a value is above the group's −log p,
-which is impossible, the line has a note that says so.
+which is impossible, the line has a note that says so. A group with a contrast has no such limit.
 
 Position t of a sequence reads token t and predicts token t + 1, so a sequence of T positions has
 T + 1 tokens. Some tokens can be read only together, such as those that share a character's bytes:

@@ -21,6 +21,7 @@ from ekfac_dist.factors.comparison import require_fitted_task
 from ekfac_dist.factors.factors import Factors
 from ekfac_dist.factors.opening import load_factors
 from ekfac_dist.influence.answer import Answer, parameters_without_factors
+from ekfac_dist.influence.candidates import pick_candidates, read_candidates
 from ekfac_dist.influence.checks import (
     check_model_and_sequences,
     require_same_inputs,
@@ -28,13 +29,8 @@ from ekfac_dist.influence.checks import (
 )
 from ekfac_dist.influence.lists import list_lengths
 from ekfac_dist.influence.output import write_answer
-from ekfac_dist.influence.queries import (
-    Query,
-    pick_candidates,
-    read_candidates,
-    read_queries,
-    tokenize_queries,
-)
+from ekfac_dist.influence.queries import tokenize_queries
+from ekfac_dist.influence.query_texts import Query, read_queries
 from ekfac_dist.influence.refinement_sample import RefinementSample
 from ekfac_dist.influence.refinement_start import require_refinable_model
 from ekfac_dist.influence.saved_blocks import opened_results, run_inputs

@@ -4,16 +4,19 @@ The pieces, each a safetensors file (see `blocks` for their names and `unfinishe
 q counts the piece's query groups, P the pairs of a group and a sequence.
 
     scan       scores [q, N] and, if asked for, query_norms [q], module_scores [q, modules, N],
-               layer_scores [q, layers, N], token_scores [q, positions]; query_losses [queries];
+               layer_scores [q, layers, N], token_scores [q, positions]; query_losses [queries]
+               and, if there are contrasts, against_losses [queries], NaN where a query is none;
                ranks [modules] at low rank; residuals [q, steps + 1] with refinement; with the
                first group norms, self_influence [N]
     details    the fields of `Details` of the listed pairs
     rescore    exact_rows, exact_columns, exact_scores [P] of all pairs that were scored again;
-               query_losses [queries]; the fields of `Details` of the listed ones, if asked for
+               query_losses and against_losses [queries]; the fields of `Details` of the listed
+               ones, if asked for
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -189,7 +192,10 @@ def run_inputs(
         queries: The queries.
         context: Model, damping, precision and workers.
     """
-    texts = [(q.prompt, q.completion, q.group, q.line) for q in queries.texts or ()]
+    texts = [
+        (q.prompt, q.completion, q.group, q.line, *(() if q.against is None else (q.against,)))
+        for q in queries.texts or ()
+    ]
     query_content = json.dumps([queries.sequences.fingerprint, texts])
     factors = context.world.on_main(lambda: file_sha256(Path(store) / MANIFEST))
     return {
@@ -219,7 +225,7 @@ def scan_tensors(
         queries: Indices of their queries.
     """
     rows = slice(groups[0], groups[-1] + 1)
-    tensors = {"query_losses": losses_tensor(result, queries)}
+    tensors = losses_tensors(result, queries)
     for name in _GROUP_FIELDS:
         if (values := getattr(result, name)) is not None:
             tensors[name] = values[rows]
@@ -266,15 +272,24 @@ def put_rows(result: InfluenceScores, name: str, values: Tensor, groups: list[in
     field[groups] = values
 
 
-def losses_tensor(result: InfluenceScores, queries: list[int]) -> Tensor:
-    """−log p of some queries [queries], float64."""
-    return torch.tensor([result.query_losses[query] for query in queries], dtype=torch.float64)
+def losses_tensors(result: InfluenceScores, queries: list[int]) -> dict[str, Tensor]:
+    """−log p of some queries, and of what they are against if any is a contrast, float64."""
+    own = [result.query_losses[query] for query in queries]
+    others = [result.against_losses[query] for query in queries]
+    tensors = {"query_losses": torch.tensor(own, dtype=torch.float64)}
+    if any(loss is not None for loss in others):
+        numbers = [math.nan if loss is None else loss for loss in others]
+        tensors["against_losses"] = torch.tensor(numbers, dtype=torch.float64)
+    return tensors
 
 
 def put_losses(result: InfluenceScores, tensors: Mapping[str, Tensor], queries: list[int]) -> None:
-    """Fills −log p of some queries into the results, from a piece's tensors."""
+    """Fills −log p of some queries into the results, from the tensors of `losses_tensors`."""
     for query, loss in zip(queries, tensors["query_losses"].tolist(), strict=True):
         result.query_losses[query] = loss
+    if "against_losses" in tensors:
+        for query, loss in zip(queries, tensors["against_losses"].tolist(), strict=True):
+            result.against_losses[query] = None if math.isnan(loss) else loss
 
 
 def details_tensors(details: Details) -> dict[str, Tensor]:

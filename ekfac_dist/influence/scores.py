@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ekfac_dist.config import Normalize
+from ekfac_dist.config import Normalize, Tokens
 from ekfac_dist.influence.refined import Refined
 
 
@@ -119,7 +119,8 @@ class InfluenceScores:
 
     Attributes:
         scores: ∇log p(q)ᵀ (F + λ)⁻¹ ∇log p(z), summed over modules, divided by both norms [Q, N];
-            with refinement, the Gauss–Newton matrix G in the place of F.
+            of a contrast, log p(q) is log p(completion) − log p(against); with refinement, the
+            Gauss–Newton matrix G in the place of F.
             With query gradients of low rank these scores, and all their parts, are the scan's and
             so approximate; the exact ones of sequences that were scored again are in `top`,
             `bottom` and `rescored`.
@@ -127,6 +128,7 @@ class InfluenceScores:
         members: Indices of each query group's queries.
         training_size: How many sequences the model was trained on; None: unknown, so no nats.
         normalize: Which norms scores are divided by.
+        tokens: What a position's score is of: what its input adds, or its loss.
         norms: Norm of each sequence's gradient [N]; ones without a normalisation.
         query_norms: Norm of each query group's gradient [Q]; ones unless `normalize` is "cosine".
         modules: Names of the tracked modules, in model order.
@@ -137,6 +139,7 @@ class InfluenceScores:
         top: For each query group the most positive sequences, the most positive first.
         bottom: For each query group the most negative sequences, the most negative first.
         query_losses: −log p of each query, in nats.
+        against_losses: −log p of what each query is against, in nats; None: no contrast.
         module_scores: Scores of each module [Q, modules, N], if asked for.
         layer_scores: Scores of each layer [Q, layers, N], if asked for.
         self_influence: ∇log p(z)ᵀ (F + λ)⁻¹ ∇log p(z) [N], if asked for.
@@ -158,6 +161,7 @@ class InfluenceScores:
     members: tuple[tuple[int, ...], ...]
     training_size: int | None
     normalize: Normalize
+    tokens: Tokens
     norms: Tensor
     query_norms: Tensor
     modules: tuple[str, ...]
@@ -168,6 +172,7 @@ class InfluenceScores:
     top: list[Listed] = field(default_factory=list)
     bottom: list[Listed] = field(default_factory=list)
     query_losses: list[float] = field(default_factory=list)
+    against_losses: list[float | None] = field(default_factory=list)
     module_scores: Tensor | None = None
     layer_scores: Tensor | None = None
     self_influence: Tensor | None = None
@@ -210,7 +215,7 @@ class InfluenceScores:
         """Increase of log p(q), to first order, if the sequence were trained on once more [Q, N].
 
         Scores without normalisation over the training set's size, float64; None without
-        `training_size`. First order is far off where a value is above its query group's loss.
+        `training_size`. First order is far off where a value is above its query group's `gains`.
         """
         if self.training_size is None:
             return None
@@ -232,8 +237,27 @@ class InfluenceScores:
 
     @property
     def losses(self) -> list[float]:
-        """−log p of each query group's queries together [Q]: log p(q) cannot rise by more."""
-        return [sum(self.query_losses[query] for query in queries) for queries in self.members]
+        """−log p of each query group's queries together [Q], less that of what they are against."""
+        return [
+            sum(self.query_losses[query] - (self.against_losses[query] or 0) for query in queries)
+            for queries in self.members
+        ]
+
+    @property
+    def has_contrasts(self) -> bool:
+        """Whether any query is against something."""
+        return any(loss is not None for loss in self.against_losses)
+
+    @property
+    def gains(self) -> list[float]:
+        """By how much log p of each query group's queries can rise at most [Q], in nats.
+
+        That is its loss; infinity for a group with a contrast, as log p(against) can always fall.
+        """
+        return [
+            loss if all(self.against_losses[query] is None for query in queries) else math.inf
+            for loss, queries in zip(self.losses, self.members, strict=True)
+        ]
 
     def scale(self, rows: np.ndarray | list[int], columns: np.ndarray | slice) -> Tensor:
         """Factor of raw scores of rows × columns, 1 / both norms; 0 where a gradient is zero."""

@@ -12,7 +12,7 @@ each when it is finished, and a piece that is saved already is loaded instead of
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -24,8 +24,6 @@ from ekfac_dist.data.examples import Examples, TaskExamples
 from ekfac_dist.influence.blocks import (
     Block,
     bytes_on_disk,
-    groups_at_a_time,
-    held_bytes_per_group,
     plan_blocks,
 )
 from ekfac_dist.influence.context import ScoringContext
@@ -40,16 +38,19 @@ from ekfac_dist.influence.lists import (
     listed_pairs,
     make_lists,
 )
+from ekfac_dist.influence.output_tokens import require_output_tokens
+from ekfac_dist.influence.plan_lines import plan_lines, resumed_line
 from ekfac_dist.influence.preconditioned import PreparedQueries, rank_in
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.influence.query_gradients import prepare
 from ekfac_dist.influence.refinement import Refinement
-from ekfac_dist.influence.refinement_start import start_refinement, try_and_tell
+from ekfac_dist.influence.refinement_start import start_refinement
+from ekfac_dist.influence.refinement_trial import tried
 from ekfac_dist.influence.saved_blocks import (
     SavedBlocks,
     details_of,
     details_tensors,
-    losses_tensor,
+    losses_tensors,
     put_losses,
     put_scan,
     scan_tensors,
@@ -62,7 +63,6 @@ from ekfac_dist.passes.sequences import (
     with_chunked_head,
 )
 from ekfac_dist.runtime.logs import log_on_main
-from ekfac_dist.runtime.memory import as_text
 
 
 def compute_scores(
@@ -107,6 +107,8 @@ def compute_scores(
     row_order = context.over(scored).noted_row_order(context.modules)
     fitted = factors_on_device(context, scored, num_groups, config)
     context = replace(context, row_order=row_order, on_device=fitted)
+    if config.tokens == "outputs":
+        require_output_tokens(context, scored)
     result, refinement = _empty_result(context, queries, scored, config), None
     if context.refine.is_on:
         refinement = start_refinement(context, train or scored, config, num_groups)
@@ -138,13 +140,15 @@ def _empty_result(
         members=queries.members,
         training_size=config.training_size,
         normalize=config.normalize,
+        tokens=config.tokens,
         norms=torch.ones(len(scored), dtype=context.dtype),
         query_norms=torch.ones(num_groups, dtype=context.dtype),
         modules=names,
         layers=layers,
         layer_of=np.array([layers.index(layer_name(name)) for name in names]),
         damping=dict(context.damping),
-        query_losses=[math.nan] * len(queries.sequences),
+        query_losses=[math.nan] * len(queries),
+        against_losses=[None] * len(queries),
     )
 
 
@@ -181,37 +185,18 @@ class _Scoring:
     def all_blocks(self) -> None:
         """Computes every block, and puts lists and details into the results."""
         rows = range(len(self.queries.members))
-        rank, result = self.config.effective_rank, self.result
-        context, world = self.context, self.context.world
+        context, result = self.context, self.result
         blocks = plan_blocks(len(rows), context, self.config, self.saved.finished)
         result.num_scans = len(blocks)
-        num_bytes = held_bytes_per_group(context, rank)
-        one = as_text(num_bytes)
-        if world.size > 1:
-            self._log(
-                f"shard         {context.shard}: a copy of the factors and query gradients for "
-                f"every {'worker' if context.shard == 1 else f'{context.shard} workers'} of "
-                f"{world.size}"
-            )
-        kind = "whole" if rank is None else f"of rank {rank}"
-        scans = f"{len(blocks)} scan{'s' * (len(blocks) > 1)} of the data"
-        budget = self.config.query_memory_gb * 1e9
-        if num_bytes > budget:
-            self._log(
-                f"memory        one row's gradients alone take {one}, more than "
-                f"scores.query_memory_gb allows ({as_text(budget)}); a lower scores.rank would help"
-            )
-        self._log(
-            f"queries       {len(self.queries.sequences)} in {len(rows)} rows of scores; gradients "
-            f"{kind}, {one} a row{' on a worker' * (context.shard > 1)}, "
-            f"{min(len(rows), groups_at_a_time(context, self.config, rank))} at a time: {scans}"
-        )
+        for line in plan_lines(context, self.config, len(self.queries), len(rows), len(blocks)):
+            self._log(line)
         self.saved.require_disk_space(
             *bytes_on_disk(result, self.scored, self.config, self.list_lengths)
         )
-        self._tell_what_is_done(blocks)
+        if (resumed := resumed_line(self.config, blocks, self.saved.finished)) is not None:
+            self._log(resumed)
         if self.refinement is not None:
-            try_and_tell(self.refinement)
+            self.refinement = tried(self.refinement)
         if self.config.per_token == "all":
             offsets = np.concatenate([[0], np.cumsum(self.scored.num_positions)])
             result.token_offsets = offsets.astype(np.int64)
@@ -224,19 +209,6 @@ class _Scoring:
             result.details = Details.join(self.details)
         if result.refined is not None:
             self._log(f"refined       {result.refined.convergence_in_words}")
-
-    def _tell_what_is_done(self, blocks: Sequence[Block]) -> None:
-        """Says how many pieces were finished before this run was resumed, if any."""
-        scanned = sum(self.saved.has(block.scan) for block in blocks)
-        follow = [piece for block in blocks for piece in block.following]
-        followed = sum(map(self.saved.has, follow))
-        if not scanned + followed:
-            return
-        line = f"goes on       {scanned} of {len(blocks)} blocks are scored"
-        if follow:
-            passes = "parts re-scored" if self.config.rescore else "in detail"
-            line += f", {followed} of {len(follow)} {passes}"
-        self._log(line)
 
     def _compute_block(self, block: Block, suffix: str) -> None:
         """Computes one block: the scan, then re-scoring or details.
@@ -266,6 +238,7 @@ class _Scoring:
             pairs = listed_pairs(groups, self.lists)
             details = self._passes.details("details" + suffix + part, prepared, pairs)
             require_scan_agrees(self.context, self.result, details)
+            details = self._passes.with_outputs("outputs" + suffix + part, prepared, details)
             self.saved.keep(piece, details_tensors(details))
             self.details.append(details)
 
@@ -277,7 +250,7 @@ class _Scoring:
             return None
         prepared = self._prepare("queries" + suffix, block.groups, self.config.effective_rank)
         self._note_ranks()
-        self._passes.scan("scan" + suffix, prepared)
+        self._passes.scan(suffix, prepared)
         self.saved.keep(block.scan, scan_tensors(self.result, block.groups, queries))
         return prepared
 
@@ -290,8 +263,10 @@ class _Scoring:
             prepared = self.refinement.prepare(name, self.queries, groups, rank)
         else:
             prepared = prepare(name, self.context, self.queries, groups, rank)
-        for query, loss in prepared.losses.items():
-            self.result.query_losses[query] = loss
+        for query in self._queries_of(groups):
+            self.result.query_losses[query] = prepared.losses[query]
+            if (other := self.queries.against[query]) is not None:
+                self.result.against_losses[query] = prepared.losses[other]
         return prepared
 
     def _note_ranks(self) -> None:
@@ -319,7 +294,7 @@ class _Scoring:
             group: choose_for_rescoring(self.result, group, self.config.rescore, self.list_lengths)
             for group in groups
         }
-        queries, details = self._queries_of(groups), None
+        queries, details, prepared = self._queries_of(groups), None, None
         tensors: dict[str, Tensor]
         if self.saved.has(piece):
             tensors = self.saved.load(piece)
@@ -336,11 +311,13 @@ class _Scoring:
                 "exact_rows": torch.from_numpy(details.rows),
                 "exact_columns": torch.from_numpy(details.columns),
                 "exact_scores": details.module_scores.sum(1),
-                "query_losses": losses_tensor(self.result, queries),
+                **losses_tensors(self.result, queries),
             }
         self._take_exact(tensors, chosen)
-        if details is not None and self.config.per_token != "none":
-            tensors |= details_tensors(self._only_listed(details, groups))
+        if details is not None and prepared is not None and self.config.per_token != "none":
+            listed = self._only_listed(details, groups)
+            listed = self._passes.with_outputs("outputs" + suffix, prepared, listed)
+            tensors |= details_tensors(listed)
         if details is not None:
             self.saved.keep(piece, tensors)
         if self.config.per_token != "none":

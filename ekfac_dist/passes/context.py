@@ -1,6 +1,6 @@
 """What every pass of a run computes with: model, task, sequences, workers, precision."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,7 @@ class PassContext:
         world: The workers.
         dtype: Precision of the running sums, float32 or float64.
         show_progress: Whether worker 0 shows progress.
-        called: What errors call a sequence; {} stands for its row in the source.
+        called: What errors call a sequence, by its index in the source.
         wider: What an error advises against a running sum that overflows.
         task: What the model is asked, and what its loss is.
         owners: Who owns which factors; None: every worker holds all that a pass sums.
@@ -47,7 +47,7 @@ class PassContext:
     world: World
     dtype: torch.dtype
     show_progress: bool
-    called: str = "sequence {} of the data"
+    called: Callable[[int], str] = "sequence {} of the data".format
     wider: str = "Use factors.accumulate: float64"
     task: Task = CAUSAL_LM
     owners: Owners | None = None

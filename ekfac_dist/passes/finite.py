@@ -129,7 +129,7 @@ def raise_non_finite(
         if where is not None:
             raise NonFiniteError(
                 f"NaN or infinity in {where}, in the {pass_name} pass, at "
-                f"{context.called.format(single.indices[0])}. {advice}"
+                f"{context.called(single.indices[0])}. {advice}"
             )
     rows = [int(context.sequences.indices[index]) for index in batch]
     raise NonFiniteError(

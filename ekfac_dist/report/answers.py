@@ -69,6 +69,10 @@ def _meaning_lines(manifest: dict[str, Any]) -> list[str]:
         *(f"model differs {sentence}" for sentence in manifest["model"].get("differs", ())),
         *(f"not compared  {sentence}" for sentence in manifest["model"].get("not_compared", ())),
     ]
+    if manifest.get("tokens") == "outputs":
+        lines.append(
+            "tokens        of losses: a position's score is what predicting its token does"
+        )
     refine = manifest.get("refine")  # not in results of earlier versions
     if refine is not None:
         lines += [
@@ -120,7 +124,11 @@ def _query_heading(query: dict[str, Any]) -> list[str]:
     for member in query["members"][:3]:
         prompt = f"{_on_one_line(member['prompt'])} → " if member["prompt"] else ""
         lines.append(f"  {prompt}{_on_one_line(member['completion'])}")
-        lines.append(f"  −log p {member['nats']:.2f}")
+        if other := member.get("against"):
+            lines.append(f"  rather than {_on_one_line(other['completion'])}")
+            lines.append(f"  −log p {member['nats']:.2f}, rather than {other['nats']:.2f}")
+        else:
+            lines.append(f"  −log p {member['nats']:.2f}")
     return lines
 
 

@@ -86,8 +86,15 @@ def _facts(manifest: Mapping[str, Any]) -> Facts:
         ("Normalisation", NORMALIZE_NAMES.get(normalize, normalize)),
         ("Gradients", _gradients_text(scan)),
         *([] if refine is None else [("Refined", refine["solved"])]),
+        *([] if manifest["per_token"] == "none" else [("Tokens", _tokens_text(manifest))]),
         *([] if size is None else [("Training size", f"{size:,}")]),
     ]
+
+
+def _tokens_text(manifest: Mapping[str, Any]) -> str:
+    if manifest.get("tokens") == "outputs":
+        return "shaded by what the loss of predicting each does"
+    return "shaded by what reading each adds"
 
 
 def _gradients_text(scan: Mapping[str, Any]) -> str:
@@ -102,7 +109,7 @@ def _settings(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """All entries of the manifest, in groups."""
     damping, scan = manifest["damping"], manifest["scan"]
     per_query = ("spearman", "spearman_top", "overlap")  # shown beside each query instead
-    run = ("top_k", "bottom_k", "per_token", "workers", "seconds")
+    run = ("top_k", "bottom_k", "per_token", "tokens", "workers", "seconds")
     groups = {
         "Model": manifest["model"],
         "Factors": {k: v for k, v in manifest["factors"].items() if not isinstance(v, dict)},
@@ -115,7 +122,7 @@ def _settings(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
             **damping["modules"],
         },
         "λ of each module": damping["absolute"],
-        "Run": {name: manifest[name] for name in run},
+        "Run": {name: manifest[name] for name in run if name != "tokens" or name in manifest},
         "Software": manifest["software"],
         "Configuration": manifest["config"],
     }

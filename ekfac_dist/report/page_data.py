@@ -90,7 +90,7 @@ class PagePair:
         positions: L, the sequence's number of positions.
         carriers: The fewest tokens that hold `CARRIED` of Σ|token score|.
         few: Whether these are few; see `FEW_TOKENS`.
-        strongest: First position of the run of tokens with the largest |sum of scores|. Tokens of a
+        strongest: First token of the run of tokens with the largest |sum of scores|. Tokens of a
             run can be read only together, such as the bytes of one character.
     """
 
@@ -121,6 +121,8 @@ class PageData:
         training_size: The training set's size, by which a raw score is divided to give nats; None
             if nats are not shown.
         normalize: Name of the normalisation of scores, or "none".
+        tokens: What position t's score is of: of its input, so of token t ("inputs"); or of its
+            loss, so of token t + 1, which it predicts ("outputs").
         scan_rank: Rank of the gradients that all scores were computed from; None if they are exact.
             Scores in lists that have a `scan_score` too are exact.
         carried: `CARRIED`.
@@ -136,6 +138,7 @@ class PageData:
     module_layers: list[int]
     training_size: int | None
     normalize: str
+    tokens: str
     scan_rank: int | None
     carried: float = CARRIED
 
@@ -172,7 +175,11 @@ def page_data(reader: ResultsReader) -> PageData:
         raise StoreError(f"{reader.path}: {SCORES} holds NaN or infinity. Run `query` again.")
     sequence_lines = reader.lines(SEQUENCES)
     sequences = {line["index"]: line["tokens"] for line in sequence_lines}
-    pair_indices, pairs, arrays = _packed_details(reader, sequences, len(layers), len(modules))
+    # Results of earlier versions do not say.
+    of_outputs = manifest.get("tokens", "inputs") == "outputs"
+    pair_indices, pairs, arrays = _packed_details(
+        reader, sequences, len(layers), len(modules), of_outputs=of_outputs
+    )
     top = _by_query(reader.lines(TOP), num_queries)
     bottom = _by_query(reader.lines(BOTTOM), num_queries)
     scan, training_size = manifest["scan"], manifest["scores"]["training_size"]
@@ -203,6 +210,7 @@ def page_data(reader: ResultsReader) -> PageData:
         module_layers=[layers.index(layer) for layer in modules.values()],
         training_size=training_size,
         normalize=manifest["scores"]["normalize"],
+        tokens="outputs" if of_outputs else "inputs",
         scan_rank=scan["rank"],
     )
 
@@ -238,7 +246,12 @@ def _ranked(
 
 
 def _packed_details(
-    reader: ResultsReader, sequences: Mapping[int, list[str]], num_layers: int, num_modules: int
+    reader: ResultsReader,
+    sequences: Mapping[int, list[str]],
+    num_layers: int,
+    num_modules: int,
+    *,
+    of_outputs: bool,
 ) -> tuple[dict[tuple[int, int], int], list[PagePair], str]:
     """Index of each (query, sequence) among the pairs; the pairs; their arrays as base64."""
     if not reader.has(DETAILS):
@@ -278,7 +291,7 @@ def _packed_details(
                 positions=len(scores_T),
                 carriers=count,
                 few=0 < count <= min(FEW_TOKENS, FEW_OF_POSITIONS * len(scores_T)),
-                strongest=_strongest(tokens[:-1], scores_T),
+                strongest=_strongest(tokens, scores_T, of_outputs=of_outputs),
             )
         )
         parts.append(part)
@@ -286,12 +299,17 @@ def _packed_details(
     return {key: p for p, key in enumerate(keys)}, pairs, "".join(parts)
 
 
-def _strongest(tokens: Sequence[str], scores_T: np.ndarray) -> int:
-    """First position of the run of tokens with the largest |sum of scores|; 0 without tokens."""
-    if not len(tokens):
-        return 0
+def _strongest(tokens: Sequence[str], scores_T: np.ndarray, *, of_outputs: bool) -> int:
+    """First token of the run of tokens with the largest |sum of scores|.
+
+    Args:
+        tokens: The T + 1 tokens.
+        scores_T: The positions' scores.
+        of_outputs: Whether they belong to the tokens 1 to T; else to 0 to T − 1.
+    """
+    by_token = np.concatenate([[0], scores_T] if of_outputs else [scores_T, [0]])
     starts = [t for t, text in enumerate(tokens) if text or t == 0]
-    return starts[int(np.abs(np.add.reduceat(scores_T, starts)).argmax())]
+    return starts[int(np.abs(np.add.reduceat(by_token, starts)).argmax())]
 
 
 def _base64_arrays(

@@ -82,6 +82,9 @@ QUERIES = [
 ]
 
 
+CONTRAST = {"prompt": "The capital is", "completion": " Paris", "against": " Rome"}
+
+
 class Query(Command):
     """A query to the store `factors` of the good directory."""
 
@@ -488,6 +491,26 @@ QUERY_CASES = [
             ({"text": "That.", "group": 3}, "group is 3"),
         )
     ),
+    *(
+        case(f"a contrast whose {what}", queries({**CONTRAST, **fields}), f"line 2: {says}")
+        for what, fields, says in (
+            ("against is empty", {"against": ""}, "against is '' … or be left out"),
+            ("against is blank", {"against": " \n"}, r"against is ' \\n' … or be left out"),
+            ("against is a number", {"against": 17}, "against is 17; it must be text"),
+            ("against is a list", {"against": ["a"]}, r"against is \['a'\]; it must be text"),
+            ("sides are the same", {"against": CONTRAST["completion"]},
+             "against is what the query is about, ' Paris' … another text"),
+        )
+    ),
+    case("a text that is against another", queries({"text": "That.", "against": "This."}),
+         "line 2: has text and against, … two completions of one prompt … as \"prompt\""),
+    case("an against alone", queries({"against": "This."}), "line 2: has against; … each line"),
+    case("a contrast longer than the model reads",
+         queries({**CONTRAST, "against": " a long text" * 200}),
+         rf"queries\.jsonl, line 2, against: has \d\d\d+ tokens … reads {CONTEXT} at most"),
+    case("an against with nothing to predict",
+         queries({"prompt": "a to", "completion": " and more", "against": "ken"}),
+         "line 2, against:  … 'ken' … nothing to predict … end the prompt where"),
     case("a query of an empty completion", queries({"prompt": "What?", "completion": ""}),
          "line 2: completion is empty … must hold"),
     case("a query of an empty text", queries({"text": ""}), "line 2: text is empty … must hold"),
@@ -520,6 +543,9 @@ SCORES = [
          r"scores\.bottom_k is 13 … only 12 sequences … 12 or less"),
     case("top_k above the candidates", config("scores.candidates", [1, 2]),
          r"scores\.top_k is 3 … only 2 sequences … 2 or less"),
+    case("losses of tokens without scores of any",
+         (config("scores.tokens", "outputs"), config("scores.per_token", "none")),
+         r"scores\.tokens is outputs … scores\.per_token is none … top or all"),
     case("rescore above the data", (RANK, config("scores.rescore", NUM_ROWS + 1)),
          r"scores\.rescore is 13 … only 12 sequences … 12 or less"),
     case("rescore without a rank", config("scores.rescore", 5),
@@ -562,6 +588,7 @@ SCORES = [
         for name, value, known in (
             ("scores.normalize", "softmax", "relatif_theta"),
             ("scores.per_token", "some", "top"),
+            ("scores.tokens", "both", "outputs"),
             ("model.dtype", "float8", "bfloat16"),
         )
         for where, change in (
@@ -1101,6 +1128,9 @@ CALLS: list[tuple[dict[str, Any], type[UserError], str]] = [
     ({"queries": [QUERIES[0], {"prompt": "a"}]}, DataError, "query 1: has prompt; "),
     ({"queries": [{"text": 3}]}, DataError, "query 0: text is 3; it must be text"),
     ({"queries": [{"text": ""}]}, DataError, "query 0: text is empty"),
+    ({"queries": [{**CONTRAST, "against": ""}]}, DataError, "query 0: against is ''"),
+    ({"queries": [{**CONTRAST, "against": tokens(3)}]}, DataError, "query 0: against is .*text"),
+    ({"queries": [tokens(5, 6, against=" Rome")]}, DataError, "another example, with fields as"),
     (
         {"queries": [tokens(5, 6), tokens(5, 6, labels=torch.tensor([5, -100]))]},
         DataError,
@@ -1129,6 +1159,8 @@ CALLS: list[tuple[dict[str, Any], type[UserError], str]] = [
     ({"normalize": "softmax"}, ConfigError, "normalize is 'softmax'; it must be one of none"),
     ({"per_token": "tpo"}, ConfigError, "per_token is 'tpo'; it must be one of none, top"),
     ({"per_token": True}, ConfigError, "per_token is True"),
+    ({"tokens": "loss"}, ConfigError, "tokens is 'loss'; it must be one of inputs, outputs"),
+    ({"tokens": "outputs"}, ConfigError, "per_token is none, so no position has a score"),
     ({"top_k": 13}, ConfigError, "top_k is 13, but only 12 sequences"),
     ({"top_k": 0}, ConfigError, "top_k is 0; it must be a whole number of 1 or more"),
     ({"top_k": "3"}, ConfigError, "top_k is '3'; it must be a whole number"),

@@ -20,12 +20,13 @@ from helpers.workshop import (
     write_yaml,
 )
 from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ekfac_dist.runtime.terminal import visible
 
 QUERIES = [
-    {"prompt": "The worker reads", "completion": " a batch of tokens"},
+    {"prompt": "The worker reads", "completion": " a batch of tokens", "against": " one matrix"},
     {"text": "Each layer keeps one factor."},
     {"prompt": "Label", "completion": " sums", "group": "pair"},
     {"prompt": "Gradient", "completion": " counts", "group": "pair"},
@@ -99,7 +100,7 @@ def hashes(directory):
 
 
 def dense_answer(directory):
-    """[rows, N] and −log p of each query, from the files alone."""
+    """[rows, N], and −log p of the first query and of what it is against, from the files alone."""
     model = AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float64).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory / "model")
     names = json.loads((directory / "store" / "manifest.json").read_text())["modules"]
@@ -115,16 +116,21 @@ def dense_answer(directory):
     train = [example(row["asked"] or "", row["said"], 20) for row in rows]
     train = [t for t in train if (t["labels"][1:] != -100).any()]
     asked = [(q.get("prompt", ""), q.get("completion") or q["text"]) for q in QUERIES]
+    asked.append((QUERIES[0]["prompt"], QUERIES[0]["against"]))
     queries = [example(prompt, completion, None) for prompt, completion in asked]
     scores = DenseScores(model, names, train).scores(queries, train)
-    return torch.stack([scores[0], scores[1], scores[2] + scores[3]])
+    nats = []
+    for query in (queries[0], queries[4]):
+        logits = model(input_ids=query["input_ids"][None]).logits[0, :-1]
+        nats.append(cross_entropy(logits, query["labels"][1:], reduction="sum").item())
+    return torch.stack([scores[0] - scores[4], scores[1], scores[2] + scores[3]]), nats
 
 
 @BOTH
 def test_two_workers_files_hold_what_dense_autograd_says(fitted, tmp_path):
     done = ask(fitted, tmp_path / "scores", "--scores.top_k", "4", run=on_two_workers)
     found = load_file(tmp_path / "scores" / "scores.safetensors")
-    expected = dense_answer(fitted)
+    expected, nats = dense_answer(fitted)
     assert found["scores"].dtype == torch.float32
     assert relative(found["scores"].double(), expected) < 1e-6
     manifest = json.loads((tmp_path / "scores" / "manifest.json").read_text())
@@ -150,6 +156,17 @@ def test_two_workers_files_hold_what_dense_autograd_says(fitted, tmp_path):
         share = score / scores[scores.sign() == score.sign()].abs().sum()
         assert line["share"] == pytest.approx(share.item(), rel=1e-6)
         assert line["text"] == (row["asked"] or "") + row["said"]
+    lines = [json.loads(x) for x in (tmp_path / "scores" / "queries.jsonl").open()]
+    (contrast,) = lines[0]["members"]
+    other = contrast["against"]
+    assert [contrast["nats"], other["nats"]] == pytest.approx(nats)
+    for side, text in ((contrast, " a batch of tokens"), (other, " one matrix")):
+        assert side["completion"] == text
+        pairs = zip(side["tokens"], side["is_label"], strict=True)
+        assert "".join(token for token, is_label in pairs if is_label) == text
+    assert not any("against" in member for line in lines[1:] for member in line["members"])
+    assert "log p(completion) − log p(against)" in manifest["scores"]["scale"]
+    assert f"−log p {nats[0]:.2f}, rather than {nats[1]:.2f}" in done.stdout
     for said in ("workers       2", "empirical Fisher", "0.1 · mean(Λ)", "positive: more of"):
         assert said in done.stdout
     assert "nats" not in done.stdout

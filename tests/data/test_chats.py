@@ -11,7 +11,8 @@ from ekfac_dist.config import DataConfig
 from ekfac_dist.data.chats import messages_of, rendered
 from ekfac_dist.errors import ConfigError, DataError
 from ekfac_dist.influence.examples import sequences_of as sequences_from_python
-from ekfac_dist.influence.queries import parse_query, tokenize_queries
+from ekfac_dist.influence.queries import tokenize_queries
+from ekfac_dist.influence.query_texts import parse_query
 from ekfac_dist.models.capture.tasks import CAUSAL_LM
 
 # Of each turn a header, and an end; as ChatML.
@@ -68,6 +69,20 @@ def test_a_query_is_the_same_chat(template, before, answer):
     assert np.array_equal(found.sequences[0].inputs, data[0].inputs)
     assert np.array_equal(found.sequences[0].targets, data[0].targets)
     assert (found.texts[0].prompt, found.texts[0].completion) == (before, answer)
+
+
+@pytest.mark.parametrize(("template", "before", "answer"), BY_HAND)
+def test_a_contrast_of_chats_is_of_two_last_turns(template, before, answer):
+    tokenizer = with_template(template)
+    asked = [chat("a batch", "the sum"), chat("a batch", "no one")]
+    query = parse_query({"messages": asked[0], "against": "no one"}, "line 1", 1)
+    found = tokenize_queries([query], tokenizer, None)
+    data = sequences_of([{"chat": each} for each in asked], tokenizer, messages="chat")
+    for side in (0, 1):
+        assert np.array_equal(found.sequences[side].inputs, data[side].inputs)
+        assert np.array_equal(found.sequences[side].targets, data[side].targets)
+    rendered = (found.texts[0].completion, found.texts[0].against)
+    assert rendered == (answer, answer.replace("the sum", "no one"))
 
 
 def test_earlier_answers_carry_no_label():

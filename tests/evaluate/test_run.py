@@ -32,6 +32,7 @@ def made(directory):
     ]
     queries[1]["gold"] = [1, 2]
     del queries[2]["gold"]
+    queries[3]["against"] = " no worker waits."
     write_jsonl(directory / "queries.jsonl", queries)
     config = {
         "model": {"name": directory / "model", "dtype": "float64"},
@@ -92,12 +93,13 @@ def examples_of(directory):
     _, tokenizer = explained(directory)
     rows = [json.loads(line) for line in (directory / "queries.jsonl").read_text().splitlines()]
     train = [labelled(tokenizer, "", text, 20) for text in texts(NUM, words=(3, 9))]
-    return [labelled(tokenizer, r["prompt"], r["completion"], None) for r in rows], train
+    queries = [labelled(tokenizer, r["prompt"], r["completion"], None) for r in rows]
+    return [*queries, labelled(tokenizer, rows[3]["prompt"], rows[3]["against"], None)], train
 
 
 def grouped(scores):
-    """Rows of queries as rows of groups: the last two are one."""
-    return torch.cat([scores[:4], scores[4:].sum(0, keepdim=True)])
+    """Rows of queries as rows of groups: 4 and 5 are one, and 3 is against the last."""
+    return torch.cat([scores[:3], scores[3:4] - scores[6:], scores[4:6].sum(0, keepdim=True)])
 
 
 def test_the_scores_of_each_method_are_those_of_dense_autograd(evaluated):
@@ -159,7 +161,7 @@ def test_results_say_what_was_evaluated_and_with_what(evaluated):
     lines = [json.loads(line) for line in (directory / "queries.jsonl").read_text().splitlines()]
     members = [member for query in results["queries"] for member in query["members"]]
     assert members == [
-        {"line": k, "prompt": line["prompt"], "completion": line["completion"]}
+        {"line": k, **{name: line.get(name) for name in ("prompt", "completion", "against")}}
         for k, line in enumerate(lines, start=1)
     ]
     assert [query["group"] for query in results["queries"]] == [None] * 4 + ["pair"]

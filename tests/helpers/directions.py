@@ -145,7 +145,7 @@ def gauss_newton(model, modules, runs):
     """The Hessian of the loss of a linearised model, a mean over sequences [P, P].
 
     The loss of a sequence is that of logits z + J v, J by plain autograd on the weights; its
-    Hessian at v = 0 is autograd's too.
+    Hessian with respect to z is autograd's too.
 
     Args:
         model: A network in float64.
@@ -169,15 +169,14 @@ def gauss_newton(model, modules, runs):
             for (name, p), row in zip(parameters.items(), rows, strict=True)
         }
         J = flat(module_matrices(model, modules, gradients)).detach()
-
-        start = logits.detach()
-
-        def loss(v, J=J, logits=start, labels=labels):
-            moved = logits + (J @ v).view(logits.shape)
-            return torch.nn.functional.cross_entropy(moved, labels, reduction="sum")
-
-        total = total + torch.func.hessian(loss)(J.new_zeros(J.shape[1]))
+        loss = partial(_loss, labels)
+        H = torch.func.hessian(loss)(logits.detach()).view(len(units), len(units))
+        total = total + J.T @ H @ J
     return total / len(runs)
+
+
+def _loss(labels, logits):
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
 
 
 def runs_of(model, sequences):

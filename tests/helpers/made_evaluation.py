@@ -164,7 +164,12 @@ def _seed(numbers, seed, protocols):
 def _query(number, num_queries, text):
     is_group = number == num_queries - 1
     members = [
-        {"line": number + k + 1, "prompt": f"Query {number} asks", "completion": f" {text} {k}"}
+        {
+            "line": number + k + 1,
+            "prompt": f"Query {number} asks",
+            "completion": f" {text} {k}",
+            "against": f" not {text}" if number == 1 else None,
+        }
         for k in range(2 if is_group else 1)
     ]
     return {

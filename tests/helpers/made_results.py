@@ -56,12 +56,15 @@ class Made:
         num_layers: Layers, with three modules each.
         num_tokens: Tokens of a sequence, one more than it has positions.
         per_token: "top" or "none".
+        of: What positions' scores are of, "inputs" or "outputs"; None: not
+            told, as by earlier versions.
         normalize: As in the manifest.
         rescored: Sequences that a second stage scored; 0 is one exact stage.
         group: The group's name if rows are groups of three queries.
         tokens: Tokens of the sequence with that index, in place of drawn ones.
         prompt: Of every query.
         completion: Of every query.
+        against: Completion that every query is against; None: no contrasts.
         model: Name of the model.
         training_size: As in the manifest; None: no nats.
         loss: −log p of the first query; of each further one 1 more.
@@ -73,12 +76,14 @@ class Made:
     num_layers: int = 4
     num_tokens: int = 25
     per_token: str = "top"
+    of: str | None = "inputs"
     normalize: str = "none"
     rescored: int = 0
     group: str | None = None
     tokens: dict[int, list[str]] = field(default_factory=dict)
     prompt: str = "The tower was built in"
     completion: str = " Paris"
+    against: str | None = None
     model: str = "tiny"
     training_size: int | None = None
     loss: float = 1.25
@@ -125,6 +130,10 @@ class Made:
             "is_label": [False] * len(self.prompt.split()) + [True],
             "nats": self.loss + query,
         }
+        if self.against is not None:
+            other = {"completion": self.against, "tokens": [*self.prompt.split(), self.against]}
+            other |= {"is_label": member["is_label"], "nats": self.loss + query + 2}
+            member["against"] = other
         number = 3 if self.group else 1
         members = [{"line": query * number + k + 1, **member} for k in range(number)]
         return {"query": query, "group": self.group, "members": members}
@@ -238,6 +247,7 @@ class Made:
             "top_k": self.listed,
             "bottom_k": self.listed,
             "per_token": self.per_token,
+            **({} if self.of is None else {"tokens": self.of}),
             "workers": 2,
             "seconds": 12.5,
             "software": {"torch": "2.13.0", "transformers": "5.23.0"},

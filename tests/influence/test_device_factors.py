@@ -59,6 +59,8 @@ def test_what_there_is_room_for_is_sent_once(factors, of):
     all_batches(fitted, modules, of)
     distinct = {m.input for m in modules} | {m.output for m in modules} | {m.name for m in modules}
     assert len(modules) < len(distinct) == fitted.num_sent
+    kept = sum(tensor.nbytes for tensors in fitted._kept.values() for tensor in tensors)
+    assert fitted.bytes_left == 1e9 - kept
 
 
 @pytest.mark.parametrize("of", [scan, query])

@@ -1,4 +1,4 @@
-"""Queries as they are read, tokenised and grouped; candidates as they are picked."""
+"""Queries as they are read, tokenised and grouped."""
 
 import warnings
 
@@ -6,18 +6,17 @@ import pytest
 import torch
 from helpers.networks import build
 from helpers.workshop import texts, tiny_tokenizer, write_jsonl
+from tokenizers import normalizers
 
 from ekfac_dist.data.batches import NO_LABEL
 from ekfac_dist.data.tokenized_examples import from_examples
 from ekfac_dist.errors import DataError
 from ekfac_dist.influence.examples import queries_of, sequences_of
 from ekfac_dist.influence.queries import (
-    pick_candidates,
     query_examples,
-    read_candidates,
-    read_queries,
     tokenize_queries,
 )
+from ekfac_dist.influence.query_texts import parse_query, read_queries
 from ekfac_dist.models.capture.tasks import CAUSAL_LM
 
 TOKENIZER = tiny_tokenizer()
@@ -104,6 +103,54 @@ def test_python_callers_are_warned_of_split_tokens():
         sequences_of(rows[:1], TOKENIZER, None, model, CAUSAL_LM)
 
 
+CONTRAST = {"prompt": "The worker", "completion": " sends a batch", "against": " waits"}
+
+
+def test_a_contrast_has_a_sequence_for_each_side_and_the_sides_come_last(tmp_path):
+    queries = asked(
+        tmp_path, [CONTRAST, {"text": "a b c", "group": "g"}, {**CONTRAST, "group": "g"}]
+    )
+    assert len(queries) == 3
+    assert queries.members == ((0,), (1, 2))
+    assert queries.against == (3, None, 4)
+    assert [queries.sequences_of(group) for group in (0, 1)] == [[0, 3], [1, 2, 4]]
+    assert [queries.is_subtracted(sequence) for sequence in range(5)] == [False] * 3 + [True] * 2
+    assert queries.name_of(4) == "what query 2 (from 0) is against"
+    alone = asked(tmp_path, [WHOLE, {**WHOLE, "completion": " waits"}]).sequences
+    for sequence, expected in ((0, alone[0]), (3, alone[1])):
+        assert queries.sequences[sequence].inputs.tolist() == expected.inputs.tolist()
+        assert queries.sequences[sequence].targets.tolist() == expected.targets.tolist()
+
+
+def test_each_side_of_a_contrast_is_told_of_its_split_token(tmp_path):
+    queries = asked(tmp_path, [{**SPLIT, "against": "waits"}, WHOLE, {**WHOLE, "against": " no"}])
+    assert queries.split_tokens == (" s", None, None, " w", None)
+    assert [note.split(" the token")[0].split(", ")[1] for note in queries.split_notes] == [
+        "line 1:",
+        "line 1",
+    ]
+    assert "line 1, against: the token ' w' begins in the prompt" in queries.split_notes[1]
+
+
+def test_a_side_that_is_too_long_or_predicts_nothing_is_named(tmp_path):
+    with pytest.raises(
+        DataError, match=r"line 1, against: no token begins in the completion 'ken'"
+    ):
+        asked(tmp_path, [{"prompt": "a to", "completion": " and more", "against": "ken"}])
+    long = texts(1, words=(40, 40))[0]
+    with pytest.raises(DataError, match=r"line 1, against: has \d+ tokens, but the model reads 20"):
+        asked(tmp_path, [{**CONTRAST, "against": long}], context=20)
+
+
+def test_different_texts_of_the_same_tokens_are_no_contrast():
+    lower = tiny_tokenizer()
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    query = parse_query({**CONTRAST, "against": " Sends a batch"}, "line 1", 1)
+    with pytest.raises(DataError, match=r"line 1: .* different texts of the same tokens"):
+        tokenize_queries([query], lower, None)
+    assert tokenize_queries([query], TOKENIZER, None).against == (1,)
+
+
 def test_an_example_that_is_no_query_is_told_from_the_training_data():
     wrong = [{"input_ids": [1, 2]}, {"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}]
     with pytest.raises(DataError, match=r"Of the queries: Example 1 has an attention_mask with ze"):
@@ -119,19 +166,26 @@ def test_examples_are_queries_and_one_without_a_label_is_named():
         query_examples([good, bad], from_examples)
 
 
-def test_candidates_come_from_a_list_or_either_kind_of_file(tmp_path):
-    (tmp_path / "rows.json").write_text("[4, 1]\n")
-    (tmp_path / "rows.txt").write_text("4\n1\n")
-    assert read_candidates([4, 1]) == [4, 1]
-    assert read_candidates(str(tmp_path / "rows.json")) == [4, 1]
-    assert read_candidates(str(tmp_path / "rows.txt")) == [4, 1]
-    assert read_candidates(None) is None
+IDS, OTHER = {"input_ids": [1, 2, 3]}, {"input_ids": [1, 2, 4]}
 
 
-def test_candidates_are_rows_of_the_data_not_of_what_is_left_of_it():
-    data = [{"input_ids": ids} for ids in ([1, 2], [3], [4, 5], [6, 7])]  # row 1 has no label
-    sequences = from_examples(data)
-    assert pick_candidates(sequences, [3, 0]).tolist() == [0, 2]
-    assert pick_candidates(sequences, None).tolist() == [0, 1, 2]
-    with pytest.raises(DataError, match="holds 1, but that row has no label"):
-        pick_candidates(sequences, [0, 1])
+def test_an_example_may_be_against_another():
+    queries = query_examples([IDS, {**IDS, "against": OTHER, "group": "g"}], from_examples)
+    assert queries.against == (None, 2)
+    assert queries.sequences[2].targets.tolist() == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        ({**IDS, "against": IDS}, r"Query 1 \(from 0\) is against itself"),
+        ({**IDS, "against": " text"}, r"Query 1 \(from 0\) is against ' text'; .* another example"),
+        ({**IDS, "against": {"input_ids": [5]}}, r"Of what query 1 \(from 0\) is against: None of"),
+        ({**IDS, "against": {"ids": [5]}}, r"Of what query 1 \(from 0\) is against: .* without 'i"),
+        ({**IDS, "against": {"input_ids": [[1, 2], [3, 4]]}}, "is against a batch of 2"),
+        ({"input_ids": [[1, 2], [3, 4]], "against": OTHER}, "a 'group' or an 'against'"),
+    ],
+)
+def test_what_an_example_cannot_be_against_is_told(query, says):
+    with pytest.raises(DataError, match=says):
+        query_examples([OTHER, query], from_examples)

@@ -9,7 +9,7 @@ import worker_scores
 from helpers.dense import relative
 from helpers.dense_scores import DenseScores
 from helpers.workshop import run_workers
-from worker_scores import MESHES, MODELS, asked, file_of, made, task
+from worker_scores import MESHES, MODELS, answers_of, asked, file_of, made, task
 
 from ekfac_dist import estimate_factors, load_factors
 
@@ -68,8 +68,10 @@ def test_any_number_of_workers_gives_the_same_answer(
 ):
     for rank in range(workers):
         of_rank = answers(name, workers, rank, shard, is_sharded)
-        for answer in MODELS[name][1]:
+        for answer in answers_of(name, is_sharded):
             found, wanted = of_rank[answer], alone(name)[answer]
+            # Second derivatives in some modules at a time, of norms that are computed in float32.
+            tolerance = 1e-6 if answer == "outputs" else 1e-10
             assert found["top"] == wanted["top"]
             assert found["ranks"] == wanted["ranks"]
             assert found["damping"] == wanted["damping"]
@@ -80,7 +82,7 @@ def test_any_number_of_workers_gives_the_same_answer(
             for key in tensors.split():
                 assert (found[key] is None) == (wanted[key] is None)
                 if wanted[key] is not None:
-                    assert relative(found[key], wanted[key]) < 1e-10, key
+                    assert relative(found[key], wanted[key]) < tolerance, (answer, key)
             for one, other in zip(found["exact"], wanted["exact"], strict=True):
                 assert relative(one, other) < 1e-10
 
@@ -90,9 +92,9 @@ def test_workers_scores_are_the_dense_ones(
     alone, answers, stores, name, workers, shard, is_sharded
 ):
     queries, train = asked(name)
-    expected = DenseScores(made(name), load_factors(stores / name).modules, train)
-    expected = expected.scores(queries, train)
-    expected = torch.stack([expected[0], expected[1] + expected[3], expected[2]])
+    dense = DenseScores(made(name), load_factors(stores / name).modules, train)
+    rows = dense.scores([*queries, queries[2]["against"]], train)
+    expected = torch.stack([rows[0], rows[1] + rows[3], rows[2] - rows[4]])
     for found in (alone(name), answers(name, workers, 0, shard, is_sharded)):
         assert relative(found["exact"]["scores"], expected) < 1e-10
 
@@ -106,6 +108,13 @@ def test_a_worker_reads_the_factors_of_its_own_modules_alone(
     for first in range(0, workers, shard):
         of_copy = held[first : first + shard]
         assert sorted(module for modules in of_copy for module in modules) == everything
+
+
+@pytest.mark.parametrize("shard", [1, 2])
+def test_scores_of_losses_of_a_sharded_model_are_refused(answers, shard):
+    told = answers("experts", 2, 0, shard, True)["refused"]
+    assert "the model is sharded over the workers" in told
+    assert "set scores.tokens: inputs" in told
 
 
 def test_blocks_were_really_several(answers):

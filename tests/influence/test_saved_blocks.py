@@ -40,7 +40,7 @@ from ekfac_dist.runtime.lock import DirectoryLock
 from ekfac_dist.runtime.processes import World
 
 QUERIES = [
-    {"prompt": "The worker reads", "completion": " a batch of tokens"},
+    {"prompt": "The worker reads", "completion": " a batch of tokens", "against": " one row"},
     {"prompt": "Label", "completion": " sums", "group": "pair"},
     {"text": "Each layer keeps one factor."},
     {"prompt": "Gradient", "completion": " counts", "group": "pair"},
@@ -58,6 +58,7 @@ ASKED = {
         "per_module": True,
         "per_layer": True,
     },
+    "losses of tokens": {"query_memory_gb": TWO_ROWS, "tokens": "outputs", "per_token": "all"},
     "two stages": {
         "query_memory_gb": TWO_OF_RANK_2,
         "rank": 2,
@@ -384,6 +385,10 @@ def change_queries(root: Path) -> None:
     write_jsonl(root / "queries.jsonl", [*QUERIES[:3], {**QUERIES[3], "completion": " tokens"}])
 
 
+def change_contrast(root: Path) -> None:
+    write_jsonl(root / "queries.jsonl", [{**QUERIES[0], "against": " two rows"}, *QUERIES[1:]])
+
+
 def change_data(root: Path) -> None:
     write_jsonl(root / "other.jsonl", [{"text": text} for text in texts(9, seed=4)])
 
@@ -421,9 +426,13 @@ def test_another_run_is_refused_by_what_changed(
     other = ScoresConfig(**{**vars(scores), "normalize": "cosine"})
     with pytest.raises(OutputError, match=r"scores\.normalize 'none' \(now 'cosine'\)"):
         goes_on(scores=other)
+    other = ScoresConfig(**{**vars(scores), "tokens": "outputs"})
+    with pytest.raises(OutputError, match=r"scores\.tokens 'inputs' \(now 'outputs'\)"):
+        goes_on(scores=other)
     for change, says in (
         (change_candidates, r"began with another candidates \(\w{12}…, now \w{12}…\)"),
         (change_queries, "began with another queries"),
+        (change_contrast, "began with another queries"),
         (change_data, "began with another data"),
         (change_factors, "began with another factors"),
     ):

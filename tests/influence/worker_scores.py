@@ -7,6 +7,7 @@ FSDP2 shards over all workers.
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import Accelerator
 from helpers.families import tiny_model
@@ -18,6 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ekfac_dist import Seq2SeqLM, influence_scores, load_factors
+from ekfac_dist.errors import ModelError
+from ekfac_dist.models.sharding import is_sharded
 
 ANSWERS = {
     "exact": {"per_token": "top", "per_module": True},
@@ -32,6 +35,8 @@ ANSWERS = {
     },
     "one candidate": {"candidates": [3], "top_k": 1, "per_token": "top"},
 }
+# What is asked of whole models alone: FSDP2's gathered weights are not there for it.
+OF_WHOLE = {"outputs": {"tokens": "outputs", "per_token": "all"}}
 # Family, what is asked, and what of the model is tracked: all, or some.
 MODELS = {
     "biased": ("llama_bias", [name for name in ANSWERS if "refined" not in name], None),
@@ -71,13 +76,20 @@ def task(name: str) -> Seq2SeqLM | None:
     return Seq2SeqLM() if name == "encoder-decoder" else None
 
 
+def answers_of(name: str, is_sharded: bool) -> list[str]:
+    return [*MODELS[name][1], *([] if is_sharded else OF_WHOLE)]
+
+
 def asked(name: str) -> tuple[list, list]:
-    """Queries, two of which are summed, and training sequences."""
+    """Queries, two of which are summed and one is a contrast, and training sequences."""
     if name == "encoder-decoder":
-        queries, train = translated_examples(4, seed=2), translated_examples(11, seed=1)
+        *queries, other = translated_examples(5, seed=2)
+        train = translated_examples(11, seed=1)
     else:
-        queries, train = examples(4, seed=2, prompts=True), examples(11, seed=1, prompts=True)
+        *queries, other = examples(5, seed=2, prompts=True)
+        train = examples(11, seed=1, prompts=True)
     queries[1]["group"] = queries[3]["group"] = "pair"
+    queries[2]["against"] = other
     return (queries[:1], train[:1]) if name == "one query, one sequence" else (queries, train)
 
 
@@ -114,14 +126,14 @@ def answers(root: Path, name: str, model: nn.Module, shard: int = 1) -> dict:
     factors = load_factors(root / name, model=model)
     queries, train = asked(name)
     found = {}
-    for answer in MODELS[name][1]:
-        options = {"batch_tokens": 20, "top_k": min(2, len(train)), "shard": shard}
-        options |= ANSWERS[answer] | {"task": task(name)}
+    fixed = {"batch_tokens": 20, "top_k": min(2, len(train)), "shard": shard, "task": task(name)}
+    for answer in answers_of(name, is_sharded(model)):
+        options = fixed | (ANSWERS | OF_WHOLE)[answer]
         scores = influence_scores(model, factors, queries, train, **options)
         found[answer] = {
             "scores": scores.scores,
             "shares": scores.shares,
-            "losses": scores.query_losses,
+            "losses": [*scores.query_losses, *scores.losses],
             "top": [end.columns.tolist() for end in scores.top],
             "num_scans": scores.num_scans,
             "ranks": scores.ranks,
@@ -133,6 +145,10 @@ def answers(root: Path, name: str, model: nn.Module, shard: int = 1) -> dict:
             "residuals": None if scores.refined is None else scores.refined.residuals,
             "exact": [row.exact_scores for row in scores.rescored],
         }
+    if is_sharded(model):
+        with pytest.raises(ModelError) as raised:
+            influence_scores(model, factors, queries, train, **fixed, **OF_WHOLE["outputs"])
+        found["refused"] = str(raised.value)
     found["held"] = sorted(factors._lambdas)  # the modules whose factors this worker has read
     return found
 

@@ -13,6 +13,7 @@ from helpers.directions import flat, gauss_newton, runs_of, with_wide_norms
 from helpers.families import tiny_model
 from helpers.networks import build, examples, shifted
 from helpers.task_models import bert, masked_examples
+from test_experts import PICKS, RoutedList
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -127,10 +128,10 @@ def test_the_sequences_of_g_are_drawn_by_the_seed_alone():
     it = case("gpt_neox")
     drawn = sorted(np.random.Generator(np.random.Philox(key=[5, 0])).choice(9, 4, replace=False))
     expected = it.expected(it.G([int(k) for k in drawn]))
-    refine = {**CONVERGED, "sequences": 4, "seed": 5}
+    refine = {**CONVERGED, "tolerance": 1e-8, "sequences": 4, "seed": 5}
     for options in ({"batch_tokens": 1}, {"batch_tokens": 100}, {"query_memory_gb": 1e-9}):
         found = it.scores(refine=refine, **options)
-        assert relative(found.scores, expected) < 1e-8, options
+        assert relative(found.scores, expected) < 1e-6, options
         assert (found.refined.num_sequences, found.refined.num_training) == (4, 9)
     others = it.scores(refine=refine | {"seed": 6})
     assert relative(others.scores, expected) > 1e-3
@@ -188,11 +189,12 @@ def test_a_group_of_queries_is_refined_as_their_sum():
 
 def test_astra_with_all_sequences_in_each_step_reaches_the_dense_solve():
     it = case("gpt_neox")
-    steps = {"iterations": 200, "batch": 9, "step_size": 0.3, "momentum": 0.3}
+    steps = {"iterations": 60, "batch": 9, "step_size": 0.3, "momentum": 0.3}
     found = it.scores(refine={"method": "astra", **steps})
-    assert relative(found.scores, it.expected(it.G())) < 1e-6
+    assert relative(found.scores, it.expected(it.G())) < 1e-3
+    assert relative(it.scores().scores, it.expected(it.G())) > 0.05
     assert found.refined.num_converged is None
-    assert "after 200 steps" in found.refined.convergence_in_words
+    assert "after 60 steps" in found.refined.convergence_in_words
 
 
 def test_each_step_of_astra_has_sequences_of_its_own():
@@ -234,10 +236,25 @@ def weight_gradients(model, factors, run, rows):
     return {name: torch.stack(module.gradients) for name, module in dense.items()}
 
 
+def test_experts_in_lists_are_refined_as_fused_ones():
+    train, queries = examples(6, prompts=True), examples(2, seed=4)
+    fused, listed = (tiny_model("MixtralForCausalLM") for _ in range(2))
+    for layer in listed.model.layers:
+        layer.mlp.experts = RoutedList(layer.mlp.experts, PICKS["tokens[index]"])
+    options = {"refine": {"method": "cg", "iterations": 2}, "damping": DAMPING, "top_k": 2}
+    found = []
+    for model in (fused, listed):
+        factors = estimate_factors(model, train, labels="data", accumulate="float64")
+        found.append(influence_scores(model, factors, queries, train, **options))
+    assert relative(found[1].scores, found[0].scores) < 1e-6  # norms are in float32
+    assert relative(found[1].refined.residuals, found[0].refined.residuals) < 1e-6
+
+
 def test_stored_factors_are_never_changed(tmp_path):
     model, train = build("gpt2"), examples(6, seed=1)
     factors = estimate_factors(model, train, labels="data", output=tmp_path / "store")
     files = sorted(path for path in (tmp_path / "store").rglob("*") if path.is_file())
     before = [path.read_bytes() for path in files]
-    influence_scores(model, factors, train[:2], train, refine="cg", top_k=2)
+    refine = {"method": "cg", "iterations": 2}
+    influence_scores(model, factors, train[:2], train, refine=refine, top_k=2)
     assert [path.read_bytes() for path in files] == before

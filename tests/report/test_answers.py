@@ -38,6 +38,13 @@ def test_with_one_nats_are_of_first_order_and_what_cannot_be_is_marked(tmp_path)
     assert said.count("! too far for first order") == 1
 
 
+def test_both_texts_of_a_contrast_are_told_with_both_losses(tmp_path):
+    made = Made(num_queries=1, against=" Rome", loss=1.25)
+    said = answer_tables(str(made.write(tmp_path / "scores")))
+    assert "The tower was built in → Paris\n  rather than Rome\n" in said
+    assert "−log p 1.25, rather than 3.25" in said
+
+
 def test_nothing_of_the_data_acts_on_the_terminal(tmp_path):
     text = "\x1b]0;mine\x07\x1b[31mred\x9b1m\x7f\u202eevil\u2066\r\nbelow"
     made = Made(num_queries=1, prompt=text, completion=text, group=text, model=text)

@@ -112,6 +112,25 @@ def test_the_manifests_meaning_stands_at_the_top(report):
     assert page.data["scan_rank"] == 32
 
 
+@pytest.mark.parametrize(
+    ("of", "words"),
+    [
+        ("inputs", "shaded by what reading each adds"),
+        ("outputs", "shaded by what the loss of predicting each does"),
+        (None, "shaded by what reading each adds"),  # results of an earlier version
+    ],
+)
+def test_it_is_said_what_the_tokens_are_shaded_by(report, of, words):
+    _, page = report(of=of)
+    assert words in page.text[: page.text.index("Sequences")]
+    assert page.data["tokens"] == (of or "inputs")
+
+
+def test_nothing_is_said_of_shades_where_there_are_none(report):
+    _, page = report(per_token="none")
+    assert "shaded by" not in page.text[: page.text.index("Sequences")]
+
+
 def test_without_a_training_size_no_nats_are_shown(report):
     _, page = report(num_queries=1)
     assert page.data["training_size"] is None
@@ -131,12 +150,15 @@ def test_with_one_they_are_of_first_order_and_what_cannot_be_has_a_note(report):
     assert re.search(r"Training size\s*1,000", page.text)
 
 
-def test_the_strongest_of_a_sequence_are_the_tokens_with_the_largest_sum(report):
+@pytest.mark.parametrize("of", ["inputs", "outputs"])
+def test_the_strongest_of_a_sequence_are_the_tokens_with_the_largest_sum(report, of):
     pieces = ["a", "狐", "", "", "b", "c"] * 4
-    made, page = report(num_queries=1, tokens=dict.fromkeys(range(60), pieces))
-    starts = [t for t, text in enumerate(pieces[:-1]) if text]
+    made, page = report(num_queries=1, tokens=dict.fromkeys(range(60), pieces), of=of)
+    starts = [t for t, text in enumerate(pieces) if text]
     for p, pair in enumerate(page.data["pairs"]):
         scores = page.pair(p)[0].astype(np.float64)
+        if of == "outputs":  # position t's is of token t + 1
+            scores = np.concatenate([[0], scores])
         sums = {
             start: abs(scores[start : start + (3 if pieces[start] == "狐" else 1)].sum())
             for start in starts

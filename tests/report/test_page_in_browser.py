@@ -56,6 +56,21 @@ def test_a_pointer_chooses_a_query_a_sequence_and_a_token(opened):
     assert page.url.endswith(f"#query=2&list=bottom&sequence={index}")
 
 
+def test_a_contrast_shows_both_texts_and_both_losses(opened):
+    made = Made(num_queries=2, against=" Rome\u202e", loss=1.25)
+    page = opened(made)
+    page.select_option("#query-select", "1")
+    texts = page.locator("#query .quote").all_inner_texts()
+    assert texts == ["The tower was built in Paris", "The tower was built in RomeU+202E"]
+    notes = page.locator("#query .member .note").all_inner_texts()
+    assert "−log p = 2.25" in notes[0]
+    assert "−log p = 4.25" in notes[1]
+    assert notes[2].endswith("log p(completion) − log p(against) = +2.000.")
+    assert page.locator("#query .key .against").count() == 1
+    title = page.locator("#query-select option").nth(1).inner_text()
+    assert title == "2 · The tower was built in →  Paris rather than  RomeU+202E"
+
+
 def test_the_layers_bars_and_map_show_their_values(opened):
     made = Made(num_queries=1)
     page = opened(made)
@@ -78,6 +93,38 @@ def test_the_layers_bars_and_map_show_their_values(opened):
     assert page.locator("#layer-select").input_value() == "2"
     page.locator("#token-5").hover()
     assert "Layer 2" in facts(page, "#tooltip")
+
+
+def test_scores_of_losses_are_those_of_the_tokens_that_are_predicted(opened):
+    made = Made(num_queries=1, of="outputs")
+    page = opened(made)
+    index = made.top[0][0]
+    tokens = made.sequences[index]
+    assert "the one that is predicted" in page.locator("#tokens-note").inner_text()
+    page.locator("#token-4").hover()
+    seen = facts(page, "#tooltip")
+    assert number(seen["Score"]) == pytest.approx(token_score(made, 0, index, 3), rel=1e-3)
+    assert seen["Predicted after"].strip() == tokens[3].strip()
+    assert "Predicts" not in seen
+    page.locator("#token-0").hover()
+    assert facts(page, "#tooltip")["Score"] == "none: the first token is not predicted"
+    assert page.locator("#map .cross").is_hidden()
+    page.locator("#token-24").hover()
+    seen = facts(page, "#tooltip")
+    assert number(seen["Score"]) == pytest.approx(token_score(made, 0, index, 23), rel=1e-3)
+    box = page.locator("#map canvas").bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 8.5 / 24, box["y"] + box["height"] * 3.5 / 4)
+    seen = facts(page, "#tooltip")
+    assert (seen["Layer"], seen["Position"]) == ("3", "8")
+    assert seen["Predicted after"].strip() == tokens[8].strip()
+    assert page.locator(".token.active").get_attribute("id") == "token-9"
+
+
+def test_the_strongest_token_of_a_flagged_sequence_is_the_predicted_one(opened):
+    page = opened(Made(num_queries=1, of="outputs"))
+    page.locator("#canvas-rows .row:has(.badge)").first.click()
+    page.locator("#sequence-flag button").click()
+    assert page.locator(".token.active").get_attribute("id") == "token-9"  # 8 of inputs
 
 
 def test_colours_have_the_signs_hue_and_the_largest_is_deepest(opened):

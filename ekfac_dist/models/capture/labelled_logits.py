@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ekfac_dist.data.batches import Batch
+from ekfac_dist.data.batches import Batch, LabelPlaces
 from ekfac_dist.models.capture.labels import (
     COVARIANCE_PASS,
     LabelLosses,
@@ -59,10 +59,12 @@ class LabelledLogits(ABC):
     Attributes:
         start: The tensor at which the batch's graph ends.
         num_labels: L, the number of labelled positions.
+        labels: Where they are.
     """
 
     start: Tensor
     num_labels: int
+    labels: LabelPlaces
 
     @abstractmethod
     def chunks(self) -> Iterator[LogitChunk]:
@@ -99,6 +101,7 @@ class WholeLogits(LabelledLogits):
         check_logits(logits, labels, batch)
         self._losses = LabelLosses(labels, batch, DATA_LABELS, num_classes=logits.shape[-1])
         self.start, self.num_labels = logits, self._losses.num_labels
+        self.labels = self._losses.places
 
     def chunks(self) -> Iterator[LogitChunk]:
         """As many positions at a time as a softmax is computed for."""
@@ -162,6 +165,7 @@ class LogitsInChunks(LabelledLogits):
         chunk_size: int,
     ) -> None:
         self.start, self.num_labels = hidden, losses.num_labels
+        self.labels = losses.places
         self._losses, self._head, self._chunk_size = losses, head, chunk_size
 
     def chunks(self) -> Iterator[LogitChunk]:
@@ -222,3 +226,25 @@ def log_probability_tangents(logits: LabelledLogits, tangents: Sequence[Tensor])
             )
         )
     return torch.cat(parts, 1)
+
+
+def log_probability_cotangent(logits: LabelledLogits, number: int) -> Tensor:
+    """The gradient of log p(label) at one labelled position with respect to `start`.
+
+    Args:
+        logits: The logits; labels are the data's own.
+        number: The position's number among the labelled ones.
+
+    Returns:
+        A cotangent of `start`.
+    """
+    cotangent, first = torch.zeros_like(logits.start), 0
+    for chunk in logits.chunks():
+        place = number - first
+        if 0 <= place < len(chunk.labels_n):
+            gradient_nV = torch.zeros_like(chunk.logits_nV)
+            gradient_nV[place] = -torch.softmax(chunk.logits_nV[place], -1)
+            gradient_nV[place, chunk.labels_n[place]] += 1
+            chunk.pull_(gradient_nV, cotangent)
+        first += len(chunk.labels_n)
+    return cotangent

@@ -188,6 +188,11 @@ class LabelLosses:
         """L, the number of labels."""
         return len(self._labelled.flat)
 
+    @property
+    def places(self) -> LabelPlaces:
+        """Where the labels are."""
+        return self._labelled
+
     def chunks(self, size: int) -> Iterator[tuple[range, slice | Tensor]]:
         """Splits the labels, in the order of their positions.
 

@@ -26,7 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from ekfac_dist.curvature.products import with_bias
-from ekfac_dist.data.batches import Batch, CapturedPositions, Grid, RoutedPositions
+from ekfac_dist.data.batches import (
+    Batch,
+    CapturedPositions,
+    Grid,
+    LabelPlaces,
+    RoutedPositions,
+)
 from ekfac_dist.errors import ModelError, first_line
 from ekfac_dist.models.capture import labelled_logits
 from ekfac_dist.models.capture.checkpointing import LayerCall
@@ -40,6 +46,7 @@ from ekfac_dist.models.modules import TrackedModule
 
 # Most memory, in bytes, of the tangents that are held at a time.
 TANGENT_BYTES = 2**28
+REFINEMENT_ADVICE = "products with the Gauss–Newton matrix need; set refine.method: none"
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,8 @@ class Linearisation(Capture):
         modules: The tracked modules, in model order.
         dtype: Of the weights' changes and gradients, float32 or float64.
         task: What the model is asked, and what its loss is; it needs logits.
+        advice: How the error against a backward that cannot be differentiated goes on: what needs
+            it, and what would do.
     """
 
     def __init__(
@@ -92,7 +101,9 @@ class Linearisation(Capture):
         modules: Sequence[TrackedModule],
         dtype: torch.dtype,
         task: Task = CAUSAL_LM,
+        advice: str = REFINEMENT_ADVICE,
     ) -> None:
+        self._advice = advice
         self._acts = _Inputs()
         super().__init__(model, modules, self._acts, dtype, task)
         self._outputs: dict[str, Tensor] = {}
@@ -126,7 +137,7 @@ class Linearisation(Capture):
                 for module in self.modules
                 if module.name in self._outputs
             ]
-        return LinearisedBatch(calls, logits)
+        return LinearisedBatch(calls, logits, self._advice)
 
     def _watch(self, module: TrackedModule, output: Tensor, call: LayerCall | None) -> None:
         """Keeps an output, in the graph."""
@@ -153,13 +164,16 @@ class LinearisedBatch:
     Args:
         calls: The part of every tracked module that has counted positions.
         logits: The logits of the labelled positions.
+        advice: As of `Linearisation`.
 
     Raises:
         ModelError: If the model's backward cannot be differentiated.
     """
 
-    def __init__(self, calls: Sequence[ModuleCall], logits: LabelledLogits) -> None:
-        self._logits, self._start = logits, logits.start
+    def __init__(
+        self, calls: Sequence[ModuleCall], logits: LabelledLogits, advice: str = REFINEMENT_ADVICE
+    ) -> None:
+        self._logits, self._start, self._advice = logits, logits.start, advice
         self._calls: list[ModuleCall] = []
         self._pulled: list[Tensor] = []
         self._cotangent = torch.zeros_like(self._start, requires_grad=True)
@@ -174,7 +188,7 @@ class LinearisedBatch:
                 allow_unused=True,
             )
         except RuntimeError as error:
-            _refuse(error)
+            _refuse(error, self._advice)
         for call, gradient in zip(calls, pulled, strict=True):
             # None: what an expert gives does not reach a labelled position.
             if gradient is not None and gradient.requires_grad:
@@ -186,26 +200,39 @@ class LinearisedBatch:
         """L, the number of labelled positions."""
         return self._logits.num_labels
 
+    @property
+    def labels(self) -> LabelPlaces:
+        """Where the labelled positions are."""
+        return self._logits.labels
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the labels: [B, T], or [B] where each is a whole sequence's."""
+        return tuple(self._start.shape[:-1])
+
     def tangent(self, vectors: Mapping[str, Tensor]) -> Tensor:
         """J V, up to the tensor at which the graph ends: logits, or a chunked head's hidden states.
 
         Args:
-            vectors: V of every tracked module, by name [O, I].
+            vectors: V by module's name [O, I]; modules without one do not change, and what lies
+                below all that do is not computed.
 
         Raises:
             ModelError: If the model's backward cannot be differentiated.
         """
-        if not self._calls:
+        changed = [k for k, call in enumerate(self._calls) if call.module.name in vectors]
+        if not changed:
             return torch.zeros_like(self._start)
+        calls, pulled = zip(*((self._calls[k], self._pulled[k]) for k in changed), strict=True)
         with torch.no_grad(), precisely(self._start.device):
-            tangents = [call.tangent(vectors[call.module.name]) for call in self._calls]
+            tangents = [call.tangent(vectors[call.module.name]) for call in calls]
         try:
             with torch.autocast(self._start.device.type, enabled=False):  # meant for forwards
                 (tangent,) = torch.autograd.grad(
-                    self._pulled, self._cotangent, tangents, retain_graph=True
+                    pulled, self._cotangent, tangents, retain_graph=True
                 )
         except RuntimeError as error:
-            _refuse(error)
+            _refuse(error, self._advice)
         return tangent
 
     def gradients(self, cotangent: Tensor) -> Iterator[tuple[TrackedModule, Tensor, Tensor]]:
@@ -233,12 +260,29 @@ class LinearisedBatch:
         """The derivative of log p(label) at every labelled position along V.
 
         Args:
-            vectors: V of every tracked module, by name [O, I].
+            vectors: V by module's name [O, I]; modules without one do not change.
 
         Returns:
             [L], positions in order, float32 or float64 as the logits; labels are the data's own.
         """
-        return labelled_logits.log_probability_tangents(self._logits, [self.tangent(vectors)])[0]
+        return self.log_probability_tangents_of([vectors])[0]
+
+    def log_probability_tangents_of(self, directions: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """As `log_probability_tangents` along each of several directions [directions, L]."""
+        step = max(1, TANGENT_BYTES // self._start.nbytes)
+        parts = [
+            labelled_logits.log_probability_tangents(
+                self._logits, [self.tangent(vectors) for vectors in directions[k : k + step]]
+            )
+            for k in range(0, len(directions), step)
+        ]
+        return torch.cat(parts)
+
+    def log_probability_gradients(
+        self, number: int
+    ) -> Iterator[tuple[TrackedModule, Tensor, Tensor]]:
+        """The gradient of log p(label) at one labelled position, by a backward; as `gradients`."""
+        return self.gradients(labelled_logits.log_probability_cotangent(self._logits, number))
 
     def add_gauss_newton_products_(
         self,
@@ -270,11 +314,10 @@ class LinearisedBatch:
                     into[module.name][k] += product_OI.to(into[module.name].device)
 
 
-def _refuse(error: RuntimeError) -> NoReturn:
+def _refuse(error: RuntimeError, advice: str) -> NoReturn:
     """Raises the sentence for an operation without second derivative; other errors as they are."""
     if isinstance(error, torch.OutOfMemoryError):
         raise error
     raise ModelError(
-        f"The model's backward cannot be differentiated ({first_line(error)}), which products with "
-        "the Gauss–Newton matrix need; set refine.method: none."
+        f"The model's backward cannot be differentiated ({first_line(error)}), which {advice}."
     ) from error

@@ -4,11 +4,16 @@ const data = JSON.parse(byId("data").textContent);
 const arrays = byId("arrays").textContent;
 for (const names of ["layers", "modules"]) data[names] = data[names].map(spelled);
 const inNats = data.training_size !== null;
+// A token has the score of the position with its own number, which reads it; or, where scores are of
+// losses, of the position before, which predicts it.
+const ofOutputs = data.tokens === "outputs";
+const positionOf = (token) => (ofOutputs ? token - 1 : token);
+const tokenOf = (position) => (ofOutputs ? position + 1 : position);
 const decoded = new Map();
 const KEPT_DECODED = 16;
 
-// The arrays of a pair (its index in `data.pairs`): token scores [L], module scores, layer scores,
-// and a function of (layer, token) that returns their score. Null for null, a sequence without
+// The arrays of a pair (its index in `data.pairs`): positions' scores [L], module scores, layer
+// scores, and a function of (layer, position) that returns their score. Null for null, a sequence without
 // token scores.
 function detailsOf(pair) {
   if (pair === null) return null;
@@ -25,12 +30,12 @@ function detailsOf(pair) {
     layers[data.module_layers[m]] += score;
   });
   const details = {
-    tokens: floats.subarray(0, positions),
+    positions: floats.subarray(0, positions),
     modules,
     layers,
     limit,
-    at: (layer, token) => {
-      const root = cells[layer * positions + token] / 127;
+    at: (layer, position) => {
+      const root = cells[layer * positions + position] / 127;
       return limit * root * Math.abs(root);
     },
   };

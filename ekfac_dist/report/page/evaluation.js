@@ -10,10 +10,12 @@ const signedFixed = (value) => (value > 0 ? "+" : "") + fixed(value);
 // Nodes of a query group's text: its name, and the texts of its queries.
 function textOf({ group, members }) {
   const nodes = group === null ? [] : [...visible(group, true), ": "];
-  members.forEach(({ prompt, completion }, k) => {
+  members.forEach(({ prompt, completion, against }, k) => {
     if (k) nodes.push(" · ");
     nodes.push(...visible(brief(prompt, 200), true), prompt === "" ? "" : " → ",
-      make("span", { class: "completion" }, ...visible(brief(completion, 200), true)));
+      make("span", { class: "completion" }, ...visible(brief(completion, 200), true)),
+      ...(against == null ? [] : [" rather than ",
+        make("span", { class: "completion" }, ...visible(brief(against, 200), true))]));
   });
   return nodes;
 }

@@ -6,7 +6,7 @@ const layers = {
   canvas: byId("map").querySelector("canvas"),
   cross: byId("map").querySelector(".cross"),
   axis: byId("map").querySelector(".axis"),
-  cell: null, // [layer, token] under the keyboard focus
+  cell: null, // [layer, position] under the keyboard focus
   bar: 0,
 
   rowHeight: Math.max(9, Math.min(22, Math.floor(440 / data.layers.length))),
@@ -82,8 +82,9 @@ const layers = {
     context.drawImage(flat, 0, 0, width, this.canvas.height);
     this.drawAxis(positions);
     byId("layers-note").textContent =
-      "Bars: each layer's part of the score. Map: each layer's part at each token, first token " +
-      `left; its deepest colour is ±${unsigned(limit, 2)}, values rounded to two digits. ` +
+      "Bars: each layer's part of the score. Map: each layer's part at each position, first one " +
+      `left${ofOutputs ? ", of the token that it predicts" : ""}; ` +
+      `its deepest colour is ±${unsigned(limit, 2)}, values rounded to two digits. ` +
       "Choose a layer to colour the tokens above by it.";
   },
 
@@ -101,33 +102,35 @@ const layers = {
   },
 
   // Draws a frame around a cell, or around `number` whole columns where `layer` is null.
-  mark(layer, token, number = 1) {
-    this.cross.hidden = token === null || token >= sequence.tokens.length - 1;
+  mark(layer, position, number = 1) {
+    this.cross.hidden = position === null;
     if (this.cross.hidden) return;
-    const positions = sequence.tokens.length - 1;
     const style = this.cross.style;
-    const width = this.map.clientWidth / positions;
-    style.left = `${token * width}px`;
-    style.width = `${Math.max(2, width * Math.min(number, positions - token))}px`;
+    const width = this.map.clientWidth / (sequence.tokens.length - 1);
+    style.left = `${position * width}px`;
+    style.width = `${Math.max(2, width * number)}px`;
     style.top = layer === null ? "0" : `${layer * this.rowHeight}px`;
     style.height = `${(layer === null ? data.layers.length : 1) * this.rowHeight}px`;
   },
 
-  point(layer, token) {
-    this.cell = [layer, token];
+  point(layer, position) {
+    const token = tokenOf(position);
+    this.cell = [layer, position];
     sequence.box.querySelector(".active")?.classList.remove("active");
     sequence.active = token;
     sequence.node(token).classList.add("active");
-    this.mark(layer, token);
-    const value = sequence.details.at(layer, token);
+    this.mark(layer, position);
+    const value = sequence.details.at(layer, position);
     const [start, end] = [sequence.start(token), sequence.end(token)];
     const lines = [
       ["Layer", shortNames[layer]],
       ["Score", signed(value, 2)],
       sequence.inNats(value, 2),
-      ["Predicts", spelled(brief(sequence.text(token + 1)))],
+      ofOutputs
+        ? ["Predicted after", spelled(brief(sequence.text(token - 1)))]
+        : ["Predicts", spelled(brief(sequence.text(token + 1)))],
       end - start > 1 ? ["Token", `${token - start + 1} of ${end - start} read together`] : null,
-      ["Position", String(token)],
+      ["Position", String(position)],
     ].filter((line) => line);
     tooltip.show(
       () => this.cross.getBoundingClientRect(),
@@ -175,9 +178,9 @@ const cellUnder = (event) => {
   const box = layers.canvas.getBoundingClientRect();
   const positions = sequence.tokens.length - 1;
   const layer = Math.floor((event.clientY - box.top) / layers.rowHeight);
-  const token = Math.floor(((event.clientX - box.left) / box.width) * positions);
-  const inside = layer >= 0 && layer < data.layers.length && token >= 0 && token < positions;
-  return inside ? [layer, token] : null;
+  const position = Math.floor(((event.clientX - box.left) / box.width) * positions);
+  const inside = layer >= 0 && layer < data.layers.length && position >= 0 && position < positions;
+  return inside ? [layer, position] : null;
 };
 
 layers.bars.addEventListener("pointerover", (event) => {
@@ -216,10 +219,10 @@ layers.map.addEventListener("keydown", (event) => {
   event.preventDefault();
   event.stopPropagation();
   const within = (value, size) => Math.max(0, Math.min(size - 1, value));
-  const [layer, token] = layers.cell || [0, 0];
+  const [layer, position] = layers.cell || [0, 0];
   const [down, right] = moves[event.key];
   say(layers.point(within(layer + down, data.layers.length),
-    within(token + right, sequence.tokens.length - 1)));
+    within(position + right, sequence.tokens.length - 1)));
 });
 for (const box of [layers.bars, layers.map]) {
   box.addEventListener("blur", () => layers.unpoint());

@@ -16,23 +16,39 @@ function titleOf(query, number) {
   if (query.group !== null) return `${number + 1} · group ${spelled(query.group)}`;
   const { prompt, completion } = first;
   const before = prompt.length > 48 ? `…${prompt.slice(-48)}` : prompt;
-  const after = completion.length > 60 ? `${completion.slice(0, 60)}…` : completion;
-  return `${number + 1} · ${spelled(before)}${before && " → "}${spelled(after)}`;
+  const after = cut(completion);
+  const rather = first.against ? ` rather than ${spelled(cut(first.against.completion))}` : "";
+  return `${number + 1} · ${spelled(before)}${before && " → "}${spelled(after)}${rather}`;
 }
 
-function memberNode({ prompt, completion, tokens, is_label: isLabel, nats, line }) {
+const cut = (text) => (text.length > 60 ? `${text.slice(0, 60)}…` : text);
+
+// A query's text with a line about it; what a contrast is against has the same prompt.
+function sideNodes(prompt, { completion, tokens, is_label: isLabel, nats }, kind, start) {
   const labels = isLabel.filter((one) => one).length;
   const each = labels > 1 ? `, ${unsigned(nats / labels, 3)} for each` : "";
-  return make(
-    "div",
-    { class: "member" },
-    make("div", { class: "quote", tabindex: "0", role: "group", "aria-label": `Query of line ${line}` },
+  return [
+    make("div", { class: "quote", tabindex: "0", role: "group", "aria-label": start },
       prompt === "" ? null : make("span", { class: "prompt" }, ...visible(prompt)),
-      make("span", { class: "completion" }, ...visible(completion))),
+      make("span", { class: kind }, ...visible(completion))),
     make("p", { class: "note" },
-      `Line ${line}: ${plural(tokens.length, "token")}, ${grouped.format(labels)} of them predicted; ` +
-      `−log p = ${unsigned(nats)}${each}.`)
-  );
+      `${start}: ${plural(tokens.length, "token")}, ${grouped.format(labels)} of them predicted; ` +
+      `−log p = ${unsigned(nats)}${each}.`),
+  ];
+}
+
+function memberNode(member) {
+  const { prompt, line, nats, against } = member;
+  const nodes = sideNodes(prompt, member, "completion", `Line ${line}`);
+  if (against) {
+    nodes.push(
+      make("p", { class: "rather" }, "rather than"),
+      ...sideNodes(prompt, against, "against", `Line ${line}, against`),
+      make("p", { class: "note" },
+        `Scores are of the difference, log p(completion) − log p(against) = ${signed(against.nats - nats)}.`)
+    );
+  }
+  return make("div", { class: "member" }, ...nodes);
 }
 
 function drawQuery() {
@@ -60,6 +76,9 @@ function drawQuery() {
     make("p", { class: "key quiet" },
       make("span", { class: "prompt" }, "prompt"), " ",
       make("span", { class: "completion" }, "completion, whose likelihood is explained"),
+      ...(query.members.some(({ against }) => against)
+        ? [" ", make("span", { class: "against" }, "against, whose likelihood is subtracted")]
+        : []),
       agreement ? ` · ${agreement}` : "")
   );
   byId("query-select").value = String(state.query);

@@ -87,31 +87,42 @@ const sequence = {
   },
 
   write() {
-    const last = this.tokens.length - 1;
     this.box.replaceChildren(
       ...this.runs.starts.map((t) => {
         const text = this.tokens[t];
         const blank = /^ +$/.test(text);
-        const kind = t === last && this.details ? "token last" : blank ? "token blank" : "token";
+        const without = this.details && !this.positions(t).length;
+        const kind = without ? "token unscored" : blank ? "token blank" : "token";
         const attributes = { class: kind, "data-t": t };
         if (this.details) Object.assign(attributes, { id: `token-${t}`, role: "option" });
         return make("span", attributes, ...visible(text));
       })
     );
     byId("tokens-note").textContent = this.details
-      ? "Position t reads token t and predicts token t + 1: a highlighted token is the one before " +
-        "the prediction that it affects. Through attention it can affect later ones too."
+      ? ofOutputs
+        ? "Each token is shaded by what training on its prediction does: a highlighted token is the " +
+          "one that is predicted, from all before it. One without a label, such as a prompt's, has no score."
+        : "Position t reads token t and predicts token t + 1: a highlighted token is the one before " +
+          "the prediction that it affects. Through attention it can affect later ones too."
       : "This run kept no token scores for this sequence. Run query with --scores.per_token top to see " +
         "which tokens and layers its score comes from.";
   },
 
+  // The positions whose scores the run that begins at a token has.
+  positions(start) {
+    const found = [];
+    for (let t = start; t < this.end(start); t += 1) {
+      const position = positionOf(t);
+      if (position >= 0 && position < this.tokens.length - 1) found.push(position);
+    }
+    return found;
+  },
+
   // The score of the run that begins at a token.
   value(start) {
-    let sum = 0;
-    for (let t = start; t < Math.min(this.end(start), this.tokens.length - 1); t += 1) {
-      sum += this.layer === null ? this.details.tokens[t] : this.details.at(this.layer, t);
-    }
-    return sum;
+    const { layer, details } = this;
+    return this.positions(start).reduce(
+      (sum, p) => sum + (layer === null ? details.positions[p] : details.at(layer, p)), 0);
   },
 
   limit() {
@@ -153,7 +164,8 @@ const sequence = {
       make("p", { class: "quoted" }, ...visible(brief(this.tokens[t]), true)),
       make("dl", {}, ...facts(...lines.slice(1)))
     );
-    layers.mark(null, t, this.end(t) - t);
+    const positions = this.positions(t);
+    layers.mark(null, positions.length ? positions[0] : null, positions.length);
   },
 
   lines(t) {
@@ -161,17 +173,24 @@ const sequence = {
     const end = this.end(t);
     const many = end - t > 1;
     const name = [many ? "Tokens" : "Token", spelled(brief(this.tokens[t]))];
-    const where = ["Position", `${many ? `${t} to ${end - 1}` : t} of ${last}`];
-    if (t === last) return [name, where, ["Score", "none: the last token predicts nothing"]];
+    const positions = this.positions(t);
+    const place = many ? `${t} to ${end - 1}` : t;
+    const where = ofOutputs ? ["Number", `${place} of ${last}`] : ["Position", `${place} of ${last}`];
+    if (!positions.length) {
+      const why = ofOutputs ? "the first token is not predicted" : "the last token predicts nothing";
+      return [name, where, ["Score", `none: ${why}`]];
+    }
     const value = this.value(t);
-    const all = this.details.tokens.reduce((sum, one) => sum + Math.abs(one), 0);
+    const all = this.details.positions.reduce((sum, one) => sum + Math.abs(one), 0);
     return [
       name,
       [this.layer === null ? "Score" : `Layer ${shortNames[this.layer]}`,
         signed(value, this.layer === null ? 4 : 2)],
       this.inNats(value),
       this.layer === null ? ["Of all |scores|", percent(all ? Math.abs(value) / all : 0)] : null,
-      end > last ? null : ["Predicts", spelled(brief(this.tokens[end]))],
+      ofOutputs
+        ? t > 0 ? ["Predicted after", spelled(brief(this.text(t - 1)))] : null
+        : end > last ? null : ["Predicts", spelled(brief(this.tokens[end]))],
       many ? ["Read together", `${plural(end - t, "token")}, scores summed`] : null,
       where,
     ].filter((line) => line);

@@ -83,17 +83,6 @@ def linearised_sums(model, modules, batches, vectors, task=CAUSAL_LM):
     return sums
 
 
-def dense_G(model, modules, batches, num_sequences, task=CAUSAL_LM):
-    """The matrix by its products with unit vectors [P, P], a mean over sequences."""
-    sizes = [module.num_parameters for module in modules]
-    units = torch.eye(sum(sizes), dtype=torch.float64).split(sizes, 1)
-    vectors = {
-        m.name: part.view(-1, m.num_outputs, m.input_size)
-        for m, part in zip(modules, units, strict=True)
-    }
-    return flat(linearised_sums(model, modules, batches, vectors, task)) / num_sequences
-
-
 # -- one direction: every family -------------------------------------------------------------------
 
 
@@ -114,6 +103,21 @@ def test_log_probabilities_change_as_the_weights_themselves_would_have_it(family
     assert relative(found, expected) < tolerance(family)
 
 
+@pytest.mark.parametrize("family", ["llama_bias", "gpt2", "GptOssForCausalLM"])
+def test_attention_and_heads_that_are_tracked_too(family):
+    model, rows = made(family), examples(5, prompts=True)
+    globs = ["*attn*", "*mlp*"] if family == "gpt2" else ["*"]  # its head is tied
+    with prepared(model):
+        modules = discover(model, globs, CPU).modules
+        vectors = directions(modules)
+        with Linearisation(model, modules, torch.float64) as linearisation:
+            batch = linearisation.of(collate(list(from_examples(rows))))
+            found = batch.log_probability_tangents(vectors)
+    assert any("attn" in module.name for module in modules)
+    expected = label_tangents(model, by_name(modules), [shifted(row) for row in rows], vectors)
+    assert relative(found, expected) < ROUNDED
+
+
 @pytest.mark.parametrize("family", [*KINDS, *PLAIN, *WITH_EXPERTS])
 def test_both_products_are_each_others_transpose(family):
     model, batch = made(family), collate(list(from_examples(examples(4, prompts=True))))
@@ -130,6 +134,24 @@ def test_both_products_are_each_others_transpose(family):
             )
     size = tangent.norm() * cotangent.norm()
     assert abs((tangent * cotangent).sum() - pulled) < 1e-7 * size
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_the_gradient_of_one_label_is_what_its_derivatives_are_of(chunked):
+    model, batch = tiny_model("Gemma2ForCausalLM"), collate(list(from_examples(examples(3))))
+    with prepared(model):
+        modules = tracked(model)
+        vectors = directions(modules)
+        task = CausalLMInChunks(model, "model", 3 * 29) if chunked else CAUSAL_LM
+        with Linearisation(model, modules, torch.float64, task) as linearisation:
+            batch = linearisation.of(batch)
+            found = batch.log_probability_tangents(vectors)
+            for number in range(batch.num_labels):
+                along = sum(
+                    (vectors[module.name] * (grads_MO.T @ acts_MI)).sum()
+                    for module, acts_MI, grads_MO in batch.log_probability_gradients(number)
+                )
+                assert abs(found[number] - along) < ROUNDED * found.abs().max()
 
 
 @pytest.mark.parametrize("positions", [1, 4, 100])
@@ -178,12 +200,28 @@ def test_the_gauss_newton_is_the_hessian_of_a_linearised_models_loss(family):
     data = from_examples(rows)
     with prepared(model):
         modules = tracked(model)
-        G = dense_G(model, modules, [data.batch([0, 1, 2]), data.batch([3, 4])], 5)
-    expected = gauss_newton(model, by_name(modules), runs_of(model, [shifted(row) for row in rows]))
-    assert relative(G, expected) < 1e-10
+        vectors = directions(modules, leading=(4,))
+        batches = [data.batch([0, 1, 2]), data.batch([3, 4])]
+        sums = linearised_sums(model, modules, batches, vectors)
+    G = gauss_newton(model, by_name(modules), runs_of(model, [shifted(row) for row in rows]))
+    assert relative(flat(sums) / 5, flat(vectors) @ G) < 1e-10
+
+
+def test_the_gauss_newton_is_symmetric_and_positive_semi_definite():
+    model, data = build("gpt2"), from_examples(examples(3, prompts=True, longest=7))
+    with prepared(model):
+        modules = [module for module in tracked(model) if ".1." in module.name]
+        sizes = [module.num_parameters for module in modules]
+        units = torch.eye(sum(sizes), dtype=torch.float64).split(sizes, 1)
+        vectors = {
+            m.name: part.reshape(-1, m.num_outputs, m.input_size)
+            for m, part in zip(modules, units, strict=True)
+        }
+        G = flat(linearised_sums(model, modules, [data.batch(range(3))], vectors))
     assert (G - G.T).abs().max() < EXACT * G.abs().max()
     values = torch.linalg.eigvalsh(G)
     assert values[0] > -EXACT * values[-1]
+    assert (values > EXACT * values[-1]).sum() > 20
 
 
 CASES = {

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from helpers.dense import dense_influence, dense_modules, relative
+from helpers.directions import flat, gauss_newton, runs_of
 from helpers.networks import build, examples, shifted
 from helpers.workshop import run_here, save_tiny_llama, texts, with_helpers, write_jsonl
 from transformers import AutoModelForCausalLM
@@ -57,6 +58,22 @@ def test_an_adapters_matrices_are_as_dense_autograd_has_them(family, targets):
     if family == "llama":  # gate and up read one tensor, and so do their adapters
         shared = factors.modules[next(n for n in names if "up_proj.lora_A" in n)]
         assert not shared.leads
+
+
+def test_an_adapters_scores_are_refined():
+    model, data = adapted("gpt2", ("c_fc", "c_proj")), examples(6, prompts=True)
+    factors = estimate_factors(model, data, **FIT)
+    refine = {"method": "cg", "iterations": 500, "tolerance": 1e-10}
+    found = influence_scores(model, factors, data[:2], data, damping=20.0, refine=refine, top_k=2)
+    sequences = [shifted(row) for row in data]
+    G = gauss_newton(model, factors.modules, runs_of(model, sequences))
+    dense = dense_modules(model, sequences, list(factors.modules))
+    gradients = flat({name: torch.stack(module.gradients) for name, module in dense.items()})
+    means = [factors.module(name).lambda_OI.mean() for name in factors.modules]
+    sizes = [module.num_parameters for module in factors.modules.values()]
+    damping = torch.cat([20 * mean.expand(n) for mean, n in zip(means, sizes, strict=True)])
+    expected = gradients[:2] @ torch.linalg.solve(G + torch.diag(damping), gradients.T)
+    assert relative(found.scores, expected) < 1e-8
 
 
 def test_scores_of_an_adapter_are_those_of_dense_gradients():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -20,10 +21,13 @@ from ekfac_dist import LossTask, estimate_factors, influence_scores
 from ekfac_dist.config import RefineConfig
 from ekfac_dist.errors import ConfigError, DataError, ModelError, UserError
 from ekfac_dist.influence import gauss_newton
+from ekfac_dist.influence import refinement_trial as trial
 from ekfac_dist.influence.refinement_start import require_refinable_model
+from ekfac_dist.models.capture.linearised import Linearisation
 from ekfac_dist.models.capture.tasks import CAUSAL_LM
 from ekfac_dist.runtime import preemption
 
+TWO_STEPS = {"method": "cg", "iterations": 2}
 QUERIES = [{"text": text} for text in texts(3, seed=2, words=(2, 5))]
 CG = ("--refine.method", "cg", "--refine.sequences", "4", "--refine.iterations", "2")
 
@@ -70,6 +74,7 @@ def test_what_it_will_take_is_said_before_and_how_it_went_after(refined):
     assert "at most 2 steps" in said
     assert ", 3 rows at a time: " in said
     assert before < said.index("at most about 0:00:0") < after
+    assert re.search(r"steps of \d+ positions: \S+ [kM]B more", said)
     assert "refine       " in refined.stderr  # progress, with its rate
     assert "tokens/s" in refined.stderr.partition("refine       ")[2].partition("\n")[0]
 
@@ -92,6 +97,7 @@ def test_the_page_says_that_it_did_not_converge(root, refined):
     done = run_here(["report", root / "refined", "--output", root / "refined.html"])
     assert done.returncode == 0, done.stderr
     page = (root / "refined.html").read_text()
+    assert "by refined EK-FAC influence" in page
     assert "Refined query gradients: not converged for 3 of 3 rows of scores" in page
     assert "conjugate gradients from the factors&#39; solution, G of 4 of 11" in page
 
@@ -265,6 +271,48 @@ def test_attention_that_cannot_be_differentiated_twice_is_replaced_for_the_solve
         model.config._attn_implementation = before
     assert used
     assert relative(found.scores, expected.scores) < 1e-6  # batches, and so rounding, differ
+
+
+def test_steps_are_cut_to_fit_the_memory(small, monkeypatch):
+    """Each worker has room for two of the longest sequences, or for none."""
+    whole, steps = scores(small, refine=TWO_STEPS), []
+    of = Linearisation.of
+
+    def noted(self, batch):
+        steps.append(batch.num_positions)
+        return of(self, batch)
+
+    monkeypatch.setattr(Linearisation, "of", noted)
+    for factor, most in ((2.5, 2), (0.1, 1)):
+        with monkeypatch.context() as patch:
+            measured = trial._try_step
+
+            def limited(refinement, index, factor=factor, measured=measured, patch=patch):
+                found = measured(refinement, index)
+                free = factor * found.num_bytes + 2 * trial._bytes_per_row(refinement.context)
+                patch.setattr(trial, "free_bytes", lambda world: (free / trial.USABLE, 0))
+                return found
+
+            patch.setattr(trial, "_try_step", limited)
+            steps.clear()
+            found = scores(small, refine=TWO_STEPS, batch_tokens=100)
+        assert relative(found.scores, whole.scores) < 1e-10
+        longest = max(len(row["input_ids"]) - 1 for row in small[2])
+        assert (most - 1) * longest < max(steps) <= most * longest
+
+
+def test_layers_that_are_computed_again_are_not_for_the_solve():
+    model, train = build("llama"), examples(6, seed=1)
+    small = model, estimate_factors(model, train, labels="data"), train
+    plain = scores(small, refine=TWO_STEPS)
+    again = scores(small, refine=TWO_STEPS, gradient_checkpointing=True)
+    assert relative(again.scores, plain.scores) < 1e-6
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.train()
+    by_itself = scores(small, refine=TWO_STEPS, batch_tokens=5)
+    assert relative(by_itself.scores, plain.scores) < 1e-6
+    assert model.training
+    assert model.model.layers[0].training
 
 
 def test_a_training_sequence_that_the_model_cannot_read_is_refused(small):

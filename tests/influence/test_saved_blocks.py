@@ -423,6 +423,8 @@ def test_another_run_is_refused_by_what_changed(
     before = contents(output)
     with pytest.raises(OutputError, match=r"of another configuration: damping\.value 0\.1 \(now"):
         goes_on(damping=DampingConfig(value=0.2))
+    with pytest.raises(OutputError, match=r"refine\.method 'none' \(now 'cg'\)"):
+        goes_on(refine=RefineConfig(method="cg"))
     other = ScoresConfig(**{**vars(scores), "normalize": "cosine"})
     with pytest.raises(OutputError, match=r"scores\.normalize 'none' \(now 'cosine'\)"):
         goes_on(scores=other)

@@ -101,7 +101,7 @@ HARMLESS = [("ceiling", None), *(("processor", v) for v in (None, "text", 3, [])
 def damages():
     """Ways in which results can lack something: where, and what is there instead."""
     made = made_evaluation()
-    for name in set(made) - {"format", "plain"}:
+    for name in sorted(set(made) - {"format", "plain"}):
         for value in ("absent", None, "text", 3, []):
             if (name, value) not in HARMLESS:
                 yield (name,), value

@@ -273,12 +273,14 @@ def half_of_lambda(
         number: N, of all.
 
     Returns:
-        None where a half has no sequence, Λ is zero, or the sums of a half are not known (NaN).
+        None where a half has no sequence, or its sums are not known (NaN).
     """
     num_odd = number - num_even
     mean = lambda_OI.mean(dtype=torch.float64).item()
-    if not num_even or not num_odd or not mean or not bool(even_kI.isfinite().all()):
+    if not num_even or not num_odd or not bool(even_kI.isfinite().all()):
         return None
+    if not mean:
+        return HalfOfLambda(0.0, dict.fromkeys(DAMPINGS, ScoreChange()))
     sampled_kI, weights_k1 = lambda_OI[rows.indices_k].double(), rows.weights_k[:, None]
     odd_kI = number * sampled_kI - even_kI
     change_kI = (even_kI / num_even - odd_kI / num_odd) * math.sqrt(num_even * num_odd) / number

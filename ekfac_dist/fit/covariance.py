@@ -16,6 +16,7 @@ from ekfac_dist.curvature.covariance import (
 )
 from ekfac_dist.data.batches import Positions
 from ekfac_dist.fit.even import EvenPositions
+from ekfac_dist.models.capture.prepare import precisely
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
 from ekfac_dist.runtime.processes import World
 
@@ -154,9 +155,10 @@ class CovarianceSums(long_sums.LongSums):
             differences[factor] = None
             num_even = self.beside[_positions_of(factor)].item()
             if math.isfinite(num_even):
-                differences[factor] = halves.relative_difference(
-                    self.beside[factor], int(num_even), blocks, self.counts[factor]
-                )
+                with precisely(blocks[0].device):
+                    differences[factor] = halves.relative_difference(
+                        self.beside[factor], int(num_even), blocks, self.counts[factor]
+                    )
         return differences
 
     def _blocks(self) -> list[Tensor]:

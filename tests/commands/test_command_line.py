@@ -121,6 +121,7 @@ def test_estimate_says_who_works_what_is_covered_and_what_it_took(fitted):
         "100.0% of the MLP's",
         "peak memory",
         "tokens/s",
+        "factors of half of the sequences are off: A up to",
     ):
         assert words in done.stdout
     for stage in ("covariance", "eigenbasis", "refit"):

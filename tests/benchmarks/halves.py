@@ -20,6 +20,7 @@ import torch
 
 from ekfac_dist import estimate_factors, influence_scores, load_factors
 from ekfac_dist.config import ModelConfig
+from ekfac_dist.curvature.halves import DAMPINGS
 from ekfac_dist.models.load.pretrained import load_model, load_tokenizer
 from ekfac_dist.report.tables import table
 
@@ -38,6 +39,7 @@ def arguments():
     parser.add_argument("--labels", default="sampled")
     parser.add_argument("--refit", default="per_sequence")
     parser.add_argument("--batch_tokens", type=int, default=512)
+    parser.add_argument("--dampings", type=float, nargs="*", default=list(DAMPINGS))
     parser.add_argument("--rank", type=int, default=None, help="of query gradients")
     return parser.parse_args()
 
@@ -86,21 +88,22 @@ def main():
             )
             factors = load_factors(store, model=model)
             halves = halves or factors.manifest["halves"]
-            for damping in map(float, halves["scores"]):
+            for damping in args.dampings:
                 scores[part, damping] = influence_scores(
                     model, factors, queries, scored, damping=damping, rank=args.rank, top_k=1
                 ).scores
         print(f"1/{part}: {time.perf_counter() - start:.0f} s", flush=True)
     rows = []
-    for damping, of_fit in halves["scores"].items():
+    for damping in args.dampings:
+        of_fit = halves["scores"][str(damping)]
         for part in args.parts:
-            one, other = scores[1, float(damping)], scores[part, float(damping)]
+            one, other = scores[1, damping], scores[part, damping]
             cells = [
                 predicted(of_fit["half"], part),
                 correlations(one, other).mean().item(),
                 correlations(places(one), places(other)).mean().item(),
             ]
-            rows.append([damping, f"1/{part}", *(f"{cell:.4f}" for cell in cells)])
+            rows.append([f"{damping:g}", f"1/{part}", *(f"{cell:.4f}" for cell in cells)])
     print(table(["damping", "part", "predicted", "measured", "Spearman"], rows))
     print(json.dumps({k: v for k, v in halves.items() if k != "modules"}))
     for name, each in halves["modules"].items():

@@ -61,9 +61,9 @@ class CovarianceSums(long_sums.LongSums):
             if size not in self._signs:
                 like = torch.empty(0, dtype=dtype, device=device)
                 self._signs[size] = halves.fixed_vectors(size, like)
-            sketch_nk = torch.zeros_like(self._signs[size], dtype=torch.float64)
-            self.beside[factor] = sketch_nk
-            self.beside[_positions_of(factor)] = sketch_nk.new_zeros(1)
+            sketch_kn = torch.zeros_like(self._signs[size], dtype=torch.float64)
+            self.beside[factor] = sketch_kn
+            self.beside[_positions_of(factor)] = sketch_kn.new_zeros(1)
 
     def on_input(self, module: TrackedModule, acts_Mi: Tensor, positions: Positions) -> None:
         """Adds inputs to the module's input factor."""
@@ -90,8 +90,8 @@ class CovarianceSums(long_sums.LongSums):
         if factor in self.beside:
             even_m = self._even.of(positions, vectors_Mi.device)
             sizes = [len(block) for block in blocks]
-            signs_nk = self._signs[sum(sizes)]
-            halves.add_sketch_(self.beside[factor], vectors_Mi, even_m, signs_nk, sizes)
+            signs_kn = self._signs[sum(sizes)]
+            halves.add_sketch_(self.beside[factor], vectors_Mi, even_m, signs_kn, sizes)
             self.beside[_positions_of(factor)] += len(even_m)
 
     def has_any(self, factor: str) -> bool:

@@ -37,7 +37,7 @@ def estimate(vectors, blocks=1):
     even_m = even_positions(
         [k % 2 == 0 for k in range(len(vectors))], list(map(len, vectors)), everything.device
     )
-    sketch = torch.zeros(size, halves.NUM_VECTORS, dtype=torch.float64)
+    sketch = torch.zeros(halves.NUM_VECTORS, size, dtype=torch.float64)
     add_sketch_(sketch, everything, even_m, fixed_vectors(size, everything), sizes)
     sums = [part.T @ part for part in everything.split(sizes, 1)]
     return relative_difference(sketch, len(even_m), sums, len(everything))

@@ -45,7 +45,7 @@ def dense_difference(vectors, exactly=False):
     everything = torch.cat(halves)
     whole = everything.T @ everything / sum(counts)
     if not exactly:
-        delta = delta @ fixed_vectors(len(delta), delta) / math.sqrt(NUM_VECTORS)
+        delta = fixed_vectors(len(delta), delta) @ delta / math.sqrt(NUM_VECTORS)
     return (delta.norm() / whole.norm()).item()
 
 

@@ -29,7 +29,7 @@ Gradients like those of the fit have mean squares Λ_a, so for them
 where the last term takes off a common factor, which changes no correlation. All modules together
 have the sums over their a. From this v, of half of the data, that of n sequences is (N/n − 1) v. It
 counts what Λ is off, in the eigenbasis of all data, not how far the eigenbases differ; those of the
-halves are not computed. `docs/method.md` has the measurements.
+halves are not computed. `docs/method.md` has what was measured beside real fits.
 
 δ_a is known for some rows of Λ: those of the largest eigenvalues, where few directions may hold
 most of mean(Λ), and others spread evenly over the rest, each of which stands for its neighbours.
@@ -149,7 +149,7 @@ def relative_difference(
         number: Positions in that.
 
     Returns:
-        An estimate; None where a half has no position, or the sum is zero.
+        An estimate; None where a half has no position, the sum is zero, or products overflow.
     """
     num_odd = number - num_even
     signs_kn = fixed_vectors(even_kn.shape[1], blocks[0])
@@ -163,7 +163,8 @@ def relative_difference(
         total += torch.linalg.vector_norm(block, dtype=torch.float64).item() ** 2
     if not num_even or not num_odd or not total:
         return None
-    return math.sqrt(squares / total * num_even * num_odd)
+    difference = math.sqrt(squares / total * num_even * num_odd)
+    return difference if math.isfinite(difference) else None
 
 
 # -- Λ and scores ----------------------------------------------------------------------------------

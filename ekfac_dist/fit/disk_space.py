@@ -23,7 +23,7 @@ STEP_SECONDS = 20
 
 # Bytes of a safetensors file's header, and of a manifest's entry of a file and of a module.
 _HEADER = 256
-_MANIFEST_FILE, _MANIFEST_MODULE = 190, 260
+_MANIFEST_FILE, _MANIFEST_MODULE = 190, 435
 
 
 @dataclass(frozen=True)

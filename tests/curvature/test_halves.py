@@ -73,6 +73,9 @@ def test_equal_halves_agree_and_a_half_without_positions_is_not_known():
     assert estimate(vectors[:1]) is None
     assert estimate([vectors[0][:0], vectors[1]]) is None
     assert estimate([torch.zeros_like(each) for each in vectors]) is None
+    huge = [torch.full((1, 6), 1e19), torch.full((1, 6), 2e18)]
+    assert torch.cat(huge).square().sum(0).isfinite().all()  # what a pass sums is no infinity
+    assert estimate(huge) is None
 
 
 @pytest.mark.parametrize(("size", "number"), [(5, 5), (16, 16), (100, 16), (4096, 32)])

@@ -69,11 +69,16 @@ def draw(axis: Any, entry: Mapping[str, Any]) -> None:
         entry: The manifest's entry `halves`.
     """
     of_modules = list(entry["modules"].values())
-    for (key, name), marker in zip(_FACTORS.items(), "os^", strict=True):
-        known = [(k, each[key]) for k, each in enumerate(of_modules) if each[key]]
+    drawn = {name: [each[key] for each in of_modules] for key, name in _FACTORS.items()}
+    drawn["1 − correlation of scores"] = [
+        None if each["scores"] is None else 1 - each["scores"] for each in of_modules
+    ]
+    for (name, values), marker in zip(drawn.items(), "os^x", strict=True):
+        known = [(k, value) for k, value in enumerate(values) if value]
         if known:
             axis.plot(*zip(*known, strict=True), marker, markersize=3, label=name)
-    axis.set(yscale="log", title="½ of the data", xlabel="module", ylabel="‖X½ − X‖ / ‖X‖")
+    axis.set(yscale="log", title="half of the data", xlabel="module", ylabel="‖X½ − X‖ / ‖X‖")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=7)

@@ -20,6 +20,7 @@ from helpers.halves import (
 from helpers.killed_fits import content, fit
 from helpers.networks import build, examples, shifted
 from helpers.workshop import logged, rewrite_manifest
+from matplotlib.figure import Figure
 
 from ekfac_dist import estimate_factors, load_factors
 from ekfac_dist.config import FactorsConfig
@@ -30,6 +31,7 @@ from ekfac_dist.factors.layout import STATE
 from ekfac_dist.fit import group
 from ekfac_dist.fit.sizes import halves_bytes, lambda_elements, square_elements
 from ekfac_dist.models.modules import LINEAR, TrackedModule
+from ekfac_dist.report.halves import draw
 from ekfac_dist.report.inspection import inspect_store, plot_spectra
 
 EXACT = 1e-8
@@ -162,6 +164,20 @@ def test_inspect_says_by_module_what_half_of_the_data_is_off(tmp_path: Path):
         assert re.search(r"\s+".join([*percent, f"{of_module['scores']:.4f}"]) + "$", line)
     least = min(halves["modules"], key=lambda name: halves["modules"][name]["scores"])
     assert f"least         {least} {halves['modules'][least]['scores']:.4f}, " in said
+
+
+def test_the_plot_shows_every_module_that_is_known():
+    halves = estimate_factors(build("llama"), examples(15), **FIT).manifest["halves"]
+    first, *others = halves["modules"].values()
+    first["input"] = None
+    axis = Figure().subplots()
+    draw(axis, halves)
+    lines = {line.get_label(): line.get_ydata() for line in axis.get_lines()}
+    assert list(lines["A"]) == [each["input"] for each in others]
+    for label, key in (("S", "output"), ("Λ", "lambda")):
+        assert list(lines[label]) == [each[key] for each in (first, *others)]
+    scores = [1 - each["scores"] for each in (first, *others)]
+    assert list(lines["1 − correlation of scores"]) == scores
 
 
 def test_a_store_of_an_earlier_version_opens_and_says_that_nothing_was_measured(tmp_path: Path):

@@ -14,7 +14,7 @@ The second level exists from the first flush on. float64 sums have none.
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ FLUSH_AFTER = 4096
 _POSITIONS_PER_TERM = 128
 _NARROW = 16
 
-SECOND = "/second/"  # prefix of the second level's state keys; no module's name begins so
+# Prefixes of state keys, of the second level and of sums beside; no module's name begins so.
+SECOND, BESIDE = "/second/", "/beside/"
 _BLOCK = 2**20  # elements that are flushed at a time
 
 
@@ -44,6 +45,7 @@ class LongSums(ABC):
 
         {name}/{part}                          a part of the running sum
         /second/{name}/{part}/{first row}      the second level of a block of rows of a part
+        /beside/{name}                         a small sum beside them
 
     Args:
         names: Names of the sums.
@@ -51,12 +53,15 @@ class LongSums(ABC):
 
     Attributes:
         num_added: Number of terms of each sum since its last flush.
+        beside: Small float64 sums of something else, by name, which are saved with the running
+            sums; NaN if a saved state that was taken up lacks them.
     """
 
     def __init__(self, names: Iterable[str], dtype: torch.dtype) -> None:
         self.num_added = dict.fromkeys(names, 0)
         self._flush_after = FLUSH_AFTER if dtype == torch.float32 else sys.maxsize
         self._second: dict[str, Tensor] = {}
+        self.beside: dict[str, Tensor] = {}
 
     @abstractmethod
     def _parts(self, name: str) -> list[Tensor]:
@@ -99,16 +104,20 @@ class LongSums(ABC):
     # -- saving and restoring ----------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """Everything summed so far, in both levels, by state key; not copied."""
+        """Everything summed so far, in both levels and beside, by state key; not copied."""
         running = {
             f"{name}/{number}": part
             for name in self.num_added
             for number, part in enumerate(self._parts(name))
         }
-        return running | self._second
+        beside = {f"{BESIDE}{name}": tensor for name, tensor in self.beside.items()}
+        return running | self._second | beside
 
     def restore(self, key: str, saved: Tensor) -> None:
         """Sets the tensor with a state key to its saved value."""
+        if key.startswith(BESIDE):
+            self.beside[key.removeprefix(BESIDE)].copy_(saved)
+            return
         rows = self._rows(key, len(saved))
         if key.startswith(SECOND):
             self._second_of(key, rows).copy_(saved)
@@ -116,19 +125,36 @@ class LongSums(ABC):
             rows.copy_(saved)
 
     def add(self, key: str, saved: Tensor) -> None:
-        """Adds a saved tensor of either level, of other sums of the same shapes, to a running sum.
+        """Adds a saved tensor, of other sums of the same shapes, to a running sum.
 
         Args:
             key: State key of the saved tensor.
-            saved: The saved tensor.
+            saved: The saved tensor, of either level or of a sum beside.
         """
+        if key.startswith(BESIDE):
+            total = self.beside[key.removeprefix(BESIDE)]
+            total.add_(saved.to(total.device))
+            return
         rows = self._rows(key, len(saved))
         rows.add_(saved.to(rows.device))
 
     def holds(self, key: str) -> bool:
         """Whether a tensor with a state key belongs to one of these sums."""
+        if key.startswith(BESIDE):
+            return key.removeprefix(BESIDE) in self.beside
         key = key.removeprefix(SECOND).rsplit("/", 1)[0] if key.startswith(SECOND) else key
         return key.rsplit("/", 1)[0] in self.num_added
+
+    def require_beside(self, keys: Collection[str]) -> None:
+        """Makes sums beside NaN that a saved state lacks, as those of earlier versions do.
+
+        Args:
+            keys: The state keys of what it has; those of sums that are not held here, too.
+        """
+        beside = [key for key in keys if key.startswith(BESIDE)]
+        if not beside and any(map(self.holds, keys)):
+            for total in self.beside.values():
+                total.fill_(float("nan"))
 
     def _rows(self, key: str, number: int) -> Tensor:
         """The matrix rows of a running sum that a state key of either level stands for."""

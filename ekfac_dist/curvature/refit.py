@@ -13,14 +13,46 @@ in multiply–add pairs:
 The two choices are independent and each is exact, so each side takes the cheaper one. Where every
 sequence has one position, both sides are rotated before, and the sum becomes one product of
 squares, as it is for sums over positions.
+
+For `halves`, the same squares are summed over the even sequences alone, in a few rows of Λ.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ekfac_dist.curvature.blocks import Blocks, rotate_columns, rotate_rows
+from ekfac_dist.curvature.halves import even_positions, in_chunks
+
+
+@dataclass(frozen=True)
+class EvenSquares:
+    """Where the squares of a batch's even sequences are summed, in some rows of Λ.
+
+    Attributes:
+        sums_kI: Running sum, float64.
+        rows_k: Indices of the rows of Λ, int64.
+        are_even: Whether each sequence is an even one [B].
+    """
+
+    sums_kI: Tensor
+    rows_k: Tensor
+    are_even: Sequence[bool]
+
+    def add_positions(self, acts_MI: Tensor, grads_MO: Tensor, lengths: Sequence[int]) -> None:
+        """Adds Σ_t ((Q_Sᵀ g_t)(Q_Aᵀ a_t)ᵀ)∘² over the positions of the even sequences.
+
+        Args:
+            acts_MI: Inputs at each position in the eigenbasis, sequence after sequence.
+            grads_MO: Output gradients at each position in the eigenbasis.
+            lengths: Positions of each sequence; they sum to M.
+        """
+        even_m = even_positions(self.are_even, lengths, acts_MI.device)
+        for positions, acts_mI in in_chunks(acts_MI, even_m):
+            grads_mk = grads_MO[positions[:, None], self.rows_k]
+            self.sums_kI.add_(grads_mk.square().T @ acts_mI.square())
 
 
 def add_sequence_squares_(
@@ -32,6 +64,7 @@ def add_sequence_squares_(
     basis_II: Blocks | None,
     basis_OO: Blocks | None,
     bias: bool,
+    even: EvenSquares | None = None,
 ) -> None:
     """Adds Σ_n (Q_Sᵀ G_n Q_A)∘² to a running sum, in place.
 
@@ -44,15 +77,19 @@ def add_sequence_squares_(
         basis_II: The blocks of Q_A; None if the inputs are rotated already.
         basis_OO: The blocks of Q_S; None if the output gradients are rotated already.
         bias: Whether the module has a bias (used only with `basis_II`).
+        even: Takes the squares of the even sequences; None: nothing does.
     """
     if basis_II is None and basis_OO is None and max(lengths, default=0) <= 1:
         add_position_squares_(lambda_OI, acts_MI, grads_MO)
+        if even is not None:
+            even.add_positions(acts_MI, grads_MO, lengths)
         return
     start = 0
+    few_kI = None if even is None else torch.zeros_like(even.sums_kI, dtype=lambda_OI.dtype)
     product = torch.empty(
         grads_MO.shape[1], acts_MI.shape[1], dtype=lambda_OI.dtype, device=lambda_OI.device
     )
-    for length in lengths:
+    for number, length in enumerate(lengths):
         grads = grads_MO[start : start + length]
         torch.mm(grads.T, acts_MI[start : start + length], out=product)
         rotated = product
@@ -62,7 +99,12 @@ def add_sequence_squares_(
         if basis_OO is not None:
             rotated = rotate_columns(rotated, basis_OO)
         lambda_OI.addcmul_(rotated, rotated)
+        if even is not None and few_kI is not None and even.are_even[number]:
+            few = rotated[even.rows_k]
+            few_kI.addcmul_(few, few)
         start += length
+    if even is not None and few_kI is not None:
+        even.sums_kI.add_(few_kI)
 
 
 def add_position_squares_(lambda_OI: Tensor, acts_MI: Tensor, grads_MO: Tensor) -> None:

@@ -119,11 +119,13 @@ class Factors:
         """SHA-256 over the manifest, and so over each file's SHA-256.
 
         Factors in memory have no files; then it is over all entries but the passes, whose times
-        differ between workers.
+        differ between workers, and the halves, which are measurements.
         """
         if CHECKSUM in self.manifest:
             return str(self.manifest[CHECKSUM])
-        return manifest_checksum({k: v for k, v in self.manifest.items() if k != "passes"})
+        return manifest_checksum(
+            {k: v for k, v in self.manifest.items() if k not in ("passes", "halves")}
+        )
 
     def module(self, name: str) -> ModuleFactors:
         """One module's factors on the CPU, read from the store on first use.

@@ -297,11 +297,14 @@ class _SavedState(PassState):
 
     def take_up(self, part: Part) -> None:
         """Puts a part of this worker's own share into the sums, and continues after it."""
+        keys = set()
         for name, tensor in part.tensors():
+            keys.add(name)
             if name == LOSS:
                 self.loss = tensor.item()
             else:
                 self._sums.restore(name, tensor)
+        self._sums.require_beside(keys)
         self._sums.counts.update(part.counts)
         self._sums.num_added.update(part.num_added)
         self.steps = self._saved_steps = part.steps
@@ -361,11 +364,14 @@ class _SavedState(PassState):
         loss, num_labels = 0.0, 0
         for part in self._kept:
             is_first = part.name in self._first_read
+            keys = set()
             for name, tensor in part.tensors():
+                keys.add(name)
                 if name == LOSS:
                     loss += tensor.item() * is_first
                 elif self._sums.holds(name):
                     self._sums.add(name, tensor)
+            self._sums.require_beside(keys)
             for name in self._sums.counts.keys() & part.counts.keys():
                 self._sums.counts[name] += part.counts[name]
             num_labels += part.num_labels * is_first

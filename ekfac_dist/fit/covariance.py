@@ -1,11 +1,12 @@
 """Pass 1: running sums Σ a aᵀ and Σ g gᵀ, with their counts, one of each factor."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ekfac_dist.curvature import long_sums
+from ekfac_dist.curvature import halves, long_sums
 from ekfac_dist.curvature.blocks import block_sizes, bounds
 from ekfac_dist.curvature.costs import block_rows
 from ekfac_dist.curvature.covariance import (
@@ -14,6 +15,8 @@ from ekfac_dist.curvature.covariance import (
     outer_product_positions_per_term,
 )
 from ekfac_dist.data.batches import Positions
+from ekfac_dist.fit.even import EvenPositions
+from ekfac_dist.models.capture.prepare import precisely
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
 from ekfac_dist.runtime.processes import World
 
@@ -26,6 +29,8 @@ class CovarianceSums(long_sums.LongSums):
         dtype: float32 or float64.
         device: Where the sums are held.
         blocks: Number of blocks on the diagonal of each factor.
+        with_halves: Whether to sum what `relative_differences` needs, over the even sequences:
+            positions that are shown know their sequences' indices.
 
     Attributes:
         sums: By factor, the raw sum [n, n] of each of its blocks; upper triangles are meaningless
@@ -39,6 +44,8 @@ class CovarianceSums(long_sums.LongSums):
         dtype: torch.dtype,
         device: torch.device,
         blocks: int = 1,
+        *,
+        with_halves: bool = False,
     ) -> None:
         self.sums: dict[str, list[Tensor]] = {
             name: [torch.zeros(n, n, dtype=dtype, device=device) for n in block_sizes(size, blocks)]
@@ -48,18 +55,27 @@ class CovarianceSums(long_sums.LongSums):
         self._zero = torch.zeros((), dtype=torch.float64, device=device)
         self._with_bias = {module.input for module in modules if module.bias}
         super().__init__(self.sums, dtype)
+        self._even = EvenPositions()
+        self._signs: dict[int, Tensor] = {}  # by size of factor
+        for factor, size in factor_sizes(modules).items() if with_halves else ():
+            if size not in self._signs:
+                like = torch.empty(0, dtype=dtype, device=device)
+                self._signs[size] = halves.fixed_vectors(size, like)
+            sketch_kn = torch.zeros_like(self._signs[size], dtype=torch.float64)
+            self.beside[factor] = sketch_kn
+            self.beside[_positions_of(factor)] = sketch_kn.new_zeros(1)
 
     def on_input(self, module: TrackedModule, acts_Mi: Tensor, positions: Positions) -> None:
         """Adds inputs to the module's input factor."""
-        self._add(module.input, acts_Mi)
+        self._add(module.input, acts_Mi, positions)
         self.counts[module.input] += acts_Mi.shape[0]
 
     def on_gradient(self, module: TrackedModule, grads_MO: Tensor, positions: Positions) -> None:
         """Adds output-gradients to the module's output factor."""
-        self._add(module.output, grads_MO)
+        self._add(module.output, grads_MO, positions)
         self.counts[module.output] += grads_MO.shape[0]
 
-    def _add(self, factor: str, vectors_Mi: Tensor) -> None:
+    def _add(self, factor: str, vectors_Mi: Tensor, positions: Positions) -> None:
         blocks, num_columns = self.sums[factor], vectors_Mi.shape[1]
         places = list(bounds([len(block) for block in blocks]))
         per_term = outer_product_positions_per_term(
@@ -71,6 +87,12 @@ class CovarianceSums(long_sums.LongSums):
                 bias = end > num_columns
                 columns = slice(start, min(end, num_columns))
                 add_outer_products_(block, vectors_Mi[share, columns], bias=bias)
+        if factor in self.beside:
+            even_m = self._even.of(positions, vectors_Mi.device)
+            sizes = [len(block) for block in blocks]
+            signs_kn = self._signs[sum(sizes)]
+            halves.add_sketch_(self.beside[factor], vectors_Mi, even_m, signs_kn, sizes)
+            self.beside[_positions_of(factor)] += len(even_m)
 
     def has_any(self, factor: str) -> bool:
         """Whether a factor's sum is not zero."""
@@ -108,7 +130,7 @@ class CovarianceSums(long_sums.LongSums):
         """Replaces sums and counts by those over all workers, and completes the sums."""
         self.fold()
         counts = torch.tensor(list(self.counts.values()), dtype=torch.int64, device=world.device)
-        world.all_reduce_([*self._blocks(), counts])
+        world.all_reduce_([*self._blocks(), counts, *self.beside.values()])
         self.counts = dict(zip(self.counts, counts.tolist(), strict=True))
         self.finish()
 
@@ -122,5 +144,27 @@ class CovarianceSums(long_sums.LongSums):
         for total in self._blocks():
             mirror_(total)
 
+    def relative_differences(self) -> dict[str, float | None]:
+        """‖δ‖ / ‖X‖ of each factor X, of the reduced sums: what half of the data is off.
+
+        Returns:
+            By factor; None where it is not known. See `halves.relative_difference`.
+        """
+        differences: dict[str, float | None] = {}
+        for factor, blocks in self.sums.items():
+            differences[factor] = None
+            num_even = self.beside[_positions_of(factor)].item()
+            if math.isfinite(num_even):
+                with precisely(blocks[0].device):
+                    differences[factor] = halves.relative_difference(
+                        self.beside[factor], int(num_even), blocks, self.counts[factor]
+                    )
+        return differences
+
     def _blocks(self) -> list[Tensor]:
         return [block for blocks in self.sums.values() for block in blocks]
+
+
+def _positions_of(factor: str) -> str:
+    """Name of the number of positions in a factor's sketch, among the sums beside."""
+    return f"{factor}/positions"

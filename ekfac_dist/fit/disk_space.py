@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ekfac_dist.config import FactorsConfig
 from ekfac_dist.fit.sizes import (
     WorkerShare,
+    halves_bytes,
     itemsize,
     lambda_elements,
     second_level_bytes,
@@ -22,7 +23,7 @@ STEP_SECONDS = 20
 
 # Bytes of a safetensors file's header, and of a manifest's entry of a file and of a module.
 _HEADER = 256
-_MANIFEST_FILE, _MANIFEST_MODULE = 190, 260
+_MANIFEST_FILE, _MANIFEST_MODULE = 190, 435
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,12 @@ def stage_bytes(
     sizes = factor_sizes(group).values()
     sums = itemsize(factors) * sum(summed_elements(n, factors.blocks) for n in sizes)
     second = second_level_bytes(group, factors, share.of(shard), on_cpu=on_cpu)
-    refit_states = copies * (spectra + second["refit"]) if factors.refit != "none" else 0
+    halves = halves_bytes(group, factors)
+    refit_states = copies * (spectra + second["refit"] + halves["refit"])
     return {
-        "covariance": (squares, copies * (sums + second["covariance"])),
+        "covariance": (squares, copies * (sums + second["covariance"] + halves["covariance"])),
         "eigenbasis": (bases, 0),
-        "refit": (spectra, refit_states),
+        "refit": (spectra, refit_states if factors.refit != "none" else 0),
     }
 
 

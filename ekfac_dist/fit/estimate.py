@@ -18,6 +18,7 @@ from ekfac_dist.factors.output import check_output
 from ekfac_dist.factors.sinks import MemoryStore
 from ekfac_dist.fit.checkpoints import Checkpoints
 from ekfac_dist.fit.fit_factors import fit_factors
+from ekfac_dist.fit.halves import advice
 from ekfac_dist.fit.manifest import FitInputs, FitSummary, coverage_line, steps_line
 from ekfac_dist.fit.settings import FitSettings
 from ekfac_dist.fit.start import checked_inputs, opened_store
@@ -250,7 +251,11 @@ def estimate_factors(
             with store as (sink, checkpoints):
                 fit_factors(inputs, world, sink, checkpoints, show_progress=progress)
     world.barrier()
-    return Factors(memory) if output is None else load_factors(output)
+    factors = Factors(memory) if output is None else load_factors(output)
+    sentence = advice(factors.manifest["halves"])
+    if sentence is not None:
+        log_on_main(world, f"more data     {sentence}")
+    return factors
 
 
 def _held_whole(settings: FitSettings) -> FitSettings:

@@ -13,6 +13,7 @@ import torch
 
 from ekfac_dist.config import FactorsConfig
 from ekfac_dist.curvature.blocks import block_sizes
+from ekfac_dist.curvature.halves import is_even
 from ekfac_dist.curvature.kronecker import kfac_lambda
 from ekfac_dist.factors.layout import (
     block_keys,
@@ -25,6 +26,7 @@ from ekfac_dist.fit.checkpoints import Checkpoints
 from ekfac_dist.fit.covariance import CovarianceSums
 from ekfac_dist.fit.disk_space import stage_bytes
 from ekfac_dist.fit.eigenbasis import Basis, run_eigenbasis
+from ekfac_dist.fit.halves import record_of
 from ekfac_dist.fit.manifest import FitSummary
 from ekfac_dist.fit.refit import LambdaSums
 from ekfac_dist.fit.saved_parts import Sums
@@ -124,7 +126,7 @@ class GroupFit:
         """Runs the covariance pass and stores its sums; these, and the record of the pass."""
         self._require_disk_space("covariance")
         start = time.perf_counter()
-        sums = self._empty_covariance()
+        sums = self._empty_covariance(with_halves=True)
         state = self._begun("covariance", sums)
         result = run_pass(
             self._shown("covariance"),
@@ -151,7 +153,14 @@ class GroupFit:
             )
         seconds = state.seconds + time.perf_counter() - start
         counts = {factor: counts[factor] for factor in factor_sizes(self.modules)}
-        outcome = {"counts": counts, "left_out": left_out, **vars(result), "seconds": seconds}
+        outcome = {
+            "counts": counts,
+            "left_out": left_out,
+            **vars(result),
+            "seconds": seconds,
+            "halves": self._of_all_owners(sums.relative_differences()),
+        }
+        sums.beside.clear()
         record = self._record("covariance", outcome)
         self.checkpoints.clear(self._state("covariance"))
         return sums, record
@@ -190,10 +199,14 @@ class GroupFit:
         """
         return block_keys("sum", len(block_sizes(size, self.factors.blocks)))
 
-    def _empty_covariance(self) -> CovarianceSums:
+    def _empty_covariance(self, *, with_halves: bool = False) -> CovarianceSums:
         context = self.context
         return CovarianceSums(
-            self._own_modules, context.dtype, context.world.device, self.factors.blocks
+            self._own_modules,
+            context.dtype,
+            context.world.device,
+            self.factors.blocks,
+            with_halves=with_halves,
         )
 
     def _is_enough(self, record: Mapping[str, Any]) -> bool:
@@ -258,6 +271,7 @@ class GroupFit:
             per_token=per_token,
             dtype=context.dtype,
             device=context.world.device,
+            with_halves=True,
         )
         # Saved sums are of no use if the basis that they belong to was computed again.
         basis_files = map(eigenbasis_file, factor_sizes(self.modules))
@@ -267,8 +281,11 @@ class GroupFit:
         result = run_pass(self._shown("refit"), context, self.modules, sums, rule, state=state)
         for total in sums.sums.values():
             total.div_(len(context.sequences))
+        num_even = sum(map(is_even, context.sequences.indices.tolist()))
+        halves = record_of(sums.changes(num_even, len(context.sequences)))
         self._write(sums.sums)
-        return {**vars(result), "seconds": state.seconds + time.perf_counter() - start}
+        seconds = state.seconds + time.perf_counter() - start
+        return {**vars(result), "seconds": seconds, "halves": self._of_all_owners(halves)}
 
     def _kfac(
         self, bases: Mapping[str, Basis], counts: Mapping[str, int]
@@ -350,6 +367,10 @@ class GroupFit:
     def _add_to_summary(self, stage: str, outcome: Mapping[str, Any]) -> None:
         """Adds the time, loss and labels of a stage."""
         self.summary.seconds[stage] += outcome["seconds"]
+        halves = self.summary.halves
+        if stage in ("covariance", "refit"):  # nothing in runs that an earlier version began
+            of = halves.factors if stage == "covariance" else halves.lambdas
+            of.update(outcome.get("halves", {}))
         if "loss" in outcome:
             self.summary.losses[stage] = outcome["loss"]
         if stage == "covariance":

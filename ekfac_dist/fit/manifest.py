@@ -8,6 +8,7 @@ from torch import nn
 from ekfac_dist.data.batch_plan import padded_sizes, plan_batches
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.data.sequences import Sequences
+from ekfac_dist.fit.halves import Halves
 from ekfac_dist.fit.settings import FitSettings
 from ekfac_dist.models.capture.tasks import Task
 from ekfac_dist.models.find.discovery import Discovery
@@ -30,6 +31,7 @@ class FitSummary:
         workers: W.
         num_groups: Number of groups of modules, one pair of passes each.
         peak_bytes: The largest peak memory of any worker, by place ("host", "device").
+        halves: What half of the data changes.
     """
 
     sequences: Examples
@@ -42,6 +44,7 @@ class FitSummary:
     losses: dict[str, float] = field(default_factory=dict)
     num_labels: int = 0
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    halves: Halves = field(default_factory=Halves)
 
 
 @dataclass
@@ -112,6 +115,7 @@ def store_manifest(inputs: FitInputs, summary: FitSummary) -> dict[str, Any]:
             "skipped": coverage.skipped,
         },
         "passes": _passes_entry(inputs, summary),
+        "halves": summary.halves.entry(summary.discovery.modules),
         "software": software(),
         "config": inputs.settings.recorded,
     }

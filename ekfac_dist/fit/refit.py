@@ -9,9 +9,15 @@ from torch import Tensor
 from ekfac_dist.curvature import long_sums
 from ekfac_dist.curvature.blocks import Blocks, rotate_rows
 from ekfac_dist.curvature.costs import rotates_inputs, rotates_output_gradients
-from ekfac_dist.curvature.refit import add_position_squares_, add_sequence_squares_
+from ekfac_dist.curvature.halves import HalfOfLambda, SampledRows, half_of_lambda
+from ekfac_dist.curvature.refit import (
+    EvenSquares,
+    add_position_squares_,
+    add_sequence_squares_,
+)
 from ekfac_dist.data.batches import Positions
 from ekfac_dist.fit.eigenbasis import Basis
+from ekfac_dist.fit.even import are_even
 from ekfac_dist.models.capture.observers import PairObserver, owned
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.runtime.processes import World
@@ -26,6 +32,8 @@ class LambdaSums(PairObserver[Positions], long_sums.LongSums):
         per_token: Square each position's outer product, instead of the sequence's sum.
         dtype: float32 or float64.
         device: Where the sums are held.
+        with_halves: Whether to sum what `score_changes` needs, over the even sequences: positions
+            that are shown know their sequences' indices.
 
     Attributes:
         sums: The running sum [O, I] of each module.
@@ -40,6 +48,7 @@ class LambdaSums(PairObserver[Positions], long_sums.LongSums):
         per_token: bool,
         dtype: torch.dtype,
         device: torch.device,
+        with_halves: bool = False,
     ) -> None:
         self.sums: dict[str, Tensor] = {
             m.name: torch.zeros(m.num_outputs, m.input_size, dtype=dtype, device=device)
@@ -54,6 +63,12 @@ class LambdaSums(PairObserver[Positions], long_sums.LongSums):
             self._output_sizes.setdefault(module.input, []).append(module.num_outputs)
         PairObserver.__init__(self, modules)
         long_sums.LongSums.__init__(self, self.sums, dtype)
+        self._sampled: dict[str, SampledRows] = {}
+        for module in modules if with_halves else ():
+            rows = SampledRows.of(bases[module.output].eigenvalues).to(device)
+            self._sampled[module.name] = rows
+            shape = len(rows.indices_k), module.input_size
+            self.beside[module.name] = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def prepare_input(self, module: TrackedModule, acts_Mi: Tensor, positions: Positions) -> Tensor:
         """The input in the eigenbasis [M, I], or as captured where rotating G_n costs less."""
@@ -74,31 +89,37 @@ class LambdaSums(PairObserver[Positions], long_sums.LongSums):
         if rotates_output:
             grads_MO = rotate_rows(grads_MO, vectors_OO, bias=False)
         if self._per_token:
-            self._add_positions(module, acts, grads_MO)
+            self._add_positions(module, acts, grads_MO, positions)
         else:
             self._add_sequences(
                 module,
                 acts,
                 grads_MO,
-                positions.lengths,
+                positions,
                 basis_II=None if self._rotates_input(module.input, positions) else vectors_II,
                 basis_OO=None if rotates_output else vectors_OO,
             )
 
-    def _add_positions(self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor) -> None:
+    def _add_positions(
+        self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, positions: Positions
+    ) -> None:
         lambda_OI = self.sums[module.name]
         per_term = long_sums.positions_per_term(min(lambda_OI.shape), lambda_OI.device)
         for share in self.chunks(module.name, len(grads_MO), per_term):
             add_position_squares_(lambda_OI, acts_MI[share], grads_MO[share])
+        even = self._even_squares(module, positions)
+        if even is not None:
+            even.add_positions(acts_MI, grads_MO, positions.lengths)
 
     def _add_sequences(
         self,
         module: TrackedModule,
         acts: Tensor,
         grads_MO: Tensor,
-        lengths: Sequence[int],
+        positions: Positions,
         **bases: Blocks | None,
     ) -> None:
+        lengths = positions.lengths
         starts = list(itertools.accumulate(lengths, initial=0))
         for share in self.chunks(module.name, len(lengths)):
             rows = slice(starts[share.start], starts[share.stop])
@@ -108,8 +129,18 @@ class LambdaSums(PairObserver[Positions], long_sums.LongSums):
                 grads_MO[rows],
                 lengths[share],
                 bias=module.bias,
+                even=self._even_squares(module, positions, share),
                 **bases,
             )
+
+    def _even_squares(
+        self, module: TrackedModule, positions: Positions, share: slice = slice(None)
+    ) -> EvenSquares | None:
+        """Where squares of the even ones among some sequences are summed; None: nowhere."""
+        if module.name not in self._sampled:
+            return None
+        indices_k = self._sampled[module.name].indices_k
+        return EvenSquares(self.beside[module.name], indices_k, are_even(positions)[share])
 
     def _rotates_input(self, factor: str, positions: Positions) -> bool:
         return self._per_token or rotates_inputs(
@@ -127,4 +158,19 @@ class LambdaSums(PairObserver[Positions], long_sums.LongSums):
     def reduce(self, world: World) -> None:
         """Replaces the sums by those over all workers."""
         self.fold()
-        world.all_reduce_(list(self.sums.values()))
+        world.all_reduce_([*self.sums.values(), *self.beside.values()])
+
+    def changes(self, num_even: int, number: int) -> dict[str, HalfOfLambda | None]:
+        """What half of the sequences changes, by module, of the means over all.
+
+        Args:
+            num_even: Number of even sequences.
+            number: N, of all.
+
+        Returns:
+            None where it is not known. See `halves.half_of_lambda`.
+        """
+        return {
+            name: half_of_lambda(mean_OI, self.beside[name], self._sampled[name], num_even, number)
+            for name, mean_OI in self.sums.items()
+        }

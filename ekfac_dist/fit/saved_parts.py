@@ -43,6 +43,9 @@ class Sums(Protocol):
     def holds(self, piece: str) -> bool:
         """Whether a piece belongs to one of these sums."""
 
+    def require_beside(self, pieces: Collection[str]) -> None:
+        """Marks what a saved state with these pieces lacks, if it is of an earlier version."""
+
 
 @dataclass(frozen=True)
 class Identity:

@@ -9,6 +9,7 @@ from ekfac_dist.config import FactorsConfig
 from ekfac_dist.curvature import covariance, long_sums
 from ekfac_dist.curvature.blocks import block_sizes, num_elements
 from ekfac_dist.curvature.costs import block_rows
+from ekfac_dist.curvature.halves import NUM_VECTORS, num_sampled
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
 
 
@@ -99,3 +100,17 @@ def second_level_bytes(
             is_long = factors.refit != "none" and share.sequences >= long_sums.FLUSH_AFTER
         levels["refit"] += bytes_each * module.num_outputs * module.input_size * is_long
     return levels
+
+
+def halves_bytes(group: Sequence[TrackedModule], factors: FactorsConfig) -> dict[str, int]:
+    """Bytes of what is summed over half of the sequences, by pass; see `curvature.halves`.
+
+    Args:
+        group: The modules of a pair of passes.
+        factors: What is fitted.
+    """
+    rows = sum(num_sampled(module.num_outputs) * module.input_size for module in group)
+    return {
+        "covariance": 8 * NUM_VECTORS * sum(factor_sizes(group).values()),
+        "refit": 8 * rows if factors.refit != "none" else 0,
+    }

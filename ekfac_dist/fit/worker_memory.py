@@ -13,6 +13,7 @@ from ekfac_dist.curvature.blocks import block_sizes
 from ekfac_dist.curvature.eigenbasis import workspace_bytes
 from ekfac_dist.fit.sizes import (
     WorkerShare,
+    halves_bytes,
     itemsize,
     lambda_elements,
     second_level_bytes,
@@ -44,6 +45,7 @@ class Memory:
         workspace: The largest decomposition.
         retained: Memory of finished steps that the allocator does not give back.
         second_levels: Second levels of the running sums, by pass, in the host's memory.
+        halves: What is summed over half of the sequences, by pass.
         on_cpu: Whether all other parts are in the host's memory too.
     """
 
@@ -57,12 +59,14 @@ class Memory:
     workspace: int
     retained: int
     second_levels: Mapping[str, int]
+    halves: Mapping[str, int]
     on_cpu: bool
 
     @property
     def sums(self) -> int:
         """Eigenvectors and running sums in the refit."""
-        return self.bases + self.spectra + self.on_cpu * self.second_levels["refit"]
+        second_level = self.on_cpu * self.second_levels["refit"]
+        return self.bases + self.spectra + second_level + self.halves["refit"]
 
     @property
     def waiting(self) -> int:
@@ -85,12 +89,13 @@ class Memory:
         memory; and a factor for whose workspace the GPU has no room is decomposed there.
         """
         always = self.process + self.weights
-        second_level = self.on_cpu * self.second_levels["covariance"]
+        covariance = self.covariance + self.on_cpu * self.second_levels["covariance"]
+        covariance += self.halves["covariance"]
         eigenbasis = self.process
         if self.on_cpu:
             eigenbasis = always + self.retained + self.covariance + self.workspace
         return {
-            "covariance": always + self.step + self.exchange + self.covariance + second_level,
+            "covariance": always + self.step + self.exchange + covariance,
             "eigenbasis": eigenbasis,
             "refit": always + self.retained + self.step + self.exchange + self.sums,
         }
@@ -165,6 +170,7 @@ def memory(
     step_bytes = step.activation_bytes + 2 * step.logit_bytes + waiting + backward
     matrices = [lambda_elements(part) for part in parts]
     spectra = max((sum(own) + 3 * max(own) for own in matrices), default=0)
+    halves = [halves_bytes(part, factors) for part in parts]
     levels = [second_level_bytes(part, factors, share.of(shard), on_cpu=on_cpu) for part in parts]
     return Memory(
         process=process_bytes,
@@ -178,6 +184,10 @@ def memory(
         retained=int(RETAINED * step_bytes) if on_cpu else 0,
         second_levels={
             stage: max((level[stage] for level in levels), default=0)
+            for stage in ("covariance", "refit")
+        },
+        halves={
+            stage: max((each[stage] for each in halves), default=0)
             for stage in ("covariance", "refit")
         },
         on_cpu=on_cpu,

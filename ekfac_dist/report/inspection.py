@@ -1,6 +1,6 @@
 """Inspection of a factor store: verification, a summary of every module, plots of spectra."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from ekfac_dist.errors import ConfigError, OutputError, StoreError
 from ekfac_dist.factors.factors import Factors
 from ekfac_dist.factors.layout import FISHER_NAMES, eigenbasis_file, spectrum_file
 from ekfac_dist.factors.reader import StoreReader
+from ekfac_dist.report import halves
 from ekfac_dist.report.tables import table
 from ekfac_dist.runtime.memory import as_text
 from ekfac_dist.runtime.terminal import visible
@@ -82,7 +83,7 @@ def inspect_store(path: str | Path) -> str:
 
 def _store_summary(reader: StoreReader) -> str:
     factors = Factors(reader)
-    store_lines = _store_lines(reader)
+    store_lines = [*_store_lines(reader), *halves.lines(_halves(reader))]
     header = [
         "module",
         "O×I",
@@ -94,6 +95,7 @@ def _store_summary(reader: StoreReader) -> str:
         "mean Λ",
         "Λ−KFAC",
         "residual",
+        *(halves.HEADER if _halves(reader) else ()),
     ]
     rows = [_module_row(reader, factors, name) for name in factors.modules]
     lines = [
@@ -104,6 +106,7 @@ def _store_summary(reader: StoreReader) -> str:
         "rank: effective, exp of the entropy of the eigenvalues. Λ−KFAC: ‖Λ − M/N·λ_S λ_Aᵀ‖ / ‖Λ‖.",
         "residual: the larger ‖A − QΛQᵀ‖/‖A‖ of the module's two factors, in float64, before Q is",
         "rounded to the precision that it is stored in.",
+        *(halves.LEGEND if _halves(reader) else ()),
     ]
     return "\n".join(lines)
 
@@ -146,11 +149,20 @@ def _module_row(reader: StoreReader, factors: Factors, name: str) -> list[str]:
         f"{spectra.lambda_OI.mean().item():.2e}",
         f"{departure(spectra.lambda_OI, kfac_OI):.3f}",
         f"{max(float(header['residual']) for header in headers):.0e}",
+        *halves.cells(_halves(reader), name),
     ]
+
+
+def _halves(reader: StoreReader) -> Mapping[str, Any] | None:
+    """What half of the data changes, as the manifest has it; None in those of earlier versions."""
+    return reader.manifest.get("halves")
 
 
 def plot_spectra(path: str | Path, file: str | Path) -> None:
     """Draws every module's eigenvalues of A, S and Λ, largest first, on logarithmic axes.
+
+    Beside them, what factors of half of the data are off, if the store says so.
+
 
     Args:
         path: The store's directory.
@@ -172,20 +184,25 @@ def plot_spectra(path: str | Path, file: str | Path) -> None:
 
     reader = StoreReader(path)
     factors = Factors(reader)
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    axes = figure.subplots(1, 3)
+    of_halves = _halves(reader)
+    num_axes = 3 if of_halves is None else 4
+    figure = Figure(figsize=(13 / 3 * num_axes, 4.2), layout="constrained")
+    axes, *_ = figure.subplots(1, num_axes, squeeze=False)
     colors = colormaps["viridis"]
     num_modules = len(factors.modules)
     for k, name in enumerate(factors.modules):
         spectra = _spectra(reader, factors, name)
         color = colors(k / max(1, num_modules - 1))
         module_values = (spectra.values_I, spectra.values_O, spectra.lambda_OI)
-        for axis, values in zip(axes, module_values, strict=True):
+        for axis, values in zip(axes[:3], module_values, strict=True):
             _draw_spectrum(axis, values, color, name)
-    for axis, title in zip(axes, ("A (inputs)", "S (output gradients)", "Λ (refit)"), strict=True):
+    titles = ("A (inputs)", "S (output gradients)", "Λ (refit)")
+    for axis, title in zip(axes[:3], titles, strict=True):
         axis.set(xscale="log", yscale="log", title=title, xlabel="rank of the eigenvalue")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("eigenvalue")
+    if of_halves is not None:
+        halves.draw(axes[3], of_halves)
     _add_legend(figure, axes[0], num_modules)
     try:
         figure.savefig(file, dpi=120)

@@ -8,6 +8,7 @@ from ekfac_dist.fit.disk_space import STATE_BYTES_PER_SECOND
 from ekfac_dist.fit.manifest import FitSummary, coverage_line
 from ekfac_dist.fit.plan import Plan
 from ekfac_dist.models.find.discovery import Discovery
+from ekfac_dist.report import halves
 from ekfac_dist.report.tables import table
 from ekfac_dist.runtime.memory import as_text
 from ekfac_dist.runtime.progress import clock
@@ -112,6 +113,7 @@ def _memory_table(plan: Plan) -> str:
         "covariance sums": memory.covariance,
         "eigenvectors": memory.bases,
         "sums of the refit": memory.spectra,
+        "sums over half of the sequences": max(memory.halves.values()),
         f"workspace of a decomposition{'' if memory.on_cpu else ', beside the program alone'}": (
             memory.workspace
         ),
@@ -198,7 +200,7 @@ def closing_table(summary: FitSummary, output: str) -> str:
         rows.append([stage, f"{seconds:.1f}", rate, loss])
     total_seconds = sum(summary.seconds.values())
     rows.append(["all", f"{total_seconds:.1f}", "", ""])
-    size = StoreReader(output).total_bytes()
+    store = StoreReader(output)
     peaks = ", ".join(f"{as_text(peak)} ({place})" for place, peak in summary.peak_bytes.items())
     return "\n".join(
         [
@@ -206,7 +208,8 @@ def closing_table(summary: FitSummary, output: str) -> str:
             table(["stage", "seconds", "tokens/s", "loss (nats/label)"], rows),
             "",
             f"peak memory   {peaks}, the most of any worker",
-            f"store         {as_text(size)} in {output}",
+            f"store         {as_text(store.total_bytes())} in {output}",
             f"coverage      {coverage_line(summary.discovery)}",
+            *map(visible, halves.lines(store.manifest.get("halves"))),
         ]
     )

@@ -121,6 +121,7 @@ def test_estimate_says_who_works_what_is_covered_and_what_it_took(fitted):
         "100.0% of the MLP's",
         "peak memory",
         "tokens/s",
+        "factors of half of the sequences are off: A up to",
     ):
         assert words in done.stdout
     for stage in ("covariance", "eigenbasis", "refit"):
@@ -138,7 +139,9 @@ def test_inspect_shows_every_module_and_verifies_every_file(fitted):
     done = run_here(["inspect", directory / "store", "--verify", "--plot", picture])
     assert done.returncode == 0, done.stderr
     assert "all as they were written" in done.stdout
-    assert done.stdout.count(".mlp.") == 6
+    rows = [line for line in done.stdout.splitlines() if line.startswith("model.layers.")]
+    assert sum(".mlp." in row for row in rows) == len(rows) == 6
+    assert "½ scores" in done.stdout
     assert done.stdout.count("shared") == 2
     assert "empirical Fisher" in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")

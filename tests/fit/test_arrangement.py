@@ -41,6 +41,7 @@ def memory(step: int, sums: int, host: int = 0) -> Memory:
         workspace=0,
         retained=0,
         second_levels={"covariance": host, "refit": host},
+        halves={"covariance": 0, "refit": 0},
         on_cpu=False,
     )
 

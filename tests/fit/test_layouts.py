@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import worker_layouts
 from helpers.dense import counts_in, dense_E, relative
+from helpers.halves import assert_same_halves
 from helpers.killed_fits import content
 from helpers.workshop import run_workers
 from worker_layouts import FITS, NUM_EXAMPLES
@@ -111,6 +112,7 @@ def assert_gone_on(
     one, other = load_factors(root / run), load_factors(alone / fit)
     assert set(one.manifest["files"]) == set(other.manifest["files"])
     assert one.manifest["data"] == other.manifest["data"]
+    assert_same_halves(one, other)
     for name, module in other.modules.items():
         assert relative(dense_E(one, name), dense_E(other, name)) < 1e-10
         assert counts_in(one, "eigenbasis", module) == counts_in(other, "eigenbasis", module)

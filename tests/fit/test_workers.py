@@ -7,6 +7,7 @@ import pytest
 import torch
 import worker_fits
 from helpers.dense import dense_E, relative
+from helpers.halves import assert_same_halves
 from helpers.workshop import run_workers
 from worker_fits import FITS
 
@@ -42,6 +43,7 @@ def test_any_number_of_workers_fits_the_same_factors(alone, by_many, fit):
     for key in ("num_sequences", "num_positions", "num_labels", "fingerprint"):
         assert many.manifest["data"][key] == one.manifest["data"][key]
     assert many.manifest["modules"] == one.manifest["modules"]
+    assert_same_halves(many, one, 100 * tolerance)
     for name, module in one.modules.items():
         assert relative(dense_E(many, name), dense_E(one, name)) < tolerance
         for factor in (module.input, module.output):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers.dense import counts_in, dense_E, relative
+from helpers.halves import assert_same_halves
 from helpers.networks import examples
 from helpers.workshop import run_workers
 from worker_shards import FITS, IN_ROUNDS, SETTINGS, WAITS, made
@@ -65,6 +66,7 @@ def test_shared_out_factors_are_those_of_one_worker(alone, shared_out, workers, 
         assert shards.manifest["data"][key] == whole.manifest["data"][key]
     assert shards.manifest["modules"] == whole.manifest["modules"]
     assert set(shards.manifest["files"]) == set(whole.manifest["files"])
+    assert_same_halves(shards, whole)
     for name, module in whole.modules.items():
         assert relative(dense_E(shards, name), dense_E(whole, name)) < 1e-12
         assert counts_in(shards, "covariance", module) == counts_in(whole, "covariance", module)

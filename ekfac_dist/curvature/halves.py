@@ -1,0 +1,300 @@
+"""How far factors of half of the data agree with those of all of it, from small sums over one half.
+
+Sequences with an even index are one half of the data, those with an odd index the other. In each
+pass something small is summed over the even ones alone; what the odd ones add is the rest of the
+whole sum.
+
+**From two halves to any part.** A factor X is a mean over sequences, which are taken to be drawn
+independently: over n of them it is off by an error of variance c²/n. The means over the two halves,
+of n_e and n_o sequences, differ by an error of variance c² (1/n_e + 1/n_o) = c² N / (n_e n_o), so
+
+    δ = (X_even − X_odd) √(n_e n_o) / N        has variance c²/N,
+
+and c²/n − c²/N is the variance of the difference between X over n of these sequences and X over all
+N. So δ is as large as what half of the data is off (n = N/2), √(N/n − 1) · δ as what n of them are,
+and δ/√2 as the difference from a fit on twice as many sequences (n = N, of 2N).
+
+**A and S**: with the factor times a few fixed vectors w of random signs, E ‖δ w‖² = ‖δ‖², whatever
+δ is (Hutchinson 1989).
+
+**Scores**: by module s(q, z) = Σ_a q_a z_a / (Λ_a + λ), with gradients q and z in the eigenbasis,
+where a runs over all pairs of an output and an input eigenvector. If Λ_a and λ change by δ_a and
+δ_λ, s changes by − Σ_a q_a z_a r_a / (Λ_a + λ), to first order, with r_a = (δ_a + δ_λ)/(Λ_a + λ).
+Gradients like those of the fit have mean squares Λ_a, so for them
+
+    mean square of s                  Σ_a ω_a         ω_a = (Λ_a / (Λ_a + λ))²
+    mean square of what it changes    Σ_a ω_a r_a²
+    correlation of s and s + change   1 / √(1 + v)    v = Σ ω_a r_a² / Σ ω_a − (Σ ω_a r_a / Σ ω_a)²
+
+where the last term takes off a common factor, which changes no correlation. All modules together
+have the sums over their a. From this v, of half of the data, that of n sequences is (N/n − 1) v. It
+counts what Λ is off, in the eigenbasis of all data, not how far the eigenbases differ; those of the
+halves are not computed. `docs/method.md` has what was measured beside real fits.
+
+δ_a is known for some rows of Λ: those of the largest eigenvalues, where few directions may hold
+most of mean(Λ), and others spread evenly over the rest, each of which stands for its neighbours.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ekfac_dist.curvature.blocks import Blocks, bounds
+from ekfac_dist.curvature.damping import DEFAULT
+
+NUM_VECTORS = 8
+SEED = 20_230_807
+# λ over mean(Λ) that scores are predicted for: the default, and far to either side.
+DAMPINGS = (0.001, DEFAULT, 10.0)
+LEAST_ROWS = 16
+_ROWS_PER_SAMPLED = 128
+_CHUNK_ELEMENTS = 2**22
+
+
+def is_even(index: int) -> bool:
+    """Whether a sequence is of the half that is summed.
+
+    Args:
+        index: The sequence's index in the data.
+    """
+    return index % 2 == 0
+
+
+def even_positions(
+    are_even: Sequence[bool], lengths: Sequence[int], device: torch.device
+) -> Tensor:
+    """Which of a batch's positions are of even sequences, int64 [m].
+
+    Args:
+        are_even: Whether each sequence is an even one [B].
+        lengths: Positions of each sequence, in order [B].
+        device: Where the result is wanted.
+    """
+    mask = torch.tensor(are_even, dtype=torch.bool).repeat_interleave(torch.tensor(lengths))
+    return mask.nonzero().squeeze(-1).to(device)
+
+
+def in_chunks(vectors_Mi: Tensor, chosen_m: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Copies of some of a matrix's rows, few at a time.
+
+    Args:
+        vectors_Mi: The matrix.
+        chosen_m: Indices of rows.
+
+    Yields:
+        (indices, rows) of each chunk.
+    """
+    for rows in chosen_m.split(max(1, _CHUNK_ELEMENTS // vectors_Mi.shape[1])):
+        yield rows, vectors_Mi[rows]
+
+
+# -- A and S ---------------------------------------------------------------------------------------
+
+
+def fixed_vectors(size: int, like: Tensor) -> Tensor:
+    """The vectors of random signs [`NUM_VECTORS`, n], from `SEED`.
+
+    Args:
+        size: n.
+        like: A tensor with the dtype and on the device wanted.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    signs = 2 * torch.randint(0, 2, (NUM_VECTORS, size), generator=generator) - 1
+    return signs.to(like.device, like.dtype)
+
+
+def add_sketch_(
+    sketch_kn: Tensor,
+    vectors_Mi: Tensor,
+    even_m: Tensor,
+    signs_kn: Tensor,
+    block_sizes: Sequence[int],
+) -> None:
+    """Adds Σ_m (W x_m) x_mᵀ to a running sum, in place, block by block.
+
+    (A CPU multiplies few long rows up to four times as fast as few long columns.)
+
+    Args:
+        sketch_kn: Running sum [k, n], float64.
+        vectors_Mi: Vectors [M, i] of any float dtype. Where n = i + 1 a 1 is appended to each.
+        even_m: Which of the M vectors are summed, from `even_positions`.
+        signs_kn: W, in the dtype that products are computed in.
+        block_sizes: Sizes of the factor's diagonal blocks; they sum to n.
+    """
+    num_columns = vectors_Mi.shape[1]
+    for _, few_mi in in_chunks(vectors_Mi, even_m):
+        chunk_mi = few_mi.to(signs_kn.dtype)
+        for start, end in bounds(block_sizes):
+            last = min(end, num_columns)
+            columns_mb = chunk_mi[:, start:last]
+            products_km = signs_kn[:, start:last] @ columns_mb.T
+            if end > num_columns:  # the bias coordinate
+                products_km += signs_kn[:, num_columns:]
+                sketch_kn[:, num_columns] += products_km.sum(1)
+            sketch_kn[:, start:last] += products_km @ columns_mb
+
+
+def relative_difference(
+    even_kn: Tensor, num_even: int, blocks: Blocks, number: int
+) -> float | None:
+    """‖δ‖ / ‖X‖, Frobenius: how far a covariance of half of the positions is from that of all.
+
+    Args:
+        even_kn: The sum's sketch over the even sequences, from `add_sketch_`.
+        num_even: Positions in it.
+        blocks: The whole sum, block by block, in both triangles.
+        number: Positions in that.
+
+    Returns:
+        An estimate; None where a half has no position, the sum is zero, or products overflow.
+    """
+    num_odd = number - num_even
+    signs_kn = fixed_vectors(even_kn.shape[1], blocks[0])
+    squares = total = 0.0
+    for block, (start, end) in zip(blocks, bounds([len(b) for b in blocks]), strict=True):
+        all_kb = (signs_kn[:, start:end] @ block).double()
+        even_kb = even_kn[:, start:end]
+        if num_even and num_odd:
+            difference_kb = even_kb / num_even - (all_kb - even_kb) / num_odd
+            squares += difference_kb.square().sum().item() / NUM_VECTORS
+        total += torch.linalg.vector_norm(block, dtype=torch.float64).item() ** 2
+    if not num_even or not num_odd or not total:
+        return None
+    difference = math.sqrt(squares / total * num_even * num_odd)
+    return difference if math.isfinite(difference) else None
+
+
+# -- Λ and scores ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SampledRows:
+    """Some rows of Λ.
+
+    Attributes:
+        indices_k: Their indices, ascending, int64 [k].
+        weights_k: How many rows each stands for, float64 [k]; they sum to O.
+    """
+
+    indices_k: Tensor
+    weights_k: Tensor
+
+    @classmethod
+    def of(cls, values_O: Tensor) -> "SampledRows":
+        """The rows of the largest eigenvalues, and as many spread evenly over the others.
+
+        Args:
+            values_O: λ_S [O], eigenvalues of the output factor, in any order.
+        """
+        size, number = len(values_O), num_sampled(len(values_O))
+        order = values_O.cpu().argsort(descending=True, stable=True)
+        first = number if number == size else number // 2
+        edges = torch.linspace(first, size, number - first + 1, dtype=torch.float64).round().long()
+        places = torch.cat([torch.arange(first), (edges[:-1] + edges[1:] - 1) // 2])
+        weights = torch.cat([torch.ones(first, dtype=torch.float64), edges.diff().double()])
+        indices, sorting = order[places].sort()
+        return cls(indices, weights[sorting])
+
+    def to(self, device: torch.device) -> "SampledRows":
+        """The same rows on another device."""
+        return SampledRows(self.indices_k.to(device), self.weights_k.to(device))
+
+
+def num_sampled(num_outputs: int) -> int:
+    """Number of the rows of Λ [O, I] that are sampled."""
+    return min(num_outputs, max(LEAST_ROWS, num_outputs // _ROWS_PER_SAMPLED))
+
+
+@dataclass(frozen=True)
+class ScoreChange:
+    """What half of the data changes of the scores of one or more modules; see the module's text.
+
+    Attributes:
+        signal: Σ ω_a.
+        first: Σ ω_a r_a.
+        second: Σ ω_a r_a².
+    """
+
+    signal: float = 0.0
+    first: float = 0.0
+    second: float = 0.0
+
+    def __add__(self, other: "ScoreChange") -> "ScoreChange":
+        return ScoreChange(
+            self.signal + other.signal, self.first + other.first, self.second + other.second
+        )
+
+    def correlation(self, share: float = 0.5) -> float | None:
+        """The predicted correlation of scores from a fit on a part of the data, and on all.
+
+        Args:
+            share: The part's share of the sequences, n / N. Above 1 the part is N / share of these
+                sequences: 2 is the correlation between this fit and one on twice as many.
+
+        Returns:
+            None where there is no signal.
+        """
+        if not self.signal:
+            return None
+        variance = max(0.0, self.second / self.signal - (self.first / self.signal) ** 2)
+        # c²/n − c²/N, over that of half of the data: c²/N.
+        scale = 1 / share - 1 if share <= 1 else 1 - 1 / share
+        return 1 / math.sqrt(1 + scale * variance)
+
+
+@dataclass(frozen=True)
+class HalfOfLambda:
+    """How far a module's Λ of half of the sequences is from that of all.
+
+    Attributes:
+        difference: ‖δ‖ / ‖Λ‖, Frobenius, from the sampled rows.
+        scores: What it changes of the module's scores, by damping: λ over mean(Λ).
+    """
+
+    difference: float
+    scores: Mapping[float, ScoreChange]
+
+
+def half_of_lambda(
+    lambda_OI: Tensor,
+    even_kI: Tensor,
+    rows: SampledRows,
+    num_even: int,
+    number: int,
+) -> HalfOfLambda | None:
+    """What half of the sequences changes of a module's Λ, and of its scores at `DAMPINGS`.
+
+    Args:
+        lambda_OI: Λ of all sequences.
+        even_kI: Σ over the even sequences of the squares whose mean Λ is, in the sampled rows;
+            float64.
+        rows: Which rows those are.
+        num_even: Number of even sequences.
+        number: N, of all.
+
+    Returns:
+        None where a half has no sequence, or its sums are not known (NaN).
+    """
+    num_odd = number - num_even
+    mean = lambda_OI.mean(dtype=torch.float64).item()
+    if not num_even or not num_odd or not bool(even_kI.isfinite().all()):
+        return None
+    if not mean:
+        return HalfOfLambda(0.0, dict.fromkeys(DAMPINGS, ScoreChange()))
+    sampled_kI, weights_k1 = lambda_OI[rows.indices_k].double(), rows.weights_k[:, None]
+    odd_kI = number * sampled_kI - even_kI
+    change_kI = (even_kI / num_even - odd_kI / num_odd) * math.sqrt(num_even * num_odd) / number
+    squares = [(weights_k1 * x.square()).sum().item() for x in (change_kI, sampled_kI)]
+    change_of_mean = (weights_k1 * change_kI).sum().item() / lambda_OI.numel()
+    scores = {}
+    for damping in DAMPINGS:
+        damped_kI = sampled_kI + damping * mean
+        relative_kI = (change_kI + damping * change_of_mean) / damped_kI
+        omega_kI = weights_k1 * (sampled_kI / damped_kI).square()
+        moments = [(omega_kI * relative_kI**power).sum().item() for power in range(3)]
+        scores[damping] = ScoreChange(*moments)
+    difference = math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0
+    return HalfOfLambda(difference, scores)

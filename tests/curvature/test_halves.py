@@ -1,0 +1,157 @@
+"""Halves of the data: sketches are unbiased, sampled rows stand for all, predictions come true."""
+
+import math
+
+import pytest
+import torch
+
+from ekfac_dist.curvature import halves
+from ekfac_dist.curvature.halves import (
+    HalfOfLambda,
+    SampledRows,
+    ScoreChange,
+    add_sketch_,
+    even_positions,
+    fixed_vectors,
+    half_of_lambda,
+    num_sampled,
+    relative_difference,
+)
+
+
+def sequences(number=24, size=6, seed=0):
+    """Vectors [T, size] at the positions of each sequence, anisotropic."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.linspace(1, 3, size, dtype=torch.float64)
+    return [
+        torch.randn(int(length), size, generator=generator, dtype=torch.float64) * scale
+        for length in torch.randint(1, 9, (number,), generator=generator)
+    ]
+
+
+def estimate(vectors, blocks=1):
+    """What is said of halves of some sequences, from sums as a pass makes them."""
+    everything = torch.cat(vectors)
+    size = everything.shape[1]
+    sizes = [size // blocks] * blocks
+    even_m = even_positions(
+        [k % 2 == 0 for k in range(len(vectors))], list(map(len, vectors)), everything.device
+    )
+    sketch = torch.zeros(halves.NUM_VECTORS, size, dtype=torch.float64)
+    add_sketch_(sketch, everything, even_m, fixed_vectors(size, everything), sizes)
+    sums = [part.T @ part for part in everything.split(sizes, 1)]
+    return relative_difference(sketch, len(even_m), sums, len(everything))
+
+
+def exact(vectors, blocks=1):
+    size = vectors[0].shape[1]
+    mask = torch.block_diag(*[torch.ones(size // blocks, size // blocks)] * blocks).double()
+    even, odd = (torch.cat(half) for half in (vectors[::2], vectors[1::2]))
+    difference = (even.T @ even / len(even) - odd.T @ odd / len(odd)) * mask
+    whole = torch.cat(vectors)
+    scale = math.sqrt(len(even) * len(odd)) / len(whole)
+    return (scale * difference.norm() / (whole.T @ whole / len(whole) * mask).norm()).item()
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_the_mean_over_fixed_vectors_of_many_seeds_is_the_difference(
+    blocks, monkeypatch: pytest.MonkeyPatch
+):
+    vectors = sequences()
+    squares = []
+    for seed in range(400):
+        monkeypatch.setattr(halves, "SEED", seed)
+        squares.append(estimate(vectors, blocks) ** 2)
+    error = torch.tensor(squares).std() / math.sqrt(len(squares))
+    assert abs(sum(squares) / len(squares) - exact(vectors, blocks) ** 2) < 4 * error
+    assert error < 0.04 * exact(vectors, blocks) ** 2
+
+
+def test_equal_halves_agree_and_a_half_without_positions_is_not_known():
+    vectors = [each for each in sequences(6) for _ in range(2)]
+    assert estimate(vectors) < 1e-12
+    assert estimate(vectors[:1]) is None
+    assert estimate([vectors[0][:0], vectors[1]]) is None
+    assert estimate([torch.zeros_like(each) for each in vectors]) is None
+    huge = [torch.full((1, 6), 1e19), torch.full((1, 6), 2e18)]
+    assert torch.cat(huge).square().sum(0).isfinite().all()  # what a pass sums is no infinity
+    assert estimate(huge) is None
+
+
+@pytest.mark.parametrize(("size", "number"), [(5, 5), (16, 16), (100, 16), (4096, 32)])
+def test_sampled_rows_stand_for_all_and_have_the_largest_eigenvalues(size: int, number: int):
+    values = torch.rand(size, generator=torch.Generator().manual_seed(0))
+    rows = SampledRows.of(values)
+    assert num_sampled(size) == len(rows.indices_k) == number
+    assert rows.weights_k.sum() == size
+    assert (rows.indices_k.diff() > 0).all()
+    assert set(values.topk(number // 2).indices.tolist()) <= set(rows.indices_k.tolist())
+    # Of a smooth function of the eigenvalues they have nearly the mean.
+    mean = (rows.weights_k * values[rows.indices_k] ** 2).sum() / size
+    assert mean == pytest.approx((values.double() ** 2).mean().item(), rel=0.03)
+
+
+def drawn_squares(number, shape, seed):
+    """Squares [N, O, I] of the gradients of sequences, their means falling along both sides."""
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.outer(*(1 / torch.arange(1.0, n + 1) for n in shape)).double()
+    return means * torch.randn(number, *shape, generator=generator, dtype=torch.float64) ** 2
+
+
+def halves_of(squares_NOI, damping):
+    number = len(squares_NOI)
+    lambda_OI = squares_NOI.mean(0)
+    rows = SampledRows.of(lambda_OI.sum(1))
+    even_kI = squares_NOI[::2].sum(0)[rows.indices_k]
+    known = half_of_lambda(lambda_OI, even_kI, rows, (number + 1) // 2, number)
+    assert isinstance(known, HalfOfLambda)
+    return known.scores[damping]
+
+
+@pytest.mark.parametrize("damping", halves.DAMPINGS)
+@pytest.mark.parametrize(("number", "size", "trials"), [(400, 8, 150), (401, 40, 25)])
+def test_predictions_are_on_average_those_of_scores_from_parts_and_from_more(
+    number: int, size: int, trials: int, damping: float
+):
+    shares = (0.5, 0.25, 2)
+    predicted, measured = torch.zeros(3), torch.zeros(3)
+    for seed in range(trials):
+        squares = drawn_squares(2 * number, (size, 30), seed)
+        of_all = squares[:number].mean(0)
+        change = halves_of(squares[:number], damping)
+        predicted += torch.tensor([1 - change.correlation(share) for share in shares])
+        # Of gradients with mean squares Λ: the correlation of Σ qz/(Λ+λ) and Σ qz/(Λ'+λ').
+        for k, share in enumerate(shares):
+            of_part = squares[: int(share * number)].mean(0)
+            one, other = (of_all / (x + damping * x.mean()) for x in (of_all, of_part))
+            measured[k] += 1 - ((one * other).sum() / (one.norm() * other.norm())).item()
+    assert ((predicted / measured).log().abs() < 0.2).all(), predicted / measured
+    assert change.correlation(0.5) < change.correlation(2) < change.correlation(1) == 1
+
+
+def test_scores_of_all_modules_are_predicted_from_their_sums():
+    one, other = (halves_of(drawn_squares(50, (6, 9), seed), 0.1) for seed in (0, 1))
+    both = one + other
+    assert min(one.correlation(), other.correlation()) < both.correlation() < 1
+    assert ScoreChange().correlation() is None
+
+
+def test_a_factor_common_to_all_of_a_half_changes_no_correlation():
+    squares = drawn_squares(50, (6, 9), 0)
+    squares[::2] = 3 * squares[::2].mean(0)
+    squares[1::2] = squares[::2].mean(0) / 3
+    assert halves_of(squares, 10.0).correlation() == pytest.approx(1, abs=1e-12)
+
+
+def test_what_is_not_known_is_not_predicted():
+    squares = drawn_squares(4, (3, 4), 0)
+    lambda_OI, rows = squares.mean(0), SampledRows.of(torch.ones(3))
+    even_kI = squares[::2].sum(0)
+    assert half_of_lambda(lambda_OI, even_kI, rows, 2, 4) is not None
+    for num_even, number in ((0, 4), (4, 4)):
+        assert half_of_lambda(lambda_OI, even_kI, rows, num_even, number) is None
+    assert half_of_lambda(lambda_OI, even_kI * math.nan, rows, 2, 4) is None
+    nothing = half_of_lambda(lambda_OI * 0, even_kI * 0, rows, 2, 4)
+    assert nothing is not None
+    assert nothing.difference == 0
+    assert nothing.scores[0.1].correlation() is None

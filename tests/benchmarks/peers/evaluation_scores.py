@@ -262,8 +262,21 @@ def peak(report):
     return report["all_peak_bytes"] / 1e6
 
 
-def compare(args, seed, model, data):
-    """All of one seed, printed; what is known of it."""
+def by_group(scores, members):
+    """Scores of query groups, which are sums of those of their queries."""
+    return torch.stack([scores[list(group)].sum(0) for group in members])
+
+
+def compare(args, seed, model, data, members):
+    """All of one seed, printed; what is known of it.
+
+    Args:
+        args: The command's.
+        seed: The seed.
+        model: The directory of its model.
+        data: Rows of the training sequences, and of the queries.
+        members: The queries of each query group.
+    """
     work = args.output / "work" / f"seed-{seed}"
     prepare_work(work, model, *data)
     stages = Stages(args, work)
@@ -271,7 +284,7 @@ def compare(args, seed, model, data):
     leave_out = [] if args.all_modules else left_out(work)
     theirs = bergson_scores(args, stages, leave_out)
     for row, scores in theirs.items():
-        save_file({"scores": scores}, args.output / f"{row}-{seed}.safetensors")
+        save_file({"scores": by_group(scores, members)}, args.output / f"{row}-{seed}.safetensors")
     found = {row: agreement(theirs[row], ours[row]) for row in ours if row in theirs}
     print(f"\nseed {seed}\n\n{agreement_table(found)}\n\n{cost_table(stages.reports)}\n")
     return {"agreement": found, "stages": stages.reports, "left_out": leave_out}
@@ -289,7 +302,7 @@ def main():
         model = Path(str(config.output)) / f"seed-{seed}" / "model"
         if not model.is_dir():
             sys.exit(f"{model} is missing; run the evaluation first")
-        found = compare(args, seed, model, data)
+        found = compare(args, seed, model, data, inputs.queries.members)
         found |= {"settings": settings, "processor": processor()}
         (args.output / f"seed-{seed}.json").write_text(json.dumps(found, indent=1))
     rows = [("EK-FAC", "ekfac", damping) for damping in args.dampings]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from evaluation_scores import Stages, agreement, copy_model, read_config, rows_of
+from evaluation_scores import Stages, agreement, by_group, copy_model, read_config, rows_of
 from helpers.workshop import save_tiny_gpt2, save_tiny_llama, texts, write_jsonl, write_yaml
 from peer_sides import HERE, MAX_TOKENS
 from safetensors.torch import load_file
@@ -84,6 +84,11 @@ def test_agreement_is_by_query_over_sequences():
     # Σ theirs · ours = 60 + 40, Σ ours² = 60.
     assert found["slope"] == pytest.approx(100 / 60)
     assert agreement(2 * ours, ours)["error"] == pytest.approx(1)
+
+
+def test_a_query_group_has_the_sum_of_its_queries():
+    scores = torch.tensor([[1.0, 2.0], [3.0, 5.0], [7.0, 11.0]])
+    assert by_group(scores, ((0, 2), (1,))).tolist() == [[8.0, 13.0], [3.0, 5.0]]
 
 
 def test_a_stage_runs_again_when_it_or_what_it_stands_on_has_changed(tmp_path, monkeypatch):

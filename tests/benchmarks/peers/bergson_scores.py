@@ -178,9 +178,10 @@ STAGES = {"queries": build_queries, "fit": fit, "apply": apply, "refine": refine
 def main():
     args = arguments()
     report = {"bytes_before": status_bytes("VmRSS")}
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     written = STAGES[args.stage](Run(args))
     report["seconds"] = time.perf_counter() - start
+    report["cpu_seconds"] = time.process_time() - cpu_start
     print_report("bergson", "cpu", scores=written, **report)
 
 

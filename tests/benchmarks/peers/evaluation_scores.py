@@ -251,15 +251,13 @@ def agreement_table(found):
 
 
 def cost_table(reports):
+    """Seconds of the work, of its processor, and of the whole command; its peak memory."""
+    keys = ("seconds", "cpu_seconds", "whole_seconds")
     rows = [
-        [name, f"{one['seconds']:.1f}", f"{one['whole_seconds']:.1f}", f"{peak(one):.0f}"]
+        [name, *(f"{one[key]:.1f}" for key in keys), f"{one['all_peak_bytes'] / 1e6:.0f}"]
         for name, one in reports.items()
     ]
-    return table(["stage", "seconds", "with imports", "peak MB"], rows)
-
-
-def peak(report):
-    return report["all_peak_bytes"] / 1e6
+    return table(["stage", "seconds", "of CPU", "with imports", "peak MB"], rows)
 
 
 def by_group(scores, members):

@@ -71,12 +71,13 @@ def main():
     disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(args.work / "model").to(args.device)
     report = {"bytes_before": status_bytes("VmRSS")}
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     if args.phase == "fit":
         report["passes"] = fit(args, model)
     else:
         report["scores"] = score(args, model)
     report["seconds"] = time.perf_counter() - start
+    report["cpu_seconds"] = time.process_time() - cpu_start
     if os.environ.get("RANK", "0") == "0":
         print_report("ekfac_dist", args.device, **report)
 

@@ -16,8 +16,8 @@ each:
     queries   a gradient for each query, of its summed loss, kept whole (`query.aggregation none`)
     fit       covariances, eigenbases, corrected eigenvalues; labels are sampled unless told
     apply     (E + damping · mean(Λ))⁻¹ of each query's gradient
-    refine    conjugate gradients on the Gauss–Newton of some documents from there, for each query
-              its own, by default as it was published: 20 steps, 256 documents
+    refine    the same, and conjugate gradients from there on the Gauss–Newton of some documents,
+              for each query its own; by default as was published, 20 steps and 256 documents
     score     dot products with each document's gradient
 
 bergson has no seed for its labels; torch's is set here.
@@ -144,6 +144,7 @@ def refine(run):
     astra = AstraConfig(
         solver="cg", num_steps=args.iterations, batch_size=args.documents, seed=args.seed
     )
+    apply(run)
     for damping in args.dampings:
         inversion = InversionConfig(damping_factor=damping)
         pipeline._run_astra(

@@ -198,8 +198,7 @@ def bergson_scores(args, stages, leave_out):
     queries, fit, apply = "bergson, queries", "bergson, fit", "bergson, apply"
     stages.bergson(queries, "queries", *passes)
     stages.bergson(fit, "fit", *passes, "--labels", args.labels)
-    dampings = sorted({*args.dampings, *args.cg_dampings})
-    stages.bergson(apply, "apply", "--dampings", *dampings, after=[queries, fit])
+    stages.bergson(apply, "apply", "--dampings", *args.dampings, after=[queries, fit])
     scores = {}
 
     def score(name, row, dampings, *more, after):
@@ -212,7 +211,7 @@ def bergson_scores(args, stages, leave_out):
     solve = [*passes, "--iterations", args.iterations, "--documents", args.documents]
     for damping in args.cg_dampings:
         refine = f"bergson, refine {damping:g}"
-        stages.bergson(refine, "refine", "--dampings", damping, *solve, after=[apply])
+        stages.bergson(refine, "refine", "--dampings", damping, *solve, after=[queries, fit])
         score(f"score refined {damping:g}", "cg", [damping], "--refined", after=[refine])
     return scores
 

@@ -277,13 +277,15 @@ def compare(args, seed, model, data, members):
     work = args.output / "work" / f"seed-{seed}"
     prepare_work(work, model, *data)
     stages = Stages(args, work)
-    ours = our_scores(args, stages)
+    ours = {} if args.all_modules else our_scores(args, stages)
     leave_out = [] if args.all_modules else left_out(work)
     theirs = bergson_scores(args, stages, leave_out)
     for row, scores in theirs.items():
         save_file({"scores": by_group(scores, members)}, args.output / f"{row}-{seed}.safetensors")
     found = {row: agreement(theirs[row], ours[row]) for row in ours if row in theirs}
-    print(f"\nseed {seed}\n\n{agreement_table(found)}\n\n{cost_table(stages.reports)}\n")
+    tables = [agreement_table(found)] if found else []
+    tables.append(cost_table(stages.reports))
+    print(f"\nseed {seed}", *tables, "", sep="\n\n")
     return {"agreement": found, "stages": stages.reports, "left_out": leave_out}
 
 

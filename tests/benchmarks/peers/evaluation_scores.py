@@ -192,28 +192,27 @@ def our_scores(args, stages):
 
 
 def bergson_scores(args, stages, leave_out):
-    """Fits and scores with bergson: {row: scores}."""
+    """Fits and scores with bergson; yields each row and its scores."""
     passes = ["--batch_tokens", args.batch_tokens]
     passes += ["--leave_out", ",".join(leave_out)] if leave_out else []
     queries, fit, apply = "bergson, queries", "bergson, fit", "bergson, apply"
     stages.bergson(queries, "queries", *passes)
     stages.bergson(fit, "fit", *passes, "--labels", args.labels)
     stages.bergson(apply, "apply", "--dampings", *args.dampings, after=[queries, fit])
-    scores = {}
 
     def score(name, row, dampings, *more, after):
         chosen = ["--dampings", *dampings, *passes, *more]
         done = stages.bergson(f"bergson, {name}", "score", *chosen, after=after)
         for damping, file in done["scores"].items():
-            scores[f"{row}-{damping}"] = load_file(file)["scores"]
+            yield f"{row}-{damping}", load_file(file)["scores"]
 
-    score("score", "ekfac", args.dampings, after=[apply])
+    yield from score("score", "ekfac", args.dampings, after=[apply])
     solve = [*passes, "--iterations", args.iterations, "--documents", args.documents]
     for damping in args.cg_dampings:
         refine = f"bergson, refine {damping:g}"
         stages.bergson(refine, "refine", "--dampings", damping, *solve, after=[queries, fit])
-        score(f"score refined {damping:g}", "cg", [damping], "--refined", after=[refine])
-    return scores
+        named = f"score refined {damping:g}"
+        yield from score(named, "cg", [damping], "--refined", after=[refine])
 
 
 # --- what is shown --------------------------------------------------------------------------------
@@ -279,10 +278,11 @@ def compare(args, seed, model, data, members):
     stages = Stages(args, work)
     ours = {} if args.all_modules else our_scores(args, stages)
     leave_out = [] if args.all_modules else left_out(work)
-    theirs = bergson_scores(args, stages, leave_out)
-    for row, scores in theirs.items():
+    found = {}
+    for row, scores in bergson_scores(args, stages, leave_out):
         save_file({"scores": by_group(scores, members)}, args.output / f"{row}-{seed}.safetensors")
-    found = {row: agreement(theirs[row], ours[row]) for row in ours if row in theirs}
+        if row in ours:
+            found[row] = agreement(scores, ours[row])
     tables = [agreement_table(found)] if found else []
     tables.append(cost_table(stages.reports))
     print(f"\nseed {seed}", *tables, "", sep="\n\n")

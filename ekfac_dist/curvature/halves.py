@@ -30,7 +30,7 @@ where the last term takes off a common factor, which changes no correlation. Fro
 the data, that of n sequences is (N/n − 1) v.
 
 **Eigenbases**: those of the halves are not computed, but how far A's turns follows from ‖δ_A‖. If
-inputs are Gaussian, δ_A has in the eigenbasis elements B_ij with squares of about τ α_i α_j, where α
+inputs are Gaussian, δ_A has in the eigenbasis elements B_ij of squares of about τ α_i α_j, where α
 are A's eigenvalues and τ = ‖δ_A‖² / (tr A)². Two eigenvectors turn into each other by
 
     θ_ij² = B_ij² / ((α_i − α_j)² + 4 B_ij²)

@@ -26,10 +26,22 @@ Gradients like those of the fit have mean squares Λ_a, so for them
     mean square of what it changes    Σ_a ω_a r_a²
     correlation of s and s + change   1 / √(1 + v)    v = Σ ω_a r_a² / Σ ω_a − (Σ ω_a r_a / Σ ω_a)²
 
-where the last term takes off a common factor, which changes no correlation. All modules together
-have the sums over their a. From this v, of half of the data, that of n sequences is (N/n − 1) v. It
-counts what Λ is off, in the eigenbasis of all data, not how far the eigenbases differ; those of the
-halves are not computed. `docs/method.md` has what was measured beside real fits.
+where the last term takes off a common factor, which changes no correlation. From this v, of half of
+the data, that of n sequences is (N/n − 1) v.
+
+**Eigenbases**: those of the halves are not computed, but how far A's turns follows from ‖δ_A‖. If
+inputs are Gaussian, δ_A has in the eigenbasis elements B_ij of squares of about τ α_i α_j, where α
+are A's eigenvalues and τ = ‖δ_A‖² / (tr A)². Two eigenvectors turn into each other by
+
+    θ_ij² = B_ij² / ((α_i − α_j)² + 4 B_ij²)
+
+to first order where B is small, and no further than they can, and E gets between them elements
+(Λ_oi − Λ_oj) θ_ij. With w = Λ / (Λ + λ)² these add Σ_o Σ_ij w_oi w_oj (Λ_oi − Λ_oj)² θ_ij² to
+Σ ω_a r_a². S's turns are left out: with them predictions come out several times too large.
+
+**All modules together**: errors are independent, scores are not. With v of the sums over all
+modules, and n = (Σ_m √Σω)² / Σ_m Σω modules of equal weight, it is v if their scores are
+uncorrelated, and v/n if they all say the same; v/√n is taken, the geometric mean.
 
 δ_a is known for some rows of Λ: those of the largest eigenvalues, where few directions may hold
 most of mean(Λ), and others spread evenly over the rest, each of which stands for its neighbours.
@@ -51,6 +63,7 @@ SEED = 20_230_807
 DAMPINGS = (0.001, DEFAULT, 10.0)
 LEAST_ROWS = 16
 _ROWS_PER_SAMPLED = 128
+_SAMPLED_INPUTS = 128
 _CHUNK_ELEMENTS = 2**22
 
 
@@ -183,13 +196,15 @@ class SampledRows:
     weights_k: Tensor
 
     @classmethod
-    def of(cls, values_O: Tensor) -> "SampledRows":
+    def of(cls, values_O: Tensor, number: int | None = None) -> "SampledRows":
         """The rows of the largest eigenvalues, and as many spread evenly over the others.
 
         Args:
             values_O: λ_S [O], eigenvalues of the output factor, in any order.
+            number: How many, if there are as many; None: `num_sampled`.
         """
-        size, number = len(values_O), num_sampled(len(values_O))
+        size = len(values_O)
+        number = num_sampled(size) if number is None else min(number, size)
         order = values_O.cpu().argsort(descending=True, stable=True)
         first = number if number == size else number // 2
         edges = torch.linspace(first, size, number - first + 1, dtype=torch.float64).round().long()
@@ -215,16 +230,26 @@ class ScoreChange:
     Attributes:
         signal: Σ ω_a.
         first: Σ ω_a r_a.
-        second: Σ ω_a r_a².
+        second: Σ ω_a r_a², and what turns of the eigenbasis add.
+        deviation: √Σ ω_a, summed over the modules.
     """
 
     signal: float = 0.0
     first: float = 0.0
     second: float = 0.0
+    deviation: float = 0.0
+
+    @classmethod
+    def of_module(cls, signal: float, first: float, second: float) -> "ScoreChange":
+        """That of one module."""
+        return cls(signal, first, second, math.sqrt(signal))
 
     def __add__(self, other: "ScoreChange") -> "ScoreChange":
         return ScoreChange(
-            self.signal + other.signal, self.first + other.first, self.second + other.second
+            self.signal + other.signal,
+            self.first + other.first,
+            self.second + other.second,
+            self.deviation + other.deviation,
         )
 
     def correlation(self, share: float = 0.5) -> float | None:
@@ -240,9 +265,71 @@ class ScoreChange:
         if not self.signal:
             return None
         variance = max(0.0, self.second / self.signal - (self.first / self.signal) ** 2)
+        variance /= self.deviation / math.sqrt(self.signal)  # √n
         # c²/n − c²/N, over that of half of the data: c²/N.
         scale = 1 / share - 1 if share <= 1 else 1 - 1 / share
         return 1 / math.sqrt(1 + scale * variance)
+
+
+@dataclass(frozen=True)
+class Turning:
+    """How far eigenvectors of A turn into each other if half of the data is left out.
+
+    Attributes:
+        squares_Ij: θ² of all with some of them, float64.
+        indices_j: Which these are.
+        weights_j: How many each of these stands for.
+    """
+
+    squares_Ij: Tensor
+    indices_j: Tensor
+    weights_j: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        values_I: Tensor,
+        block_sizes: Sequence[int],
+        difference: float,
+        device: torch.device,
+    ) -> "Turning":
+        """From a factor's eigenvalues, and what half of the data is off.
+
+        Args:
+            values_I: α, block by block, on the CPU.
+            block_sizes: Sizes of the factor's diagonal blocks, between which nothing turns.
+            difference: ‖δ‖ / ‖A‖, from `relative_difference`.
+            device: Where it is wanted.
+        """
+        values_I = values_I.double().clamp(min=0)
+        sampled = SampledRows.of(values_I, _SAMPLED_INPUTS)
+        blocks_I = torch.arange(len(block_sizes)).repeat_interleave(torch.tensor(block_sizes))
+        traces = sum(part.sum().item() ** 2 for part in values_I.split(list(block_sizes)))
+        tau = difference**2 * values_I.square().sum().item() / traces
+        values_I = values_I.to(device)
+        values_j = values_I[sampled.indices_k]
+        elements_Ij = tau * torch.outer(values_I, values_j)
+        gaps_Ij = (values_I[:, None] - values_j).square() + 4 * elements_Ij
+        squares_Ij = elements_Ij / gaps_Ij.clamp(min=torch.finfo(torch.float64).tiny)
+        same_Ij = blocks_I[:, None] == blocks_I[sampled.indices_k]
+        sampled = sampled.to(device)
+        return cls(squares_Ij * same_Ij.to(device), sampled.indices_k, sampled.weights_k)
+
+    def changed(self, lambda_kI: Tensor, damped_kI: Tensor, weights_k: Tensor) -> float:
+        """Σ_o Σ_ij w_oi w_oj (Λ_oi − Λ_oj)² θ_ij², with w = Λ / (Λ + λ)².
+
+        Args:
+            lambda_kI: Some rows of Λ, float64.
+            damped_kI: Λ + λ there.
+            weights_k: How many rows each of them stands for.
+        """
+        w_kI = lambda_kI / damped_kI.square()
+        first_kI, second_kI = w_kI * lambda_kI, w_kI * lambda_kI.square()
+        w_kj, first_kj, second_kj = (
+            weights_k[:, None] * x[:, self.indices_j] for x in (w_kI, first_kI, second_kI)
+        )
+        pairs_Ij = second_kI.T @ w_kj + w_kI.T @ second_kj - 2 * first_kI.T @ first_kj
+        return max(0.0, ((pairs_Ij * self.squares_Ij).sum(0) * self.weights_j).sum().item())
 
 
 @dataclass(frozen=True)
@@ -264,6 +351,7 @@ def half_of_lambda(
     rows: SampledRows,
     num_even: int,
     number: int,
+    turning: Turning,
 ) -> HalfOfLambda | None:
     """What half of the sequences changes of a module's Λ, and of its scores at `DAMPINGS`.
 
@@ -274,6 +362,7 @@ def half_of_lambda(
         rows: Which rows those are.
         num_even: Number of even sequences.
         number: N, of all.
+        turning: How far the eigenbasis of the inputs turns.
 
     Returns:
         None where a half has no sequence, or its sums are not known (NaN).
@@ -294,7 +383,8 @@ def half_of_lambda(
         damped_kI = sampled_kI + damping * mean
         relative_kI = (change_kI + damping * change_of_mean) / damped_kI
         omega_kI = weights_k1 * (sampled_kI / damped_kI).square()
-        moments = [(omega_kI * relative_kI**power).sum().item() for power in range(3)]
-        scores[damping] = ScoreChange(*moments)
+        signal, first, second = ((omega_kI * relative_kI**power).sum().item() for power in range(3))
+        second += turning.changed(sampled_kI, damped_kI, rows.weights_k)
+        scores[damping] = ScoreChange.of_module(signal, first, second)
     difference = math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0
     return HalfOfLambda(difference, scores)

@@ -148,11 +148,11 @@ class CovarianceSums(long_sums.LongSums):
         """‖δ‖ / ‖X‖ of each factor X, of the reduced sums: what half of the data is off.
 
         Returns:
-            By factor; None where it is not known. See `halves.relative_difference`.
+            By factor; None as of `halves.relative_difference`; factors whose sums of a half are not
+            known (NaN) are left out.
         """
         differences: dict[str, float | None] = {}
         for factor, blocks in self.sums.items():
-            differences[factor] = None
             num_even = self.beside[_positions_of(factor)].item()
             if math.isfinite(num_even):
                 with precisely(blocks[0].device):

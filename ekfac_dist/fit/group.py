@@ -282,7 +282,8 @@ class GroupFit:
         for total in sums.sums.values():
             total.div_(len(context.sequences))
         num_even = sum(map(is_even, context.sequences.indices.tolist()))
-        halves = record_of(sums.changes(num_even, len(context.sequences)))
+        differences = self.summary.halves.factors
+        halves = record_of(sums.changes(num_even, len(context.sequences), differences))
         self._write(sums.sums)
         seconds = state.seconds + time.perf_counter() - start
         return {**vars(result), "seconds": seconds, "halves": self._of_all_owners(halves)}

@@ -69,7 +69,7 @@ class Halves:
     def _change(self, module: TrackedModule, number: int) -> ScoreChange:
         """The change of a module's scores at a damping; nothing if it is not known."""
         record = self.lambdas.get(module.name)
-        return ScoreChange(*record["scores"][number]) if record else ScoreChange()
+        return ScoreChange.of_module(*record["scores"][number]) if record else ScoreChange()
 
 
 def advice(entry: Mapping[str, Any]) -> str | None:

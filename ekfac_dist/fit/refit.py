@@ -9,7 +9,7 @@ from torch import Tensor
 from ekfac_dist.curvature import long_sums
 from ekfac_dist.curvature.blocks import Blocks, rotate_rows
 from ekfac_dist.curvature.costs import rotates_inputs, rotates_output_gradients
-from ekfac_dist.curvature.halves import HalfOfLambda, SampledRows, half_of_lambda
+from ekfac_dist.curvature.halves import HalfOfLambda, SampledRows, Turning, half_of_lambda
 from ekfac_dist.curvature.refit import (
     EvenSquares,
     add_position_squares_,
@@ -57,6 +57,7 @@ class LambdaSums(PairObserver[Positions], long_sums.LongSums):
         self.counts: dict[str, int] = {}
         self._zero = torch.zeros((), dtype=torch.float64, device=device)
         self._bases = bases
+        self._modules = modules
         self._per_token = per_token
         self._output_sizes: dict[str, list[int]] = {}  # of the modules that read each input
         for module in modules:
@@ -160,17 +161,32 @@ class LambdaSums(PairObserver[Positions], long_sums.LongSums):
         self.fold()
         world.all_reduce_([*self.sums.values(), *self.beside.values()])
 
-    def changes(self, num_even: int, number: int) -> dict[str, HalfOfLambda | None]:
+    def changes(
+        self, num_even: int, number: int, differences: Mapping[str, float | None]
+    ) -> dict[str, HalfOfLambda | None]:
         """What half of the sequences changes, by module, of the means over all.
 
         Args:
             num_even: Number of even sequences.
             number: N, of all.
+            differences: What each covariance of half of the data is off, by factor; see
+                `CovarianceSums.relative_differences`.
 
         Returns:
             None where it is not known. See `halves.half_of_lambda`.
         """
-        return {
-            name: half_of_lambda(mean_OI, self.beside[name], self._sampled[name], num_even, number)
-            for name, mean_OI in self.sums.items()
-        }
+        changes: dict[str, HalfOfLambda | None] = {}
+        for module in self._modules:
+            changes[module.name] = None
+            mean_OI, basis = self.sums[module.name], self._bases[module.input]
+            if module.input in differences:
+                difference = differences[module.input]
+                if difference is None:  # an expert that only one half has reached
+                    difference = 1.0
+                sizes = [len(block) for block in basis.eigenvectors]
+                turning = Turning.of(basis.eigenvalues, sizes, difference, mean_OI.device)
+                even_kI, rows = self.beside[module.name], self._sampled[module.name]
+                changes[module.name] = half_of_lambda(
+                    mean_OI, even_kI, rows, num_even, number, turning
+                )
+        return changes

@@ -10,6 +10,7 @@ from ekfac_dist.curvature.halves import (
     HalfOfLambda,
     SampledRows,
     ScoreChange,
+    Turning,
     add_sketch_,
     even_positions,
     fixed_vectors,
@@ -98,12 +99,17 @@ def drawn_squares(number, shape, seed):
     return means * torch.randn(number, *shape, generator=generator, dtype=torch.float64) ** 2
 
 
+def turning_of(values_I, difference=0.0):
+    return Turning.of(values_I, [len(values_I)], difference, values_I.device)
+
+
 def halves_of(squares_NOI, damping):
     number = len(squares_NOI)
     lambda_OI = squares_NOI.mean(0)
     rows = SampledRows.of(lambda_OI.sum(1))
     even_kI = squares_NOI[::2].sum(0)[rows.indices_k]
-    known = half_of_lambda(lambda_OI, even_kI, rows, (number + 1) // 2, number)
+    turning = turning_of(lambda_OI.sum(0))
+    known = half_of_lambda(lambda_OI, even_kI, rows, (number + 1) // 2, number, turning)
     assert isinstance(known, HalfOfLambda)
     return known.scores[damping]
 
@@ -129,10 +135,76 @@ def test_predictions_are_on_average_those_of_scores_from_parts_and_from_more(
     assert change.correlation(0.5) < change.correlation(2) < change.correlation(1) == 1
 
 
+def eigenbasis_factors(acts_NI, grads_NO):
+    """A's eigenvalues, the eigenvectors of both factors, and the squares whose mean is Λ."""
+    values, basis_II = torch.linalg.eigh(acts_NI.T @ acts_NI / len(acts_NI))
+    basis_OO = torch.linalg.eigh(grads_NO.T @ grads_NO / len(acts_NI)).eigenvectors
+    squares = torch.einsum("no,ni->noi", grads_NO @ basis_OO, acts_NI @ basis_II) ** 2
+    return values, torch.kron(basis_OO, basis_II), squares
+
+
+def dense_inverse(basis, squares_NOI, damping):
+    lambdas = squares_NOI.mean(0).flatten()
+    return basis @ torch.diag(1 / (lambdas + damping * lambdas.mean())) @ basis.T
+
+
+@pytest.mark.parametrize("damping", [0.001, 0.1])
+def test_turns_of_eigenbases_are_predicted_for_gaussian_inputs(damping: float):
+    generator, number = torch.Generator().manual_seed(0), 300
+    variances = 1 / torch.arange(1.0, 31).double()
+    fisher = torch.cat([variances, variances])  # the diagonal, of single positions
+    predicted = without_turns = measured = 0.0
+    for _ in range(12):
+        acts = torch.randn(number, 30, generator=generator).double() * variances.sqrt()
+        grads = torch.randn(number, 2, generator=generator).double()
+        values, basis, squares = eigenbasis_factors(acts, grads)
+        of_all, rows = squares.mean(0), SampledRows.of(torch.ones(2))
+        even_kI, difference = squares[::2].sum(0), exact(list(acts[:, None]))
+        changes = [
+            half_of_lambda(of_all, even_kI, rows, number // 2, number, turning).scores[damping]
+            for turning in (turning_of(values, difference), turning_of(values))
+        ]
+        predicted += 1 - changes[0].correlation()
+        without_turns += 1 - changes[1].correlation()
+        one = dense_inverse(basis, squares, damping)
+        other = dense_inverse(*eigenbasis_factors(acts[::2], grads[::2])[1:], damping)
+        cross, *own = (
+            torch.einsum("a,ab,b,ab->", fisher, x, fisher, y).item()
+            for x, y in ((one, other), (one, one), (other, other))
+        )
+        measured += 1 - cross / math.sqrt(own[0] * own[1])
+    assert predicted == pytest.approx(measured, rel=0.4)
+    assert without_turns < 0.6 * measured
+
+
+@pytest.mark.parametrize("blocks", [[6], [4, 2]])
+def test_eigenvectors_turn_within_their_block_and_no_further_than_they_can(blocks):
+    values = torch.tensor([1.0, 2, 2, 4, 1, 3])
+    turning = Turning.of(values, blocks, 0.5, values.device)
+    assert (turning.squares_Ij <= 0.25).all()
+    assert turning.squares_Ij[1, 2] == pytest.approx(0.25)  # equal eigenvalues
+    assert (turning.squares_Ij[0, 4] == 0) == (len(blocks) == 2)
+    assert not Turning.of(values, blocks, 0.0, values.device).squares_Ij.any()
+
+
+def test_some_inputs_stand_for_all_where_there_are_many(monkeypatch: pytest.MonkeyPatch):
+    values = 1 / torch.arange(1.0, 401).flip(0)
+    squares = drawn_squares(40, (6, 400), 0).flip(2)
+    damped = (of_all := squares.mean(0)) + 0.1 * squares.mean()
+    few = turning_of(values, 0.1).changed(of_all, damped, torch.ones(6).double())
+    monkeypatch.setattr(halves, "_SAMPLED_INPUTS", 400)
+    exactly = turning_of(values, 0.1).changed(of_all, damped, torch.ones(6).double())
+    assert few == pytest.approx(exactly, rel=0.1)
+
+
 def test_scores_of_all_modules_are_predicted_from_their_sums():
     one, other = (halves_of(drawn_squares(50, (6, 9), seed), 0.1) for seed in (0, 1))
-    both = one + other
-    assert min(one.correlation(), other.correlation()) < both.correlation() < 1
+    both, twice = one + other, one + one
+    assert both.signal == one.signal + other.signal
+    # Two that are alike: their v over √2.
+    v, v_of_two = (1 / change.correlation() ** 2 - 1 for change in (one, twice))
+    assert v_of_two == pytest.approx(v / math.sqrt(2))
+    assert max(one.correlation(), other.correlation()) < both.correlation() < 1
     assert ScoreChange().correlation() is None
 
 
@@ -146,12 +218,12 @@ def test_a_factor_common_to_all_of_a_half_changes_no_correlation():
 def test_what_is_not_known_is_not_predicted():
     squares = drawn_squares(4, (3, 4), 0)
     lambda_OI, rows = squares.mean(0), SampledRows.of(torch.ones(3))
-    even_kI = squares[::2].sum(0)
-    assert half_of_lambda(lambda_OI, even_kI, rows, 2, 4) is not None
+    even_kI, turning = squares[::2].sum(0), turning_of(torch.ones(4))
+    assert half_of_lambda(lambda_OI, even_kI, rows, 2, 4, turning) is not None
     for num_even, number in ((0, 4), (4, 4)):
-        assert half_of_lambda(lambda_OI, even_kI, rows, num_even, number) is None
-    assert half_of_lambda(lambda_OI, even_kI * math.nan, rows, 2, 4) is None
-    nothing = half_of_lambda(lambda_OI * 0, even_kI * 0, rows, 2, 4)
+        assert half_of_lambda(lambda_OI, even_kI, rows, num_even, number, turning) is None
+    assert half_of_lambda(lambda_OI, even_kI * math.nan, rows, 2, 4, turning) is None
+    nothing = half_of_lambda(lambda_OI * 0, even_kI * 0, rows, 2, 4, turning)
     assert nothing is not None
     assert nothing.difference == 0
     assert nothing.scores[0.1].correlation() is None

@@ -49,8 +49,22 @@ def dense_difference(vectors, exactly=False):
     return (delta.norm() / whole.norm()).item()
 
 
+def dense_turning(values, difference):
+    """θ² of each two eigenvectors of A [I, I], from its eigenvalues and ‖δ‖ / ‖A‖."""
+    tau = difference**2 * (values**2).sum() / values.sum() ** 2
+    turning = torch.zeros(len(values), len(values), dtype=values.dtype)
+    for i, one in enumerate(values):
+        for j, other in enumerate(values):
+            if i != j:
+                B2 = tau * one * other
+                turning[i, j] = B2 / ((one - other) ** 2 + 4 * B2)
+    return turning
+
+
 def dense_change(dense, lam, Q, damping, per_token=False):
     """Σω, Σωr and Σωr² of a module, with the Fisher matrices of the two halves in a basis.
+
+    To the last is added what turns of A's eigenvectors change of E.
 
     Args:
         dense: `DenseModule` of all sequences, in the order of their indices.
@@ -69,13 +83,20 @@ def dense_change(dense, lam, Q, damping, per_token=False):
     even, odd = even_and_odd(squares)
     numbers = len(even), len(odd)
     delta = (even.mean(0) - odd.mean(0)) * math.sqrt(numbers[0] * numbers[1]) / sum(numbers)
+    theta2 = dense_turning(torch.linalg.eigvalsh(dense.A), dense_difference(dense.acts))
+    w = lam / (lam + damping * lam.mean()) ** 2
+    turned = sum(
+        (torch.outer(w_I, w_I) * (lam_I[:, None] - lam_I) ** 2 * theta2).sum()
+        for w_I, lam_I in zip(w, lam, strict=True)
+    )
     lam = lam.flatten()
     damped = lam + damping * lam.mean()
     omega, r = (lam / damped) ** 2, (delta + damping * delta.mean()) / damped
-    return torch.stack([omega.sum(), (omega * r).sum(), (omega * r**2).sum()])
+    return torch.stack([omega.sum(), (omega * r).sum(), (omega * r**2).sum() + turned])
 
 
-def correlation(sums, scale=1.0):
-    """1 / √(1 + scale · v) with v from Σω, Σωr and Σωr²."""
-    signal, first, second = sums.tolist()
-    return 1 / math.sqrt(1 + scale * (second / signal - (first / signal) ** 2))
+def correlation(changes, scale=1.0):
+    """1 / √(1 + scale · v / √n) with v and n from Σω, Σωr and Σωr² of each module."""
+    signal, first, second = sum(changes).tolist()
+    n = sum(change[0].sqrt() for change in changes).item() ** 2 / signal
+    return 1 / math.sqrt(1 + scale * (second / signal - (first / signal) ** 2) / math.sqrt(n))

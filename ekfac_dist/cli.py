@@ -167,6 +167,10 @@ def evaluate(arguments: list[str]) -> int:
     """Says how good attributions are, alone or as one of several workers."""
 
     def work(config: EvaluateConfig, world: "World") -> str:
+        from ekfac_dist.evaluate.extra import require_packages
+
+        with world.agree():
+            require_packages()
         from ekfac_dist.evaluate.run import run_evaluation
         from ekfac_dist.report.evaluation import evaluation_table
         from ekfac_dist.report.evaluation_page import write_beside

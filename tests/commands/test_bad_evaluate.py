@@ -1,5 +1,6 @@
 """Bad input to `evaluate` is answered as bad input to the other commands is; see `refusals`."""
 
+import importlib.util
 import json
 import shutil
 
@@ -294,6 +295,16 @@ def test_two_workers_refuse_alike(case, command):
     case.spoil(command)
     status, _, stderr = on_real_workers(command.arguments(), 2)
     require_sentence(case, status, stderr)
+
+
+def test_without_its_packages_the_extra_is_named(command, capfd, monkeypatch):
+    find = importlib.util.find_spec
+    without = {"bm25s": None}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: without.get(name, find(name)))
+    status, _, stderr = in_this_process(command.arguments(), capfd)
+    assert status == 2
+    assert "evaluate needs bm25s, which is not installed" in stderr
+    assert not command.path("evaluation").exists()
 
 
 def test_a_run_that_was_refused_goes_on_with_what_would_do(command, capfd):

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ekfac_dist.errors import OutputError, StoreError
+from ekfac_dist.errors import StoreError
 from ekfac_dist.evaluate.training import Trained
+from ekfac_dist.factors.directory import make_folders
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.files import safetensors_parts, write_whole
 from ekfac_dist.runtime.processes import World
@@ -87,13 +88,7 @@ class Bank:
         if manifest.is_file():
             self._require_same(manifest, key.as_dict())
             return
-        try:
-            (path / _FOLDER).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"The bank {path} cannot be made: {error.strerror or error}. Give an output "
-                "directory that can be written."
-            ) from error
+        make_folders(path, _FOLDER)
         content = {"format": FORMAT, **key.as_dict()}
         write_whole(manifest, [json.dumps(content, indent=1).encode() + b"\n"])
 

@@ -31,8 +31,7 @@ def _kfac_lambda(reader: StoreReader, factors: Factors, name: str) -> Tensor:
     count = int(reader.header(eigenbasis_file(module.input))["count"])
     num_sequences = reader.manifest["data"]["num_sequences"]
     lambda_OI = kfac_lambda(values_O.double(), values_I.double(), count, num_sequences)
-    # Eigenvalues of sums of squares; rounding leaves some a little below zero.
-    return lambda_OI.clamp(min=0).to(values_O.dtype)
+    return lambda_OI.to(values_O.dtype)
 
 
 def _zeros(reader: StoreReader, factors: Factors, name: str) -> Tensor:

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ekfac_dist.config import EvaluateConfig
+from ekfac_dist.data.sequences import Sequence as TokenSequence
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.errors import ConfigError, DataError
 from ekfac_dist.influence.queries import Query, QuerySet, tokenize_queries
@@ -26,15 +28,25 @@ class Inputs:
         tokenizer: The model's tokenizer.
         sequences: The training sequences.
         queries: The tokenised queries.
-        texts: The text of each sequence, of its tokens.
         gold: The columns of the sequences that say it, for query groups that have any.
     """
 
     tokenizer: Any
     sequences: Sequences
     queries: QuerySet
-    texts: list[str]
     gold: dict[int, list[int]]
+
+    @cached_property
+    def in_memory(self) -> list[TokenSequence]:
+        """All training sequences in memory, from where they are read again and again."""
+        return [self.sequences[k] for k in range(len(self.sequences))]
+
+    def texts(self) -> list[str]:
+        """The text of each training sequence, of its tokens."""
+        return [
+            self.tokenizer.decode([*each.inputs.tolist(), max(int(each.targets[-1]), 0)], True)
+            for each in self.in_memory
+        ]
 
     @property
     def query_sequences(self) -> Sequences:
@@ -100,12 +112,7 @@ def read_inputs(config: EvaluateConfig, world: World) -> Inputs:
                 f'protocols has recall, but no query of {config.queries} has a "gold": the index '
                 "in the data, from 0, of the sequence that says it, or a list of such."
             )
-    ids = (sequences[k] for k in range(len(sequences)))
-    decoded = [
-        tokenizer.decode([*each.inputs.tolist(), max(int(each.targets[-1]), 0)], True)
-        for each in ids
-    ]
-    return Inputs(tokenizer, sequences, queries, decoded, gold)
+    return Inputs(tokenizer, sequences, queries, gold)
 
 
 def _read_on_all(config: EvaluateConfig, world: World) -> list[Query]:

@@ -14,7 +14,7 @@ Scores of gradients are by the same code as `query`, exact unless a rank is give
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +25,12 @@ from torch import nn
 
 from ekfac_dist.config import EvaluateConfig, RefineConfig, ScoresConfig
 from ekfac_dist.curvature.damping import SCALES, Damping
-from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.errors import DataError, first_line
 from ekfac_dist.evaluate.curvatures import identity, kfac
+from ekfac_dist.evaluate.inputs import Inputs
 from ekfac_dist.factors.factors import Factors
 from ekfac_dist.factors.reader import StoreReader
 from ekfac_dist.influence.checks import check_model_and_sequences, scoring_context
-from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.influence.scoring import compute_scores
 from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.runtime.processes import World
@@ -86,6 +85,10 @@ class Row:
         """What rows that differ in nothing but damping have in common."""
         return self.method, self.tracked or self.name
 
+    def path(self, seed: int) -> Path:
+        """Another tool's file of scores for a seed."""
+        return Path(self.file.replace("{seed}", str(seed)))
+
     @property
     def is_plain(self) -> bool:
         """Whether it is plain EK-FAC with relative damping, which others are compared with."""
@@ -118,34 +121,29 @@ class Explained:
 
     Attributes:
         model: The model.
-        sequences: The training sequences.
-        queries: The queries.
-        texts: The text of each training sequence.
+        config: The evaluation.
+        inputs: Data and queries.
         stores: Directories of the factors, by the name of the choice of modules.
         seed: The seed of training.
-        batch_tokens: Token budget of a batch.
-        rank: Rank of query gradients in scans; None: whole.
-        query_memory_gb: Each worker's budget for them.
-        refine: How the method of a row refines; gives None where it does not.
         world: The workers.
     """
 
     model: nn.Module
-    sequences: Sequences
-    queries: QuerySet
-    texts: list[str]
+    config: EvaluateConfig
+    inputs: Inputs
     stores: Mapping[str, Path]
     seed: int
-    batch_tokens: int
-    rank: int | None
-    query_memory_gb: float
-    refine: Callable[[Row], RefineConfig | None]
     world: World
 
     @property
     def shape(self) -> tuple[int, int]:
         """(query groups, sequences)."""
-        return len(self.queries.members), len(self.sequences)
+        return len(self.inputs.queries.members), len(self.inputs.sequences)
+
+
+def refinement_of(row: Row, config: EvaluateConfig) -> RefineConfig | None:
+    """How a row's method refines query gradients; None where it does not."""
+    return {"ekfac_cg": config.cg, "ekfac_astra": config.astra}.get(row.method)
 
 
 def scores_of(row: Row, explained: Explained) -> np.ndarray:
@@ -160,8 +158,7 @@ def scores_of(row: Row, explained: Explained) -> np.ndarray:
     if row.method == "bm25":
         return _bm25(explained)
     if row.method == "scores":
-        path = Path(row.file.format(seed=explained.seed))
-        return read_scores(path, explained.shape)
+        return read_scores(row.path(explained.seed), explained.shape)
     return _gradient_scores(row, explained)
 
 
@@ -177,10 +174,11 @@ def _gradient_scores(row: Row, explained: Explained) -> np.ndarray:
         per_token="none",
         top_k=1,
         bottom_k=0,
-        rank=explained.rank,
-        query_memory_gb=explained.query_memory_gb,
+        rank=explained.config.rank,
+        query_memory_gb=explained.config.query_memory_gb,
     )
-    model, queries, sequences = explained.model, explained.queries, explained.sequences
+    model, inputs = explained.model, explained.inputs
+    queries, sequences = inputs.queries, inputs.sequences
     with prepared(model):
         check_model_and_sequences(
             str(reader.path),
@@ -197,11 +195,11 @@ def _gradient_scores(row: Row, explained: Explained) -> np.ndarray:
             factors,
             damping,
             explained.world,
-            explained.batch_tokens,
+            explained.config.batch_tokens,
             True,
             config,
             len(queries.members),
-            refine=explained.refine(row),
+            refine=refinement_of(row, explained.config),
         )
         scores = compute_scores(context, queries, sequences, config)
     return scores.scores.float().numpy()
@@ -212,14 +210,13 @@ def _bm25(explained: Explained) -> np.ndarray:
 
     Of a contrast it is the difference of both texts'.
     """
-    index = bm25s.BM25()
-    index.index([words(text) for text in explained.texts], show_progress=False)
-    queries = explained.queries
+    index, queries = bm25s.BM25(), explained.inputs.queries
+    index.index([words(text) for text in explained.inputs.texts()], show_progress=False)
     assert queries.texts is not None
 
     def of(asked: list[str]) -> np.ndarray:
         known = [word for text in asked for word in words(text) if word in index.vocab_dict]
-        return index.get_scores(known) if known else np.zeros(len(explained.texts))
+        return index.get_scores(known) if known else np.zeros(explained.shape[1])
 
     scores = []
     for members in queries.members:

@@ -32,6 +32,7 @@ from ekfac_dist.evaluate.protocols import (
 from ekfac_dist.evaluate.results import FORMAT, PAGE, PLOT, RESULTS, SEED, write_results
 from ekfac_dist.evaluate.seed_run import SeedRun
 from ekfac_dist.evaluate.subsets import lds_subsets, num_removed, random_removals, without
+from ekfac_dist.factors.directory import make_folders
 from ekfac_dist.fit.directories import workers_that_write
 from ekfac_dist.runtime import preemption
 from ekfac_dist.runtime.lock import DirectoryLock
@@ -272,13 +273,7 @@ def _locked_output(output: Path, world: World) -> Iterator[None]:
 
 
 def _opened(output: Path) -> DirectoryLock:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"output {output} cannot be made: {error.strerror or error}. Give a directory that can "
-            "be written."
-        ) from error
+    make_folders(output)
     return DirectoryLock(output)
 
 

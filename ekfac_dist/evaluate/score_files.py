@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ekfac_dist.errors import OutputError
+from ekfac_dist.factors.directory import make_folders
 from ekfac_dist.runtime.files import safetensors_parts, write_whole
 
 
@@ -35,10 +35,7 @@ def store_scores(file: Path, scores: np.ndarray, of: str, seconds: float) -> Non
     Raises:
         OutputError: If it cannot be written.
     """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{file.parent} cannot be made: {error.strerror or error}.") from error
+    make_folders(file.parent)
     header = {"of": of, "seconds": f"{seconds:.3f}"}
     write_whole(file, safetensors_parts({"scores": torch.from_numpy(scores)}, header))
 

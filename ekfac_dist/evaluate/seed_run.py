@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from ekfac_dist.config import EstimateConfig, EvaluateConfig, ModelConfig, RefineConfig
+from ekfac_dist.config import EstimateConfig, EvaluateConfig, ModelConfig
 from ekfac_dist.errors import ConfigError, OutputError
 from ekfac_dist.evaluate.bank import Bank, BankKey, fill
 from ekfac_dist.evaluate.factor_stores import is_complete, require_same_factors
 from ekfac_dist.evaluate.inputs import Inputs
-from ekfac_dist.evaluate.methods import Explained, Row, scores_of
+from ekfac_dist.evaluate.methods import Explained, Row, refinement_of, scores_of
 from ekfac_dist.evaluate.score_files import seconds_in, store_scores, stored_scores
 from ekfac_dist.evaluate.training import (
     Trained,
     num_steps,
     query_losses,
-    read_all,
     train,
 )
 from ekfac_dist.factors.layout import MANIFEST
@@ -91,10 +89,6 @@ class SeedRun:
         if self.config.training.start == "random":
             return random_model(self.config.model, self.world.device, self.seed)
         return load_model(self.config.model, self.world.device)
-
-    @cached_property
-    def _in_memory(self) -> list[Any]:
-        return read_all(self.inputs.sequences)
 
     def model_facts(self) -> dict[str, Any]:
         """Class and number of parameters of the model, as they are written into results."""
@@ -164,7 +158,7 @@ class SeedRun:
         model = self._start_model
         model.load_state_dict(self._start)
         recipe = self.config.training
-        trained = train(model, self._in_memory, kept, recipe, self.seed, on_step)
+        trained = train(model, self.inputs.in_memory, kept, recipe, self.seed, on_step)
         queries = self.inputs.query_sequences
         return query_losses(model, queries, self.config.batch_tokens), trained
 
@@ -251,35 +245,27 @@ class SeedRun:
 
     def _scores_print(self, row: Row) -> str:
         """What a row's scores were computed from, as a digest."""
-        store = self._store(row.tracked) / MANIFEST
+        store, queries = self._store(row.tracked) / MANIFEST, self.inputs.queries
         parts = [
             store.read_bytes() if store.is_file() else b"",
             self.inputs.sequences.fingerprint.encode(),
             self.inputs.query_sequences.fingerprint.encode(),
             repr((row.method, row.damping, row.scale, row.tracked, self.config.rank)).encode(),
-            repr((self.inputs.queries.members, self._refine(row))).encode(),
+            repr((queries.members, queries.against, refinement_of(row, self.config))).encode(),
         ]
         if row.method == "scores":
             with suppress(OSError):
-                parts.append(Path(row.file.format(seed=self.seed)).read_bytes())
+                parts.append(row.path(self.seed).read_bytes())
         return hashlib.sha256(b"|".join(parts)).hexdigest()
-
-    def _refine(self, row: Row) -> RefineConfig | None:
-        return {"ekfac_cg": self.config.cg, "ekfac_astra": self.config.astra}.get(row.method)
 
     def _explained(self) -> Explained:
         model = self.world.main_first(lambda: load_model(self._explained_config, self.world.device))
         return Explained(
             model=model,
-            sequences=self.inputs.sequences,
-            queries=self.inputs.queries,
-            texts=self.inputs.texts,
+            config=self.config,
+            inputs=self.inputs,
             stores={name: self._store(name) for name in ("", *self.config.tracked)},
             seed=self.seed,
-            batch_tokens=self.config.batch_tokens,
-            rank=self.config.rank,
-            query_memory_gb=self.config.query_memory_gb,
-            refine=self._refine,
             world=self.world,
         )
 
@@ -337,7 +323,7 @@ class SeedRun:
                 for k in own:
                     world.check_peers()
                     model.load_state_dict(trained)
-                    sequence = [self._in_memory[columns[k]]]
+                    sequence = [self.inputs.in_memory[columns[k]]]
                     train(model, sequence, np.ones(1, dtype=bool), step, self.seed)
                     after = query_losses(
                         model, self.inputs.query_sequences, self.config.batch_tokens

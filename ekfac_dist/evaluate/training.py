@@ -41,11 +41,6 @@ class Trained:
     last_loss: float
 
 
-def read_all(sequences: Sequences) -> list[TokenSequence]:
-    """All sequences in memory, from where they are trained on again and again."""
-    return [sequences[k] for k in range(len(sequences))]
-
-
 def epoch_order(num_sequences: int, seed: int, epoch: int) -> np.ndarray:
     """The order of all sequences in one epoch [N]."""
     return np.random.default_rng([seed, _EPOCHS_APART + epoch]).permutation(num_sequences)
@@ -116,7 +111,7 @@ def train(
         torch.manual_seed(seed)
         model.train()
         for batches in batches_of(kept, recipe, seed):
-            sums = torch.zeros(2, dtype=torch.float64)
+            loss_sum, label_sum = 0.0, 0
             for indices in batches:
                 on_step()
                 step += 1
@@ -126,15 +121,17 @@ def train(
                     loss = sequence_losses(model, batch).sum() / num_labels
                     value = loss.item()
                     if not math.isfinite(value):
-                        raise ConfigError(_diverged(value, step, total, sums, losses_by_epoch))
+                        before = [*losses_by_epoch, _mean(loss_sum, label_sum)]
+                        raise ConfigError(_diverged(value, step, total, before))
                     loss.backward()
                     if recipe.clip_norm is not None:
                         nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
-                    sums += torch.tensor([value * num_labels, num_labels], dtype=torch.float64)
+                    loss_sum += value * num_labels
+                    label_sum += num_labels
                 optimizer.step()  # changes nothing where there is no gradient
                 optimizer.zero_grad()
                 schedule.step()
-            losses_by_epoch.append(_mean(sums))
+            losses_by_epoch.append(_mean(loss_sum, label_sum))
     model.eval()
     return Trained(step, losses_by_epoch[0], losses_by_epoch[-1])
 
@@ -144,13 +141,13 @@ def _num_labels(batch: Batch) -> int:
     return len(batch.labelled.flat)
 
 
-def _mean(sums: Tensor) -> float:
-    return (sums[0] / sums[1]).item() if sums[1] else math.nan
+def _mean(loss_sum: float, label_sum: int) -> float:
+    return loss_sum / label_sum if label_sum else math.nan
 
 
-def _diverged(value: float, step: int, total: int, sums: Tensor, epochs: Sequence[float]) -> str:
-    before = _mean(sums) if sums[1] else (epochs[-1] if epochs else math.nan)
-    was = f"; until then it was {before:.3g} on average" if math.isfinite(before) else ""
+def _diverged(value: float, step: int, total: int, losses_by_epoch: Sequence[float]) -> str:
+    known = [loss for loss in losses_by_epoch if math.isfinite(loss)]
+    was = f"; until then it was {known[-1]:.3g} on average" if known else ""
     return (
         f"Training diverges: the loss of step {step} of {total} is {value}{was}. Lower "
         "training.learning_rate, raise training.warmup_steps, or set training.clip_norm."
@@ -167,8 +164,6 @@ def sequence_losses(model: nn.Module, batch: Batch) -> Tensor:
     """
     inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "labels"}
     logits_BTV = model(**inputs, use_cache=False).logits
-    if logits_BTV.dtype in (torch.float16, torch.bfloat16):
-        logits_BTV = logits_BTV.float()
     labels_BT = batch.inputs["labels"]
     losses = F.cross_entropy(
         logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=NO_LABEL, reduction="none"

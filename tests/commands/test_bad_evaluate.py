@@ -25,7 +25,7 @@ from helpers.refusals import (
     write,
 )
 from helpers.workshop import run_here, save_tiny_llama, texts, write_jsonl
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 NUM = 10
 QUERIES = [
@@ -231,6 +231,11 @@ LATE = [
         "scores gone.safetensors cannot be read",
     ),
     case(
+        "scores whose name has braces",
+        config("scores", {"theirs": "a{b}.safetensors"}),
+        r"scores a\{b\}.safetensors cannot be read",
+    ),
+    case(
         "scores of another shape",
         scores(scores=torch.zeros(3, 9)),
         "are 3 × 9, but there are 3 queries and 10 sequences",
@@ -305,6 +310,25 @@ def test_without_its_packages_the_extra_is_named(command, capfd, monkeypatch):
     assert status == 2
     assert "evaluate needs bm25s, which is not installed" in stderr
     assert not command.path("evaluation").exists()
+
+
+def test_scores_of_a_contrast_are_not_used_for_one_of_other_sides(command, capfd):
+    """The same sequences, of which another query is against the last."""
+    command.config |= {
+        "methods": ["gradient_dot"],
+        "protocols": ["recall"],
+        "training": {"epochs": 0},
+    }
+    asked = [{"prompt": "Each", "completion": f" {word}.", "gold": 1} for word in ("layer", "one")]
+    file = command.path("evaluation") / "seed-0" / "scores" / "gradient_dot.safetensors"
+    scores = []
+    for contrast in (0, 1):
+        lines = [asked[k] | ({"against": " worker."} if k == contrast else {}) for k in (0, 1)]
+        write_jsonl(command.path("queries.jsonl"), lines)
+        status, _, stderr = in_this_process(command.arguments(), capfd)
+        assert status == 0, stderr
+        scores.append(load_file(file)["scores"])
+    assert not torch.equal(*scores)
 
 
 def test_a_run_that_was_refused_goes_on_with_what_would_do(command, capfd):

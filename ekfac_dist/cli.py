@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 from jsonargparse import ArgumentParser
 
 from ekfac_dist.arguments import command_parser, nearest_name, parse, parse_config
-from ekfac_dist.config import EstimateConfig, EvaluateConfig, PlanConfig, QueryConfig, dotted
+from ekfac_dist.config import (
+    EstimateConfig,
+    EvaluateConfig,
+    IndexConfig,
+    PlanConfig,
+    QueryConfig,
+    dotted,
+)
 from ekfac_dist.errors import DEFECT, ConfigError, Preempted, UserError, status_of
 from ekfac_dist.runtime.platforms import require_system
 from ekfac_dist.runtime.terminal import show, visible
@@ -23,7 +30,7 @@ from ekfac_dist.runtime.terminal import show, visible
 if TYPE_CHECKING:
     from ekfac_dist.runtime.processes import World
 
-T = TypeVar("T", EstimateConfig, QueryConfig, EvaluateConfig)
+T = TypeVar("T", EstimateConfig, QueryConfig, IndexConfig, EvaluateConfig)
 
 USAGE = """usage: ekfac-dist COMMAND [options]
 
@@ -35,10 +42,12 @@ influence queries from them.
   inspect    a store's summary and health: ekfac-dist inspect runs/gpt2 [--verify] [--plot FILE]
   query      score training sequences: ekfac-dist query --factors runs/gpt2 --queries queries.jsonl
              --output runs/scores
+  index      keep the training data's gradients, so that queries need not compute them again:
+             ekfac-dist index --factors runs/gpt2 --output runs/index
   report     a page to look at scores, or an evaluation, in: ekfac-dist report runs/scores
              [--output FILE.html]
   evaluate   how good the scores are, by retraining: ekfac-dist evaluate --config FILE
-  launch     estimate, query or evaluate on many workers, with the options of `accelerate launch`:
+  launch     estimate, query, index or evaluate on many workers, with the options of `accelerate launch`:
              ekfac-dist launch --config_file launch/accelerate/cpu.yaml estimate --config FILE
   demo       all of the main job on a small model and real text, nothing to download; with --real
              on a language model that knows the world, which is downloaded (100 MB)
@@ -62,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "estimate": estimate,
         "inspect": inspect,
         "query": query,
+        "index": index,
         "report": report,
         "evaluate": evaluate,
         "launch": launch,
@@ -161,6 +171,29 @@ def query(arguments: list[str]) -> int:
         "unfinished run in its output goes on if all is the same.",
     )
     return _work(parser, QueryConfig, arguments, work)
+
+
+def index(arguments: list[str]) -> int:
+    """Makes a gradient index, alone or as one of several workers."""
+    adds = "--add" in arguments
+    arguments = [one for one in arguments if one != "--add"]
+
+    def work(config: IndexConfig, world: "World") -> str:
+        from ekfac_dist.influence.index.run import run_index
+        from ekfac_dist.runtime import preemption
+
+        preemption.install()
+        summary = run_index(config, world, adds=adds)
+        return summary.in_words(str(config.output)) if world.is_main else ""
+
+    parser = command_parser(
+        "index --factors STORE --output DIRECTORY [--add] [--FIELD VALUE …]",
+        "Keeps every training sequence's gradient as a few outer products in the factors' "
+        "eigenbasis, so that queries are answered without running the model over the data. An "
+        "unfinished run in its output goes on if all is the same. With --add it adds the sequences "
+        "that the data has beyond those of a finished index.",
+    )
+    return _work(parser, IndexConfig, arguments, work, {"--add": adds})
 
 
 def evaluate(arguments: list[str]) -> int:

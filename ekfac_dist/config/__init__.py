@@ -27,6 +27,7 @@ from ekfac_dist.config.evaluate import (
     TrainingConfig,
 )
 from ekfac_dist.config.fields import dotted, field_types
+from ekfac_dist.config.index import IndexConfig, KeptConfig
 from ekfac_dist.config.query import (
     DEFAULT_TOP_K,
     DampingConfig,
@@ -49,6 +50,8 @@ __all__ = [
     "EstimateConfig",
     "EvaluateConfig",
     "FactorsConfig",
+    "IndexConfig",
+    "KeptConfig",
     "Labels",
     "LdsConfig",
     "ModelConfig",

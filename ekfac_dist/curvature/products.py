@@ -80,8 +80,8 @@ class SequenceGradients:
         for first in range(0, len(lengths), step):
             few_lengths = lengths[first : first + step]
             positions = slice(start, start + sum(few_lengths))
-            acts_nTI = _padded_by_sequence(acts_MI[positions], few_lengths)
-            grads_nTO = _padded_by_sequence(grads_MO[positions], few_lengths)
+            acts_nTI = padded_by_sequence(acts_MI[positions], few_lengths)
+            grads_nTO = padded_by_sequence(grads_MO[positions], few_lengths)
             gradients_nOI = self._scratch.of(acts_MI, len(few_lengths), num_outputs, num_inputs)
             torch.bmm(grads_nTO.transpose(1, 2), acts_nTI, out=gradients_nOI)
             yield slice(first, first + len(few_lengths)), gradients_nOI
@@ -199,7 +199,7 @@ def _orthogonal(matrix: Tensor) -> Tensor:
     return torch.linalg.qr(matrix).Q
 
 
-def _padded_by_sequence(vectors_MX: Tensor, lengths: Sequence[int]) -> Tensor:
+def padded_by_sequence(vectors_MX: Tensor, lengths: Sequence[int]) -> Tensor:
     """The vectors of n sequences as [n, T, X], shorter sequences padded with zeros."""
     longest = max(lengths)
     if min(lengths) == longest:

@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,9 +122,7 @@ class Sequences:
                 if label_offsets.size:
                     positions[start + offset] = label_offsets[-1] + 1
                     num_labels[start + offset] = label_offsets.size
-                for array in (ids, labels):
-                    digest.update(np.asarray(array, dtype="<i8").tobytes())
-                    digest.update(b"|")
+                _add_example(digest, ids, labels)
         labelled_indices = np.flatnonzero(positions)
         tokens_cut = np.asarray(examples["tokens_cut"], dtype=np.int64)
         split_indices = np.zeros(0, dtype=np.int64)
@@ -181,6 +180,15 @@ class Sequences:
         """SHA-256 of every example's token ids and labels, in order."""
         return self._digest
 
+    def fingerprint_of_first(self, rows: int) -> str:
+        """The fingerprint that the first so many examples of the source have alone."""
+        digest = hashlib.sha256()
+        for start in range(0, rows, 1024):
+            chunk = self._examples[start : min(start + 1024, rows)]
+            for ids, labels in zip(chunk["input_ids"], chunk["labels"], strict=True):
+                _add_example(digest, ids, labels)
+        return digest.hexdigest()
+
     def packing(self) -> "Sequences":
         """The same sequences, batched without padding."""
         packed = copy.copy(self)
@@ -212,6 +220,13 @@ class Sequences:
     def positions_of(self, module: str) -> np.ndarray:
         """Counted positions of each sequence that a module sees: all of them [N]."""
         return self.num_positions
+
+
+def _add_example(digest: Any, ids: ArrayLike, labels: ArrayLike) -> None:
+    """Adds an example's tokens to a fingerprint."""
+    for array in (ids, labels):
+        digest.update(np.asarray(array, dtype="<i8").tobytes())
+        digest.update(b"|")
 
 
 def _origins(examples: Dataset) -> np.ndarray | None:

@@ -1,10 +1,7 @@
 """`query`, the command: loads model, data and factors, scores, writes the results."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -16,7 +13,6 @@ from ekfac_dist.config import (
 )
 from ekfac_dist.curvature.damping import Damping
 from ekfac_dist.data.sequences import Sequences
-from ekfac_dist.errors import DataError, ModelError
 from ekfac_dist.factors.comparison import require_fitted_task
 from ekfac_dist.factors.factors import Factors
 from ekfac_dist.factors.opening import load_factors
@@ -28,6 +24,7 @@ from ekfac_dist.influence.checks import (
     scoring_context,
 )
 from ekfac_dist.influence.lists import list_lengths
+from ekfac_dist.influence.names import named_by
 from ekfac_dist.influence.output import write_answer
 from ekfac_dist.influence.queries import tokenize_queries
 from ekfac_dist.influence.query_texts import Query, read_queries
@@ -70,12 +67,12 @@ def run_query(config: QueryConfig, world: World) -> Answer:
         fitted_config = factors.manifest["config"]
         model_config = config.model.over(fitted_config["model"])
         data_config = config.data.over(fitted_config["data"])
-    with _named_by(store, "model.name", model_config.name, config.model.name):
+    with named_by(store, "model.name", model_config.name, config.model.name):
         tokenizer, tokenizer_print = world.main_first(lambda: load_tokenizer(model_config))
     with world.agree():
         # Before the model is loaded, without its context: refuses queries with nothing to predict.
         tokenize_queries(texts, tokenizer, None)
-    with _named_by(store, "data.source", data_config.source, config.data.source):
+    with named_by(store, "data.source", data_config.source, config.data.source):
         train, examples = load_with_examples(data_config, tokenizer, tokenizer_print, world)
     with world.agree():
         columns = pick_candidates(train, candidates)
@@ -198,27 +195,6 @@ def _answer(config: QueryConfig, inputs: _Inputs, world: World, start: float) ->
             )
             saved.finish(lambda writer: write_answer(writer, answer, inputs.examples))
     return answer
-
-
-@contextmanager
-def _named_by(store: str, field: str, name: str | None, given: str | None) -> Iterator[None]:
-    """Adds to errors about a name that was not given that it comes from the factors' manifest.
-
-    Args:
-        store: Directory of the factor store.
-        field: The configuration field that overrides the name.
-        name: The name of the model or the source of the data, as in the manifest.
-        given: The field's value in this run's configuration; None: the manifest's name is used.
-    """
-    try:
-        yield
-    except (DataError, ModelError) as error:
-        if given is None and not Path(str(name)).exists():
-            error.args = (
-                f"{error} It is what the factors in {store} were fitted with, perhaps in another "
-                f"directory; give --{field}.",
-            )
-        raise
 
 
 def _log_split_tokens(world: World, notes: list[str], at_most: int = 5) -> None:

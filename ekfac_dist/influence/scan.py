@@ -31,7 +31,7 @@ from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.runtime.processes import World
 
 
-class _TrainingPairs(PairObserver[CapturedPositions]):
+class TrainingPairs(PairObserver[CapturedPositions]):
     """The observer of training sequences that rotates their pairs into the scoring basis.
 
     Args:
@@ -72,7 +72,7 @@ class _TrainingPairs(PairObserver[CapturedPositions]):
         return self._total
 
 
-class Scan(_TrainingPairs):
+class Scan(TrainingPairs):
     """Scores of every training sequence for every query group of a block.
 
     Args:
@@ -208,7 +208,7 @@ class Pairs:
         return cls(slots, columns, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
 
-class DetailSums(_TrainingPairs):
+class DetailSums(TrainingPairs):
     """Scores of modules, layers and positions for chosen pairs.
 
     Args:

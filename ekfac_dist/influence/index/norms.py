@@ -1,0 +1,78 @@
+"""Norms of whole training gradients at any damping, from those at a few.
+
+What an index keeps of a gradient is not all of it, so norms are computed when it is made, for each
+module and these λ, multiples of mean(Λ) of the module:
+
+    s(λ) = ⟨G, (F + λ)⁻¹ G⟩        and        d(λ) = ‖(F + λ)⁻¹ G‖² = −s′(λ)
+
+Between them log s and log d are interpolated over log λ, by cubic polynomials: both are smooth, for
+s is a mean of 1/(Λ + λ). The error is below 1 % of a norm.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ekfac_dist.errors import ConfigError
+from ekfac_dist.models.modules import TrackedModule
+
+# Multiples of mean(Λ): two a decade.
+DAMPINGS = tuple(10.0 ** (k / 2) for k in range(-9, 5))
+
+
+def mean_of(lambda_OI: Tensor) -> float:
+    """mean(Λ) of a module, which dampings are multiples of; 1 where Λ is zero everywhere."""
+    return float(lambda_OI.mean(dtype=torch.float64)) or 1.0
+
+
+def interpolated(norms_nd: Tensor, damping: float) -> Tensor:
+    """One of the two sums at some damping [n], float64, from those at `DAMPINGS`.
+
+    Args:
+        norms_nd: The sums at `DAMPINGS`, 0 or more [n, dampings].
+        damping: λ as a multiple of mean(Λ), within them.
+    """
+    points = torch.tensor(DAMPINGS, dtype=torch.float64).log()
+    at = torch.tensor(damping, dtype=torch.float64).log()
+    after = int(torch.searchsorted(points, at).clamp(2, len(points) - 2))
+    four = slice(after - 2, after + 2)
+    near = points[four]
+    weights = []
+    for k in range(4):
+        others = torch.cat([near[:k], near[k + 1 :]])
+        weights.append(((at - others) / (near[k] - others)).prod())
+    values_n4 = norms_nd[:, four].double()
+    logs_n = values_n4.clamp(min=torch.finfo(torch.float64).tiny).log() @ torch.stack(weights)
+    return torch.where((values_n4 > 0).all(1), logs_n.exp(), 0.0)
+
+
+def at_dampings(
+    norms_nmkd: Tensor,
+    modules: Sequence[TrackedModule],
+    means: Mapping[str, float],
+    damping: Mapping[str, float],
+) -> Tensor:
+    """Σ over modules of s and of d at their dampings [2, n], float64.
+
+    Args:
+        norms_nmkd: The stored norms [n, modules, 2, dampings].
+        modules: The modules, in the norms' order.
+        means: mean(Λ) of each module.
+        damping: Absolute λ of each module.
+
+    Raises:
+        ConfigError: If a λ is outside those that norms are stored for.
+    """
+    sums_2n = torch.zeros(2, len(norms_nmkd), dtype=torch.float64)
+    for m, module in enumerate(modules):
+        multiple = damping[module.name] / means[module.name]
+        if not DAMPINGS[0] * (1 - 1e-6) <= multiple <= DAMPINGS[-1] * (1 + 1e-6):
+            raise ConfigError(
+                f"The damping of module {module.name} is {multiple:.3g} times its mean(Λ); an "
+                f"index knows norms of gradients for {DAMPINGS[0]:.2g} to {DAMPINGS[-1]:.3g} "
+                "times. Give such a damping, scores.normalize: none, or no index."
+            )
+        for k in range(2):
+            sums_2n[k] += interpolated(norms_nmkd[:, m, k], multiple)
+    return sums_2n

@@ -47,7 +47,8 @@ influence queries from them.
   report     a page to look at scores, or an evaluation, in: ekfac-dist report runs/scores
              [--output FILE.html]
   evaluate   how good the scores are, by retraining: ekfac-dist evaluate --config FILE
-  launch     estimate, query, index or evaluate on many workers, with the options of `accelerate launch`:
+  launch     any of estimate, query, index and evaluate on many workers, with the options of
+             `accelerate launch`:
              ekfac-dist launch --config_file launch/accelerate/cpu.yaml estimate --config FILE
   demo       all of the main job on a small model and real text, nothing to download; with --real
              on a language model that knows the world, which is downloaded (100 MB)

@@ -39,6 +39,8 @@ from ekfac_dist.config.query import (
     ScoresConfig,
     Tokens,
     require_refinable,
+    require_rescorable,
+    with_rescoring,
 )
 from ekfac_dist.config.refine import RefineConfig, RefineMethod
 
@@ -75,4 +77,6 @@ __all__ = [
     "require_pass_settings",
     "require_positive",
     "require_refinable",
+    "require_rescorable",
+    "with_rescoring",
 ]

@@ -28,6 +28,7 @@ Tokens = Literal["inputs", "outputs"]
 
 DEFAULT_RANK = 32
 DEFAULT_TOP_K = 20
+DEFAULT_RESCORE = 100
 
 
 @dataclass(kw_only=True)
@@ -189,8 +190,9 @@ class ScoresConfig:
         low_rank: Whether the scan of the data uses query gradients of low rank, which take less
             memory and give approximate scores; null: only if a rank is given.
         rank: The rank of those gradients; null: 32.
-        rescore: After a scan of low rank, score so many sequences at either end of it again,
-            exactly, and as many spread evenly over the data, to tell how good the scan was.
+        rescore: After a scan of low rank, or of an index, score so many sequences at either end of
+            it again, exactly, and as many spread evenly over the data, to tell how good the scan
+            was; null: 100 of an index, else none.
         candidates: Score only these sequences: a list of their indices in the data, from 0, or a
             file of them (JSON, or an index in each line).
         training_size: Number of sequences that the model was trained on, if it was trained on this
@@ -213,7 +215,7 @@ class ScoresConfig:
     self_influence: bool = False
     low_rank: bool | None = None
     rank: int | None = None
-    rescore: int = 0
+    rescore: int | None = None
     candidates: list[int] | str | None = None
     training_size: int | None = None
     query_memory_gb: float = 4.0
@@ -234,15 +236,11 @@ class ScoresConfig:
                 require_positive(f"scores.{name}", value)
         if self.bottom_k is not None:
             require_count("scores.bottom_k", self.bottom_k)
-        require_count("scores.rescore", self.rescore)
+        if self.rescore is not None:
+            require_count("scores.rescore", self.rescore)
         if self.rank is not None and self.low_rank is False:
             raise ConfigError(
                 f"scores.rank is {self.rank}, but scores.low_rank is false; give one of them."
-            )
-        if self.rescore and self.effective_rank is None:
-            raise ConfigError(
-                "scores.rescore is given, but scores are exact already; give scores.rank too, or "
-                "neither."
             )
         if self.shard != "auto":
             require_positive("scores.shard", self.shard)
@@ -253,9 +251,56 @@ class ScoresConfig:
             )
 
     @property
+    def num_rescored(self) -> int:
+        """How many sequences at either end of a scan are scored again."""
+        return self.rescore or 0
+
+    @property
     def effective_rank(self) -> int | None:
         """The rank of the scan's query gradients; None: they are whole."""
         return self.rank or (DEFAULT_RANK if self.low_rank else None)
+
+
+def require_rescorable(scores: ScoresConfig, *, from_index: bool) -> None:
+    """Refuses to score sequences again that have exact scores, or to explain approximate ones.
+
+    Args:
+        scores: The scores that are asked for.
+        from_index: Whether they are of an index.
+
+    Raises:
+        ConfigError: If they cannot be meant.
+    """
+    if not from_index:
+        if scores.rescore and scores.effective_rank is None:
+            raise ConfigError(
+                "scores.rescore is given, but scores are exact already; give scores.rank too, or "
+                "neither."
+            )
+        return
+    if scores.per_token == "all":
+        raise ConfigError(
+            "scores.per_token is all, but an index keeps no positions; set it to top, for those "
+            "of the listed sequences, or leave the index out."
+        )
+    if scores.rescore == 0 and scores.per_token != "none":
+        raise ConfigError(
+            "scores.rescore is 0, so all scores are the index's, which keeps no positions; set "
+            "scores.per_token: none, or score some sequences again."
+        )
+
+
+def with_rescoring(scores: ScoresConfig, num_scored: int) -> ScoresConfig:
+    """The scores of an index with what null means for `rescore`.
+
+    Args:
+        scores: The scores that are asked for.
+        num_scored: How many sequences are scored.
+    """
+    if scores.rescore is not None:
+        return scores
+    listed = max(scores.top_k or DEFAULT_TOP_K, scores.bottom_k or 0)
+    return dataclasses.replace(scores, rescore=min(num_scored, max(DEFAULT_RESCORE, listed)))
 
 
 def require_refinable(scores: ScoresConfig, refine: RefineConfig) -> None:
@@ -292,6 +337,8 @@ class QueryConfig:
 
     Args:
         factors: Directory of the factor store.
+        index: Directory of a gradient index of these factors, which is scanned in the place of the
+            training data; null: the data are run through the model.
         queries: A .jsonl file of queries; each line has "prompt" and "completion", or "text", or
             the "messages" of a chat; the completion, or the last message, may be "against" another.
             Lines with the same "group" are summed into one query.
@@ -306,6 +353,7 @@ class QueryConfig:
     """
 
     factors: str | None = None
+    index: str | None = None
     queries: str | None = None
     model: QueryModelConfig = field(default_factory=QueryModelConfig)
     data: QueryDataConfig = field(default_factory=QueryDataConfig)
@@ -318,8 +366,10 @@ class QueryConfig:
     def __post_init__(self) -> None:
         require_positive("batch_tokens", self.batch_tokens)
         require_given({name: getattr(self, name) for name in ("factors", "queries", "output")})
-        for name in ("factors", "queries", "output"):
-            setattr(self, name, os.path.expanduser(getattr(self, name)))
+        for name in ("factors", "queries", "output", "index"):
+            if (path := getattr(self, name)) is not None:
+                setattr(self, name, os.path.expanduser(path))
+        require_rescorable(self.scores, from_index=self.index is not None)
         require_refinable(self.scores, self.refine)
 
     def as_dict(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from ekfac_dist.curvature.damping import Damping
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.factors.factors import Factors
 from ekfac_dist.factors.layout import FISHER_NAMES, MANIFEST
+from ekfac_dist.influence.index.reader import GradientIndex
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.influence.refined import Refined
 from ekfac_dist.influence.scores import InfluenceScores
@@ -45,6 +46,7 @@ class Answer:
         train: The whole training set.
         scored: The sequences of it that were scored.
         factors: The factors.
+        index: The gradient index that was scanned; None: the data were.
         store: Directory of the factor store.
         damping: How λ was chosen.
         data: Source of the training set.
@@ -62,6 +64,7 @@ class Answer:
     train: Sequences
     scored: Sequences
     factors: Factors
+    index: GradientIndex | None
     store: str
     damping: Damping
     data: DataConfig
@@ -81,8 +84,9 @@ def sign_in_words(scores: InfluenceScores) -> str:
 
 def scale_in_words(scores: InfluenceScores) -> str:
     """The formula and scale of a score, in one line."""
-    rank = max(scores.ranks.values(), default=None)
-    scanned = "" if rank is None else f" (the scan's: approximate, query gradients of rank {rank})"
+    scanned = ""
+    if scores.are_approximate:
+        scanned = f" (the scan's: approximate, {' and '.join(_low_ranks(scores))})"
     size = scores.training_size
     nats = "" if size is None else f"; nats, to first order = the sum / training size {size}"
     matrix = "F" if scores.refined is None else "G"
@@ -92,11 +96,20 @@ def scale_in_words(scores: InfluenceScores) -> str:
     )
 
 
+def _low_ranks(scores: InfluenceScores) -> list[str]:
+    """Which gradients are of low rank, in words."""
+    rank = max(scores.ranks.values(), default=None)
+    return [
+        *([] if rank is None else [f"query gradients of rank {rank}"]),
+        *([] if scores.index_rank is None else [f"training gradients of rank {scores.index_rank}"]),
+    ]
+
+
 def share_in_words(scores: InfluenceScores) -> str:
     """The definition of a share, in one line."""
     return (
         "score / sum of |scores| of all sequences with the same sign for the query"
-        f"{', as scanned' if scores.ranks else ''}"
+        f"{', as scanned' if scores.are_approximate else ''}"
     )
 
 
@@ -179,11 +192,21 @@ def _scan_entry(answer: Answer) -> dict[str, Any]:
         "rank": config.effective_rank,
         "ranks": scores.ranks,
         "num_scans": scores.num_scans,
-        "rescored": config.rescore,
+        "index": None if answer.index is None else _index_entry(answer.index),
+        "rescored": config.num_rescored,
         "ends": ["top", "bottom"] if len(scores.bottom[0].columns) else ["top"],
         "spearman": [rescored.spearman for rescored in scores.rescored],
         "spearman_top": [rescored.spearman_top for rescored in scores.rescored],
         "overlap": [rescored.overlap for rescored in scores.rescored],
+    }
+
+
+def _index_entry(index: GradientIndex) -> dict[str, Any]:
+    return {
+        "path": str(index.path),
+        "fingerprint": index.fingerprint,
+        **index.manifest["index"],
+        "num_sequences": len(index),
     }
 
 

@@ -142,12 +142,12 @@ def plan_blocks(
     rank = config.effective_rank
     at_a_time = groups_at_a_time(context, config, rank)
     kind, size = DETAILS, at_a_time
-    if config.rescore:
+    if config.num_rescored:
         kind, size = RESCORE, groups_at_a_time(context, config, None)
     blocks = []
     for groups in _parts(SCAN, range(num_groups), at_a_time, saved):
         following: dict[str, list[int]] = {}
-        if config.rescore or config.per_token != "none":
+        if config.num_rescored or config.per_token != "none":
             following = {_name(kind, part): part for part in _parts(kind, groups, size, saved)}
         blocks.append(Block(groups, _name(SCAN, groups), following))
     return blocks

@@ -1,6 +1,6 @@
 """The passes over the training data that turn a block's query gradients into scores.
 
-    scan       every scored sequence once                          → fields of `InfluenceScores`
+    scan       every scored sequence once, or what an index has    → fields of `InfluenceScores`
     details    the sequences of chosen pairs with a query group    → `Details`
     outputs    either, where positions' scores are of their losses
 
@@ -19,6 +19,7 @@ from ekfac_dist.curvature import products
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.errors import ModelError
 from ekfac_dist.influence.context import DATA_LABELS, STORED, ScoringContext
+from ekfac_dist.influence.index.scan import IndexScan
 from ekfac_dist.influence.output_tokens import OutputTokens
 from ekfac_dist.influence.preconditioned import PreparedQueries
 from ekfac_dist.influence.saved_blocks import put_rows
@@ -44,6 +45,7 @@ class DataPasses:
         scored: The scored sequences.
         config: The scores that are asked for.
         result: The results that scans fill in.
+        index: Scores from an index in the place of scans of the data; None: scans of the data.
     """
 
     def __init__(
@@ -52,8 +54,9 @@ class DataPasses:
         scored: Examples,
         config: ScoresConfig,
         result: InfluenceScores,
+        index: IndexScan | None = None,
     ) -> None:
-        self._context, self._scored = context, scored
+        self._context, self._scored, self._index = context, scored, index
         self._config, self._result = config, result
         self._outputs = OutputTokens(context, scored, result.layer_of)
 
@@ -76,12 +79,17 @@ class DataPasses:
             self._scored,
             parts=parts,
             # Norms do not depend on the queries, so the first block computes them for all.
-            with_norms=self._context.in_eigenbasis and 0 in groups,
+            with_norms=self._needs_norms and self._index is None and 0 in groups,
             with_positions=config.per_token == "all" and config.tokens == "inputs",
         )
-        self._run(f"scan{suffix}", scan, np.arange(len(self._scored)))
+        if self._index is None:
+            self._run(f"scan{suffix}", scan, np.arange(len(self._scored)))
+        else:
+            self._index.run(f"index{suffix}", scan)
         if scan.norms is not None:
             self._put_norms(scan.norms.cpu())
+        elif self._index is not None and self._needs_norms and 0 in groups:
+            self._put_norms(self._index.norms().to(self._context.dtype))
         if config.normalize == "cosine":
             query_norms = prepared.self_influence.clamp(min=0).sqrt().cpu()
             result.query_norms[groups] = query_norms.to(self._context.dtype)
@@ -97,6 +105,10 @@ class DataPasses:
         if positions is not None:
             column_of = np.repeat(np.arange(len(self._scored)), self._scored.num_positions)
             put_rows(result, "token_scores", positions.cpu() * scale[:, column_of], groups)
+
+    @property
+    def _needs_norms(self) -> bool:
+        return self._config.self_influence or self._config.normalize != "none"
 
     def _put_norms(self, sums_2N: Tensor) -> None:
         """Fills in norms and self-influence of the sequences.

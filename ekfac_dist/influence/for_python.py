@@ -18,6 +18,8 @@ from ekfac_dist.config import (
     require_checkpointing,
     require_positive,
     require_refinable,
+    require_rescorable,
+    with_rescoring,
 )
 from ekfac_dist.curvature.damping import DEFAULT, Damping
 from ekfac_dist.errors import ConfigError
@@ -31,6 +33,7 @@ from ekfac_dist.influence.checks import (
     scoring_context,
 )
 from ekfac_dist.influence.examples import queries_of, sequences_of
+from ekfac_dist.influence.index.reader import GradientIndex
 from ekfac_dist.influence.refinement_sample import RefinementSample
 from ekfac_dist.influence.refinement_start import require_refinable_model
 from ekfac_dist.influence.scores import InfluenceScores
@@ -58,8 +61,9 @@ def influence_scores(
     damping: float | Mapping[str, float] | Damping = DEFAULT,
     relative: bool = True,
     normalize: Normalize = "none",
+    index: GradientIndex | str | Path | None = None,
     rank: int | None = None,
-    rescore: int = 0,
+    rescore: int | None = None,
     top_k: int | None = None,
     bottom_k: int | None = None,
     per_token: PerToken = "none",
@@ -101,9 +105,11 @@ def influence_scores(
         normalize: "none"; "cosine", in the inner product of (F + λ)⁻¹; or RelatIF (Barshan et al.
             2020): "relatif_l" divides by the root of a sequence's self-influence, "relatif_theta"
             by ‖(F + λ)⁻¹ ∇log p(z)‖.
+        index: Directory of a gradient index of `train` with these factors, which is scanned in the
+            place of the training data; None: the data are run through the model.
         rank: Rank of query gradients in the scan, such as 32; None: whole gradients.
-        rescore: With a rank, score this many of the scan's highest, of its lowest, and of sequences
-            spread over the data again, exactly.
+        rescore: With a rank or an index, score this many of the scan's highest, of its lowest, and
+            of sequences spread over the data again, exactly; None: 100 with an index, else none.
         top_k: Length of the list of the most positive sequences; None: 20 or all.
         bottom_k: Length of the list of the most negative; None: as `top_k`.
         per_token: Scores of positions: of the listed sequences ("top"), of "all", or "none".
@@ -140,7 +146,16 @@ def influence_scores(
         UserError: If the caller can correct the cause; on every worker alike.
     """
     arguments = {**locals()}  # all of them, so that none can be forgotten here
-    for name in ("model", "factors", "queries", "train", "tokenizer", "candidates", "progress"):
+    for name in (
+        "model",
+        "factors",
+        "queries",
+        "train",
+        "tokenizer",
+        "candidates",
+        "progress",
+        "index",
+    ):
         del arguments[name]  # compared by content later, or without effect on scores
     world = World.start()
     world.meet()
@@ -163,6 +178,7 @@ def influence_scores(
             shard=shard,
         )
         refine_config = _refine_config(refine)
+        require_rescorable(config, from_index=index is not None)
         require_refinable(config, refine_config)
         require_divisor("shard", shard, world.size)
         require_checkpointing("gradient_checkpointing", gradient_checkpointing)
@@ -184,6 +200,11 @@ def influence_scores(
             RefinementSample.draw(sequences, refine_config)  # refuses more than there are
             require_refinable_model(model, task, refine_config)
         scored = sequences.take(pick_candidates(sequences, read_candidates(config.candidates)))
+        if index is not None:
+            if not isinstance(index, GradientIndex):
+                index = GradientIndex(index, factors)
+            index.require_data(sequences)
+            config = with_rescoring(config, len(scored))
         advice = "give max_tokens={context}"
         if not isinstance(task, CausalLM):
             advice = "cut the examples to {context} or less"
@@ -202,6 +223,10 @@ def influence_scores(
             allow_changes=allow_changes,
         )
         require_same_inputs(world, factors, model, scored, query_set, comparison)
+        if index is not None:
+            with world.agree():
+                index.require_model(comparison.fingerprints.whole)
+            world.require_same("index, by fingerprint,", index.fingerprint)
         if world.is_main:
             comparison.warn()
         context = scoring_context(
@@ -224,6 +249,7 @@ def influence_scores(
                 config,
                 checkpointing=gradient_checkpointing,
                 train=sequences,
+                index=index,
             )
     scores.model_differs, scores.not_compared = comparison.differs, comparison.not_compared
     return scores

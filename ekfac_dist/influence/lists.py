@@ -34,16 +34,16 @@ def list_lengths(config: ScoresConfig, num_scored: int) -> tuple[int, int]:
     """
     top_k = min(DEFAULT_TOP_K, num_scored) if config.top_k is None else config.top_k
     bottom_k = top_k if config.bottom_k is None else config.bottom_k
-    for name, value in (("top_k", top_k), ("bottom_k", bottom_k), ("rescore", config.rescore)):
+    for name, value in (("top_k", top_k), ("bottom_k", bottom_k), ("rescore", config.num_rescored)):
         if value > num_scored:
             raise ConfigError(
                 f"scores.{name} is {value}, but only {num_scored} sequences are scored; give "
                 f"{num_scored} or less."
             )
-    if 0 < config.rescore < max(top_k, bottom_k):
+    if 0 < config.num_rescored < max(top_k, bottom_k):
         raise ConfigError(
-            f"scores.rescore is {config.rescore}, but lists of {max(top_k, bottom_k)} are asked "
-            "for; score at least as many again."
+            f"scores.rescore is {config.num_rescored}, but lists of {max(top_k, bottom_k)} are "
+            "asked for; score at least as many again."
         )
     return top_k, bottom_k
 

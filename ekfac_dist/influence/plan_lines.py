@@ -60,6 +60,6 @@ def resumed_line(
         return None
     line = f"goes on       {scanned} of {len(blocks)} blocks are scored"
     if follow:
-        passes = "parts re-scored" if config.rescore else "in detail"
+        passes = "parts re-scored" if config.num_rescored else "in detail"
         line += f", {followed} of {len(follow)} {passes}"
     return line

@@ -125,13 +125,24 @@ class Refinement:
     def _whole(self, name: str, queries: QuerySet, groups: list[int]) -> PreparedQueries:
         """The whole refined gradients of some query groups, in one solve."""
         context = self.context
-        prepared = prepare(name, context, queries, groups, None, solved=False)
+        in_parameters = replace(context, in_eigenbasis=False)
+        prepared = prepare(name, in_parameters, queries, groups, None, solved=False)
         gradients = {name: of.tensors()[0] for name, of in prepared.gradients.items()}
         solution = self._solve(name.replace("queries", "refine"), gradients)
         self.residuals[groups] = torch.nan
         self.residuals[groups, : solution.residuals.shape[1]] = solution.residuals
+        if context.in_eigenbasis:
+            self._rotate(solution.vectors)
         refined = {name: WholeGradients(x_QOI) for name, x_QOI in solution.vectors.items()}
         return PreparedQueries(groups, {**refined}, prepared.self_influence, prepared.losses)
+
+    def _rotate(self, vectors: Vectors) -> None:
+        """Rotates a block into the eigenbasis, in place."""
+        fitted = self.context.fitted
+        for module in self.context.modules:
+            for matrix_OI in vectors[module.name]:
+                bases = fitted.output_basis(module), fitted.input_basis(module)
+                matrix_OI.copy_(kronecker.rotate(matrix_OI, *bases))
 
     def _solve(self, name: str, gradients: Vectors) -> Solution:
         """Solves for a block of right-hand sides, which are overwritten.

@@ -1,7 +1,7 @@
 """`query`, the command: loads model, data and factors, scores, writes the results."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset
@@ -10,6 +10,7 @@ from ekfac_dist.config import (
     DataConfig,
     ModelConfig,
     QueryConfig,
+    with_rescoring,
 )
 from ekfac_dist.curvature.damping import Damping
 from ekfac_dist.data.sequences import Sequences
@@ -23,6 +24,7 @@ from ekfac_dist.influence.checks import (
     require_same_inputs,
     scoring_context,
 )
+from ekfac_dist.influence.index.reader import GradientIndex
 from ekfac_dist.influence.lists import list_lengths
 from ekfac_dist.influence.names import named_by
 from ekfac_dist.influence.output import write_answer
@@ -56,7 +58,8 @@ def run_query(config: QueryConfig, world: World) -> Answer:
     """
     output, queries_file, store = map(str, (config.output, config.queries, config.factors))
     start = time.perf_counter()
-    world.on_main(lambda: check_results_output(output, config.as_dict()))
+    given = config.as_dict()
+    world.on_main(lambda: check_results_output(output, given))
     with world.agree():
         require_divisor("scores.shard", config.scores.shard, world.size)
         damping = Damping(**vars(config.damping))
@@ -65,8 +68,11 @@ def run_query(config: QueryConfig, world: World) -> Answer:
         factors = load_factors(store)
         require_fitted_task(store, factors, CAUSAL_LM)
         fitted_config = factors.manifest["config"]
-        model_config = config.model.over(fitted_config["model"])
-        data_config = config.data.over(fitted_config["data"])
+        model_config, data = config.model.over(fitted_config["model"]), fitted_config["data"]
+        index = None if config.index is None else GradientIndex(config.index, factors)
+        if index is not None:
+            data = index.manifest["data"]["config"]
+        data_config = config.data.over(data)
     with named_by(store, "model.name", model_config.name, config.model.name):
         tokenizer, tokenizer_print = world.main_first(lambda: load_tokenizer(model_config))
     with world.agree():
@@ -75,15 +81,21 @@ def run_query(config: QueryConfig, world: World) -> Answer:
     with named_by(store, "data.source", data_config.source, config.data.source):
         train, examples = load_with_examples(data_config, tokenizer, tokenizer_print, world)
     with world.agree():
+        if index is not None:
+            index.require_data(train)
         columns = pick_candidates(train, candidates)
+        if index is not None:
+            config = replace(config, scores=with_rescoring(config.scores, len(columns)))
         list_lengths(config.scores, len(columns))
         if config.refine.is_on:
             RefinementSample.draw(train, config.refine)  # refuses more than there are
     scored = train.take(columns)
     _log_data(world, train, scored, factors)
     inputs = _Inputs(
+        given=given,
         store=store,
         factors=factors,
+        index=index,
         damping=damping,
         texts=texts,
         train=train,
@@ -101,12 +113,16 @@ class _Inputs:
     """The inputs of a run of `query` that are read before its model; attributes as of `Answer`.
 
     Attributes:
+        given: The configuration as it was given.
+        index: The gradient index that is scanned; None: the data are.
         texts: The queries' texts.
         examples: The examples of the training data.
     """
 
+    given: dict[str, Any]
     store: str
     factors: Factors
+    index: GradientIndex | None
     damping: Damping
     texts: list[Query]
     train: Sequences
@@ -160,9 +176,13 @@ def _answer(config: QueryConfig, inputs: _Inputs, world: World, start: float) ->
         for sentence in comparison.not_compared:
             log_on_main(world, f"not compared  {sentence}")
         whole = comparison.fingerprints.whole
-        recorded = run_inputs(store, whole, inputs.train, scored, queries, context)
+        if inputs.index is not None:
+            with world.agree():
+                inputs.index.require_model(whole)
+            world.require_same("index, by fingerprint,", inputs.index.fingerprint)
+        recorded = run_inputs(store, whole, inputs.train, scored, queries, context, inputs.index)
         with (
-            opened_results(str(config.output), config.as_dict(), recorded, world) as saved,
+            opened_results(str(config.output), inputs.given, recorded, world) as saved,
             preemption.deferred(),
         ):
             scores = compute_scores(
@@ -173,6 +193,7 @@ def _answer(config: QueryConfig, inputs: _Inputs, world: World, start: float) ->
                 saved,
                 inputs.model.gradient_checkpointing,
                 inputs.train,
+                inputs.index,
             )
             scores.model_differs = comparison.differs
             scores.not_compared = comparison.not_compared
@@ -182,6 +203,7 @@ def _answer(config: QueryConfig, inputs: _Inputs, world: World, start: float) ->
                 train=inputs.train,
                 scored=scored,
                 factors=factors,
+                index=inputs.index,
                 store=store,
                 damping=inputs.damping,
                 data=inputs.data,

@@ -28,6 +28,7 @@ from torch import Tensor
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.factors.layout import MANIFEST
 from ekfac_dist.influence.context import ScoringContext
+from ekfac_dist.influence.index.reader import GradientIndex
 from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.influence.results import ResultsWriter
 from ekfac_dist.influence.scores import Details, InfluenceScores
@@ -179,6 +180,7 @@ def run_inputs(
     scored: Examples,
     queries: QuerySet,
     context: ScoringContext,
+    index: GradientIndex | None = None,
 ) -> dict[str, Any]:
     """All inputs that results depend on besides the configuration, by name; a collective.
 
@@ -191,6 +193,7 @@ def run_inputs(
         scored: The sequences of it that are scored.
         queries: The queries.
         context: Model, damping, precision and workers.
+        index: The gradient index that is scanned; None: the data are.
     """
     texts = [
         (q.prompt, q.completion, q.group, q.line, *(() if q.against is None else (q.against,)))
@@ -200,6 +203,7 @@ def run_inputs(
     factors = context.world.on_main(lambda: file_sha256(Path(store) / MANIFEST))
     return {
         "factors": context.world.share(factors),
+        **({} if index is None else {"index": index.fingerprint}),
         "model": model,
         "configuration of the model": configuration(context.model),
         "data": train.fingerprint,

@@ -59,13 +59,13 @@ class TrainingPairs(PairObserver[CapturedPositions]):
         """Scores a batch in one module."""
         if self._context.in_eigenbasis:
             grads_MO = rotate_rows(grads_MO, self._context.fitted.output_basis(module))
-        self._score(module, acts, grads_MO, positions)
+        self.score(module, acts, grads_MO, positions)
 
     @abstractmethod
-    def _score(
+    def score(
         self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: CapturedPositions
     ) -> None:
-        """Scores a batch in one module; inputs and output-gradients are in the scoring basis."""
+        """Takes a batch in one module; inputs and output-gradients are in the scoring basis."""
 
     def health(self) -> Tensor:
         """The sum of all scores, which is finite only if every score is."""
@@ -119,9 +119,10 @@ class Scan(TrainingPairs):
         if with_positions:
             self.position_scores = context.zeros(num_groups, self._columns.num_positions)
 
-    def _score(
+    def score(
         self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: CapturedPositions
     ) -> None:
+        """Scores a batch in one module."""
         gradients = self._prepared.gradients[module.name]
         columns = self._columns.of(batch).to(acts_MI.device)
         scores_Qn = None
@@ -240,9 +241,10 @@ class DetailSums(TrainingPairs):
         self.module_scores = context.zeros(len(pairs.slots), len(context.modules))
         self.layer_position_scores = context.zeros(int(layer_of.max()) + 1, int(pairs.offsets[-1]))
 
-    def _score(
+    def score(
         self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: CapturedPositions
     ) -> None:
+        """Scores the pairs of a batch in one module."""
         gradients = self._prepared.gradients[module.name]
         module_index = self._module_index[module.name]
         layer = self.layer_position_scores[self._layer_of[module_index]]

@@ -121,9 +121,9 @@ class InfluenceScores:
         scores: ∇log p(q)ᵀ (F + λ)⁻¹ ∇log p(z), summed over modules, divided by both norms [Q, N];
             of a contrast, log p(q) is log p(completion) − log p(against); with refinement, the
             Gauss–Newton matrix G in the place of F.
-            With query gradients of low rank these scores, and all their parts, are the scan's and
-            so approximate; the exact ones of sequences that were scored again are in `top`,
-            `bottom` and `rescored`.
+            With query gradients of low rank, or from an index, these scores, and all their parts,
+            are the scan's and so approximate; the exact ones of sequences that were scored again
+            are in `top`, `bottom` and `rescored`.
         indices: Index in the data of each scored sequence [N].
         members: Indices of each query group's queries.
         training_size: How many sequences the model was trained on; None: unknown, so no nats.
@@ -136,6 +136,8 @@ class InfluenceScores:
         layer_of: Index of each module's layer [modules].
         damping: Absolute λ of each module.
         ranks: Rank of the scan's query gradients in each module; empty if they were whole.
+        index_rank: Rank of the training gradients in the index that the scan read; None: whole ones
+            were computed.
         top: For each query group the most positive sequences, the most positive first.
         bottom: For each query group the most negative sequences, the most negative first.
         query_losses: −log p of each query, in nats.
@@ -169,6 +171,7 @@ class InfluenceScores:
     layer_of: np.ndarray
     damping: dict[str, float]
     ranks: dict[str, int] = field(default_factory=dict)
+    index_rank: int | None = None
     top: list[Listed] = field(default_factory=list)
     bottom: list[Listed] = field(default_factory=list)
     query_losses: list[float] = field(default_factory=list)
@@ -184,6 +187,11 @@ class InfluenceScores:
     model_differs: tuple[str, ...] = ()
     not_compared: tuple[str, ...] = ()
     refined: Refined | None = None
+
+    @property
+    def are_approximate(self) -> bool:
+        """Whether `scores` are of gradients of low rank; lists may be exact nevertheless."""
+        return bool(self.ranks) or self.index_rank is not None
 
     @property
     def shares(self) -> Tensor:

@@ -2,7 +2,7 @@
 
     for each block of query groups that fits the memory budget
         query gradients      whole, or of low rank
-        scan                 every training sequence, once
+        scan                 every training sequence, once; or what an index keeps of them
         re-scoring           if asked for: exact scores, from whole gradients, of the sequences that
                              the scan ranks first and last
         details              scores of positions, layers and modules of the listed sequences
@@ -29,6 +29,8 @@ from ekfac_dist.influence.blocks import (
 from ekfac_dist.influence.context import ScoringContext
 from ekfac_dist.influence.data_passes import DataPasses, require_scan_agrees
 from ekfac_dist.influence.held import computes_again, factors_on_device
+from ekfac_dist.influence.index.reader import GradientIndex
+from ekfac_dist.influence.index.scan import IndexScan
 from ekfac_dist.influence.lists import (
     Chosen,
     Lists,
@@ -73,6 +75,7 @@ def compute_scores(
     saved: SavedBlocks | None = None,
     checkpointing: Checkpointing = "auto",
     train: Examples | None = None,
+    index: GradientIndex | None = None,
 ) -> InfluenceScores:
     """Scores training sequences for queries; a collective.
 
@@ -84,6 +87,8 @@ def compute_scores(
         saved: Where finished pieces are saved; None: nowhere.
         checkpointing: Whether layers are computed again in the backward, or "auto".
         train: The whole training set, of which query gradients are refined; None: it is `scored`.
+        index: Scans what it keeps of the training gradients in the place of the data; None: scans
+            the data.
 
     Raises:
         UserError: If the user can correct the cause; on every worker alike.
@@ -103,13 +108,13 @@ def compute_scores(
     context = replace(context, checkpoints=checkpoints)
     # In the eigenbasis norms cost little, and query gradients need not be rotated back.
     needs_norms = config.self_influence or config.normalize != "none"
-    context = replace(context, in_eigenbasis=needs_norms)
+    context = replace(context, in_eigenbasis=needs_norms or index is not None)
     row_order = context.over(scored).noted_row_order(context.modules)
     fitted = factors_on_device(context, scored, num_groups, config)
     context = replace(context, row_order=row_order, on_device=fitted)
     if config.tokens == "outputs":
         require_output_tokens(context, scored)
-    result, refinement = _empty_result(context, queries, scored, config), None
+    result, refinement = _empty_result(context, queries, scored, config, index), None
     if context.refine.is_on:
         refinement = start_refinement(context, train or scored, config, num_groups)
         result.refined = refinement.result
@@ -122,13 +127,28 @@ def compute_scores(
         result,
         saved or SavedBlocks(),
         refinement,
+        _index_scan(context, index, scored),
     )
     run.all_blocks()
     return result
 
 
+def _index_scan(
+    context: ScoringContext, index: GradientIndex | None, scored: Examples
+) -> IndexScan | None:
+    """Scores from an index, if there is one; a collective."""
+    if index is None:
+        return None
+    with context.world.agree():
+        return IndexScan(context, index, scored)
+
+
 def _empty_result(
-    context: ScoringContext, queries: QuerySet, scored: Examples, config: ScoresConfig
+    context: ScoringContext,
+    queries: QuerySet,
+    scored: Examples,
+    config: ScoresConfig,
+    index: GradientIndex | None,
 ) -> InfluenceScores:
     """The results before anything is computed: zero scores, norms of one."""
     names = tuple(module.name for module in context.modules)
@@ -139,6 +159,7 @@ def _empty_result(
         indices=scored.indices,
         members=queries.members,
         training_size=config.training_size,
+        index_rank=None if index is None else index.rank,
         normalize=config.normalize,
         tokens=config.tokens,
         norms=torch.ones(len(scored), dtype=context.dtype),
@@ -172,6 +193,7 @@ class _Scoring:
     result: InfluenceScores
     saved: SavedBlocks
     refinement: Refinement | None = None
+    index: IndexScan | None = None
     lists: dict[int, Lists] = field(default_factory=dict)
     rescored: dict[int, Rescored] = field(default_factory=dict)
     details: list[Details] = field(default_factory=list)
@@ -180,7 +202,7 @@ class _Scoring:
         log_on_main(self.context.world, line)
 
     def __post_init__(self) -> None:
-        self._passes = DataPasses(self.context, self.scored, self.config, self.result)
+        self._passes = DataPasses(self.context, self.scored, self.config, self.result, self.index)
 
     def all_blocks(self) -> None:
         """Computes every block, and puts lists and details into the results."""
@@ -218,7 +240,7 @@ class _Scoring:
             suffix: Ends the names of its passes.
         """
         prepared = self._scan(block, suffix)
-        if self.config.rescore:
+        if self.config.num_rescored:
             del prepared  # its memory is needed for whole gradients
             for piece, groups, part in block.numbered_parts():
                 self._rescore(piece, groups, suffix + part)
@@ -291,7 +313,9 @@ class _Scoring:
             suffix: Ends the names of its passes.
         """
         chosen = {
-            group: choose_for_rescoring(self.result, group, self.config.rescore, self.list_lengths)
+            group: choose_for_rescoring(
+                self.result, group, self.config.num_rescored, self.list_lengths
+            )
             for group in groups
         }
         queries, details, prepared = self._queries_of(groups), None, None

@@ -79,10 +79,11 @@ def _meaning_lines(manifest: dict[str, Any]) -> list[str]:
             f"refined       {refine['solved']}",
             f"              {refine['convergence']}",
         ]
-    if scan["rank"] is None:
+    low_rank = low_rank_gradients(scan)
+    if low_rank is None:
         exact = "exact" if refine is None else "exact, for the refined query gradients"
         return [*lines, f"gradients     whole: scores are {exact}"]
-    lines.append(f"gradients     of rank {scan['rank']}: the scan's scores are approximate")
+    lines.append(f"gradients     {low_rank}: the scan's scores are approximate")
     if scan["rescored"]:
         lines += [
             f"re-scored     exactly, {rescored(scan)}",
@@ -91,6 +92,20 @@ def _meaning_lines(manifest: dict[str, Any]) -> list[str]:
             f"              overlap of the lists {_mean(scan['overlap'])}, of what was re-scored",
         ]
     return lines
+
+
+def low_rank_gradients(scan: Mapping[str, Any]) -> str | None:
+    """Phrase that says which gradients of a scan were of low rank; None: none were.
+
+    Args:
+        scan: The entry `scan` of the manifest.
+    """
+    index = scan.get("index")  # not in results of earlier versions
+    phrases = [
+        *([] if scan["rank"] is None else [f"of rank {scan['rank']}"]),
+        *([] if index is None else [f"of the index, of rank {index['rank']}"]),
+    ]
+    return ", and those ".join(phrases) or None
 
 
 def rescored(scan: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from ekfac_dist.curvature.damping import SCALES
 from ekfac_dist.errors import StoreError
 from ekfac_dist.influence.answer import NORMALIZE_NAMES
 from ekfac_dist.influence.results import ResultsReader
-from ekfac_dist.report.answers import rescored
+from ekfac_dist.report.answers import low_rank_gradients, rescored
 from ekfac_dist.report.html import Facts, page_text, require_jinja2, require_new_file, write_page
 from ekfac_dist.report.page_data import FEW_OF_POSITIONS, FEW_TOKENS, PageData, page_data
 
@@ -98,11 +98,12 @@ def _tokens_text(manifest: Mapping[str, Any]) -> str:
 
 
 def _gradients_text(scan: Mapping[str, Any]) -> str:
-    if scan["rank"] is None:
+    low_rank = low_rank_gradients(scan)
+    if low_rank is None:
         return "exact"
     if not scan["rescored"]:
-        return f"of rank {scan['rank']}, approximate"
-    return f"of rank {scan['rank']}; scored again exactly: {rescored(scan)}"
+        return f"{low_rank}, approximate"
+    return f"{low_rank}; scored again exactly: {rescored(scan)}"
 
 
 def _settings(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

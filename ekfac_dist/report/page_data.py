@@ -211,7 +211,7 @@ def page_data(reader: ResultsReader) -> PageData:
         training_size=training_size,
         normalize=manifest["scores"]["normalize"],
         tokens="outputs" if of_outputs else "inputs",
-        scan_rank=scan["rank"],
+        scan_rank=scan["rank"] or (scan.get("index") or {}).get("rank"),
     )
 
 

@@ -82,9 +82,10 @@ class IndexShards(TrainingPairs):
             for shard, after, own in zip(shards, following, batches, strict=True)
         )
 
-    def _score(
+    def score(
         self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: CapturedPositions
     ) -> None:
+        """Keeps the gradients of a batch in one module."""
         assert self._shard is not None
         shard, fitted = self._shard, self._context.fitted
         if not self._tensors:

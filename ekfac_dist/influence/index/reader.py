@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ekfac_dist.data.examples import Examples
 from ekfac_dist.errors import StoreError, first_line
 from ekfac_dist.factors.factors import Factors
 from ekfac_dist.factors.layout import CHECKSUM, MANIFEST, STATE, manifest_checksum, read_manifest
@@ -134,6 +135,35 @@ class GradientIndex:
     def num_bytes(self) -> int:
         """Size of all shards, in bytes."""
         return sum(entry["bytes"] for entry in self.manifest["shards"])
+
+    def require_data(self, sequences: Examples) -> None:
+        """Refuses sequences that are not those of the index.
+
+        Raises:
+            StoreError: If they are others.
+        """
+        if sequences.fingerprint != self.manifest["data"]["fingerprint"]:
+            raise StoreError(
+                f"The index {self.path} was made of other data ({len(self)} sequences) than these "
+                f"({len(sequences)}); leave data.* out, which gives the index's own, add new "
+                "sequences with `index --add`, or make another index."
+            )
+
+    def require_model(self, whole: str) -> None:
+        """Refuses a model whose gradients are not those of the index.
+
+        Args:
+            whole: SHA-256 of all weights of the model.
+
+        Raises:
+            StoreError: If it is another.
+        """
+        stored = self.manifest["model"]["whole"]
+        if whole != stored:
+            raise StoreError(
+                f"The index {self.path} was made with another model ({stored[:12]}…) than this "
+                f"one ({whole[:12]}…); give that model, or make another index."
+            )
 
     @contextmanager
     def open(self, shard: Shard) -> Iterator["OpenShard"]:

@@ -161,8 +161,9 @@ class GradientIndex:
         stored = self.manifest["model"]["whole"]
         if whole != stored:
             raise StoreError(
-                f"The index {self.path} was made with another model ({stored[:12]}…) than this "
-                f"one ({whole[:12]}…); give that model, or make another index."
+                f"The index {self.path} was made with another model ({stored[:12]}…, "
+                f"{self.manifest['model']['dtype']}) than this one ({whole[:12]}…); give that "
+                "model, in that dtype, or make another index."
             )
 
     @contextmanager

@@ -1,0 +1,80 @@
+"""Gradients of sequences as few outer products, and their norms, against dense matrices."""
+
+import pytest
+import torch
+
+from ekfac_dist.curvature.sequence_factors import metric, sequence_factors
+from ekfac_dist.curvature.sequence_norms import sequence_norms
+
+LENGTHS = [7, 1, 12, 3, 30]
+OUTPUTS, INPUTS = 9, 20
+
+
+def rows(dtype, seed=0):
+    """Inputs of many sizes, one of them enormous; small gradients; dense gradients."""
+    draw = torch.Generator().manual_seed(seed)
+    acts = torch.randn(sum(LENGTHS), INPUTS, generator=draw, dtype=torch.float64)
+    acts *= torch.logspace(0, -2, INPUTS, dtype=torch.float64)
+    acts[9] *= 1e3
+    grads = 1e-3 * torch.randn(sum(LENGTHS), OUTPUTS, generator=draw, dtype=torch.float64)
+    parts = zip(grads.split(LENGTHS), acts.split(LENGTHS), strict=True)
+    return acts.to(dtype), grads.to(dtype), [g.T @ a for g, a in parts]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("rank", [1, 2, 3, 8, 9])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_products_are_the_best_of_their_rank(dtype, tolerance, rank, weighted):
+    acts, grads, dense = rows(dtype)
+    ones = torch.ones(OUTPUTS, dtype=dtype), torch.ones(INPUTS, dtype=dtype)
+    damped = torch.rand(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(1)).to(dtype) + 0.1
+    weights = metric(damped) if weighted else None
+    left, right = sequence_factors(acts, grads, LENGTHS, rank, weights)
+    assert left.shape == (5, rank, OUTPUTS)
+    assert right.shape == (5, rank, INPUTS)
+    alpha, beta = (one.double() for one in (weights or ones))
+    for G, u, v in zip(dense, left.double(), right.double(), strict=True):
+        values = torch.linalg.svdvals(alpha[:, None] * G * beta)
+        off = torch.linalg.norm(alpha[:, None] * (G - u.T @ v) * beta)
+        assert off <= values[rank:].norm() + tolerance * values.norm()
+
+
+@pytest.mark.parametrize("rank", [3, 9])
+def test_a_sequence_of_no_more_positions_is_kept_whole(rank):
+    acts, grads, dense = rows(torch.float32)
+    left, right = sequence_factors(acts, grads, LENGTHS, rank)
+    for n, (length, G) in enumerate(zip(LENGTHS, dense, strict=True)):
+        if length <= rank or rank == OUTPUTS:
+            found = left[n].double().T @ right[n].double()
+            assert torch.linalg.norm(found - G) < 1e-6 * torch.linalg.norm(G)
+
+
+def test_gradients_of_zero_and_of_rank_one():
+    acts, grads = torch.zeros(6, INPUTS), torch.zeros(6, OUTPUTS)
+    left, right = sequence_factors(acts, grads, [6], 2)
+    assert not left.any()
+    assert not right.any()
+    acts[:], grads[:] = torch.arange(INPUTS) + 1.0, torch.arange(OUTPUTS) - 3.0
+    left, right = sequence_factors(acts, grads, [6], 2)
+    assert torch.allclose(left[0].T @ right[0], grads.T @ acts, rtol=1e-5)
+
+
+def test_the_metric_is_exact_where_it_can_be():
+    alpha, beta = torch.rand(OUTPUTS).double() + 0.1, torch.rand(INPUTS).double() + 0.1
+    found = metric(1 / torch.outer(alpha, beta).square())
+    assert torch.allclose(torch.outer(*found), torch.outer(alpha, beta), rtol=1e-10)
+
+
+@pytest.mark.parametrize("tile", [1, 1000, 2**20])
+def test_norms_are_the_dense_ones(tile, monkeypatch):
+    monkeypatch.setattr("ekfac_dist.curvature.sequence_norms._TILE_BYTES", tile)
+    acts, grads, dense = rows(torch.float64)
+    lam = torch.rand(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(2)).double()
+    dampings = [1e-3, 0.1, 2.0]
+    found = sequence_norms(acts, grads, LENGTHS, lam, dampings)
+    assert found.shape == (5, 2, 3)
+    for n, G in enumerate(dense):
+        for d, damping in enumerate(dampings):
+            solved = G / (lam + damping)
+            assert torch.allclose(found[n, 0, d], (G * solved).sum(), rtol=1e-10)
+            assert torch.allclose(found[n, 1, d], solved.square().sum(), rtol=1e-10)

@@ -20,7 +20,14 @@ from typing import Any
 from torch import Tensor
 
 from ekfac_dist.errors import OutputError
-from ekfac_dist.factors.layout import CHECKSUM, MANIFEST, STATE, TEMPORARY_FILES, manifest_checksum
+from ekfac_dist.factors.layout import (
+    CHECKSUM,
+    MANIFEST,
+    STATE,
+    TEMPORARY_FILES,
+    manifest_checksum,
+    read_manifest,
+)
 from ekfac_dist.influence.index.layout import FORMAT, Shard
 from ekfac_dist.runtime.files import is_as_listed, safetensors_parts, write_listed, write_whole
 from ekfac_dist.runtime.journal import JOURNAL, Journal
@@ -117,7 +124,7 @@ class IndexDirectory:
         self, path: Path, config: Mapping[str, Any], inputs: Mapping[str, Any], *, adds: bool
     ) -> None:
         self.path, self.entries = path, dict[str, dict[str, Any]]()
-        self._is_new = not path.exists()
+        self._is_new, self._is_finished = not path.exists(), False
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -189,17 +196,28 @@ class IndexDirectory:
         Args:
             manifest: All of its entries but format and checksum.
         """
+        self._is_finished = True
         whole = {"format": FORMAT, "complete": True, **manifest}
         whole[CHECKSUM] = manifest_checksum(json.loads(json.dumps(whole)))
         text = json.dumps(whole, ensure_ascii=False, allow_nan=False, indent=1)
         write_whole(self.path / MANIFEST, [text.encode(), b"\n"])
         shutil.rmtree(self.path / STATE, ignore_errors=True)
 
+    def _unlisted(self) -> list[Path]:
+        """Shards that belong to no finished index: what this run has begun to write."""
+        listed = set()
+        if has_index(self.path):
+            listed = {entry["file"] for entry in read_manifest(self.path)["shards"]}
+        return [file for file in self.path.glob("shard-*") if file.name not in listed]
+
     def close(self) -> None:
         """Releases the lock, after removing all of a run that has made nothing."""
         state = self.path / STATE
         made = list(state.glob(f"worker-*/{JOURNAL}"))
         if not made:
+            if state.is_dir() and not self._is_finished:
+                for file in self._unlisted():
+                    file.unlink(missing_ok=True)
             shutil.rmtree(state, ignore_errors=True)
         self._lock.release()
         if self._is_new:

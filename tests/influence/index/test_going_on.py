@@ -1,0 +1,168 @@
+"""An index that is killed while it is made, or grows: it goes on, and has the same bytes."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers.made_indices import MORE, NUMBER, adding, arguments, content, make_store
+from helpers.workshop import run_here
+
+from ekfac_dist import load_factors
+from ekfac_dist.errors import StoreError
+from ekfac_dist.influence.index.reader import GradientIndex
+
+
+class Killed(BaseException):
+    """What no part of the package expects."""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = make_store(tmp_path_factory.mktemp("index"))
+    for output, command in (("whole", arguments), ("grown", arguments), ("grown", adding)):
+        done = run_here(command(root, root / output))
+        assert done.returncode == 0, done.stderr
+    return root
+
+
+def killed_at(flush: int, command: list, monkeypatch) -> bool:
+    """Whether a run came as far as that flush to the disk, where it was killed."""
+    done, fsync = 0, os.fsync
+
+    def count(file: int) -> None:
+        nonlocal done
+        done += 1
+        if done == flush:
+            raise Killed
+        fsync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", count)
+        try:
+            assert run_here(command).returncode == 0
+        except Killed:
+            return True
+    return False
+
+
+def is_finished(index: Path, root: Path) -> bool:
+    try:
+        GradientIndex(index, load_factors(root / "store"))
+    except StoreError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("step", [17])
+def test_killed_while_it_is_made(root, tmp_path, monkeypatch, step):
+    goes_on(root, tmp_path, monkeypatch, step, arguments, "whole", None)
+
+
+@pytest.mark.parametrize("step", [9])
+def test_killed_while_it_grows(root, tmp_path, monkeypatch, step):
+    goes_on(root, tmp_path, monkeypatch, step, adding, "grown", "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [arguments, adding])
+def test_killed_at_every_flush(root, tmp_path, monkeypatch, command):
+    adds = command is adding
+    names = ("grown", "whole") if adds else ("whole", None)
+    goes_on(root, tmp_path, monkeypatch, 1, command, *names)
+
+
+def goes_on(root, tmp_path, monkeypatch, step, command, wanted, before):
+    """Kills it at every so many'th flush to the disk, and lets it go on."""
+    flush, index = 2, tmp_path / "killed"
+    while True:
+        if before is not None:
+            shutil.copytree(root / before, index)
+        if not killed_at(flush, command(root, index), monkeypatch):
+            break
+        if before is not None:  # what was there is there
+            known = GradientIndex(index, load_factors(root / "store"))
+            assert len(known) in (NUMBER, NUMBER + MORE)
+        manifest_is_whole = is_finished(index, root)
+        if not (manifest_is_whole and (before is None or len(known) > NUMBER)):
+            done = run_here(command(root, index))
+            assert done.returncode == 0, (flush, done.stderr)
+        else:
+            shutil.rmtree(index / "state", ignore_errors=True)
+        assert content(index) == content(root / wanted), f"killed at flush {flush}"
+        shutil.rmtree(index)
+        flush += step
+    assert flush > 20
+
+
+def test_shards_that_are_there_are_not_made_again(root, tmp_path, monkeypatch, caplog):
+    index = tmp_path / "index"
+    assert killed_at(30, arguments(root, index), monkeypatch)
+    made = {path.name: path.stat().st_mtime_ns for path in index.glob("shard-*")}
+    assert len(made) > 3
+    damaged = sorted(made)[1]
+    content_of = bytearray((index / damaged).read_bytes())
+    content_of[-1] ^= 1
+    (index / damaged).write_bytes(content_of)
+    done = run_here(arguments(root, index))
+    assert done.returncode == 0, done.stderr
+    assert content(index) == content(root / "whole")
+    after = {path.name: path.stat().st_mtime_ns for path in index.glob("shard-*")}
+    same = {name for name, time in made.items() if after[name] == time}
+    assert set(made) - same <= {damaged, sorted(made)[-1]}
+
+
+def test_nothing_new_is_nothing_to_do(root):
+    done = run_here(arguments(root, root / "whole", "--add"))
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"nothing new: {NUMBER} sequences in 16 shards", done.stdout)
+
+
+def test_the_parts_of_a_name_say_what_is_wrong(root, tmp_path):
+    whole, new = root / "whole", tmp_path / "new"
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.txt").write_text("mine")
+    refused = {
+        "holds a finished index; give --add": arguments(root, whole),
+        "holds no finished index to add to": arguments(root, new, "--add"),
+        "holds notes.txt": arguments(root, tmp_path / "used"),
+        "do not begin with the 20 rows": [
+            *arguments(root, whole, "--add"),
+            *("--data.source", root / "queries.jsonl"),
+        ],
+        "index.rank is 3, but the index": arguments(root, whole, "--add", "--index.rank", "3"),
+        "index.rank is 0": arguments(root, new, "--index.rank", "0"),
+        "index.dtype": arguments(root, new, "--index.dtype", "int8"),
+        "is no directory": ["index", "--factors", new, "--output", tmp_path / "x"],
+    }
+    before = content(whole)
+    for sentence, command in refused.items():
+        done = run_here(command)
+        assert done.returncode == 2, (sentence, done.stderr)
+        assert sentence in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+    assert content(whole) == before
+    assert not new.exists()
+    assert [path.name for path in (tmp_path / "used").iterdir()] == ["notes.txt"]
+
+
+def test_another_run_is_refused_by_what_differs(root, tmp_path, monkeypatch):
+    index = tmp_path / "index"
+    assert killed_at(20, arguments(root, index), monkeypatch)
+    before = sorted(path.name for path in index.rglob("*"))
+    refused = {
+        "index.rank 1 (now 2)": arguments(root, index, "--index.rank", "2"),
+        "holds no finished index to add to; leave --add out": arguments(root, index, "--add"),
+        "batch_tokens 4096 (now 64)": arguments(root, index, "--batch_tokens", "64"),
+    }
+    for sentence, command in refused.items():
+        done = run_here(command)
+        assert done.returncode == 2
+        assert sentence in done.stderr, done.stderr
+    assert sorted(path.name for path in index.rglob("*")) == before
+    query = ["query", "--factors", root / "store", "--queries", root / "queries.jsonl"]
+    done = run_here([*query, "--index", index, "--output", tmp_path / "scores"])
+    assert done.returncode == 2
+    assert "holds no finished index: its run did not end" in done.stderr
+    assert not (tmp_path / "scores").exists()

@@ -40,6 +40,7 @@ from ekfac_dist.config.query import (
     require_refinable,
 )
 from ekfac_dist.config.refine import RefineConfig, RefineMethod
+from ekfac_dist.config.serve import ServeConfig
 
 __all__ = [
     "DEFAULT_TOP_K",
@@ -62,6 +63,7 @@ __all__ = [
     "RefineMethod",
     "RemovalConfig",
     "ScoresConfig",
+    "ServeConfig",
     "TailPatchConfig",
     "Tokens",
     "TrainingConfig",

@@ -34,7 +34,7 @@ from ekfac_dist.serve.models import (
 )
 from ekfac_dist.serve.operations import operations_page
 from ekfac_dist.serve.page import page_routes
-from ekfac_dist.serve.security import NOTHING
+from ekfac_dist.serve.security import DEFECT_SENTENCE, NOTHING
 from ekfac_dist.serve.streams import EventStream, Listening, unless_left
 
 _DESCRIPTION = (
@@ -180,7 +180,7 @@ def _add_answers(app: FastAPI, desk: Desk) -> None:
             200: {"content": {"text/html": {"schema": {"type": "string"}}}},
             **_problems(*_ALL, 404, 422),
         },
-        response_class=HTMLResponse,
+        response_class=JSONResponse,  # of the problems
     )
     def report(job_id: JobId) -> Response:
         """An answer as the report's single HTML file."""
@@ -224,7 +224,14 @@ def _add_information(app: FastAPI, session: Session, desk: Desk, config: ServeCo
             raise HTTPException(ENDING, reason)
         return {"status": "ok"}
 
-    @app.get("/metrics", responses=_problems(*_ALL), response_class=Response)
+    @app.get(
+        "/metrics",
+        responses={
+            200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
+            **_problems(*_ALL),
+        },
+        response_class=JSONResponse,  # of the problems
+    )
     def metrics() -> Response:
         """Counters, in Prometheus' text format."""
         return Response(desk.metrics.text(), media_type=CONTENT_TYPE)
@@ -260,6 +267,10 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def other(request: Request, error: HTTPException) -> Response:
         sentence = _SENTENCES.get((error.status_code, error.detail), error.detail)
         return problem(error.status_code, sentence, error.headers)
+
+    @app.exception_handler(Exception)
+    async def defect(request: Request, error: Exception) -> Response:
+        return problem(500, DEFECT_SENTENCE)  # the guard sees the error too, and logs it
 
 
 _SENTENCES = {

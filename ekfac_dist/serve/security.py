@@ -34,6 +34,7 @@ NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancest
 PAGE_POLICY = f"{NOTHING}; script-src 'self'; style-src 'self'; img-src 'self' data:; " + (
     "connect-src 'self'"
 )
+DEFECT_SENTENCE = "The service has a defect; see its log."
 _HEADERS = {
     b"x-content-type-options": b"nosniff",
     b"referrer-policy": b"no-referrer",
@@ -93,7 +94,7 @@ class Guard:
             # The message of an error may hold what was asked; its place does not.
             lines = [*traceback.format_tb(error.__traceback__), type(error).__name__]
             show(f"ekfac-dist: a request failed:\n{''.join(lines)}", error=True)
-            await response.refuse(Refused(500, "The service has a defect; see its log."))
+            await response.refuse(Refused(500, DEFECT_SENTENCE))
         finally:
             route = getattr(scope.get("route"), "path", "none")
             self.metrics.requests.labels(route, str(response.status)).inc()

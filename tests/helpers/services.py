@@ -57,9 +57,12 @@ def running(session: FakeSession | None = None, **settings) -> Iterator[Service]
     server = HttpServer(_guarded(session, desk, config), bound)
     service = Service(session, desk, EndRequest(), f"http://127.0.0.1:{bound.getsockname()[1]}")
 
+    is_up = threading.Event()
+
     def loop():
         try:
             with _served(server, desk):
+                is_up.set()
                 answer_until_end(session, desk, service.request, lambda: server.is_alive)
         except BaseException as error:
             service.errors.append(error)
@@ -68,6 +71,7 @@ def running(session: FakeSession | None = None, **settings) -> Iterator[Service]
     thread = threading.Thread(target=loop)
     thread.start()
     try:
+        assert is_up.wait(30), service.errors
         yield service
     finally:
         session.gate.set()

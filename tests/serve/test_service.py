@@ -22,7 +22,7 @@ def service():
         yield service
 
 
-def until(condition, seconds=10):
+def until(condition, seconds=30):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come about"
@@ -49,7 +49,7 @@ def held(service):
     with ThreadPoolExecutor(20) as pool:
         service.session.gate.clear()
         first = pool.submit(ask, service, "first")
-        assert service.session.arrived.wait(10)
+        assert service.session.arrived.wait(30)
         until(lambda: service.desk._current)
         yield service, pool, first
         service.session.gate.set()
@@ -169,7 +169,7 @@ def test_a_full_queue_says_429_and_when_to_ask_again():
     with running(queue_length=2) as service, ThreadPoolExecutor(4) as pool:
         service.session.gate.clear()
         first = pool.submit(ask, service, "first")
-        assert service.session.arrived.wait(10)
+        assert service.session.arrived.wait(30)
         until(lambda: service.desk._current)
         coming = asked_in_turn(service, pool, ["a", "b"])
         refused = ask(service, "c")
@@ -260,7 +260,7 @@ def test_a_lost_worker_or_a_defect_ends_all_with_503(held, failure, sentence):
     for one in [first, *coming]:
         assert one.result().status_code == 503
         assert one.result().json() == {"detail": sentence}
-    assert service.ended.wait(10)
+    assert service.ended.wait(30)
     assert service.errors == [failure]
     assert service.desk.reason_to_end == sentence
 
@@ -277,7 +277,7 @@ def test_a_service_that_is_asked_to_end_answers_what_waits_and_takes_no_more(hel
         assert "ending" in refused.json()["detail"]
     service.session.gate.set()
     assert [one.result().status_code for one in [first, *coming]] == [200, 200]
-    assert service.ended.wait(10)
+    assert service.ended.wait(30)
     assert service.errors == []
 
 
@@ -285,7 +285,7 @@ def test_a_service_that_has_no_more_time_to_drain_says_so_to_those_who_wait():
     with running(drain_seconds=0.2) as service, ThreadPoolExecutor(4) as pool:
         service.session.gate.clear()
         first = pool.submit(ask, service, "first")
-        assert service.session.arrived.wait(10)
+        assert service.session.arrived.wait(30)
         until(lambda: service.desk._current)
         coming = asked_in_turn(service, pool, ["a"])
         service.desk.drain()
@@ -293,7 +293,7 @@ def test_a_service_that_has_no_more_time_to_drain_says_so_to_those_who_wait():
         service.session.gate.set()
         for one in [first, *coming]:
             assert one.result().status_code == 503
-        assert service.ended.wait(10)
+        assert service.ended.wait(30)
         assert service.errors == []
 
 

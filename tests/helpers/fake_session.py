@@ -66,6 +66,7 @@ class FakeSession:
         arrived: Is set when one waits there.
         failures: What a completion makes `rank` raise.
         exact_seconds: Duration of an exact call.
+        shard_seconds: Duration of a shard of a scan.
     """
 
     num_sequences: int = 60
@@ -76,6 +77,7 @@ class FakeSession:
     arrived: threading.Event = field(default_factory=threading.Event)
     failures: dict[str, Callable[[], Exception]] = field(default_factory=dict)
     exact_seconds: float = 0.0
+    shard_seconds: float = 0.0
 
     def __post_init__(self):
         self.gate.set()
@@ -107,6 +109,7 @@ class FakeSession:
         self.scans.append(names)
         for _ in range(3):  # shards
             self._wait()
+            time.sleep(self.shard_seconds)
             if not go_on():
                 raise ScanStopped
         for name in names:

@@ -16,14 +16,21 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from ekfac_dist.config import EstimateConfig, EvaluateConfig, PlanConfig, QueryConfig
+from ekfac_dist.config import (
+    EstimateConfig,
+    EvaluateConfig,
+    PlanConfig,
+    QueryConfig,
+    ServeConfig,
+)
 
 PAGE = Path(__file__).parent / "configuration.md"
 
 HEAD = """\
 # Configuration
 
-*What can be set for `estimate`, `plan`, `query` and `evaluate`, how, and what is set by default.*
+*What can be set for `estimate`, `plan`, `query`, `evaluate` and `serve`, how, and what is set by
+default.*
 
 <!-- Made by docs/make_configuration.py from ekfac_dist/config/; do not edit this page. -->
 
@@ -149,6 +156,13 @@ PROTOCOLS = """\
 ### Protocols
 """
 
+SERVE = """\
+## Fields of serve
+
+[The service](service.md) says how it is asked. `model`, `data` and `damping` are those of
+[`query`](#which-model-answers); the damping is that of questions that give none.
+"""
+
 REFINED = """\
 ### Refined methods
 
@@ -194,6 +208,8 @@ def page() -> str:
         REFINED,
         table(_class_of(evaluate, "cg"), "cg."),
         table(_class_of(evaluate, "astra"), "astra."),
+        SERVE,
+        table(ServeConfig),
     ]
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
 
@@ -229,6 +245,7 @@ _REQUIRED = {
     "DataConfig": ("data.source",),
     "QueryConfig": ("factors", "queries", "output"),
     "EvaluateConfig": ("queries", "output"),
+    "ServeConfig": ("factors", "index"),
 }
 
 

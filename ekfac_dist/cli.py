@@ -21,6 +21,7 @@ from ekfac_dist.config import (
     IndexConfig,
     PlanConfig,
     QueryConfig,
+    ServeConfig,
     dotted,
 )
 from ekfac_dist.errors import DEFECT, ConfigError, Preempted, UserError, status_of
@@ -30,7 +31,7 @@ from ekfac_dist.runtime.terminal import show, visible
 if TYPE_CHECKING:
     from ekfac_dist.runtime.processes import World
 
-T = TypeVar("T", EstimateConfig, QueryConfig, IndexConfig, EvaluateConfig)
+T = TypeVar("T", EstimateConfig, QueryConfig, IndexConfig, EvaluateConfig, ServeConfig)
 
 USAGE = """usage: ekfac-dist COMMAND [options]
 
@@ -47,9 +48,11 @@ influence queries from them.
   report     a page to look at scores, or an evaluation, in: ekfac-dist report runs/scores
              [--output FILE.html]
   evaluate   how good the scores are, by retraining: ekfac-dist evaluate --config FILE
-  launch     any of estimate, query, index and evaluate on many workers, with the options of
-             `accelerate launch`:
-             ekfac-dist launch --config_file launch/accelerate/cpu.yaml estimate --config FILE
+  serve      answer questions over HTTP, with a page for people: ekfac-dist serve
+             --factors runs/gpt2 --index runs/index
+  launch     estimate, query, index, evaluate or serve on many workers, with the options of
+             `accelerate launch`: ekfac-dist launch --config_file launch/accelerate/cpu.yaml
+             estimate --config FILE
   demo       all of the main job on a small model and real text, nothing to download; with --real
              on a language model that knows the world, which is downloaded (100 MB)
 
@@ -75,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "index": index,
         "report": report,
         "evaluate": evaluate,
+        "serve": serve,
         "launch": launch,
         "demo": demo,
     }
@@ -223,6 +227,23 @@ def evaluate(arguments: list[str]) -> int:
         "its output goes on; one with other methods, dampings or protocols uses what is there.",
     )
     return _work(parser, EvaluateConfig, arguments, work)
+
+
+def serve(arguments: list[str]) -> int:
+    """Answers questions over HTTP, alone or as one of several workers."""
+
+    def work(config: ServeConfig, world: "World") -> str:
+        from ekfac_dist.influence.session import open_session
+        from ekfac_dist.serve.run import run_service
+
+        return run_service(config, world, open_session)
+
+    parser = command_parser(
+        "serve --factors STORE --index INDEX [--host 127.0.0.1] [--port 8000] [--FIELD VALUE …]",
+        "Answers questions over HTTP while model, factors and index stay open, with a page for "
+        "people. Ends with SIGTERM or Ctrl-C, after what was asked is answered.",
+    )
+    return _work(parser, ServeConfig, arguments, work)
 
 
 def _work(

@@ -43,6 +43,7 @@ from ekfac_dist.config.query import (
     with_rescoring,
 )
 from ekfac_dist.config.refine import RefineConfig, RefineMethod
+from ekfac_dist.config.serve import ServeConfig
 
 __all__ = [
     "DEFAULT_TOP_K",
@@ -67,6 +68,7 @@ __all__ = [
     "RefineMethod",
     "RemovalConfig",
     "ScoresConfig",
+    "ServeConfig",
     "TailPatchConfig",
     "Tokens",
     "TrainingConfig",

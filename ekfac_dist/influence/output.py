@@ -17,16 +17,16 @@ from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.data.tokenizing import text_of
 from ekfac_dist.influence import results
 from ekfac_dist.influence.answer import Answer, results_manifest
-from ekfac_dist.influence.results import ResultsWriter
+from ekfac_dist.influence.results import ResultsSink
 from ekfac_dist.influence.scores import Details, InfluenceScores, Listed
 from ekfac_dist.influence.token_texts import TokenTexts
 
 
-def write_answer(writer: ResultsWriter, answer: Answer, examples: Dataset) -> None:
-    """Writes a complete directory of results.
+def write_answer(writer: ResultsSink, answer: Answer, examples: Dataset) -> None:
+    """Writes complete results.
 
     Args:
-        writer: Writes the files.
+        writer: Takes the files.
         answer: The scores, and what they were computed from.
         examples: The examples of the training data, for their texts.
 

@@ -44,7 +44,7 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -64,6 +64,42 @@ DETAILS = "details.safetensors"
 SEQUENCES = "sequences.jsonl"
 
 _ADVICE = "Run `query` again."
+
+
+class Results(Protocol):
+    """Complete results, wherever they are.
+
+    Attributes:
+        manifest: Their manifest.
+    """
+
+    manifest: dict[str, Any]
+
+    @property
+    def path(self) -> str | Path:
+        """What errors call them."""
+
+    def has(self, file: str) -> bool:
+        """Whether the run wrote that file."""
+
+    def tensors(self, file: str) -> dict[str, Tensor]:
+        """Every tensor of a safetensors file, by name."""
+
+    def lines(self, file: str) -> list[dict[str, Any]]:
+        """The object in each line of a JSONL file."""
+
+
+class ResultsSink(Protocol):
+    """What takes results, one file after another, and the manifest last."""
+
+    def tensors(self, file: str, tensors: Mapping[str, Tensor]) -> None:
+        """Takes one file of tensors."""
+
+    def lines(self, file: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Takes one file of lines."""
+
+    def finish(self, manifest: Mapping[str, Any]) -> None:
+        """Takes every entry of the manifest but format, complete and files."""
 
 
 class ResultsWriter:

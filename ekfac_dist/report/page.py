@@ -10,10 +10,10 @@ from typing import Any
 from ekfac_dist.curvature.damping import SCALES
 from ekfac_dist.errors import StoreError
 from ekfac_dist.influence.answer import NORMALIZE_NAMES
-from ekfac_dist.influence.results import ResultsReader
+from ekfac_dist.influence.results import Results, ResultsReader
 from ekfac_dist.report.answers import low_rank_gradients, rescored
 from ekfac_dist.report.html import Facts, page_text, require_jinja2, require_new_file, write_page
-from ekfac_dist.report.page_data import FEW_OF_POSITIONS, FEW_TOKENS, PageData, page_data
+from ekfac_dist.report.page_data import FEW_OF_POSITIONS, FEW_TOKENS, page_data
 
 STYLES = ("page.css",)
 SCRIPTS = ("plot.js", "data.js", "ranking.js", "sequence.js", "layers.js", "spread.js", "page.js")
@@ -37,7 +37,7 @@ def write_report(results: str | Path, output: str | Path, note: str | None = Non
     require_new_file(output)
     reader = ResultsReader(results)
     try:
-        content = _page(reader.manifest, page_data(reader), note)
+        content = report_text(reader, note)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise StoreError(
             f"{results}: a file lacks something, or holds something else: "
@@ -46,9 +46,21 @@ def write_report(results: str | Path, output: str | Path, note: str | None = Non
     write_page(output, content)
 
 
-def _page(manifest: Mapping[str, Any], data: PageData, note: str | None) -> str:
+def report_text(results: Results, note: str | None = None) -> str:
+    """The report of results as HTML that loads nothing else.
+
+    Args:
+        results: The results.
+        note: As of `write_report`.
+
+    Raises:
+        ConfigError: If jinja2 is not installed.
+        StoreError: As of `page_data`.
+    """
+    require_jinja2()
     from markupsafe import Markup
 
+    manifest, data = results.manifest, page_data(results)
     return page_text(
         "page.html.j2",
         STYLES,

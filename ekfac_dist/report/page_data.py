@@ -21,7 +21,7 @@ from ekfac_dist.influence.results import (
     SCORES,
     SEQUENCES,
     TOP,
-    ResultsReader,
+    Results,
 )
 from ekfac_dist.report.spread import CARRIED, Distribution, carriers, distribution
 
@@ -80,26 +80,51 @@ class PageQuery:
     overlap: float | None
 
 
-@dataclass(frozen=True)
-class PagePair:
-    """Where one sequence's token scores for one query are in `PageData.arrays`, and a summary.
+@dataclass(frozen=True, kw_only=True)
+class TokenSummary:
+    """On which tokens a sequence's score rests.
 
     Attributes:
-        start: First character of its base64 text.
-        length: Number of characters of that text.
-        positions: L, the sequence's number of positions.
         carriers: The fewest tokens that hold `CARRIED` of Σ|token score|.
         few: Whether these are few; see `FEW_TOKENS`.
         strongest: First token of the run of tokens with the largest |sum of scores|. Tokens of a
             run can be read only together, such as the bytes of one character.
     """
 
-    start: int
-    length: int
-    positions: int
     carriers: int
     few: bool
     strongest: int
+
+
+def token_summary(tokens: Sequence[str], scores_T: np.ndarray, *, of_outputs: bool) -> TokenSummary:
+    """On which tokens a sequence's score rests.
+
+    Args:
+        tokens: The T + 1 tokens.
+        scores_T: The positions' scores.
+        of_outputs: Whether they belong to the tokens 1 to T; else to 0 to T − 1.
+    """
+    count = carriers(scores_T)
+    return TokenSummary(
+        carriers=count,
+        few=0 < count <= min(FEW_TOKENS, FEW_OF_POSITIONS * len(scores_T)),
+        strongest=_strongest(tokens, scores_T, of_outputs=of_outputs),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagePair(TokenSummary):
+    """Where one sequence's token scores for one query are in `PageData.arrays`, and a summary.
+
+    Attributes:
+        start: First character of its base64 text.
+        length: Number of characters of that text.
+        positions: L, the sequence's number of positions.
+    """
+
+    start: int
+    length: int
+    positions: int
 
 
 @dataclass(frozen=True)
@@ -151,7 +176,7 @@ class PageData:
         return fields
 
 
-def page_data(reader: ResultsReader) -> PageData:
+def page_data(reader: Results) -> PageData:
     """Reads a run's results and packs them for the page.
 
     Args:
@@ -246,7 +271,7 @@ def _ranked(
 
 
 def _packed_details(
-    reader: ResultsReader,
+    reader: Results,
     sequences: Mapping[int, list[str]],
     num_layers: int,
     num_modules: int,
@@ -283,16 +308,9 @@ def _packed_details(
         part = _base64_arrays(
             scores_T, details["module_scores"][p], details["layer_token_scores"][:, begin:end]
         )
-        count = carriers(scores_T)
+        summary = token_summary(tokens, scores_T, of_outputs=of_outputs)
         pairs.append(
-            PagePair(
-                start=start,
-                length=len(part),
-                positions=len(scores_T),
-                carriers=count,
-                few=0 < count <= min(FEW_TOKENS, FEW_OF_POSITIONS * len(scores_T)),
-                strongest=_strongest(tokens, scores_T, of_outputs=of_outputs),
-            )
+            PagePair(start=start, length=len(part), positions=len(scores_T), **vars(summary))
         )
         parts.append(part)
         start += len(part)

@@ -15,7 +15,7 @@ other's work without limit; see `World.wait_for_all`.
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,6 +34,22 @@ _UNTIL_GIVEN_UP = (
     "This worker's wait for others raises an error only when the system gives the connection up, "
     "perhaps in a quarter of an hour; you can end it now."
 )
+
+_last_words: list[Callable[[str], None]] = []
+
+
+@contextmanager
+def last_words(tell: Callable[[str], None]) -> Iterator[None]:
+    """Context in which others are told why, before a heartbeat ends this process.
+
+    Args:
+        tell: Is called with the reason, a sentence; takes a few seconds at most.
+    """
+    _last_words.append(tell)
+    try:
+        yield
+    finally:
+        _last_words.remove(tell)
 
 
 @contextmanager
@@ -150,7 +166,7 @@ def _beat(
             if rank == world.rank:
                 show(visible(f"ekfac-dist: error: {world.who}: {message}"), error=True)
             if rank == world.rank or since_failure > BEATS:  # the failed worker prints first
-                os._exit(status)
+                _exit(status, message)
 
 
 def _announced_failure(world: World, store: Any) -> tuple[int, str, int] | None:
@@ -169,4 +185,11 @@ def _end_process(world: World, store: Any, message: str) -> NoReturn:
     with suppress(Exception):
         if store is None or world.announce_failure(PeerError(message), store):
             show(visible(f"ekfac-dist: error: {message}"), error=True)
-    os._exit(DEFECT)
+    _exit(DEFECT, message)
+
+
+def _exit(status: int, message: str) -> NoReturn:
+    for tell in _last_words:
+        with suppress(Exception):
+            tell(message)
+    os._exit(status)

@@ -21,7 +21,7 @@ from ekfac_dist.runtime.platforms import num_cpus, says_yes
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-_COMMANDS = ("estimate", "query", "index", "evaluate")
+_COMMANDS = ("estimate", "query", "index", "evaluate", "serve")
 
 
 def launch_workers(arguments: Sequence[str]) -> int:

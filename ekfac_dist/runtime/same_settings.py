@@ -13,6 +13,7 @@ PATHS = (
     "data.source",
     "output",
     "factors",
+    "index",
     "queries",
     "scores.candidates",
 )

@@ -214,7 +214,7 @@ def test_a_flipped_bit_is_found(fitted, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["estimate"], ["inspect"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["estimate"], ["inspect"], ["demo"], ["serve"]])
 def test_help_is_short_and_quick(command):
     done = run_cli([*command, "--help"])
     assert done.returncode == 0

@@ -108,7 +108,13 @@ def test_every_field_has_a_row_with_a_meaning():
 
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `([\w.]+)` \|.*\| ([^|]+) \|$", page, re.MULTILINE))
-    commands = config.EstimateConfig, config.PlanConfig, config.QueryConfig, config.EvaluateConfig
+    commands = [
+        config.EstimateConfig,
+        config.PlanConfig,
+        config.QueryConfig,
+        config.EvaluateConfig,
+        config.ServeConfig,
+    ]
     wanted = {name for command in commands for name in config.field_types(command)}
     assert wanted == set(rows)
     assert all(len(meaning) > 10 for meaning in rows.values())

@@ -1,0 +1,350 @@
+"""What requests and answers hold, as the OpenAPI description says it and requests are checked by.
+
+A request is turned into a `Question` here; what it cannot be is refused with a sentence.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, FiniteFloat, JsonValue
+
+from ekfac_dist.config import (
+    DEFAULT_TOP_K,
+    DampingConfig,
+    RefineConfig,
+    ScoresConfig,
+    ServeConfig,
+    require_refinable,
+)
+from ekfac_dist.config.query import DampingScale, Normalize, Tokens
+from ekfac_dist.config.refine import RefineMethod
+from ekfac_dist.errors import ConfigError, DataError
+from ekfac_dist.influence.asking import Question
+from ekfac_dist.influence.query_texts import parse_query
+from ekfac_dist.serve.jobs import Continuation
+
+MOST_ITERATIONS = 1000
+MOST_MESSAGES, MOST_DEPTH = 1000, 10
+_WHERE = "The question"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class DampingRequest(_Strict):
+    """The damping λ; see `damping` of `query`."""
+
+    value: FiniteFloat = Field(0.1, ge=0)
+    relative: bool = True
+    scale: DampingScale = "mean"
+
+
+class RefineRequest(_Strict):
+    """How query gradients are refined; see `refine` of `query`."""
+
+    method: RefineMethod
+    iterations: int | None = Field(None, ge=1, le=MOST_ITERATIONS)
+    sequences: int | None = Field(None, ge=1)
+    tolerance: FiniteFloat | None = Field(None, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
+    batch: int | None = Field(None, ge=1)
+    step_size: FiniteFloat | None = Field(None, ge=0)
+    momentum: FiniteFloat | None = Field(None, ge=0, lt=1)
+
+
+class QuestionRequest(_Strict):
+    """What makes the model say the completion after the prompt?"""
+
+    prompt: str = Field("", description="The text before the completion.")
+    completion: str | None = Field(None, description="What the question is about.")
+    against: str | None = Field(
+        None, description="Another completion, for what makes the model say the one, not the other."
+    )
+    messages: list[dict[str, JsonValue]] | None = Field(
+        None,
+        max_length=MOST_MESSAGES,
+        description="A chat, in place of prompt and completion; the question is about its last "
+        "turn, the assistant's.",
+    )
+    top_k: int | None = Field(
+        None, ge=1, description="Length of the list of the most positive sequences; null: 20."
+    )
+    bottom_k: int | None = Field(
+        None, ge=0, description="Length of the list of the most negative; null: as top_k."
+    )
+    rescore: int | None = Field(
+        None,
+        ge=0,
+        description="How many sequences at either end of the index's ranking are scored exactly; "
+        "null: as many as the longer list has; 0: none.",
+    )
+    damping: FiniteFloat | DampingRequest | None = Field(
+        None, description="The damping λ, or its value alone; null: the service's."
+    )
+    normalise: Normalize = Field(
+        "none",
+        validation_alias=AliasChoices("normalise", "normalize"),
+        description="What scores are divided by.",
+    )
+    tokens: Tokens = Field("inputs", description="What a position's score is of.")
+    refine: RefineRequest | None = Field(
+        None, description="Whether query gradients are refined; null: not."
+    )
+
+
+class CompletionRequest(_Strict):
+    """How does the model go on from the prompt?"""
+
+    prompt: str = ""
+    messages: list[dict[str, JsonValue]] | None = Field(None, max_length=MOST_MESSAGES)
+    max_tokens: int = Field(32, ge=1)
+    temperature: FiniteFloat = Field(
+        0.0, ge=0, le=10, description="0: the likeliest token each time."
+    )
+    seed: int = Field(0, ge=0, lt=2**63)
+
+
+class Problem(BaseModel):
+    """Why there is no answer."""
+
+    detail: str = Field(description="A sentence.")
+
+
+class Row(BaseModel):
+    """One sequence of a list."""
+
+    rank: int | None
+    index: int
+    score: float
+    share: float | None
+    scan_score: float | None
+    exact: bool
+    text: str
+    tokens: list[str]
+    document: int | None = None
+    first_token: int | None = None
+
+
+class Detail(BaseModel):
+    """One sequence's scores by position, layer and module."""
+
+    token_scores: list[float]
+    layer_token_scores: list[list[float]]
+    module_scores: list[float]
+    carriers: int
+    few: bool
+    strongest: int
+
+
+class QueryTokens(BaseModel):
+    """The tokens of a completion after its prompt."""
+
+    completion: str
+    tokens: list[str]
+    is_label: list[bool]
+    split_token: str | None
+    nats: float
+
+
+class AskedQuery(QueryTokens):
+    """The question's tokens."""
+
+    prompt: str
+    against: QueryTokens | None
+
+
+class Agreement(BaseModel):
+    """How well the index's scores agree with the exact ones."""
+
+    spearman: float | None
+    overlap: float | None
+    scored_again: int
+
+
+class AnswerModel(BaseModel):
+    """An answer, or with stage "ranking" the index's part of it."""
+
+    id: str
+    question: dict[str, Any]
+    model: str
+    num_sequences: int
+    layers: list[str]
+    modules: list[str]
+    module_layers: list[int]
+    training_size: int | None
+    meaning: dict[str, str]
+    index: dict[str, Any]
+    query: AskedQuery
+    stage: Literal["ranking", "exact"]
+    top: list[Row]
+    bottom: list[Row]
+    details: dict[str, Detail]
+    distribution: dict[str, Any]
+    agreement: Agreement | None
+    refined: str | None
+    seconds: dict[str, float]
+
+
+class SequenceModel(BaseModel):
+    """A training sequence."""
+
+    index: int
+    text: str
+    tokens: list[str]
+    is_label: list[bool]
+    document: int | None = None
+    first_token: int | None = None
+
+
+class CompletionModel(BaseModel):
+    """How the model goes on."""
+
+    text: str
+    tokens: list[str]
+    finish: Literal["length", "end"]
+
+
+def question_of(
+    request: QuestionRequest, config: ServeConfig, num_sequences: int
+) -> tuple[Question, dict[str, Any]]:
+    """The question that a request asks, and the request with every default filled in.
+
+    Args:
+        request: The request.
+        config: The service's limits and default damping.
+        num_sequences: Number of sequences in the index.
+
+    Raises:
+        ConfigError: If a setting is not one that this service answers.
+        DataError: If its texts are no question.
+    """
+    fields = {
+        "prompt": request.prompt,
+        "completion": request.completion,
+        "against": request.against,
+        "messages": request.messages,
+    }
+    if request.messages is not None:
+        if request.prompt or request.completion is not None:
+            raise DataError(f"{_WHERE} has messages and a prompt or completion; give one of them.")
+        del fields["prompt"]
+    _require_short(fields, config)
+    query = parse_query(fields, _WHERE, 0)
+    top_k, bottom_k, rescore = _lengths(request, config, num_sequences)
+    refine = RefineConfig(**(request.refine.model_dump() if request.refine else {}))
+    require_refinable(ScoresConfig(normalize=request.normalise), refine)
+    question = Question(
+        query=query,
+        top_k=top_k,
+        bottom_k=bottom_k,
+        rescore=rescore,
+        damping=_damping(request, config.damping),
+        normalize=request.normalise,
+        tokens=request.tokens,
+        refine=refine,
+    )
+    shown = request.model_dump() | {
+        "top_k": top_k,
+        "bottom_k": bottom_k,
+        "rescore": rescore,
+        "damping": dataclasses.asdict(question.damping),
+        "refine": dataclasses.asdict(refine) if refine.is_on else None,
+    }
+    return question, shown
+
+
+def continuation_of(request: CompletionRequest, config: ServeConfig) -> Continuation:
+    """What the model is to go on from.
+
+    Args:
+        request: The request.
+        config: The service's limits.
+
+    Raises:
+        ConfigError: If more is asked for than this service gives.
+        DataError: If there is no text, or two.
+    """
+    if request.messages is not None and request.prompt:
+        raise DataError("There are messages and a prompt; give one of them.")
+    if not request.messages and not request.prompt:
+        raise DataError("There is no prompt, so nothing to go on from; give one, or messages.")
+    _require_short({"prompt": request.prompt, "messages": request.messages}, config)
+    _require_at_most("max_tokens", request.max_tokens, config.max_completion_tokens)
+    return Continuation(
+        request.prompt, request.messages, request.max_tokens, request.temperature, request.seed
+    )
+
+
+def _lengths(
+    request: QuestionRequest, config: ServeConfig, num_sequences: int
+) -> tuple[int, int, int]:
+    """Lengths of both lists, and how many sequences are scored exactly at either end."""
+    top_k = request.top_k
+    if top_k is None:
+        top_k = min(DEFAULT_TOP_K, config.max_top_k, num_sequences)
+    bottom_k = top_k if request.bottom_k is None else request.bottom_k
+    longest = max(top_k, bottom_k)
+    rescore = longest if request.rescore is None else request.rescore
+    for name, value in (("top_k", top_k), ("bottom_k", bottom_k), ("rescore", rescore)):
+        _require_at_most(name, value, config.max_top_k)
+        if value > num_sequences:
+            raise ConfigError(
+                f"{name} is {value}, but the index has {num_sequences} sequences; give "
+                f"{num_sequences} or less."
+            )
+    if 0 < rescore < longest:
+        raise ConfigError(
+            f"rescore is {rescore}, but lists of {longest} are asked for; score at least as many "
+            "exactly, or none (0)."
+        )
+    return top_k, bottom_k, rescore
+
+
+def _damping(request: QuestionRequest, default: DampingConfig) -> DampingConfig:
+    given = request.damping
+    if given is None:
+        return default
+    if isinstance(given, DampingRequest):
+        return DampingConfig(**given.model_dump())
+    if given < 0:
+        raise ConfigError(f"damping is {given}; it must be a number of 0 or more.")
+    return DampingConfig(value=given)
+
+
+def _require_at_most(name: str, value: int, limit: int) -> None:
+    if value > limit:
+        raise ConfigError(f"{name} is {value}; this service gives {limit} at most.")
+
+
+def _require_short(fields: dict[str, Any], config: ServeConfig) -> None:
+    """Refuses texts that are longer together than this service takes, or no text at all."""
+    length = sum(_num_characters(value) for value in fields.values())
+    if length > config.max_prompt_characters:
+        raise DataError(
+            f"The texts have {length} characters together; this service takes "
+            f"{config.max_prompt_characters} at most: shorten them."
+        )
+
+
+def _num_characters(value: Any, depth: int = 0) -> int:
+    """Characters of all texts in a value of JSON.
+
+    Raises:
+        DataError: If one of them cannot be encoded, a number is not finite, or fields are nested
+            too deep.
+    """
+    if isinstance(value, str):
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise DataError("A text holds half of a surrogate pair; give whole characters.")
+        return len(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"A message holds {value}; give finite numbers.")
+    if depth > MOST_DEPTH:
+        raise DataError("The messages are nested too deep; give each a role and a content.")
+    if isinstance(value, list):
+        return sum(_num_characters(item, depth + 1) for item in value)
+    if isinstance(value, dict):
+        return sum(_num_characters([*pair], depth) for pair in value.items())
+    return 0

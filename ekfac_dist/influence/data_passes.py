@@ -7,7 +7,7 @@
 The observers of `scan` give raw scores; here these are divided by norms, and put into the results.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -60,12 +60,15 @@ class DataPasses:
         self._config, self._result = config, result
         self._outputs = OutputTokens(context, scored, result.layer_of)
 
-    def scan(self, suffix: str, prepared: PreparedQueries) -> None:
+    def scan(
+        self, suffix: str, prepared: PreparedQueries, go_on: Callable[[], bool] | None = None
+    ) -> None:
         """Scores every sequence for a block of query groups, and fills in the block's results.
 
         Args:
             suffix: Ends the passes' names in progress and errors.
             prepared: The block's preconditioned query gradients.
+            go_on: As of `IndexScan.run`; for scores from an index.
         """
         config, result, groups = self._config, self._result, prepared.groups
         parts = None
@@ -85,7 +88,7 @@ class DataPasses:
         if self._index is None:
             self._run(f"scan{suffix}", scan, np.arange(len(self._scored)))
         else:
-            self._index.run(f"index{suffix}", scan)
+            self._index.run(f"index{suffix}", scan, go_on)
         if scan.norms is not None:
             self._put_norms(scan.norms.cpu())
         elif self._index is not None and self._needs_norms and 0 in groups:

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from ekfac_dist.config import DataConfig
 from ekfac_dist.data.batches import NO_LABEL
 from ekfac_dist.data.sequences import Sequences
 from ekfac_dist.data.tokenizing import text_of
@@ -36,7 +37,7 @@ def write_answer(writer: ResultsSink, answer: Answer, examples: Dataset) -> None
     scores = answer.scores
     writer.lines(results.QUERIES, _lines_of_queries(answer))
     writer.tensors(results.SCORES, _score_tensors(scores))
-    texts = _SequenceTexts(answer, examples)
+    texts = SequenceTexts(answer.scored, examples, answer.data, answer.tokenizer)
     writer.lines(results.TOP, _lines_of_lists(scores, scores.top, texts))
     writer.lines(results.BOTTOM, _lines_of_lists(scores, scores.bottom, texts))
     if scores.details is not None:
@@ -128,26 +129,29 @@ def _tokens_and_labels(inputs: np.ndarray, targets: np.ndarray) -> tuple[list[in
     return ids, [False, *(targets != NO_LABEL).tolist()]
 
 
-class _SequenceTexts:
+class SequenceTexts:
     """Texts and tokens of the scored sequences, by column.
 
     Args:
-        answer: The scores, and what they were computed from.
+        scored: The sequences.
         examples: The examples of the training data.
+        data: Source of the training data.
+        tokenizer: The model's tokenizer.
     """
 
-    def __init__(self, answer: Answer, examples: Dataset) -> None:
-        self._answer = answer
-        self._examples = examples
-        self._tokens = TokenTexts(answer.tokenizer)
+    def __init__(
+        self, scored: Sequences, examples: Dataset, data: DataConfig, tokenizer: Any
+    ) -> None:
+        self._scored, self._examples, self._data = scored, examples, data
+        self._tokens = TokenTexts(tokenizer)
 
     def text(self, column: int) -> str:
         """Prompt and text together, as they were tokenised; of a part of a row, its tokens'."""
-        scored = self._answer.scored
+        scored = self._scored
         text = None
         if scored.origins is None:
             example = self._examples[int(scored.indices[column])]
-            text = text_of(example, self._answer.data)
+            text = text_of(example, self._data)
         if text is None:
             ids, _ = _tokens_and_labels(scored[column].inputs, scored[column].targets)
             text = "".join(self._tokens.of(ids))
@@ -155,7 +159,7 @@ class _SequenceTexts:
 
     def origin(self, column: int) -> dict[str, int]:
         """The row in the source that a sequence is a part of, and the first of its tokens there."""
-        origins = self._answer.scored.origins
+        origins = self._scored.origins
         if origins is None:
             return {}
         document, first_token = origins[column].tolist()
@@ -163,7 +167,7 @@ class _SequenceTexts:
 
     def line(self, column: int) -> dict[str, Any]:
         """The line of one sequence in the file of sequences."""
-        sequence = self._answer.scored[column]
+        sequence = self._scored[column]
         ids, is_label = _tokens_and_labels(sequence.inputs, sequence.targets)
         return {
             "index": sequence.index,
@@ -175,7 +179,7 @@ class _SequenceTexts:
 
 
 def _lines_of_lists(
-    scores: InfluenceScores, lists: list[Listed], texts: _SequenceTexts
+    scores: InfluenceScores, lists: list[Listed], texts: SequenceTexts
 ) -> Iterator[dict[str, Any]]:
     """The line of each listed sequence of each query group, for one of both ends."""
     gains = scores.gains

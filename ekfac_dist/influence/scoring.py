@@ -114,7 +114,8 @@ def compute_scores(
     context = replace(context, row_order=row_order, on_device=fitted)
     if config.tokens == "outputs":
         require_output_tokens(context, scored)
-    result, refinement = _empty_result(context, queries, scored, config, index), None
+    index_rank = None if index is None else index.rank
+    result, refinement = empty_result(context, queries, scored, config, index_rank), None
     if context.refine.is_on:
         refinement = start_refinement(context, train or scored, config, num_groups)
         result.refined = refinement.result
@@ -143,12 +144,12 @@ def _index_scan(
         return IndexScan(context, index, scored)
 
 
-def _empty_result(
+def empty_result(
     context: ScoringContext,
     queries: QuerySet,
     scored: Examples,
     config: ScoresConfig,
-    index: GradientIndex | None,
+    index_rank: int | None,
 ) -> InfluenceScores:
     """The results before anything is computed: zero scores, norms of one."""
     names = tuple(module.name for module in context.modules)
@@ -159,7 +160,7 @@ def _empty_result(
         indices=scored.indices,
         members=queries.members,
         training_size=config.training_size,
-        index_rank=None if index is None else index.rank,
+        index_rank=index_rank,
         normalize=config.normalize,
         tokens=config.tokens,
         norms=torch.ones(len(scored), dtype=context.dtype),

@@ -5,7 +5,7 @@ scores training sequences scores these too. Shards are read in order, each once 
 block, by a thread that is ahead of the products. They are shared out over the workers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from ekfac_dist.data.batches import to_device
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.errors import NonFiniteError, StoreError
+from ekfac_dist.influence.asking import ScanStopped
 from ekfac_dist.influence.context import OVERFLOW_ADVICE, STORED, ScoringContext
 from ekfac_dist.influence.index import layout, norms
 from ekfac_dist.influence.index.layout import Shard
@@ -59,11 +60,13 @@ class _Piece:
         shard: The shard.
         modules: The modules.
         share: Their share of the shard's bytes.
+        is_first: Whether it is the shard's first.
     """
 
     shard: Shard
     modules: Sequence[TrackedModule]
     share: float
+    is_first: bool
 
 
 class IndexScan:
@@ -101,34 +104,52 @@ class IndexScan:
         means = self.index.manifest["norms"]["mean_lambda"]
         return norms.at_dampings(stored, self._context.modules, means, self._context.damping)
 
-    def run(self, name: str, scan: Scan) -> None:
+    def run(self, name: str, scan: Scan, go_on: Callable[[], bool] | None = None) -> None:
         """Shows every scored sequence to a scan, and sums its scores over the workers.
 
         Args:
             name: What the work is called in progress and errors.
             scan: Takes the products.
+            go_on: A collective that is called before each shard; false on all workers if nobody
+                wants the scores any more.
+
+        Raises:
+            ScanStopped: If `go_on` is false.
         """
         context, world = self._context, self._context.world
-        shards = self._own_shards()
+        rounds = self._rounds()
         num_all = len(self.index)
         progress = Progress(
             name,
-            total=sum(shard.length for shard in shards),
+            total=sum(shard.length for shard in rounds if shard is not None),
             unit="sequences",
             whole=(num_all, num_all),
             enabled=context.show_progress and world.is_main,
         )
-        with world.agree(), progress, torch.no_grad(), ExitStack() as stack:
+        # A block with collectives in it is left at once by a worker that fails.
+        agreed, is_stopped = world.agree(together=None if go_on is None else ()), False
+        with agreed, progress, torch.no_grad(), ExitStack() as stack:
             reader = _ShardReader(self.index, stack)
-            pieces = list(self._pieces(shards))
-            for piece, tensors in zip(pieces, prefetch(reader.read, pieces), strict=True):
+            pieces = [piece for shard in rounds for piece in self._pieces(shard)]
+            ahead = prefetch(reader.read, [piece for piece in pieces if piece is not None])
+            for piece in pieces:
+                if (piece is None or piece.is_first) and go_on is not None and not go_on():
+                    is_stopped = True
+                    break
+                if piece is None:
+                    continue
+                tensors = next(ahead)
                 for module, (left, right) in zip(piece.modules, tensors, strict=True):
                     self._score(scan, piece.shard, module, left, right)
                 progress.update(piece.share * piece.shard.length)
                 world.check_peers()
                 if preemption.requested():
                     raise preemption.ended(STORED)
-            if not torch.isfinite(scan.health()):
+        if is_stopped:
+            raise ScanStopped
+        are_finite = world.gather(bool(torch.isfinite(scan.health())))
+        with world.agree():
+            if not all(are_finite):
                 raise NonFiniteError(
                     f"{name}: scores from the index {self.index.path} are NaN or infinite. "
                     f"{OVERFLOW_ADVICE}."
@@ -152,31 +173,31 @@ class IndexScan:
             batch = KeptSequences(own.tolist(), lengths)
             scan.score(module, right_ncI.flatten(0, 1), left_ncO.flatten(0, 1), batch)
 
-    def _own_shards(self) -> list[Shard]:
-        """The shards that this worker reads, with the others of its copy of the factors."""
-        context = self._context
-        copies = context.world.size // context.shard
-        return self.index.shards[context.world.rank // context.shard :: copies]
+    def _rounds(self) -> list[Shard | None]:
+        """The shards that this worker reads, with the others of its copy of the factors.
 
-    def _pieces(self, shards: Sequence[Shard]) -> Iterator[_Piece]:
-        """Some shards, cut into pieces of about `_PIECE_BYTES`."""
-        index = self.index
-        sizes = {
-            module.name: layout.bytes_per_sequence([module], index.rank, index.dtype)
-            for module in self._context.own_modules
-        }
-        total = sum(sizes.values())
-        for shard in shards:
-            some: list[TrackedModule] = []
-            held = 0
-            for module in self._context.own_modules:
-                some.append(module)
-                held += sizes[module.name]
-                if held * shard.length >= _PIECE_BYTES:
-                    yield _Piece(shard, some, held / total)
-                    some, held = [], 0
-            if some:
-                yield _Piece(shard, some, held / total)
+        Every worker has as many rounds; None where it has no shard left.
+        """
+        context, shards = self._context, self.index.shards
+        copies = context.world.size // context.shard
+        own = shards[context.world.rank // context.shard :: copies]
+        return [*own, *[None] * (-(-len(shards) // copies) - len(own))]
+
+    def _pieces(self, shard: Shard | None) -> Iterator["_Piece | None"]:
+        """A shard cut into pieces of about `_PIECE_BYTES`; None for none."""
+        if shard is None:
+            yield None
+            return
+        index, own = self.index, self._context.own_modules
+        sizes = [layout.bytes_per_sequence([module], index.rank, index.dtype) for module in own]
+        some: list[TrackedModule] = []
+        held, is_first = 0, True
+        for module, size in zip(own, sizes, strict=True):
+            some.append(module)
+            held += size
+            if held * shard.length >= _PIECE_BYTES or module is own[-1]:
+                yield _Piece(shard, some, held / sum(sizes), is_first)
+                some, held, is_first = [], 0, False
 
 
 class _ShardReader:

@@ -1,0 +1,627 @@
+"""A session: model, factors and index stay open, and answer one question after another.
+
+What a run of `query` reads and checks once is here read and checked when the session is opened; a
+question costs its own gradient, one scan of the index, and what is scored again.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from ekfac_dist.config import (
+    DataConfig,
+    ModelConfig,
+    QueryConfig,
+    ScoresConfig,
+    ServeConfig,
+    require_refinable,
+)
+from ekfac_dist.curvature import products
+from ekfac_dist.curvature.damping import Damping
+from ekfac_dist.data.chats import messages_of, require_template
+from ekfac_dist.data.sequences import Sequences
+from ekfac_dist.errors import DataError, ModelError, StoreError
+from ekfac_dist.factors.comparison import check_model, require_fitted_task
+from ekfac_dist.factors.factors import Factors
+from ekfac_dist.factors.opening import load_factors
+from ekfac_dist.influence.answer import Answer
+from ekfac_dist.influence.asking import Question, Ranking
+from ekfac_dist.influence.checks import scoring_context
+from ekfac_dist.influence.context import ScoringContext
+from ekfac_dist.influence.data_passes import DataPasses
+from ekfac_dist.influence.held import computes_again, factors_on_device
+from ekfac_dist.influence.index.reader import GradientIndex
+from ekfac_dist.influence.index.scan import IndexScan
+from ekfac_dist.influence.lists import (
+    Chosen,
+    choose_for_rescoring,
+    exact_lists,
+    list_lengths,
+    make_lists,
+)
+from ekfac_dist.influence.names import named_by
+from ekfac_dist.influence.output import SequenceTexts, write_answer
+from ekfac_dist.influence.preconditioned import (
+    LowRankGradients,
+    PreparedQueries,
+    bytes_per_group,
+    rank_in,
+)
+from ekfac_dist.influence.queries import QuerySet, tokenize_queries
+from ekfac_dist.influence.query_gradients import prepare
+from ekfac_dist.influence.refinement_start import require_refinable_model, start_refinement
+from ekfac_dist.influence.results_in_memory import ResultsInMemory, ResultsToMemory
+from ekfac_dist.influence.scores import Details, InfluenceScores
+from ekfac_dist.influence.scoring import empty_result
+from ekfac_dist.influence.token_texts import TokenTexts
+from ekfac_dist.models.capture.prepare import prepared
+from ekfac_dist.models.capture.tasks import CAUSAL_LM
+from ekfac_dist.models.load.on_workers import load, require_same_model
+from ekfac_dist.models.load.pretrained import context_length, load_tokenizer
+from ekfac_dist.models.modules import layer_name
+from ekfac_dist.models.sharding import agreeing, is_sharded
+from ekfac_dist.passes.sequences import (
+    check_sequences,
+    exactly_batched,
+    load_with_examples,
+    with_chunked_head,
+)
+from ekfac_dist.runtime.logs import log_on_main
+from ekfac_dist.runtime.memory import as_text
+from ekfac_dist.runtime.processes import World
+
+# Rank of query gradients in a scan, and the least number of an index's products for which a scan
+# with them costs less than one with whole ones, their decomposition included.
+_SCAN_RANK = 32
+_LEAST_FOR_LOW_RANK = 1000
+_KEPT_DAMPINGS = 16
+
+
+@dataclass
+class _OpenRanking(Ranking):
+    """A ranking, with what its exact scores need.
+
+    Attributes:
+        question: The question.
+        context: What it was answered with.
+        prepared: Its whole preconditioned gradient; None: it is computed again when it is needed.
+    """
+
+    question: Question
+    context: ScoringContext
+    prepared: PreparedQueries | None
+
+
+@contextmanager
+def open_session(config: ServeConfig, world: World) -> Iterator["OpenSession"]:
+    """Opens model, factors and index; a collective.
+
+    Args:
+        config: The service's configuration.
+        world: The workers.
+
+    Raises:
+        UserError: If the user can correct the cause; on every worker alike.
+    """
+    store, path = str(config.factors), str(config.index)
+    with world.agree():
+        factors = load_factors(store)
+        require_fitted_task(store, factors, CAUSAL_LM)
+        index = GradientIndex(path, factors)
+        model_config = config.model.over(factors.manifest["config"]["model"])
+        data_config = config.data.over(index.manifest["data"]["config"])
+    with named_by(store, "model.name", model_config.name, config.model.name):
+        tokenizer, tokenizer_print = world.main_first(lambda: load_tokenizer(model_config))
+    with named_by(path, "data.source", data_config.source, config.data.source):
+        train, examples = load_with_examples(data_config, tokenizer, tokenizer_print, world)
+    model = load(model_config, world)
+    with prepared(model):
+        with agreeing(world, model, StoreError):
+            allowed = config.model.allow_changes
+            comparison = check_model(store, factors, model, allow_changes=allowed)
+        with world.agree():
+            check_sequences(model, train, "set data.max_tokens to {context} or less")
+            index.require_data(train)
+            index.require_model(comparison.fingerprints.whole)
+            num_indexed = len(index.indices)  # reads every shard, and so checks them
+        world.require_same("data, by fingerprint,", train.fingerprint)
+        world.require_same("factors, by fingerprint,", factors.fingerprint)
+        world.require_same("index, by fingerprint,", index.fingerprint)
+        require_same_model(model, comparison.fingerprints, world)
+        for sentence in (*comparison.differs, *comparison.not_compared):
+            log_on_main(world, f"model         {sentence}")
+        log_on_main(
+            world,
+            f"index         {num_indexed} sequences, rank {index.rank}, {as_text(index.num_bytes)}",
+        )
+        opened = _Opened(
+            config=config,
+            factors=factors,
+            index=index,
+            model=model,
+            model_config=model_config,
+            data_config=data_config,
+            tokenizer=tokenizer,
+            train=train,
+            examples=examples,
+            whole=comparison.fingerprints.whole,
+            differs=comparison.differs,
+            not_compared=comparison.not_compared,
+        )
+        yield OpenSession(opened, world)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What a session holds open; attributes as of `Answer`."""
+
+    config: ServeConfig
+    factors: Factors
+    index: GradientIndex
+    model: torch.nn.Module
+    model_config: ModelConfig
+    data_config: DataConfig
+    tokenizer: Any
+    train: Sequences
+    examples: Dataset
+    whole: str
+    differs: tuple[str, ...]
+    not_compared: tuple[str, ...]
+
+    @property
+    def dtype(self) -> str:
+        """The model's dtype, in words."""
+        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
+
+class OpenSession:
+    """The session; see `asking.Session` for its methods.
+
+    Args:
+        opened: What it holds.
+        world: The workers.
+
+    Attributes:
+        world: The workers.
+        info: What it is, for people.
+    """
+
+    def __init__(self, opened: _Opened, world: World) -> None:
+        self._opened, self.world = opened, world
+        self._lock = threading.Lock()  # a tokenizer is not to be used by two threads at once
+        self._scores = ScoresConfig()
+        self._base = self._first_context()
+        train, task = opened.train, self._base.task
+        budget = self._base.batch_tokens
+        self._train = exactly_batched(opened.model, train, task, world, budget)
+        checkpointing = opened.model_config.gradient_checkpointing
+        again = computes_again(self._base, self._train, 1, self._scores, checkpointing)
+        base = replace(self._base, checkpoints=again)
+        base = replace(base, row_order=base.over(self._train).noted_row_order(base.modules))
+        fitted = factors_on_device(base, self._train, 1, self._scores)
+        self._base = replace(base, on_device=fitted)
+        self._texts = SequenceTexts(
+            opened.train, opened.examples, opened.data_config, opened.tokenizer
+        )
+        self._dampings: dict[str, dict[str, float]] = {}  # absolute, of each that was asked for
+        self._columns = {int(index): k for k, index in enumerate(opened.train.indices)}
+        self.info = self._info()
+
+    def _first_context(self) -> ScoringContext:
+        opened = self._opened
+        damping = Damping(**vars(opened.config.damping))
+        context = scoring_context(
+            opened.model,
+            opened.factors,
+            damping,
+            self.world,
+            opened.config.batch_tokens,
+            False,
+            self._scores,
+            1,
+        )
+        task = with_chunked_head(
+            opened.model, context.modules, opened.train, context.task, self.world
+        )
+        return replace(context, task=task, in_eigenbasis=True)
+
+    def _info(self) -> dict[str, Any]:
+        opened, index = self._opened, self._opened.index
+        fitted = opened.factors.manifest
+        names = [module.name for module in self._base.modules]
+        return {
+            "model": {
+                "name": opened.model_config.name,
+                "dtype": opened.dtype,
+                "whole": opened.whole,
+            },
+            "factors": {
+                "path": str(opened.config.factors),
+                "num_sequences": fitted["data"]["num_sequences"],
+                "labels": fitted["fisher"]["labels"],
+                "refit": fitted["fisher"]["refit"],
+            },
+            "index": {
+                "path": str(index.path),
+                "rank": index.rank,
+                "dtype": index.manifest["index"]["dtype"],
+                "num_sequences": len(index),
+                "bytes": index.num_bytes,
+            },
+            "layers": list(dict.fromkeys(map(layer_name, names))),
+            "modules": names,
+            "damping": vars(opened.config.damping),
+        }
+
+    # -- before the compute thread -----------------------------------------------------------------
+
+    def check(self, question: Question) -> None:
+        """Tokenises a question and refuses a wrong one."""
+        self._checked(question)
+        self._tokenized([question])
+
+    def _checked(self, question: Question) -> ScoresConfig:
+        """The scores that a question asks for.
+
+        Raises:
+            ConfigError: If they cannot be meant.
+            ModelError: If its gradients cannot be refined.
+        """
+        scores = ScoresConfig(
+            normalize=question.normalize,
+            top_k=question.top_k,
+            bottom_k=question.bottom_k,
+            rescore=question.rescore,
+            per_token="top" if question.rescore else "none",
+            tokens=question.tokens if question.rescore else "inputs",
+        )
+        require_refinable(scores, question.refine)
+        require_refinable_model(self._opened.model, CAUSAL_LM, question.refine)
+        list_lengths(scores, len(self._train))
+        Damping(**vars(question.damping)).require_used(self._base.factors.modules)
+        return scores
+
+    def _tokenized(self, questions: Sequence[Question]) -> QuerySet:
+        with self._lock:
+            texts = [question.query for question in questions]
+            longest = context_length(self._opened.model)
+            queries = tokenize_queries(texts, self._opened.tokenizer, longest)
+        check_sequences(self._opened.model, queries.sequences, "shorten the query")
+        return queries
+
+    def sequence(self, index: int) -> dict[str, Any]:
+        """A training sequence."""
+        column = self._columns[index]
+        with self._lock:
+            return self._texts.line(column)
+
+    # -- questions ---------------------------------------------------------------------------------
+
+    def rank(
+        self, questions: Sequence[Question], go_on: Callable[[], bool] = lambda: True
+    ) -> list[Ranking]:
+        """The rankings of questions of the same settings, by one scan of the index."""
+        start = time.perf_counter()
+        with self.world.agree():
+            scores = [self._checked(question) for question in questions]
+            together = self._tokenized(questions)
+            alone = [self._tokenized([question]) for question in questions]
+        context = self._context_of(questions[0])
+        result = empty_result(context, together, self._train, scores[0], self._opened.index.rank)
+        joined, whole = self._query_gradients(context, together, scores[0], result)
+        with self.world.agree():
+            index = IndexScan(context, self._opened.index, self._train)
+        DataPasses(context, self._train, scores[0], result, index).scan("", joined, go_on)
+        seconds = time.perf_counter() - start
+        return [
+            _OpenRanking(
+                scores=self._row(
+                    result, together, row, list_lengths(scores[row], len(self._train))
+                ),
+                queries=alone[row],
+                seconds=seconds,
+                question=question,
+                context=context,
+                prepared=whole[row],
+            )
+            for row, question in enumerate(questions)
+        ]
+
+    def _context_of(self, question: Question) -> ScoringContext:
+        """What a question is answered with."""
+        asked = repr(question.damping)
+        if asked not in self._dampings:
+            if len(self._dampings) >= _KEPT_DAMPINGS:
+                self._dampings.clear()
+            self._dampings[asked] = self._chosen_damping(Damping(**vars(question.damping)))
+        return replace(self._base, damping=self._dampings[asked], refine=question.refine)
+
+    def _chosen_damping(self, damping: Damping) -> dict[str, float]:
+        """The absolute λ of every module."""
+        base = self._base
+        with self.world.agree():
+            chosen = base.factors.chosen_damping(damping, [m.name for m in base.own_modules])
+        if base.owners is None:
+            return chosen
+        by_owner = base.owners.notes.gather(chosen)
+        together = {name: value for of_owner in by_owner for name, value in of_owner.items()}
+        return {name: together[name] for name in base.factors.modules}
+
+    def _query_gradients(
+        self,
+        context: ScoringContext,
+        together: QuerySet,
+        scores: ScoresConfig,
+        result: InfluenceScores,
+    ) -> tuple[PreparedQueries, list[PreparedQueries | None]]:
+        """The gradients that a scan is of, and the whole ones that there is memory to hold.
+
+        Args:
+            context: What the questions are answered with.
+            together: The questions' tokens.
+            scores: The scores that they ask for.
+            result: Takes how they were refined.
+        """
+        num_questions = len(together)
+        refinement = None
+        if context.refine.is_on:
+            refinement = start_refinement(context, self._train, scores, num_questions)
+            result.refined = refinement.result
+        each = bytes_per_group(context.modules, None, context.dtype, context.shard)
+        held = max(1, int(scores.query_memory_gb * 1e9 // each))
+        products_of_scan = len(self._opened.index) * self._opened.index.rank
+        by_rank = products_of_scan >= _LEAST_FOR_LOW_RANK or num_questions > held
+        whole: list[PreparedQueries | None] = []
+        scanned: list[PreparedQueries] = []
+        for group in range(num_questions):
+            if refinement is not None:
+                of_group = refinement.prepare("refine", together, [group], None)
+            else:
+                of_group = prepare("query", context, together, [group], None)
+            scanned.append(_of_low_rank(context, of_group) if by_rank else of_group)
+            whole.append(of_group if group < held else None)
+            result.query_losses[group] = of_group.losses[group]
+            if (other := together.against[group]) is not None:
+                result.against_losses[group] = of_group.losses[other]
+        if by_rank:
+            result.ranks = {m.name: rank_in(m, _SCAN_RANK) for m in context.modules}
+        return _joined(scanned), whole
+
+    def _row(
+        self, result: InfluenceScores, queries: QuerySet, row: int, lengths: tuple[int, int]
+    ) -> InfluenceScores:
+        """One question's row of the scores of several, with its lists."""
+        losses = result.query_losses
+        other = queries.against[row]
+        refined = result.refined
+        if refined is not None:
+            refined = replace(refined, residuals=refined.residuals[row : row + 1])
+        own = replace(
+            result,
+            scores=result.scores[row : row + 1],
+            query_norms=result.query_norms[row : row + 1],
+            members=((0,),),
+            query_losses=[losses[row]],
+            against_losses=[None if other is None else result.against_losses[row]],
+            refined=refined,
+            model_differs=self._opened.differs,
+            not_compared=self._opened.not_compared,
+        )
+        columns = np.arange(len(own.indices))
+        top, bottom = make_lists(own.scores[0], columns, own.indices, lengths)
+        own.top, own.bottom = [top], [bottom]
+        return own
+
+    def to_rescore(self, ranking: Ranking) -> list[int]:
+        """Columns to be scored exactly, in the order of interest."""
+        chosen = self._chosen(_open(ranking))
+        ordered: list[int] = []
+        for place in range(max(len(chosen.top), len(chosen.bottom))):
+            for columns in (chosen.top, chosen.bottom):
+                ordered += columns[place : place + 1].tolist()
+        return list(dict.fromkeys(ordered))
+
+    def _chosen(self, ranking: "_OpenRanking") -> Chosen:
+        question = ranking.question
+        lengths = (question.top_k, question.bottom_k)
+        chosen = choose_for_rescoring(ranking.scores, 0, question.rescore, lengths)
+        order = ranking.scores.scores[0]
+
+        def sorted_by(columns: np.ndarray, *, descending: bool) -> np.ndarray:
+            values = order[torch.from_numpy(columns)]
+            return columns[values.argsort(descending=descending, stable=True).numpy()]
+
+        return Chosen(
+            sorted_by(chosen.top, descending=True),
+            sorted_by(chosen.bottom, descending=False),
+            np.zeros(0, dtype=np.int64),
+        )
+
+    def exact(self, ranking: Ranking, columns: Sequence[int]) -> Details:
+        """Exact scores of a few columns with those of their positions, layers and modules."""
+        own = _open(ranking)
+        context = own.context
+        if own.prepared is None:
+            if context.refine.is_on:
+                refinement = start_refinement(context, self._train, self._scores, 1)
+                own.prepared = refinement.prepare("refine", own.queries, [0], None)
+            else:
+                own.prepared = prepare("query", context, own.queries, [0], None)
+        scores = replace(self._checked(own.question), per_token="top")
+        passes = DataPasses(context, self._train, scores, own.scores)
+        of_query = replace(own.prepared, groups=[0])
+        details = passes.details("exact", of_query, [(0, column) for column in columns])
+        return passes.with_outputs("exact", of_query, details)
+
+    def finish(self, ranking: Ranking, details: Sequence[Details]) -> InfluenceScores:
+        """The scores with lists by exact scores, and details."""
+        own, joined = _open(ranking), Details.join(list(details))
+        joined = joined.take(np.argsort(joined.columns, kind="stable"))
+        lengths = (own.question.top_k, own.question.bottom_k)
+        exact = joined.module_scores.sum(1)
+        chosen = self._chosen(own)
+        lists, rescored = exact_lists(own.scores, 0, joined.columns, exact, chosen, lengths)
+        listed = np.concatenate([one.columns for one in lists])
+        kept = np.flatnonzero(np.isin(joined.columns, listed))
+        return replace(
+            own.scores,
+            top=[lists[0]],
+            bottom=[lists[1]],
+            rescored=[rescored],
+            details=joined.take(kept),
+        )
+
+    # -- on worker 0 -------------------------------------------------------------------------------
+
+    def results(self, ranking: Ranking, scores: InfluenceScores) -> ResultsInMemory:
+        """The files of `query`'s results for one question."""
+        own, opened = _open(ranking), self._opened
+        question = own.question
+        config = QueryConfig(
+            factors=opened.config.factors,
+            index=opened.config.index,
+            queries="the service",
+            output="the service",
+            model=opened.config.model,
+            data=opened.config.data,
+            damping=question.damping,
+            scores=replace(
+                self._checked(question), rescore=question.rescore if scores.rescored else 0
+            ),
+            refine=question.refine,
+            batch_tokens=opened.config.batch_tokens,
+        )
+        answer = Answer(
+            scores=scores,
+            queries=own.queries,
+            train=opened.train,
+            scored=opened.train,
+            factors=opened.factors,
+            index=opened.index,
+            store=str(opened.config.factors),
+            damping=Damping(**vars(question.damping)),
+            data=opened.data_config,
+            model=opened.model_config,
+            dtype=opened.dtype,
+            whole=opened.whole,
+            config=config,
+            tokenizer=opened.tokenizer,
+            workers=self.world.size,
+            seconds=own.seconds,
+        )
+        writer = ResultsToMemory()
+        with self._lock:
+            write_answer(writer, answer, opened.examples)
+        return writer.results
+
+    def complete(
+        self,
+        prompt: str,
+        messages: list[dict[str, Any]] | None,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> dict[str, Any]:
+        """Lets the model go on from a prompt, or a chat."""
+        opened, tokenizer = self._opened, self._opened.tokenizer
+        if is_sharded(opened.model):
+            raise ModelError(
+                "The model is sharded over the workers by FSDP, so it does not go on from prompts "
+                "here; start the service without FSDP, or write the completion."
+            )
+        with self._lock:
+            ids = self._prompt_ids(prompt, messages)
+        longest = context_length(opened.model)
+        if longest is not None and len(ids) + max_tokens > longest:
+            raise DataError(
+                f"The prompt has {len(ids)} tokens, and {max_tokens} more are asked for, but the "
+                f"model reads {longest} at most; shorten the prompt, or ask for fewer."
+            )
+        inputs = torch.tensor([ids], device=self.world.device)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature}
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            output = opened.model.generate(  # type: ignore[operator]
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=max_tokens,
+                pad_token_id=_padding(tokenizer),
+                **sampling,
+            )
+        new = output[0, len(ids) :].tolist()
+        ends = bool(new) and new[-1] in _end_tokens(opened.model, tokenizer)
+        if ends:
+            new = new[:-1]
+        with self._lock:
+            text = tokenizer.decode(new, skip_special_tokens=False)
+            tokens = TokenTexts(tokenizer).of(new) if new else []
+        return {"text": text, "tokens": tokens, "finish": "end" if ends else "length"}
+
+    def _prompt_ids(self, prompt: str, messages: list[dict[str, Any]] | None) -> list[int]:
+        """The tokens of a prompt, or of a chat that waits for an answer."""
+        tokenizer, special = self._opened.tokenizer, True
+        if messages is not None:
+            require_template(tokenizer, "messages")
+            asked = [*messages, {"role": "assistant", "content": "-"}]
+            checked = messages_of(asked, "messages")[:-1]
+            prompt = tokenizer.apply_chat_template(
+                checked, tokenize=False, add_generation_prompt=True
+            )
+            special = False
+        ids: list[int] = tokenizer(prompt, add_special_tokens=special)["input_ids"]
+        if not ids:
+            raise DataError("The prompt has no token; write something for the model to go on from.")
+        return ids
+
+
+def _open(ranking: Ranking) -> _OpenRanking:
+    assert isinstance(ranking, _OpenRanking)
+    return ranking
+
+
+def _of_low_rank(context: ScoringContext, whole: PreparedQueries) -> PreparedQueries:
+    """A question's gradients at the rank of scans."""
+    gradients: dict[str, Any] = {}
+    for module in context.own_modules:
+        matrix_OI = whole.gradients[module.name].matrix(0)
+        left, right = products.low_rank(matrix_OI, rank_in(module, _SCAN_RANK))
+        gradients[module.name] = LowRankGradients(left[None], right[None])
+    return replace(whole, gradients=gradients)
+
+
+def _joined(parts: Sequence[PreparedQueries]) -> PreparedQueries:
+    """Several questions' gradients as those of one block."""
+    if len(parts) == 1:
+        return replace(parts[0], groups=[0])
+    gradients: dict[str, Any] = {}
+    for name, first in parts[0].gradients.items():
+        own: list[list[Tensor]] = [part.gradients[name].tensors() for part in parts]
+        gradients[name] = type(first)(*map(torch.cat, zip(*own, strict=True)))
+    losses = {sequence: loss for part in parts for sequence, loss in part.losses.items()}
+    self_influence = torch.cat([part.self_influence for part in parts])
+    return PreparedQueries(list(range(len(parts))), gradients, self_influence, losses)
+
+
+def _padding(tokenizer: Any) -> int:
+    """A token id to pad with, which `generate` wants to have."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens with which the model ends."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    listed = ends if isinstance(ends, list) else [ends]
+    return {int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None}

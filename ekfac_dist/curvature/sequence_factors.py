@@ -9,8 +9,8 @@ K_B = B Bᵀ. A right singular vector is v = Aᵀ w with
 Block power iteration for w starts from fixed numbers, so results repeat. It costs T²·(O + I) for
 the inner products, a few per cent of rotating the rows, and T² a step.
 
-In what norm the products are best is a choice: scores are in the inner product of (F + λ)⁻¹. With
-weights α of outputs and β of inputs it is ‖diag(α) G diag(β)‖; see `metric`.
+Best in the norm of (F + λ)^-½ G instead, scores were further from exact ones with a language model
+that knows the world, and little nearer with a small one (docs/method.md), so that is not offered.
 """
 
 from collections.abc import Sequence
@@ -24,24 +24,11 @@ _ITERATIONS = 8
 _OVERSAMPLING = 4
 
 
-def metric(damped_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights α [O] and β [I] with α_o β_i ≈ (Λ + λ)_oi^-½, the best fit of logarithms.
-
-    Args:
-        damped_OI: Λ + λ, above zero.
-    """
-    logs_OI = damped_OI.log()
-    mean = logs_OI.mean()
-    rows_O, columns_I = logs_OI.mean(1), logs_OI.mean(0)
-    return (-0.5 * (rows_O - mean / 2)).exp(), (-0.5 * (columns_I - mean / 2)).exp()
-
-
 def sequence_factors(
     acts_MI: Tensor,
     grads_MO: Tensor,
     lengths: Sequence[int],
     rank: int,
-    weights: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """G_n ≈ Σ_c u_c v_cᵀ of every sequence.
 
@@ -52,7 +39,6 @@ def sequence_factors(
         grads_MO: Output gradients at each position, in the same order.
         lengths: Positions of each sequence; they sum to M.
         rank: c, the number of products, at most min(O, I).
-        weights: α [O] and β [I] of the norm in which the products are best; None: all ones.
 
     Returns:
         u [n, c, O] and v [n, c, I]; products that a sequence has no use for are zero.
@@ -80,7 +66,7 @@ def sequence_factors(
             positions = positions.to(acts_MI.device)
             acts_MI, grads_MO = acts_MI[positions], grads_MO[positions]
         which = torch.tensor(long, device=acts_MI.device)
-        best = _best_products(acts_MI, grads_MO, [lengths[n] for n in long], rank, weights)
+        best = _best_products(acts_MI, grads_MO, [lengths[n] for n in long], rank)
         left_ncO[which], right_ncI[which] = best
     return left_ncO, right_ncI
 
@@ -90,11 +76,8 @@ def _best_products(
     grads_MO: Tensor,
     lengths: Sequence[int],
     rank: int,
-    weights: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """The same for sequences of more positions than the rank."""
-    if weights is not None:
-        grads_MO, acts_MI = grads_MO * weights[0], acts_MI * weights[1]
     # Rows of A of length one, the lengths given to B: inner products in float32 lose nothing then
     # beside a position with enormous inputs.
     sizes_M1 = torch.linalg.vector_norm(acts_MI, dim=1, keepdim=True)
@@ -114,8 +97,6 @@ def _best_products(
     best_nkc = turned_nkk.flip(-1)[..., :rank]
     right_ncI = (vectors_nTk @ best_nkc).mT.to(acts_MI) @ acts_nTI
     left_ncO = (images_nTk @ best_nkc).mT.to(grads_MO) @ grads_nTO
-    if weights is not None:
-        left_ncO, right_ncI = left_ncO / weights[0], right_ncI / weights[1]
     return left_ncO, right_ncI
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ekfac_dist.curvature.sequence_factors import metric, sequence_factors
+from ekfac_dist.curvature.sequence_factors import sequence_factors
 from ekfac_dist.curvature.sequence_norms import sequence_norms
 from ekfac_dist.data.batch_plan import assign_batches, plan_batches
 from ekfac_dist.data.batches import CapturedPositions
@@ -43,7 +43,7 @@ class IndexShards(TrainingPairs):
     """Makes a worker's shards, and hands each to `write` when it is whole.
 
     Args:
-        context: Model, factors and the reference λ, in whose norm products are best; workers.
+        context: Model, factors, workers.
         sequences: All sequences.
         shards: The worker's shards, in the order of its batches.
         batches: The batches of each of them.
@@ -68,7 +68,6 @@ class IndexShards(TrainingPairs):
         self._ends = self._shard_ends(shards, batches)
         self._shard: Shard | None = shards[0] if shards else None
         self._tensors: dict[str, Tensor] = {}
-        self._metrics: dict[str, tuple[Tensor, Tensor]] = {}
         self._means: dict[str, float] = {}
 
     @staticmethod
@@ -90,13 +89,11 @@ class IndexShards(TrainingPairs):
         shard, fitted = self._shard, self._context.fitted
         if not self._tensors:
             self._tensors = self._empty(shard)
-        if module.name not in self._metrics:
-            self._metrics[module.name] = metric(self._context.damped(module))
+        if module.name not in self._means:
             self._means[module.name] = mean_of(fitted.lambda_of(module))
         rows = torch.tensor([self._place_of[index] - shard.first for index in batch.indices])
         rank = rank_in(module, self._rank)
-        weights = self._metrics[module.name]
-        left_ncO, right_ncI = sequence_factors(acts_MI, grads_MO, batch.lengths, rank, weights)
+        left_ncO, right_ncI = sequence_factors(acts_MI, grads_MO, batch.lengths, rank)
         self._tensors[layout.left_key(module.name)][rows] = left_ncO.to("cpu", self._dtype)
         self._tensors[layout.right_key(module.name)][rows] = right_ncI.to("cpu", self._dtype)
         dampings = [self._means[module.name] * one for one in DAMPINGS]

@@ -53,8 +53,6 @@ from ekfac_dist.runtime.processes import World
 from ekfac_dist.runtime.progress import Progress, clock
 from ekfac_dist.runtime.software import software
 
-# In whose norm products are best, as a multiple of mean(Λ) of the module.
-REFERENCE_DAMPING = 0.1
 _STORED = "shards that are whole are stored"
 
 
@@ -267,7 +265,7 @@ def _manifest(
             "num_positions": int(train.num_positions.sum()),
             "config": vars(inputs.data),
         },
-        "index": {**vars(config.index), "reference_damping": REFERENCE_DAMPING},
+        "index": dict(vars(config.index)),
         "norms": {
             "dampings": list(DAMPINGS),
             "mean_lambda": {
@@ -402,14 +400,14 @@ def _context(
     double = next(model.parameters()).dtype == torch.float64
     factors, scores = inputs.factors, ScoresConfig()
     with world.agree():
-        damping = {
-            name: REFERENCE_DAMPING * mean_of(factors.module(name).lambda_OI)
-            for name in factors.modules
-        }
+        for (
+            name
+        ) in factors.modules:  # in a pass a worker that finds a damaged file would fail alone
+            factors.module(name)
     context = ScoringContext(
         model=model,
         factors=factors,
-        damping=damping,
+        damping={},  # an index is for any
         dtype=torch.float64 if double else torch.float32,
         world=world,
         batch_tokens=world.share(step_tokens(config.batch_tokens, world.device)),

@@ -493,9 +493,7 @@ class OpenSession:
             model=opened.config.model,
             data=opened.config.data,
             damping=question.damping,
-            scores=replace(
-                self._checked(question), rescore=question.rescore if scores.rescored else 0
-            ),
+            scores=self._checked(question if scores.rescored else replace(question, rescore=0)),
             refine=question.refine,
             batch_tokens=opened.config.batch_tokens,
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ekfac_dist.curvature.products import padded_by_sequence
 
-_TILE_BYTES = 2**20
+_TILE_BYTES = 2**22
 
 
 def sequence_norms(

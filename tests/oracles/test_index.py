@@ -158,12 +158,12 @@ def test_norms_are_of_whole_gradients(case, family):
         )
         assert relative(found.self_influence, dense.self_influence(it.train)) < 1e-5
         assert relative(found.norms, dense.theta_norms(it.train)) < 1e-5
-    dense = DenseScores(it.model, it.factors.modules, it.train, damping=0.05)  # between them
+    dense = DenseScores(it.model, it.factors.modules, it.train, damping=0.03)  # between them
     found = it.scores(
-        index, damping=0.05, rescore=0, self_influence=True, normalize="relatif_theta"
+        index, damping=0.03, rescore=0, self_influence=True, normalize="relatif_theta"
     )
-    assert relative(found.self_influence, dense.self_influence(it.train)) < 0.01
-    assert relative(found.norms, dense.theta_norms(it.train)) < 0.01
+    assert relative(found.self_influence, dense.self_influence(it.train)) < 0.03
+    assert relative(found.norms, dense.theta_norms(it.train)) < 0.03
 
 
 def test_cosines_of_a_full_rank_are_exact(case):

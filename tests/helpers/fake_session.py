@@ -198,7 +198,11 @@ class FakeSession:
         self._wait()
         if prompt == "too long":
             raise DataError("The prompt has more tokens than the model reads; shorten it.")
-        return {"text": " on and on", "tokens": [" on", " and", " on"][:max_tokens], "finish": "end"}
+        return {
+            "text": " on and on",
+            "tokens": [" on", " and", " on"][:max_tokens],
+            "finish": "end",
+        }
 
     def results(self, ranking, scores) -> ResultsInMemory:
         sink, question = ResultsToMemory(), ranking.question

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import httpx
-from helpers.fake_session import FakeSession
 
 from ekfac_dist.config import ServeConfig
 from ekfac_dist.serve.desk import Desk
@@ -15,6 +14,7 @@ from ekfac_dist.serve.http import HttpServer, bound_socket
 from ekfac_dist.serve.loop import EndRequest, answer_until_end
 from ekfac_dist.serve.metrics import Metrics
 from ekfac_dist.serve.run import _guarded, _served
+from helpers.fake_session import FakeSession
 
 
 @dataclass

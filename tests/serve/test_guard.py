@@ -210,14 +210,14 @@ def test_a_body_without_a_length_is_refused_once_it_is_too_long(service):
     headers = {"content-type": "application/json"}
     try:
         with httpx.Client(timeout=30) as client:
-            response = client.post(
-                service.url + "/v1/influence", content=chunks(), headers=headers
-            )
+            response = client.post(service.url + "/v1/influence", content=chunks(), headers=headers)
         assert response.status_code == 413
         assert str(MOST_BODY_BYTES) in response.json()["detail"]
     except httpx.WriteError:  # closed before the client was done
         pass
-    assert service.session.scans == [] or all("xxx" not in str(scan) for scan in service.session.scans)
+    assert service.session.scans == [] or all(
+        "xxx" not in str(scan) for scan in service.session.scans
+    )
 
 
 @pytest.mark.parametrize(

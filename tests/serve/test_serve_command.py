@@ -137,9 +137,7 @@ class Running:
 
     def ask(self, completion, **more):
         with httpx.Client(timeout=60) as client:
-            return client.post(
-                f"{self.url}/v1/influence", json={"completion": completion, **more}
-            )
+            return client.post(f"{self.url}/v1/influence", json={"completion": completion, **more})
 
     def ended(self, seconds=60):
         return [process.wait(seconds) for process in self.processes]

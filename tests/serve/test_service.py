@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from helpers.fake_session import FakeSession, exact_scores, scan_scores
+from helpers.fake_session import exact_scores, scan_scores
 from helpers.services import events_of, running
 
 from ekfac_dist.errors import NonFiniteError, PeerError
@@ -97,9 +97,10 @@ def test_without_rescoring_the_ranking_is_the_answer(service):
 
 def test_a_stream_has_the_ranking_first_then_each_sequence_then_the_answer(service):
     asked = {"completion": "x", "top_k": 6, "bottom_k": 0}
-    with service.client() as client, client.stream(
-        "POST", "/v1/influence", json=asked, headers=STREAM
-    ) as response:
+    with (
+        service.client() as client,
+        client.stream("POST", "/v1/influence", json=asked, headers=STREAM) as response,
+    ):
         assert response.headers["content-type"].startswith("text/event-stream")
         events = list(events_of(response.iter_lines()))
     names = [name for name, _ in events]
@@ -130,9 +131,12 @@ def test_a_stream_has_the_ranking_first_then_each_sequence_then_the_answer(servi
 def test_a_stream_that_waits_is_kept_open_by_comments(held, monkeypatch):
     service, _, _ = held
     monkeypatch.setattr(streams, "HEARTBEAT_SECONDS", 0.05)
-    with service.client() as client, client.stream(
-        "POST", "/v1/influence", json={"completion": "x"}, headers=STREAM
-    ) as response:
+    with (
+        service.client() as client,
+        client.stream(
+            "POST", "/v1/influence", json={"completion": "x"}, headers=STREAM
+        ) as response,
+    ):
         names = []
         for name, _ in events_of(response.iter_lines()):
             names.append(name)
@@ -183,16 +187,17 @@ def test_a_full_queue_says_429_and_when_to_ask_again():
 
 def test_a_cancelled_question_that_waits_is_never_scanned(held):
     service, pool, first = held
-    with service.client() as client, client.stream(
-        "POST", "/v1/influence", json={"completion": "b"}, headers=STREAM
-    ) as response:
+    with (
+        service.client() as client,
+        client.stream(
+            "POST", "/v1/influence", json={"completion": "b"}, headers=STREAM
+        ) as response,
+    ):
         events = events_of(response.iter_lines())
         _, queued = next(events)
         assert queued["before"] == 1
         assert service.client().delete(f"/v1/influence/{queued['id']}").status_code == 200
-        assert list(events) == [
-            ("error", {"status": 409, "detail": "The question was cancelled."})
-        ]
+        assert list(events) == [("error", {"status": 409, "detail": "The question was cancelled."})]
     assert service.client().delete(f"/v1/influence/{queued['id']}").status_code == 404
     service.session.gate.set()
     assert first.result().status_code == 200
@@ -211,13 +216,18 @@ def test_a_cancelled_question_stops_its_scan(held):
 
 def test_a_client_that_goes_away_stops_the_exact_scores_of_its_question(service):
     service.session.exact_seconds = 0.05
-    with service.client() as client, client.stream(
-        "POST", "/v1/influence", json={"completion": "long"}, headers=STREAM
-    ) as response:
+    with (
+        service.client() as client,
+        client.stream(
+            "POST", "/v1/influence", json={"completion": "long"}, headers=STREAM
+        ) as response,
+    ):
         for name, _ in events_of(response.iter_lines()):
             if name == "sequence":
                 break
-    until(lambda: service.metric('ekfac_dist_questions_total{kind="influence",outcome="cancelled"}'))
+    until(
+        lambda: service.metric('ekfac_dist_questions_total{kind="influence",outcome="cancelled"}')
+    )
     assert len(service.session.exact_calls) < 10  # of 40 sequences, 4 at a time
     assert ask(service, "next").status_code == 200
 

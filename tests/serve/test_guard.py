@@ -215,9 +215,7 @@ def test_a_body_without_a_length_is_refused_once_it_is_too_long(service):
         assert str(MOST_BODY_BYTES) in response.json()["detail"]
     except httpx.WriteError:  # closed before the client was done
         pass
-    assert service.session.scans == [] or all(
-        "xxx" not in str(scan) for scan in service.session.scans
-    )
+    assert not any("xxx" in str(scan) for scan in service.session.scans)
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_a_full_queue_says_429_and_when_to_ask_again():
 
 
 def test_a_cancelled_question_that_waits_is_never_scanned(held):
-    service, pool, first = held
+    service, _, first = held
     with (
         service.client() as client,
         client.stream(

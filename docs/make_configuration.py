@@ -44,7 +44,7 @@ ekfac-dist estimate --config configs/gpt2.yaml --data.source corpus.jsonl --outp
 Values on the command line are written as in YAML: `--model.modules '["*.mlp.*"]'`,
 `--save_minutes null`. An unknown field is refused, and the nearest known one is named. A `~` in a
 YAML file stands for the home directory in `output`, in `estimate`'s `model.name` and `data.source`,
-and in `query`'s `factors` and `queries`.
+in `query`'s `factors` and `queries`, and in `serve`'s `factors` and `index`.
 `ekfac-dist COMMAND --help` prints the tables below, and `--print_config` the whole configuration
 that a command would run with. A field without a default must be given.
 

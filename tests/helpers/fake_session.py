@@ -67,6 +67,7 @@ class FakeSession:
         failures: What a completion makes `rank` raise.
         exact_seconds: Duration of an exact call.
         shard_seconds: Duration of a shard of a scan.
+        num_stopped: How many scans were left early.
     """
 
     num_sequences: int = 60
@@ -78,6 +79,7 @@ class FakeSession:
     failures: dict[str, Callable[[], Exception]] = field(default_factory=dict)
     exact_seconds: float = 0.0
     shard_seconds: float = 0.0
+    num_stopped: int = 0
 
     def __post_init__(self):
         self.gate.set()
@@ -111,6 +113,7 @@ class FakeSession:
             self._wait()
             time.sleep(self.shard_seconds)
             if not go_on():
+                self.num_stopped += 1
                 raise ScanStopped
         for name in names:
             if name in self.failures:

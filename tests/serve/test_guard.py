@@ -215,9 +215,11 @@ def test_a_body_without_a_length_is_refused_once_it_is_too_long(service):
         assert str(MOST_BODY_BYTES) in response.json()["detail"]
     except httpx.WriteError:  # closed before the client was done
         pass
-    assert service.session.scans == [] or all(
-        "xxx" not in str(scan) for scan in service.session.scans
-    )
+    assert not any("xxx" in str(scan) for scan in service.session.scans)
+
+
+def chat(content: bytes) -> bytes:
+    return b'{"messages": [{"role": "assistant", "content": ' + content + b"}]}"
 
 
 @pytest.mark.parametrize(
@@ -235,9 +237,10 @@ def test_a_body_without_a_length_is_refused_once_it_is_too_long(service):
         (b'{"completion": "x", "damping": 1e999}', 422),
         (b'{"completion": "x", "damping": -1}', 422),
         (b'{"completion": "\\ud800"}', 422),
-        (b'{"messages": [{"role": "user", "content": "\\udfff"}]}', 422),
-        (b'{"messages": [{"role": "user", "content": "x", "n": NaN}]}', 422),
-        (b'{"messages": [{"role": "u", "x": ' + b"[" * 300 + b"]" * 300 + b"}]}", 422),
+        (chat(b'"\\udfff"'), 422),
+        (chat(b'"x", "n": NaN'), 422),
+        (chat(b'"x", "n": ' + b"[" * 300 + b"]" * 300), 422),
+        (chat(b'"x", "n": ' + b"[" * 20 + b"]" * 20), 422),
         (b'{"completion": "x", "top_k": 0}', 422),
         (b'{"completion": "x", "top_k": true}', 422),
         (b'{"completion": "x", "top_k": 61}', 422),

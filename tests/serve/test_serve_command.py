@@ -81,7 +81,7 @@ def test_a_port_that_is_in_use_is_named():
             bound_socket("127.0.0.1", port, has_token=False)
     with pytest.raises(ConfigError, match="no address or name that is known here"):
         bound_socket("nowhere.invalid", 0, has_token=True)
-    with pytest.raises(ConfigError, match="Nothing can listen at 192.0.2.1"):
+    with pytest.raises(ConfigError, match=r"Nothing can listen at 192\.0\.2\.1"):
         bound_socket("192.0.2.1", 0, has_token=True)
 
 
@@ -90,7 +90,7 @@ def test_a_name_for_an_address_that_others_reach_needs_a_token(monkeypatch):
         return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("0.0.0.0", port))]
 
     monkeypatch.setattr(socket, "getaddrinfo", elsewhere)
-    with pytest.raises(ConfigError, match="stands for 0.0.0.0 here"):
+    with pytest.raises(ConfigError, match=r"stands for 0\.0\.0\.0 here"):
         bound_socket("localhost", 0, has_token=False)
 
 

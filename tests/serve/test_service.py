@@ -186,7 +186,7 @@ def test_a_full_queue_says_429_and_when_to_ask_again():
 
 
 def test_a_cancelled_question_that_waits_is_never_scanned(held):
-    service, pool, first = held
+    service, _, first = held
     with (
         service.client() as client,
         client.stream(
@@ -210,6 +210,7 @@ def test_a_cancelled_question_stops_its_scan(held):
     assert service.client().delete(f"/v1/influence/{job.id}").status_code == 200
     service.session.gate.set()
     assert first.result().status_code == 409
+    assert service.session.num_stopped == 1
     assert service.session.exact_calls == []
     assert ask(service, "next").status_code == 200
 
@@ -305,6 +306,7 @@ def test_a_service_that_has_no_more_time_to_drain_says_so_to_those_who_wait():
             assert one.result().status_code == 503
         assert service.ended.wait(30)
         assert service.errors == []
+        assert service.session.scans == [["first"]]
 
 
 def test_an_answer_is_kept_for_a_while_with_its_report(service, monkeypatch):

@@ -90,7 +90,7 @@ const ranking = {
       cell("rank", String(place + 1)),
       cell("score", measure, make("span", {}, signed(score[place]))),
       cell("share", signedShare(share[place])),
-      inNats ? cell("nats", signed(nats[place], 3), beyond(note[place])) : null,
+      data.inNats ? cell("nats", signed(nats[place], 3), beyond(note[place])) : null,
       cell("which", detail && detail.few ? badge(detail) : null, `#${index[place]}`),
       cell("excerpt", ...excerpt(data.sequences[index[place]], detail))
     );
@@ -162,5 +162,9 @@ function ends(tokens, from, size, reversed = false) {
   const cut = characters.length > size || from + found.length < tokens.length;
   return { text: characters.slice(...(reversed ? [-size] : [0, size])).join(""), cut };
 }
+
+// Whether a sequence was scored again after the scan; and its score in the scan, or its only one.
+const scanned = (list, place) => (list.scan_score?.[place] ?? null) !== null;
+const scanScore = (list, place) => (scanned(list, place) ? list.scan_score : list.score)[place];
 
 ranking.box.addEventListener("scroll", () => ranking.draw(), { passive: true });

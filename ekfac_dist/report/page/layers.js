@@ -16,6 +16,8 @@ const layers = {
   // Offers the layers to colour tokens by; one that was chosen stays so if there is one like it.
   offer() {
     const select = byId("layer-select");
+    const offered = [...select.options].slice(1).map((option) => option.title);
+    if (offered.length && offered.join() === data.layers.join()) return;
     select.replaceChildren(
       make("option", { value: "" }, "all"),
       ...data.layers.map((name, k) => make("option", { value: k, title: name }, data.shortNames[k]))

@@ -4,7 +4,8 @@ const SHOWN_MEMBERS = 3;
 const cut = (text) => (text.length > 60 ? `${text.slice(0, 60)}…` : text);
 
 // A query's text with a line about it; what a contrast is against has the same prompt.
-function sideNodes(prompt, { completion, tokens, is_label: isLabel, nats }, kind, start) {
+function sideNodes(prompt, side, kind, start) {
+  const { completion, tokens, is_label: isLabel, nats, split_token: split } = side;
   const labels = isLabel.filter((one) => one).length;
   const each = labels > 1 ? `, ${unsigned(nats / labels, 3)} for each` : "";
   return [
@@ -13,7 +14,8 @@ function sideNodes(prompt, { completion, tokens, is_label: isLabel, nats }, kind
       make("span", { class: kind }, ...visible(completion))),
     make("p", { class: "note" },
       `${start}: ${plural(tokens.length, "token")}, ${grouped.format(labels)} of them predicted; ` +
-      `−log p = ${unsigned(nats)}${each}.`),
+      `−log p = ${unsigned(nats)}${each}.` +
+      (split ? ` The token “${spelled(split)}” begins in the prompt, so it is not among them.` : "")),
   ];
 }
 

@@ -13,29 +13,17 @@ const sequence = {
     const index = list.index[place];
     const pair = list.pair[place];
     const score = list.score[place];
-    const nats = data.inNats ? list.nats[place] : null;
     this.tokens = data.sequences[index];
     this.runs = runsOf(this.tokens);
     this.details = data.detailsOf(pair);
     this.toNats = null;
     if (data.inNats) {
-      this.toNats = data.normalize !== "none" && score ? nats / score : 1 / data.training_size;
+      this.toNats = data.normalize !== "none" && score ? list.nats[place] / score : 1 / data.training_size;
     }
     this.active = -1;
     tooltip.hide();
     byId("sequence-title").textContent = `Sequence #${index}`;
-    byId("sequence-facts").replaceChildren(
-      ...facts(
-        ["Rank", `${place + 1} of the ${list.index.length} most ${positive ? "positive" : "negative"}`],
-        [scoreName(), signed(score)],
-        [`Share of all ${score < 0 ? "negative" : "positive"} scores`, signedShare(list.share[place])],
-        data.inNats ? ["Nats, first order", signed(nats)] : null,
-        scanned(list, place) ? ["Score in the scan", signed(list.scan_score[place])] : null,
-        ["Tokens", grouped.format(this.tokens.length)],
-        index in data.origins ? ["Part of row", data.origins[index].join(", from token ")] : null,
-        this.details ? [`${percent(data.carried)} held by`, carriers(data.pairs[pair])] : null
-      )
-    );
+    this.tell(list, place, positive);
     byId("sequence-note").hidden = list.note[place] === null;
     byId("sequence-note").textContent = list.note[place] === null ? "" : `Nats: ${list.note[place]}.`;
     this.flag(pair);
@@ -46,6 +34,32 @@ const sequence = {
     this.write();
     this.paint();
     layers.show();
+  },
+
+  // Where the sequence stands in the list.
+  tell(list, place, positive) {
+    const index = list.index[place];
+    const score = list.score[place];
+    byId("sequence-facts").replaceChildren(
+      ...facts(
+        ["Rank", `${place + 1} of the ${list.index.length} most ${positive ? "positive" : "negative"}`],
+        [scoreName(), approximately(list, place)],
+        [`Share of all ${score < 0 ? "negative" : "positive"} scores`, signedShare(list.share[place])],
+        data.inNats ? ["Nats, first order", signed(list.nats[place])] : null,
+        scanned(list, place) ? ["Score in the scan", signed(list.scan_score[place])] : null,
+        ["Tokens", grouped.format(this.tokens.length)],
+        index in data.origins ? ["Part of row", data.origins[index].join(", from token ")] : null,
+        this.details ? [`${percent(data.carried)} held by`, carriers(data.pairs[list.pair[place]])] : null
+      )
+    );
+  },
+
+  // Says of the sequence shown that it is in none of the lists any more.
+  tellUnlisted() {
+    byId("sequence-facts").replaceChildren(
+      ...facts(["Rank", "not among the listed ones, by exact scores"],
+        ["Tokens", grouped.format(this.tokens.length)])
+    );
   },
 
   // A score in nats as (name, value); null without the training set's size.

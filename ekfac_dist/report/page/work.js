@@ -9,8 +9,8 @@ const queryNow = () => data.queries[state.query];
 const listNow = () => queryNow()[state.list];
 
 // What a page does besides: `named` are the parts of its address before list and sequence, `read`
-// follows an address, `keys` are its own.
-const page = { named: () => [], read: () => {}, keys: {} };
+// follows an address, `keys` are its own; `isShown` says whether there are lists to act on.
+const page = { named: () => [], read: () => {}, keys: {}, isShown: () => true };
 
 // -- choosing --------------------------------------------------------------------------------------
 
@@ -39,14 +39,49 @@ function choose(place) {
   byId("sequence").classList.toggle("nothing", !any);
   if (any) sequence.show(listNow(), place, state.list === "top");
   else byId("sequence-title").textContent = "No sequence chosen";
-  const line = ranking.shown.indexOf(place);
-  byId("step-back").disabled = line <= 0;
-  byId("step-on").disabled = !any || line === ranking.shown.length - 1;
-  spread.mark(any ? scanScore(listNow(), place) : null);
+  mark();
   if (any) {
     const { score, index } = listNow();
     say(`Rank ${place + 1}, sequence ${index[place]}, score ${signed(score[place])}`);
   }
+  writeAddress();
+}
+
+// Shows where the chosen sequence is among the others.
+function mark() {
+  const any = state.place >= 0;
+  const line = ranking.shown.indexOf(state.place);
+  byId("step-back").disabled = line <= 0;
+  byId("step-on").disabled = !ranking.shown.length || line === ranking.shown.length - 1;
+  spread.mark(any ? scanScore(listNow(), state.place) : null);
+}
+
+// -- results that grow -----------------------------------------------------------------------------
+
+// A sequence of the shown query has other scores now, or scores of its tokens.
+function updateSequence(index) {
+  const place = listNow().index.indexOf(index);
+  if (place < 0) return;
+  ranking.update(place);
+  if (place !== state.place) return;
+  sequence.show(listNow(), place, state.list === "top");
+  mark();
+}
+
+// Shows other results of the shown query. The chosen sequence stays chosen, its row where it was, and
+// its tokens as they were; also if it is not listed any more.
+function renew(results) {
+  const positive = state.list === "top";
+  const index = state.place < 0 ? null : listNow().index[state.place];
+  useData(results);
+  spread.show(queryNow());
+  ranking.renew(listNow(), positive, byId("filter").value, index);
+  state.place = ranking.chosen;
+  if (index === null) choose(ranking.further(0));
+  else if (state.place < 0) sequence.tellUnlisted();
+  else if (sequence.details) sequence.tell(listNow(), state.place, positive);
+  else sequence.show(listNow(), state.place, positive);
+  mark();
   writeAddress();
 }
 
@@ -124,7 +159,7 @@ byId("colour-select").addEventListener("change", (event) => {
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => layers.drawMap());
 phone.addEventListener("change", () => {
-  if (!data) return;
+  if (!page.isShown()) return;
   document.body.classList.remove("open");
   ranking.set(listNow(), state.list === "top", byId("filter").value);
   choose(state.place);
@@ -139,7 +174,8 @@ ranking.box.addEventListener("click", (event) => {
 
 addEventListener("popstate", () => page.read());
 addEventListener("keydown", (event) => {
-  if (!data || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (!page.isShown() || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.target.closest("form, dialog")) return; // a page's own, with keys of their own
   const typing = event.target.closest("input, select, textarea");
   if (event.key === "Escape") {
     if (event.target === byId("filter") && byId("filter").value) return; // Escape clears the filter

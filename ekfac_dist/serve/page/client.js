@@ -35,12 +35,14 @@ const client = {
   // The events of a stream, as {event, data}.
   async *events(path, options) {
     const response = await this.send(path, { ...options, accept: "text/event-stream" });
-    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    // Not through a TextDecoderStream, with which Chromium at times aborts requests that have ended.
+    const reader = response.body.getReader();
+    const decoder = new TextDecoder();
     let [line, event, lines] = [[], "message", []];
     for (;;) {
       const { value, done } = await reached(reader.read());
       if (done) return;
-      const pieces = value.split("\n");
+      const pieces = decoder.decode(value, { stream: true }).split("\n");
       for (const [k, piece] of pieces.entries()) {
         line.push(piece);
         if (k === pieces.length - 1) break; // goes on with what comes next

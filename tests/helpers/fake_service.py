@@ -167,7 +167,7 @@ class FakeService:
             "completion": completion,
             "tokens": [*before, completion],
             "is_label": [False] * len(before) + [True],
-            "split_token": None,
+            "split_token": completion if request.get("prompt", "").endswith(" ") else None,
             "nats": nats,
         }
 

@@ -190,6 +190,17 @@ def test_the_indexs_ranking_alone_says_why_there_are_no_tokens(serve, open_servi
     assert "exact scores" not in text_of(page, "#status-text")
 
 
+def test_the_focus_goes_on_from_a_button_that_goes_away(serve, open_service):
+    service, url = serve()
+    service.hold("answer")
+    page = open_service(url)
+    ask(page)
+    page.focus("#cancel")
+    service.release()
+    wait(page)
+    assert page.evaluate("document.activeElement.id") == "export"
+
+
 def test_how_many_wait_before_is_told(serve, open_service):
     service, url = serve()
     service.before = 2

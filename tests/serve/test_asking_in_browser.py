@@ -126,6 +126,15 @@ def test_two_completions_are_asked_against_each_other(serve, open_service):
     assert "log p(completion) − log p(against) = +2.000." in text_of(page, "#query")
 
 
+def test_a_token_that_begins_in_the_prompt_is_named(serve, open_service):
+    _, url = serve()
+    page = open_service(url)
+    ask(page, "Paris", "The tower is in ")
+    wait(page)
+    note = "The token “Paris” begins in the prompt, so it is not among them."
+    assert note in text_of(page, "#query .note")
+
+
 def test_options_are_asked_and_come_back_from_the_address(serve, open_service):
     service, url = serve()
     page = open_service(url)

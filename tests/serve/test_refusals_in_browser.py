@@ -24,6 +24,7 @@ def test_a_question_can_be_cancelled(serve, open_service, viewport):
     wait(page, "cancelled")
     assert text_of(page, "#status-text") == "Cancelled. What had come is below."
     assert page.locator("#canvas-rows .row").count() == 8
+    assert page.evaluate("document.activeElement.id") == "ask-prompt"
     page.wait_for_timeout(200)
     assert service.cancelled == ["q1"]
     if viewport is DESKTOP:

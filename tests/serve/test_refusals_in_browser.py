@@ -20,6 +20,9 @@ def test_a_question_can_be_cancelled(serve, open_service, viewport):
     page = open_service(url, viewport, allowed=CANCELLED)
     ask(page)
     until(page, "document.querySelectorAll('.exact').length === 2")
+    if viewport is DESKTOP:
+        page.locator("#canvas-rows .row").nth(5).click()
+        assert "has not come yet" in text_of(page, "#tokens-note")
     page.click("#cancel")
     wait(page, "cancelled")
     assert text_of(page, "#status-text") == "Cancelled. What had come is below."
@@ -28,7 +31,6 @@ def test_a_question_can_be_cancelled(serve, open_service, viewport):
     page.wait_for_timeout(200)
     assert service.cancelled == ["q1"]
     if viewport is DESKTOP:
-        page.locator("#canvas-rows .row").nth(5).click()
         assert "was cancelled before" in text_of(page, "#tokens-note")
     service.release()
     page.click("#ask button[type=submit]")

@@ -38,7 +38,7 @@ def open_service(browser):
             viewport=viewport, is_mobile=phone, has_touch=phone, **settings
         )
         contexts.append(context)
-        base = re.match(r"http://[^/]+/", url).group()
+        base = re.match(r"http://[^/]+", url).group()
 
         def judge(route):
             if route.request.url.startswith(base):

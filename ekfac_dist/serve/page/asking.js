@@ -14,6 +14,7 @@ class Asked {
     this.count = null; // [done, of] of what is being done
     this.began = performance.now();
     this.controller = new AbortController();
+    this.wasCancelled = false;
   }
 
   // Asks, and calls `told` with the name of each event after it.
@@ -78,7 +79,7 @@ class Asked {
 
   end(error) {
     if (!(error instanceof Refusal)) this.controller.abort(); // nothing more of it is read
-    const cancelled = error.name === "AbortError";
+    const cancelled = this.wasCancelled || error.name === "AbortError";
     this.status = cancelled ? "cancelled" : "failed";
     this.count = null;
     const rest = this.results ? " What had come is below." : "";
@@ -87,13 +88,18 @@ class Asked {
     if (this.results) this.results.noDetails = WHY_NO_DETAILS[this.status];
   }
 
-  // The service hears of it by the request's end too; this ends what waits in its queue at once.
-  cancel() {
-    this.controller.abort();
-    if (this.id === null) return;
-    client.send(`v1/influence/${encodeURIComponent(this.id)}`, { method: "DELETE" }).catch((error) => {
-      if (!(error instanceof Refusal)) throw error; // it had ended already
-    });
+  // Tells the service, and then hangs up, which tells it too.
+  async cancel() {
+    this.wasCancelled = true;
+    try {
+      if (this.id === null) return;
+      const signal = AbortSignal.timeout(2000);
+      await client.send(`v1/influence/${encodeURIComponent(this.id)}`, { method: "DELETE", signal });
+    } catch (error) {
+      if (!(error instanceof Refusal)) throw error; // it has ended already, or is not reached
+    } finally {
+      this.controller.abort();
+    }
   }
 }
 

@@ -12,14 +12,17 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ekfac_dist.errors import ConfigError, OutputError
 from ekfac_dist.runtime.files import write_whole
 from ekfac_dist.runtime.terminal import visible
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 # Of every page; each script may use those before it.
 _STYLES = ("colours.css", "base.css")
@@ -52,28 +55,60 @@ def page_text(
         ValueError: If the island holds NaN or infinity.
     """
     require_jinja2()
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
+    style, script = style_text(styles), script_text(scripts)
+    return (
+        environment()
+        .get_template(template)
+        .render(
+            style=Markup(style),
+            style_hash=_policy_hash(style),
+            script=Markup(script),
+            script_hash=_policy_hash(script),
+            island=Markup(island_text(island)),
+            settings=[(title, _entries(group)) for title, group in settings.items()],
+            **values,
+        )
+    )
+
+
+def style_text(styles: Sequence[str], read: Callable[[str], str] | None = None) -> str:
+    """Style sheets of a page, after those of every page, as one.
+
+    Args:
+        styles: Their names.
+        read: Gives a file's text by its name; None: `page_file`.
+    """
+    return "\n".join(map(read or page_file, (*_STYLES, *styles)))
+
+
+def script_text(scripts: Sequence[str], read: Callable[[str], str] | None = None) -> str:
+    """Scripts of a page, after those of every page, as one whose names stay within it.
+
+    Args:
+        scripts: Their names.
+        read: Gives a file's text by its name; None: `page_file`.
+    """
+    files = map(read or page_file, (*_SCRIPTS, *scripts))
+    return "\n".join(["(() => {", '"use strict";', *files, "})();"])
+
+
+def environment(read: Callable[[str], str] | None = None) -> "Environment":
+    """What templates are rendered by: all that they insert is escaped, and made visible.
+
+    Args:
+        read: Gives a template's text by its name; None: `page_file`.
+    """
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    return Environment(
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         finalize=_with_visible_characters,
-        loader=FunctionLoader(page_file),
-    )
-    style = "\n".join(map(page_file, (*_STYLES, *styles)))
-    files = map(page_file, (*_SCRIPTS, *scripts))
-    script = "\n".join(["(() => {", '"use strict";', *files, "})();"])
-    return environment.get_template(template).render(
-        style=Markup(style),
-        style_hash=_policy_hash(style),
-        script=Markup(script),
-        script_hash=_policy_hash(script),
-        island=Markup(island_text(island)),
-        settings=[(title, _entries(group)) for title, group in settings.items()],
-        **values,
+        loader=FunctionLoader(read or page_file),
     )
 
 

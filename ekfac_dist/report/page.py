@@ -16,7 +16,18 @@ from ekfac_dist.report.html import Facts, page_text, require_jinja2, require_new
 from ekfac_dist.report.page_data import FEW_OF_POSITIONS, FEW_TOKENS, page_data
 
 STYLES = ("page.css",)
-SCRIPTS = ("plot.js", "data.js", "ranking.js", "sequence.js", "layers.js", "spread.js", "page.js")
+# What shows one query's lists and the chosen sequence, of whatever `useData` gives it.
+COMPONENTS = (
+    "plot.js",
+    "data.js",
+    "query.js",
+    "ranking.js",
+    "sequence.js",
+    "layers.js",
+    "spread.js",
+    "work.js",
+)
+SCRIPTS = (*COMPONENTS, "islands.js", "page.js")
 
 
 def write_report(results: str | Path, output: str | Path, note: str | None = None) -> None:

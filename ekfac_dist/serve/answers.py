@@ -180,7 +180,7 @@ def _agreement(results: ResultsInMemory) -> dict[str, Any] | None:
     if not scan["rescored"] or "exact_scores" not in tensors:
         return None
     return {
-        "spearman": scan["spearman"][0],
+        "spearman_top": scan["spearman_top"][0],
         "overlap": scan["overlap"][0],
         "scored_again": len(tensors["exact_scores"]),
     }

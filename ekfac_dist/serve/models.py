@@ -158,7 +158,7 @@ class AskedQuery(QueryTokens):
 class Agreement(BaseModel):
     """How well the index's scores agree with the exact ones."""
 
-    spearman: float | None
+    spearman_top: float | None
     overlap: float | None
     scored_again: int
 

@@ -88,7 +88,8 @@ class Made:
     training_size: int | None = None
     loss: float = 1.25
 
-    def write(self, path: Path) -> Path:
+    def make(self) -> None:
+        """Makes scores, lists, sequences and details."""
         torch.manual_seed(0)
         shape = (self.num_queries, self.num_sequences)
         self.scores_QN = torch.randn(shape) * (1.2 * torch.randn(shape)).exp() * 20
@@ -97,6 +98,12 @@ class Made:
         self.bottom = order.flip(1)[:, : self.listed].tolist()
         indices = sorted({i for one in self.top + self.bottom for i in one})
         self.sequences = {i: self.tokens.get(i) or words(self.num_tokens, i) for i in indices}
+        if self.per_token != "none":
+            self.details = self._details()
+
+    def write(self, path: Path) -> Path:
+        """Makes the results, and writes them."""
+        self.make()
         writer = ResultsWriter(path)
         writer.lines(QUERIES, [self._query(q) for q in range(self.num_queries)])
         writer.tensors(
@@ -109,7 +116,6 @@ class Made:
             [{"index": i, "text": "".join(t), "tokens": t} for i, t in self.sequences.items()],
         )
         if self.per_token != "none":
-            self.details = self._details()
             writer.tensors(DETAILS, self.details)
         writer.finish(self._manifest())
         return path

@@ -1,7 +1,7 @@
 """Pages of made-up evaluations; and a browser, which opens pages with the network off."""
 
 import pytest
-from helpers.browser import ARGUMENTS, CHROMIUM, DESKTOP, PHONE
+from helpers.browser import DESKTOP, PHONE
 from helpers.made_evaluation import write_evaluation
 from helpers.pages import Page
 
@@ -18,15 +18,6 @@ def page_of(tmp_path):
         return Page(output.read_text(encoding="utf-8"))
 
     return write
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -9,7 +9,23 @@ const layers = {
   cell: null, // [layer, position] under the keyboard focus
   bar: 0,
 
-  rowHeight: Math.max(9, Math.min(22, Math.floor(440 / data.layers.length))),
+  get rowHeight() {
+    return Math.max(9, Math.min(22, Math.floor(440 / data.layers.length)));
+  },
+
+  // Offers the layers to colour tokens by; one that was chosen stays so if there is one like it.
+  offer() {
+    const select = byId("layer-select");
+    const offered = [...select.options].slice(1).map((option) => option.title);
+    if (offered.length && offered.join() === data.layers.join()) return;
+    select.replaceChildren(
+      make("option", { value: "" }, "all"),
+      ...data.layers.map((name, k) => make("option", { value: k, title: name }, data.shortNames[k]))
+    );
+    if (sequence.layer >= data.layers.length) sequence.layer = null;
+    select.value = sequence.layer === null ? "" : String(sequence.layer);
+    this.bar = 0;
+  },
 
   show() {
     this.cell = null;
@@ -41,7 +57,7 @@ const layers = {
             "aria-selected": sequence.layer === k,
             "aria-label": `Layer ${name}, score ${signed(scores[k])}`,
           },
-          make("span", { class: "name" }, k % every === 0 ? shortNames[k] : ""),
+          make("span", { class: "name" }, k % every === 0 ? data.shortNames[k] : ""),
           make("span", { class: "track" }, zero, bar)
         );
         row.style.height = `${this.rowHeight}px`;
@@ -83,7 +99,7 @@ const layers = {
     this.drawAxis(positions);
     byId("layers-note").textContent =
       "Bars: each layer's part of the score. Map: each layer's part at each position, first one " +
-      `left${ofOutputs ? ", of the token that it predicts" : ""}; ` +
+      `left${data.ofOutputs ? ", of the token that it predicts" : ""}; ` +
       `its deepest colour is ±${unsigned(limit, 2)}, values rounded to two digits. ` +
       "Choose a layer to colour the tokens above by it.";
   },
@@ -123,10 +139,10 @@ const layers = {
     const value = sequence.details.at(layer, position);
     const [start, end] = [sequence.start(token), sequence.end(token)];
     const lines = [
-      ["Layer", shortNames[layer]],
+      ["Layer", data.shortNames[layer]],
       ["Score", signed(value, 2)],
       sequence.inNats(value, 2),
-      ofOutputs
+      data.ofOutputs
         ? ["Predicted after", spelled(brief(sequence.text(token - 1)))]
         : ["Predicts", spelled(brief(sequence.text(token + 1)))],
       end - start > 1 ? ["Token", `${token - start + 1} of ${end - start} read together`] : null,

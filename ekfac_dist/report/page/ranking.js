@@ -33,6 +33,38 @@ const ranking = {
     this.draw();
   },
 
+  // Shows other lists of the same query; a sequence that was in view stays where it was.
+  renew(list, positive, filter, index) {
+    const { scrollTop, clientHeight } = this.box;
+    const line = this.shown.indexOf(this.chosen);
+    const offset = line * this.height - scrollTop;
+    const inView = line >= 0 && offset > -this.height && offset < clientHeight;
+    this.set(list, positive, filter);
+    this.select(list.index.indexOf(index));
+    const now = this.shown.indexOf(this.chosen);
+    this.box.scrollTop = inView && now >= 0 ? now * this.height - offset : scrollTop;
+    this.draw();
+  },
+
+  // Draws the row of a sequence that has other scores now, and the measures beside all scores.
+  update(place) {
+    this.most = largest(this.list.score);
+    const old = this.drawn.get(place);
+    if (old) {
+      const row = this.row(place, this.shown.indexOf(place));
+      row.style.top = old.style.top;
+      old.replaceWith(row);
+      this.drawn.set(place, row);
+    }
+    for (const [other, row] of this.drawn) {
+      row.querySelector(".measure").style.width = this.measure(other);
+    }
+  },
+
+  measure(place) {
+    return `${(100 * Math.abs(this.list.score[place])) / (this.most || 1)}%`;
+  },
+
   text(place) {
     const index = this.list.index[place];
     if (!this.texts.has(index)) {
@@ -76,7 +108,7 @@ const ranking = {
     const detail = pair[place] === null ? null : data.pairs[pair[place]];
     const cell = (name, ...content) => make("span", { class: name, role: "gridcell" }, ...content);
     const measure = make("span", { class: `measure ${score[place] < 0 ? "minus" : "plus"}` });
-    measure.style.width = `${(100 * Math.abs(score[place])) / (this.most || 1)}%`;
+    measure.style.width = this.measure(place);
     return make(
       "div",
       {
@@ -88,21 +120,20 @@ const ranking = {
         "aria-selected": place === this.chosen,
       },
       cell("rank", String(place + 1)),
-      cell("score", measure, make("span", {}, signed(score[place]))),
+      cell("score", measure, make("span", {}, approximately(this.list, place))),
       cell("share", signedShare(share[place])),
-      inNats ? cell("nats", signed(nats[place], 3), beyond(note[place])) : null,
-      cell("which", detail && detail.few ? badge(detail) : null, `#${index[place]}`),
+      data.inNats ? cell("nats", signed(nats[place], 3), beyond(note[place])) : null,
+      cell("which", detail && detail.few ? badge(detail) : null,
+        this.list.exact?.[place] ? exactMark() : null, `#${index[place]}`),
       cell("excerpt", ...excerpt(data.sequences[index[place]], detail))
     );
   },
 
+  // Selects a row and scrolls to it.
   choose(place) {
-    const before = this.drawn.get(this.chosen);
-    if (before) before.setAttribute("aria-selected", "false");
-    this.chosen = place;
     const line = this.shown.indexOf(place);
     if (line < 0) {
-      this.box.removeAttribute("aria-activedescendant");
+      this.select(place);
       return;
     }
     const { height } = this;
@@ -111,6 +142,16 @@ const ranking = {
     const seen = this.box.clientHeight - head;
     if (top < this.box.scrollTop) this.box.scrollTop = top;
     else if (top + height > this.box.scrollTop + seen) this.box.scrollTop = top + height - seen;
+    this.select(place);
+  },
+
+  select(place) {
+    this.drawn.get(this.chosen)?.setAttribute("aria-selected", "false");
+    this.chosen = place;
+    if (!this.shown.includes(place)) {
+      this.box.removeAttribute("aria-activedescendant");
+      return;
+    }
     this.draw();
     this.drawn.get(place).setAttribute("aria-selected", "true");
     this.box.setAttribute("aria-activedescendant", `row-${place}`);
@@ -131,6 +172,9 @@ const ranking = {
 const badge = ({ carriers }) =>
   make("span", { class: "badge", title: `${plural(carriers, "token")} hold ${percent(data.carried)} of it` },
     plural(carriers, "token"));
+
+const exactMark = () =>
+  make("span", { class: "exact", role: "img", "aria-label": "scored exactly", title: "scored exactly" }, "✓");
 
 // Mark for an impossible value in nats, with the reason as its title.
 const beyond = (note) => (note === null ? null : make("span", { class: "beyond", title: note }, " !"));
@@ -162,5 +206,13 @@ function ends(tokens, from, size, reversed = false) {
   const cut = characters.length > size || from + found.length < tokens.length;
   return { text: characters.slice(...(reversed ? [-size] : [0, size])).join(""), cut };
 }
+
+// A score as text; in a list that says which scores are exact, the others have a sign before them.
+const approximately = (list, place) =>
+  `${list.exact?.[place] === false ? "≈ " : ""}${signed(list.score[place])}`;
+
+// Whether a sequence was scored again after the scan; and its score in the scan, or its only one.
+const scanned = (list, place) => (list.scan_score?.[place] ?? null) !== null;
+const scanScore = (list, place) => (scanned(list, place) ? list.scan_score : list.score)[place];
 
 ranking.box.addEventListener("scroll", () => ranking.draw(), { passive: true });

@@ -13,29 +13,17 @@ const sequence = {
     const index = list.index[place];
     const pair = list.pair[place];
     const score = list.score[place];
-    const nats = inNats ? list.nats[place] : null;
     this.tokens = data.sequences[index];
     this.runs = runsOf(this.tokens);
-    this.details = detailsOf(pair);
+    this.details = data.detailsOf(pair);
     this.toNats = null;
-    if (inNats) {
-      this.toNats = data.normalize !== "none" && score ? nats / score : 1 / data.training_size;
+    if (data.inNats) {
+      this.toNats = data.normalize !== "none" && score ? list.nats[place] / score : 1 / data.training_size;
     }
     this.active = -1;
     tooltip.hide();
     byId("sequence-title").textContent = `Sequence #${index}`;
-    byId("sequence-facts").replaceChildren(
-      ...facts(
-        ["Rank", `${place + 1} of the ${list.index.length} most ${positive ? "positive" : "negative"}`],
-        [scoreName, signed(score)],
-        [`Share of all ${score < 0 ? "negative" : "positive"} scores`, signedShare(list.share[place])],
-        inNats ? ["Nats, first order", signed(nats)] : null,
-        list.scan_score ? ["Score in the scan", signed(list.scan_score[place])] : null,
-        ["Tokens", grouped.format(this.tokens.length)],
-        index in data.origins ? ["Part of row", data.origins[index].join(", from token ")] : null,
-        this.details ? [`${percent(data.carried)} held by`, carriers(data.pairs[pair])] : null
-      )
-    );
+    this.tell(list, place, positive);
     byId("sequence-note").hidden = list.note[place] === null;
     byId("sequence-note").textContent = list.note[place] === null ? "" : `Nats: ${list.note[place]}.`;
     this.flag(pair);
@@ -48,9 +36,35 @@ const sequence = {
     layers.show();
   },
 
+  // Where the sequence stands in the list.
+  tell(list, place, positive) {
+    const index = list.index[place];
+    const score = list.score[place];
+    byId("sequence-facts").replaceChildren(
+      ...facts(
+        ["Rank", `${place + 1} of the ${list.index.length} most ${positive ? "positive" : "negative"}`],
+        [scoreName(), approximately(list, place)],
+        [`Share of all ${score < 0 ? "negative" : "positive"} scores`, signedShare(list.share[place])],
+        data.inNats ? ["Nats, first order", signed(list.nats[place])] : null,
+        scanned(list, place) ? ["Score in the scan", signed(list.scan_score[place])] : null,
+        ["Tokens", grouped.format(this.tokens.length)],
+        index in data.origins ? ["Part of row", data.origins[index].join(", from token ")] : null,
+        this.details ? [`${percent(data.carried)} held by`, carriers(data.pairs[list.pair[place]])] : null
+      )
+    );
+  },
+
+  // Says of the sequence shown that it is in none of the lists any more.
+  tellUnlisted() {
+    byId("sequence-facts").replaceChildren(
+      ...facts(["Rank", "not among the listed ones, by exact scores"],
+        ["Tokens", grouped.format(this.tokens.length)])
+    );
+  },
+
   // A score in nats as (name, value); null without the training set's size.
   inNats(score, digits = 3) {
-    return inNats ? ["Nats, first order", signed(score * this.toNats, digits)] : null;
+    return data.inNats ? ["Nats, first order", signed(score * this.toNats, digits)] : null;
   },
 
   // Of token t's run: its first token, the token after its last, its text and its node.
@@ -99,13 +113,12 @@ const sequence = {
       })
     );
     byId("tokens-note").textContent = this.details
-      ? ofOutputs
+      ? data.ofOutputs
         ? "Each token is shaded by what training on its prediction does: a highlighted token is the " +
           "one that is predicted, from all before it. One without a label, such as a prompt's, has no score."
         : "Position t reads token t and predicts token t + 1: a highlighted token is the one before " +
           "the prediction that it affects. Through attention it can affect later ones too."
-      : "This run kept no token scores for this sequence. Run query with --scores.per_token top to see " +
-        "which tokens and layers its score comes from.";
+      : data.noDetails;
   },
 
   // The positions whose scores the run that begins at a token has.
@@ -175,20 +188,20 @@ const sequence = {
     const name = [many ? "Tokens" : "Token", spelled(brief(this.tokens[t]))];
     const positions = this.positions(t);
     const place = many ? `${t} to ${end - 1}` : t;
-    const where = ofOutputs ? ["Number", `${place} of ${last}`] : ["Position", `${place} of ${last}`];
+    const where = data.ofOutputs ? ["Number", `${place} of ${last}`] : ["Position", `${place} of ${last}`];
     if (!positions.length) {
-      const why = ofOutputs ? "the first token is not predicted" : "the last token predicts nothing";
+      const why = data.ofOutputs ? "the first token is not predicted" : "the last token predicts nothing";
       return [name, where, ["Score", `none: ${why}`]];
     }
     const value = this.value(t);
     const all = this.details.positions.reduce((sum, one) => sum + Math.abs(one), 0);
     return [
       name,
-      [this.layer === null ? "Score" : `Layer ${shortNames[this.layer]}`,
+      [this.layer === null ? "Score" : `Layer ${data.shortNames[this.layer]}`,
         signed(value, this.layer === null ? 4 : 2)],
       this.inNats(value),
       this.layer === null ? ["Of all |scores|", percent(all ? Math.abs(value) / all : 0)] : null,
-      ofOutputs
+      data.ofOutputs
         ? t > 0 ? ["Predicted after", spelled(brief(this.text(t - 1)))] : null
         : end > last ? null : ["Predicts", spelled(brief(this.tokens[end]))],
       many ? ["Read together", `${plural(end - t, "token")}, scores summed`] : null,

@@ -19,6 +19,7 @@ import yaml
 from ekfac_dist.config import (
     EstimateConfig,
     EvaluateConfig,
+    IndexConfig,
     PlanConfig,
     QueryConfig,
     ServeConfig,
@@ -163,6 +164,14 @@ SERVE = """\
 [`query`](#which-model-answers); the damping is that of questions that give none.
 """
 
+INDEX = """\
+## Fields of index
+
+[The gradient index](gradient-index.md) says what it keeps. `model` and `data` are those of
+[`query`](#which-model-answers). `--add` is no field: it adds the sequences that the data has beyond
+those of a finished index.
+"""
+
 REFINED = """\
 ### Refined methods
 
@@ -197,6 +206,9 @@ def page() -> str:
         table(_class_of(query, "scores"), "scores."),
         REFINE,
         table(_class_of(query, "refine"), "refine."),
+        INDEX,
+        table(IndexConfig),
+        table(_class_of(IndexConfig, "index"), "index."),
         EVALUATE,
         table(evaluate),
         TRAINING,
@@ -244,6 +256,7 @@ _REQUIRED = {
     "ModelConfig": ("model.name",),
     "DataConfig": ("data.source",),
     "QueryConfig": ("factors", "queries", "output"),
+    "IndexConfig": ("factors", "output"),
     "EvaluateConfig": ("queries", "output"),
     "ServeConfig": ("factors", "index"),
 }

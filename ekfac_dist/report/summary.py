@@ -3,10 +3,12 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from ekfac_dist.config import KeptConfig
 from ekfac_dist.factors.reader import StoreReader
 from ekfac_dist.fit.disk_space import STATE_BYTES_PER_SECOND
 from ekfac_dist.fit.manifest import FitSummary, coverage_line
 from ekfac_dist.fit.plan import Plan
+from ekfac_dist.influence.index.layout import DTYPES, TIME_OVER_REFIT, bytes_per_sequence
 from ekfac_dist.models.find.discovery import Discovery
 from ekfac_dist.report import halves
 from ekfac_dist.report.tables import table
@@ -67,6 +69,8 @@ def plan_table(plan: Plan) -> str:
             _disk_table(plan),
             "",
             _time_table(plan),
+            "",
+            _index_line(plan),
             "",
             _verdict(plan),
         ]
@@ -162,6 +166,21 @@ def _time_table(plan: Plan) -> str:
             f"{rates.decompositions / 1e9:,.0f} in decompositions."
         )
     return f"{table(['stage', '10¹² operations', 'time'], rows)}\n{note}"
+
+
+def _index_line(plan: Plan) -> str:
+    """What a gradient index of the planned data would take."""
+    kept = KeptConfig()
+    modules, dtype = plan.discovery.modules, DTYPES[kept.dtype]
+    each = bytes_per_sequence(modules, kept.rank, dtype)
+    seconds = plan.seconds
+    time = "somewhat more than the refit takes"
+    if seconds is not None:
+        time = f"about {clock(TIME_OVER_REFIT * seconds['refit'])}"
+    return (
+        f"A gradient index of this data (`index`) of rank {kept.rank} in {kept.dtype} takes "
+        f"{as_text(each * plan.num_sequences)} on the disk, {as_text(each)} a sequence, and {time}."
+    )
 
 
 def _verdict(plan: Plan) -> str:

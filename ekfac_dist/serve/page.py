@@ -47,7 +47,9 @@ def page_routes(app: FastAPI) -> None:
 
     def asset(request: Request) -> Response:
         content, media_type = texts[request.scope["route"].path]
-        return Response(content, media_type=media_type, headers={"Content-Security-Policy": PAGE_POLICY})
+        return Response(
+            content, media_type=media_type, headers={"Content-Security-Policy": PAGE_POLICY}
+        )
 
     for path in texts:
         app.add_api_route(path, asset, methods=["GET"], include_in_schema=False)

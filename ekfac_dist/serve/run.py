@@ -50,8 +50,8 @@ def run_service(config: ServeConfig, world: World, open_session: OpenSession) ->
             answer_until_end(session, None, request)
             return ""
         desk = Desk(config.queue_length, config.drain_seconds, Metrics())
-        server = HttpServer(_guarded(session, desk, config), bound)
-        with _served(server, desk):
+        server = HttpServer(guarded_app(session, desk, config), bound)
+        with served(server, desk):
             host, port = bound.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             log_on_main(world, f"serving       http://{shown}:{port}, ends with Ctrl-C or SIGTERM")
@@ -59,7 +59,14 @@ def run_service(config: ServeConfig, world: World, open_session: OpenSession) ->
     return "The service has ended; every question that there was time for is answered."
 
 
-def _guarded(session: Session, desk: "Desk", config: ServeConfig) -> "Guard":
+def guarded_app(session: Session, desk: "Desk", config: ServeConfig) -> "Guard":
+    """The application of a service, behind its guard.
+
+    Args:
+        session: The open model.
+        desk: Where questions wait.
+        config: Who may ask, and what.
+    """
     from ekfac_dist.serve.app import make_app
     from ekfac_dist.serve.security import Guard
 
@@ -67,8 +74,13 @@ def _guarded(session: Session, desk: "Desk", config: ServeConfig) -> "Guard":
 
 
 @contextmanager
-def _served(server: "HttpServer", desk: "Desk") -> Iterator[None]:
-    """Context in which a server runs; an error in it is told to all who wait before it ends."""
+def served(server: "HttpServer", desk: "Desk") -> Iterator[None]:
+    """Context in which a server runs; an error in it is told to all who wait before it ends.
+
+    Args:
+        server: The server.
+        desk: Where its questions wait.
+    """
 
     def tell(sentence: str) -> None:
         desk.fail(sentence)

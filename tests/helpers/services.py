@@ -13,7 +13,7 @@ from ekfac_dist.serve.desk import Desk
 from ekfac_dist.serve.http import HttpServer, bound_socket
 from ekfac_dist.serve.loop import EndRequest, answer_until_end
 from ekfac_dist.serve.metrics import Metrics
-from ekfac_dist.serve.run import _guarded, _served
+from ekfac_dist.serve.run import guarded_app, served
 from helpers.fake_session import FakeSession
 
 
@@ -54,14 +54,14 @@ def running(session: FakeSession | None = None, **settings) -> Iterator[Service]
     config = ServeConfig(factors="f", index="i", port=0, **settings)
     desk = Desk(config.queue_length, config.drain_seconds, Metrics())
     bound = bound_socket(config.host, 0, has_token=config.token is not None)
-    server = HttpServer(_guarded(session, desk, config), bound)
+    server = HttpServer(guarded_app(session, desk, config), bound)
     service = Service(session, desk, EndRequest(), f"http://127.0.0.1:{bound.getsockname()[1]}")
 
     is_up = threading.Event()
 
     def loop():
         try:
-            with _served(server, desk):
+            with served(server, desk):
                 is_up.set()
                 answer_until_end(session, desk, service.request, lambda: server.is_alive)
         except BaseException as error:

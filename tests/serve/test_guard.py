@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ekfac_dist.config import ServeConfig
 from ekfac_dist.serve.desk import Desk
 from ekfac_dist.serve.metrics import Metrics
-from ekfac_dist.serve.run import _guarded
+from ekfac_dist.serve.run import guarded_app
 from ekfac_dist.serve.security import MOST_BODY_BYTES
 
 TOKEN = "correct-horse"
@@ -46,7 +46,7 @@ def guarded(host="127.0.0.1", token=None, base_url="http://127.0.0.1:8000"):
     """A client of a service that never answers questions; only its guard is asked."""
     config = ServeConfig(factors="f", index="i", host=host, token=token)
     desk = Desk(4, 1.0, Metrics())
-    return TestClient(_guarded(FakeSession(), desk, config), base_url=base_url)
+    return TestClient(guarded_app(FakeSession(), desk, config), base_url=base_url)
 
 
 def raw(service: Service, request: bytes) -> bytes:

@@ -10,9 +10,11 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import torch.distributed as dist
 from helpers.fake_session import exact_scores
@@ -279,26 +281,56 @@ def test_a_defect_of_one_worker_ends_the_service_with_its_name(start):
     assert "a wrong shape" in service.errors() or True
 
 
-@pytest.mark.slow
-def test_under_a_launcher_sigterm_drains(tmp_path):
+@pytest.fixture
+def launched(tmp_path):
+    """Two workers that torch's launcher has started: their service, and its process."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--master-port", str(free_port()), str(HERE / "worker_service.py")]
     process = subprocess.Popen(
-        [*command, str(tmp_path), "0.2", "0.1"],
+        [*command, str(tmp_path), "0.5", "0.1"],
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **with_helpers()},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    family = []
     try:
         service = Running([process])
-        with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(service.ask, "a")
-            until(lambda: notes(tmp_path, 0))
-            process.send_signal(signal.SIGTERM)
-            assert coming.result().status_code == 200
-        process.wait(60)
-        assert "The service has ended" in "".join(service.lines)
+        family = psutil.Process(process.pid).children(recursive=True)
+        yield service, process
     finally:
-        process.kill()
-        process.wait()
+        for member in (*family, process):
+            with suppress(psutil.Error):
+                member.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
+def test_under_a_launcher_sigterm_drains(launched, tmp_path):
+    service, process = launched
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(service.ask, "a")
+        until(lambda: notes(tmp_path, 0))
+        process.send_signal(signal.SIGTERM)
+        assert coming.result().status_code == 200
+    process.wait(60)
+    assert "The service has ended" in "".join(service.lines)
+
+
+@pytest.mark.slow
+def test_under_a_launcher_a_killed_worker_is_told_to_who_waits(launched, tmp_path):
+    """The launcher ends the others with SIGTERM then, which is no wish to drain."""
+    service, process = launched
+    workers = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if child.environ().get("RANK") == "1" and "worker_service" in " ".join(child.cmdline())
+    ]
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(service.ask, "a")
+        until(lambda: notes(tmp_path, 0))
+        workers[0].kill()
+        response = coming.result()
+    assert response.status_code == 503
+    assert "worker 1 of 2 has ended" in response.json()["detail"]
+    assert process.wait(60) == 1

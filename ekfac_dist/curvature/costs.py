@@ -32,7 +32,8 @@ MIN_TILE_ROWS = 16
 
 # What an element of a sequence's gradient costs beside its T multiply-adds when it is formed, and
 # with each query that it is multiplied with, in multiply-adds of a large product. Measured like the
-# above, with T = 1 to 32 and 1 to 8 queries; the sum is within 15 % of what was measured.
+# above, with T = 1 to 32 and 1 to 8 queries; the sum is within 15 % of what was measured
+# from T = 2 on.
 _FORMING = 5
 _INNER_PRODUCT = 2
 

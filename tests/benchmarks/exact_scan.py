@@ -46,6 +46,7 @@ def arguments():
     parser.add_argument("--tokens", type=int, nargs=2, default=[32, 128], help="shortest, longest")
     parser.add_argument("--rank", type=int, default=None)
     parser.add_argument("--norms", action="store_true", help="self-influence too")
+    parser.add_argument("--positions", action="store_true", help="scores of every position too")
     return parser.parse_args()
 
 
@@ -78,6 +79,7 @@ def main():
                     rows,
                     rank=args.rank,
                     self_influence=args.norms,
+                    per_token="all" if args.positions else "none",
                     query_memory_gb=100.0,
                 )
                 peaks[number] = watch.end()

@@ -8,9 +8,19 @@ For one module a sequence's gradient is G_n = Σ_t g_t a_tᵀ [O, I], and its sc
     low rank        the same with P_q = U_q V_qᵀ of rank r                T·Q·r·(O + I)
     rebuilt         form P_q from U_q and V_q once a batch, by sequence   (T + Q)·O·I, and Q·r·O·I
 
-So scores of whole sequences are computed by sequence unless the rank is low and the queries are
-few; scores of single positions allow no such choice. All arguments of a function must be in the
-same basis, either the parameters' own or the eigenbasis.
+By position all is one large product of all sequences' positions, at the processor's full rate. By
+sequence gradients are formed a tile at a time, some rows of some sequences' gradients, which is
+multiplied with the same rows of the query gradients and forgotten while it is in the caches:
+
+    G_1 ┌────────┐   G_2 ┌────────┐         P_1 ┌────────┐   P_2 ┌────────┐
+        │        │       │        │             │        │       │        │
+        │▒▒▒▒▒▒▒▒│       │▒▒▒▒▒▒▒▒│      ·      │▒▒▒▒▒▒▒▒│       │▒▒▒▒▒▒▒▒│
+        └────────┘       └────────┘             └────────┘       └────────┘
+
+What an element of a tile costs beside its multiply-adds is in `costs`. So one query's scores, and
+those of few queries and very short sequences, are computed by position; else they are by sequence,
+unless the rank is low and the queries are few. Scores of single positions allow no such choice. All
+arguments of a function must be in the same basis, the parameters' own or the eigenbasis.
 """
 
 import math
@@ -19,8 +29,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# Most memory, in bytes, of the gradients that are formed at a time.
-GRADIENT_BYTES = 2**28
+from ekfac_dist.curvature.costs import from_gradients, tile_bytes, tile_size
 
 # Subspace iteration in `low_rank`: dimensions beyond the rank, and number of iterations.
 _OVERSAMPLING = 8
@@ -54,15 +63,15 @@ class ScratchBuffer:
         return self._buffer[:num_elements].view(size)
 
 
-class SequenceGradients:
-    """Forms the gradients of sequences, a few at a time, in a scratch buffer."""
+class GradientTiles:
+    """Forms the gradients of sequences, some rows of a few at a time, in a scratch buffer."""
 
     def __init__(self) -> None:
         self._scratch = ScratchBuffer()
 
     def of(
         self, acts_MI: Tensor, grads_MO: Tensor, lengths: Sequence[int]
-    ) -> Iterator[tuple[slice, Tensor]]:
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
         """G_n = Σ_t g_t a_tᵀ of every sequence.
 
         Args:
@@ -71,48 +80,69 @@ class SequenceGradients:
             lengths: Positions of each sequence; they sum to M.
 
         Yields:
-            (slice of the sequences, their gradients [n, O, I]), n of them at a time. Each tensor
-            is overwritten when the next one is asked for.
+            (slice of the sequences, slice of the rows, these rows of these sequences' gradients
+            [n, o, I]). Each tensor is overwritten when the next one is asked for.
         """
         num_inputs, num_outputs = acts_MI.shape[1], grads_MO.shape[1]
-        step = max(1, GRADIENT_BYTES // (num_inputs * num_outputs * acts_MI.element_size()))
+        row_bytes, most_bytes = num_inputs * acts_MI.element_size(), tile_bytes(acts_MI.device)
+        step, num_rows = tile_size(len(lengths), row_bytes, num_outputs, most_bytes)
         start = 0
         for first in range(0, len(lengths), step):
             few_lengths = lengths[first : first + step]
             positions = slice(start, start + sum(few_lengths))
-            acts_nTI = padded_by_sequence(acts_MI[positions], few_lengths)
-            grads_nTO = padded_by_sequence(grads_MO[positions], few_lengths)
-            gradients_nOI = self._scratch.of(acts_MI, len(few_lengths), num_outputs, num_inputs)
-            torch.bmm(grads_nTO.transpose(1, 2), acts_nTI, out=gradients_nOI)
-            yield slice(first, first + len(few_lengths)), gradients_nOI
             start = positions.stop
+            acts_nTI = padded_by_sequence(acts_MI[positions], few_lengths)
+            grads_nOT = padded_by_sequence(grads_MO[positions], few_lengths).transpose(1, 2)
+            for rows in _slices(num_outputs, num_rows):
+                tile_noI = self._scratch.of(
+                    acts_MI, len(few_lengths), rows.stop - rows.start, num_inputs
+                )
+                torch.bmm(grads_nOT[:, rows], acts_nTI, out=tile_noI)
+                yield slice(first, first + len(few_lengths)), rows, tile_noI
 
 
-def query_matrices(
-    left_QOr: Tensor, right_QIr: Tensor, scratch: ScratchBuffer
+def query_rows(
+    left_QOr: Tensor, right_QIr: Tensor, rows: slice, scratch: ScratchBuffer
 ) -> Iterator[tuple[slice, Tensor]]:
-    """P = U Vᵀ of every query, a few at a time, in a scratch buffer.
+    """Some rows of every query's P = U Vᵀ, of a few queries at a time, in a scratch buffer.
 
     Args:
         left_QOr: U of each query.
         right_QIr: V of each query.
-        scratch: Buffer that holds the matrices.
+        rows: Which rows.
+        scratch: Buffer that holds them.
 
     Yields:
-        (slice of the queries, their matrices [q, O, I]), q of them at a time. Each tensor is
-        overwritten when the next one is asked for.
+        (slice of the queries, these rows of their matrices [q, o, I]). Each tensor is overwritten
+        when the next one is asked for.
     """
-    num_queries, num_outputs, _ = left_QOr.shape
+    left_Qor = left_QOr[:, rows]
+    num_queries, num_rows, _ = left_Qor.shape
     num_inputs = right_QIr.shape[1]
-    step = max(1, GRADIENT_BYTES // (num_inputs * num_outputs * left_QOr.element_size()))
-    for first in range(0, num_queries, step):
-        queries = slice(first, min(first + step, num_queries))
-        matrices_qOI = scratch.of(left_QOr, queries.stop - first, num_outputs, num_inputs)
-        torch.bmm(left_QOr[queries], right_QIr[queries].transpose(1, 2), out=matrices_qOI)
-        yield queries, matrices_qOI
+    row_bytes = num_rows * num_inputs * left_QOr.element_size()
+    step, _ = tile_size(num_queries, row_bytes, 1, tile_bytes(left_QOr.device))
+    for queries in _slices(num_queries, step):
+        rows_qoI = scratch.of(left_QOr, queries.stop - queries.start, num_rows, num_inputs)
+        torch.bmm(left_Qor[queries], right_QIr[queries].transpose(1, 2), out=rows_qoI)
+        yield queries, rows_qoI
 
 
-def low_rank_by_position(left_QOr: Tensor, right_QIr: Tensor, lengths: Sequence[int]) -> bool:
+def by_position(num_queries: int, lengths: Sequence[int], are_formed: bool) -> bool:
+    """Whether sequence scores of whole queries cost no more by position than by sequence.
+
+    Args:
+        num_queries: Q.
+        lengths: Positions of each sequence of the batch.
+        are_formed: Whether the sequences' gradients are formed anyway.
+    """
+    num_positions = sum(lengths)
+    by_sequence = from_gradients(num_positions, len(lengths), num_queries, are_formed)
+    return num_positions * num_queries <= by_sequence
+
+
+def low_rank_by_position(
+    left_QOr: Tensor, right_QIr: Tensor, lengths: Sequence[int], are_formed: bool
+) -> bool:
     """Whether sequence scores of low-rank queries cost no more by position than rebuilt.
 
     See the module's table for the two costs.
@@ -121,17 +151,18 @@ def low_rank_by_position(left_QOr: Tensor, right_QIr: Tensor, lengths: Sequence[
         left_QOr: U of each query.
         right_QIr: V of each query.
         lengths: Positions of each sequence of the batch.
+        are_formed: Whether the sequences' gradients are formed anyway.
     """
     num_queries, num_outputs, rank = left_QOr.shape
     num_inputs, num_positions = right_QIr.shape[1], sum(lengths)
-    by_position = num_positions * num_queries * rank * (num_outputs + num_inputs)
-    num_products = num_positions + num_queries * (len(lengths) + rank)
-    return by_position <= num_products * num_outputs * num_inputs
+    of_vectors = num_positions * num_queries * rank * (num_outputs + num_inputs)
+    by_sequence = from_gradients(num_positions, len(lengths), num_queries, are_formed)
+    return of_vectors <= (by_sequence + num_queries * rank) * num_outputs * num_inputs
 
 
 def position_scores(query_OI: Tensor, acts_MI: Tensor, grads_MO: Tensor) -> Tensor:
     """g_tᵀ P a_t for one query, at every position: [M]."""
-    return ((acts_MI @ query_OI.T) * grads_MO).sum(-1)
+    return (acts_MI @ query_OI.T).mul_(grads_MO).sum(-1)
 
 
 def low_rank_position_scores(
@@ -139,15 +170,14 @@ def low_rank_position_scores(
 ) -> Tensor:
     """g_tᵀ U Vᵀ a_t for every query, at every position: [Q, M]."""
     num_queries, _, rank = left_QOr.shape
+    scores_QM = grads_MO.new_empty(num_queries, len(grads_MO))
     query_bytes = grads_MO.element_size() * rank * max(1, len(grads_MO))
-    step = max(1, GRADIENT_BYTES // query_bytes)
-    scores = []
-    for first in range(0, num_queries, step):
-        queries = slice(first, first + step)
+    step, _ = tile_size(num_queries, query_bytes, 1, tile_bytes(grads_MO.device))
+    for queries in _slices(num_queries, step):
         left = grads_MO @ left_QOr[queries].transpose(0, 1).flatten(1)
         right = acts_MI @ right_QIr[queries].transpose(0, 1).flatten(1)
-        scores.append(left.mul_(right).view(len(grads_MO), -1, rank).sum(-1).T)
-    return torch.cat(scores)
+        scores_QM[queries] = left.mul_(right).view(len(grads_MO), -1, rank).sum(-1).T
+    return scores_QM
 
 
 def sum_by_sequence(scores_QM: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -157,6 +187,8 @@ def sum_by_sequence(scores_QM: Tensor, lengths: Sequence[int]) -> Tensor:
         scores_QM: Scores at each position, sequence after sequence.
         lengths: Positions of each sequence; they sum to M.
     """
+    if len(set(lengths)) == 1:
+        return scores_QM.unflatten(-1, (len(lengths), -1)).sum(-1)
     return torch.stack([scores.sum(-1) for scores in scores_QM.split(list(lengths), -1)], -1)
 
 
@@ -205,3 +237,9 @@ def padded_by_sequence(vectors_MX: Tensor, lengths: Sequence[int]) -> Tensor:
     if min(lengths) == longest:
         return vectors_MX.view(len(lengths), longest, -1)
     return torch.nn.utils.rnn.pad_sequence(list(vectors_MX.split(list(lengths))), batch_first=True)
+
+
+def _slices(number: int, step: int) -> Iterator[slice]:
+    """Slices of `step` at most that are all of a dimension, in order."""
+    for first in range(0, number, step):
+        yield slice(first, min(first + step, number))

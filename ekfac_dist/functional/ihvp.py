@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from ekfac_dist.curvature import kronecker
 from ekfac_dist.curvature.damping import Damping
-from ekfac_dist.curvature.products import GRADIENT_BYTES
 from ekfac_dist.errors import ConfigError
 from ekfac_dist.functional.batching import Batching
 from ekfac_dist.functional.caches import MLPCache
 from ekfac_dist.functional.fitting import Fit, fit_caches
 from ekfac_dist.models.capture.prepare import precisely
 from ekfac_dist.models.modules import TrackedModule
+
+# Bytes of the matrices that are solved for at a time.
+STACK_BYTES = 2**28
 
 
 def ihvp_at_x_ekfac(
@@ -166,7 +168,7 @@ def _solve_module(fit: Fit, damping: Damping, module: TrackedModule, matrix_OI: 
     except ConfigError as error:
         raise ConfigError(f"Module {module.name}: {error}") from error
     stack_kOI = matrix_OI.to(dtype).reshape(-1, *matrix_OI.shape[-2:])
-    num_at_once = max(1, GRADIENT_BYTES // (damped_OI.nbytes or 1))
+    num_at_once = max(1, STACK_BYTES // (damped_OI.nbytes or 1))
     with precisely(matrix_OI.device):
         solved = [
             kronecker.solve(part_kOI, factors.blocks_OO, factors.blocks_II, damped_OI)

@@ -107,7 +107,10 @@ class DataPasses:
             _require_sums_agree(self._context, positions, lengths, scan.scores)
         if positions is not None:
             column_of = np.repeat(np.arange(len(self._scored)), self._scored.num_positions)
-            put_rows(result, "token_scores", positions.cpu() * scale[:, column_of], groups)
+            positions = positions.cpu()
+            for row, row_scale in zip(positions, scale, strict=True):  # all at once would be large
+                row *= row_scale[column_of]
+            put_rows(result, "token_scores", positions, groups)
 
     @property
     def _needs_norms(self) -> bool:

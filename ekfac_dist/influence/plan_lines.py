@@ -34,11 +34,12 @@ def plan_lines(
             f"memory        one row's gradients alone take {one}, more than "
             f"scores.query_memory_gb allows ({as_text(budget)}); a lower scores.rank would help"
         )
+    at_a_time = min(num_rows, groups_at_a_time(context, config, rank))
     kind = "whole" if rank is None else f"of rank {rank}"
     yield (
         f"queries       {num_queries} in {num_rows} rows of scores; gradients {kind}, {one} a row"
         f"{' on a worker' * (context.shard > 1)}, "
-        f"{min(num_rows, groups_at_a_time(context, config, rank))} at a time: "
+        f"{at_a_time} at a time in {as_text(at_a_time * num_bytes)}: "
         f"{num_blocks} scan{'s' * (num_blocks > 1)} of the data"
     )
 

@@ -52,16 +52,20 @@ class WholeGradients:
             ]
         )
 
-    def by_position(self, lengths: Sequence[int]) -> bool:
-        """Whether sequences are scored faster as sums over positions than from whole gradients.
+    def by_position(self, lengths: Sequence[int], are_formed: bool) -> bool:
+        """Whether sequences are scored faster as sums over positions than from their gradients.
 
-        Never with whole matrices. `lengths` are the positions of each sequence of a batch.
+        Args:
+            lengths: Positions of each sequence of the batch.
+            are_formed: Whether the sequences' gradients are formed anyway.
         """
-        return False
+        return products.by_position(len(self.matrices_QOI), lengths, are_formed)
 
-    def matrices(self, scratch: products.ScratchBuffer) -> Iterator[tuple[slice, Tensor]]:
-        """(slots, their P [q, O, I]), all query groups at once."""
-        yield slice(0, len(self.matrices_QOI)), self.matrices_QOI
+    def rows_of(
+        self, rows: slice, scratch: products.ScratchBuffer
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """(slots, some rows of their P [q, o, I]), all query groups at once."""
+        yield slice(0, len(self.matrices_QOI)), self.matrices_QOI[:, rows]
 
     def tensors(self) -> list[Tensor]:
         """The tensors that are summed over workers."""
@@ -109,17 +113,23 @@ class LowRankGradients:
         """The tensors that are summed over workers."""
         return [self.left_QOr, self.right_QIr]
 
-    def by_position(self, lengths: Sequence[int]) -> bool:
+    def by_position(self, lengths: Sequence[int], are_formed: bool) -> bool:
         """Whether sequences are scored faster as sums over positions than with U Vᵀ multiplied out.
 
         Args:
             lengths: Positions of each sequence of the batch.
+            are_formed: Whether the sequences' gradients are formed anyway.
         """
-        return products.low_rank_by_position(self.left_QOr, self.right_QIr, lengths)
+        return products.low_rank_by_position(self.left_QOr, self.right_QIr, lengths, are_formed)
 
-    def matrices(self, scratch: products.ScratchBuffer) -> Iterator[tuple[slice, Tensor]]:
-        """(slots, their U Vᵀ [q, O, I]), a few query groups at a time in one scratch buffer."""
-        return products.query_matrices(self.left_QOr, self.right_QIr, scratch)
+    def rows_of(
+        self, rows: slice, scratch: products.ScratchBuffer
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """(slots, some rows of their U Vᵀ [q, o, I]), a few query groups at a time.
+
+        They are in one scratch buffer.
+        """
+        return products.query_rows(self.left_QOr, self.right_QIr, rows, scratch)
 
 
 @dataclass

@@ -105,7 +105,7 @@ class Scan(TrainingPairs):
         self._prepared = prepared
         self._columns = Columns(sequences)
         self._parts = parts
-        self._sums, self._scratch = products.SequenceGradients(), products.ScratchBuffer()
+        self._tiles, self._scratch = products.GradientTiles(), products.ScratchBuffer()
         num_groups, num_columns = len(prepared.groups), len(sequences)
         self.scores: Tensor = context.zeros(num_groups, num_columns)
         self.part_scores: Tensor | None = None
@@ -126,7 +126,8 @@ class Scan(TrainingPairs):
         gradients = self._prepared.gradients[module.name]
         columns = self._columns.of(batch).to(acts_MI.device)
         scores_Qn = None
-        if self.position_scores is not None or gradients.by_position(batch.lengths):
+        are_formed = self.norms is not None
+        if self.position_scores is not None or gradients.by_position(batch.lengths, are_formed):
             scores_QM = gradients.all_position_scores(acts_MI, grads_MO)
             scores_Qn = products.sum_by_sequence(scores_QM, batch.lengths)
             if self.position_scores is not None:
@@ -152,7 +153,7 @@ class Scan(TrainingPairs):
         *,
         with_scores: bool,
     ) -> Tensor:
-        """Scores [Q, n] from each sequence's whole gradient, from which norms are summed too.
+        """Scores [Q, n] from the sequences' gradients, from which norms are summed too.
 
         Args:
             module: The module.
@@ -164,19 +165,21 @@ class Scan(TrainingPairs):
         """
         gradients = self._prepared.gradients[module.name]
         scores_Qn = self.scores.new_zeros(len(self._prepared.groups), len(batch.lengths))
-        weights = None
+        norms_2n, damped_OI = None, None
         if self.norms is not None:
-            inverse = 1 / self._context.damped(module)
-            weights = torch.stack([inverse, inverse.square()]).flatten(1)
-        for part, gradients_nOI in self._sums.of(acts_MI, grads_MO, batch.lengths):
-            flat = gradients_nOI.flatten(1)
+            norms_2n = self.norms.new_zeros(2, len(batch.lengths))
+            damped_OI = self._context.damped(module)
+        for part, rows, tile_noI in self._tiles.of(acts_MI, grads_MO, batch.lengths):
+            flat = tile_noI.flatten(1).T
             if with_scores:
-                for slots, matrices_qOI in gradients.matrices(self._scratch):
-                    scores_Qn[slots, part] = matrices_qOI.flatten(1) @ flat.T
-            if weights is not None and self.norms is not None:
-                norms = weights @ flat.square_().T
-                self.norms[:, columns[part]] += norms
-                self._total += norms.sum(dtype=torch.float64)
+                for slots, rows_qoI in gradients.rows_of(rows, self._scratch):
+                    scores_Qn[slots, part].addmm_(rows_qoI.flatten(1), flat)
+            if norms_2n is not None and damped_OI is not None:
+                inverse = 1 / damped_OI[rows].flatten()
+                norms_2n[:, part].addmm_(torch.stack([inverse, inverse.square()]), flat.square_())
+        if norms_2n is not None and self.norms is not None:
+            self.norms[:, columns] += norms_2n
+            self._total += norms_2n.sum(dtype=torch.float64)
         return scores_Qn
 
     def reduce(self, world: World) -> None:

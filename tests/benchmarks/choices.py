@@ -4,6 +4,8 @@
 
 - covariance: GFLOP/s of the half that is needed, by the number of block rows.
 - refit: seconds of both orders of each side, and which of them the cost function takes.
+- scores: milliseconds of whole queries' scores by position and from tiles of several sizes, those
+  that the costs predict for tiles from those by position, and which way is taken.
 - step: seconds of a covariance pass and peak memory, by tokens in a step. Each is a process.
 """
 
@@ -13,6 +15,7 @@ import resource
 import sys
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -21,18 +24,22 @@ from ekfac_dist import estimate_factors
 from ekfac_dist.curvature import costs
 from ekfac_dist.curvature.blocks import rotate_rows
 from ekfac_dist.curvature.covariance import add_outer_products_
+from ekfac_dist.curvature.products import GradientTiles, ScratchBuffer
 from ekfac_dist.curvature.refit import add_sequence_squares_
+from ekfac_dist.influence.preconditioned import WholeGradients
 from ekfac_dist.report.tables import table
 
 sys.path.append(str(Path(__file__).parent / "peers"))  # where the shared modules are
 from model_shapes import Shape, gemm_rate
 from peer_sides import make_rows
 
+TILES = GradientTiles()
+
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--of", nargs="+", default=["covariance", "refit", "step"])
+    parser.add_argument("--of", nargs="+", default=["covariance", "refit", "scores", "step"])
     return parser.parse_args()
 
 
@@ -101,6 +108,37 @@ def check_orders(rows, length, size_I, size_O):
     rows.append([f"{length}, {size_I}, {size_O}", *cells, ", ".join(taken)])
 
 
+def scores(num_positions=1024):
+    """Milliseconds of the scores of a batch, by length, shape and number of queries."""
+    sizes, rows = (1, 2, 4, 8, 16), []
+    for length in (1, 2, 4, 8, 16, 32, 128):
+        for (size_I, size_O), count in product(((576, 1536), (1536, 576)), (1, 3, 8)):
+            lengths = [length] * (num_positions // length)
+            acts, grads = torch.randn(num_positions, size_I), torch.randn(num_positions, size_O)
+            queries = WholeGradients(torch.randn(count, size_O, size_I))
+            by_position = best(partial(queries.all_position_scores, acts, grads), 0.3)
+            cells = [f"{1e3 * by_position:.0f}"]
+            for size in sizes:
+                costs.TILE_BYTES = {True: size * 2**20, False: size * 2**20}
+                cells.append(
+                    f"{1e3 * best(partial(by_tiles, queries, acts, grads, lengths), 0.3):.0f}"
+                )
+            cost = costs.from_gradients(num_positions, len(lengths), count)
+            cells.append(f"{1e3 * by_position * cost / (num_positions * count):.0f}")
+            taken = "position" if queries.by_position(lengths, are_formed=False) else "tiles"
+            rows.append([f"{length}, {size_I}, {size_O}, {count}", *cells, taken])
+    heads = [f"{size} MiB" for size in sizes]
+    return table(["T, I, O, Q", "by position", *heads, "predicted", "taken"], rows)
+
+
+def by_tiles(queries, acts, grads, lengths):
+    """The scores of sequences, as `Scan` computes them."""
+    found, scratch = torch.zeros(len(queries.matrices_QOI), len(lengths)), ScratchBuffer()
+    for part, rows, tile in TILES.of(acts, grads, lengths):
+        for slots, few in queries.rows_of(rows, scratch):
+            found[slots, part].addmm_(few.flatten(1), tile.flatten(1).T)
+
+
 def one_step(tokens, threads, answers):
     """One covariance pass in a process of its own."""
     torch.set_num_threads(threads)
@@ -131,7 +169,8 @@ def main():
     torch.set_num_threads(args.threads)
     print(f"{args.threads} threads: float32 GEMM {gemm_rate('cpu') / 1e9:,.0f} GFLOP/s\n")
     for name in args.of:
-        found = step(args.threads) if name == "step" else {"refit": refit}.get(name, covariance)()
+        sections = {"covariance": covariance, "refit": refit, "scores": scores}
+        found = step(args.threads) if name == "step" else sections[name]()
         print(f"{name}\n{found}\n", flush=True)
 
 

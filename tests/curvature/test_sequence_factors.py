@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ekfac_dist.curvature.products import GradientTiles
 from ekfac_dist.curvature.sequence_factors import sequence_factors
 from ekfac_dist.curvature.sequence_norms import sequence_norms
 
@@ -56,11 +57,11 @@ def test_gradients_of_zero_and_of_rank_one():
 
 @pytest.mark.parametrize("tile", [1, 1000, 2**20])
 def test_norms_are_the_dense_ones(tile, monkeypatch):
-    monkeypatch.setattr("ekfac_dist.curvature.sequence_norms._TILE_BYTES", tile)
+    monkeypatch.setattr("ekfac_dist.curvature.products.tile_bytes", lambda device: tile)
     acts, grads, dense = rows(torch.float64)
     lam = torch.rand(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(2)).double()
     dampings = [1e-3, 0.1, 2.0]
-    found = sequence_norms(acts, grads, LENGTHS, lam, dampings)
+    found = sequence_norms(GradientTiles(), acts, grads, LENGTHS, lam, dampings)
     assert found.shape == (5, 2, 3)
     for n, G in enumerate(dense):
         for d, damping in enumerate(dampings):

@@ -117,7 +117,7 @@ def test_a_large_stack_is_solved_a_few_at_a_time(net, ihvp, monkeypatch):
 
     v = flat(shaped(net, 7).values(), 1)
     expected = ihvp(v)
-    monkeypatch.setattr(module, "GRADIENT_BYTES", 2 * 6 * 5 * 8)
+    monkeypatch.setattr(module, "STACK_BYTES", 2 * 6 * 5 * 8)
     assert torch.allclose(ihvp(v), expected, rtol=1e-12)
 
 

@@ -6,6 +6,7 @@ from helpers.dense import dense_E, relative
 from helpers.dense_families import dense_of
 from helpers.families import WITH_EXPERTS, config_classes, tiny_config, tiny_model
 from helpers.networks import examples
+from helpers.scan_paths import force_path
 from helpers.workshop import VOCABULARY, run_cli, save_tiny, texts, write_jsonl
 from safetensors import safe_open
 from torch import nn
@@ -249,7 +250,7 @@ def test_fused_experts_have_the_gradients_of_a_list_of_modules():
 
 @pytest.mark.parametrize("family", ["MixtralForCausalLM", "GptOssForCausalLM"])
 @pytest.mark.parametrize("options", [{}, {"rank": 200}, {"normalize": "cosine"}])
-def test_scores_are_those_of_dense_gradients(family, options):
+def test_scores_are_those_of_dense_gradients(family, options, monkeypatch):
     model = tiny_model(family)
     train, queries = examples(10, prompts=True), examples(4, seed=5, prompts=True)
     factors = estimate_factors(model, train, **FIT)
@@ -272,6 +273,11 @@ def test_scores_are_those_of_dense_gradients(family, options):
     if options.get("normalize") == "cosine":
         expected = expected / (own[0][:, None] * own[1]).sqrt()
     assert relative(answer.scores.double(), expected) < 1e-6
+    for path in ("by position", "by sequence"):
+        with monkeypatch.context() as patch:
+            force_path(patch, path)
+            found = influence_scores(model, factors, queries, train, batch_tokens=30, **options)
+        assert relative(found.scores.double(), expected) < 1e-6, path
     details = answer.details
     assert len(details.rows) >= 12
     for pair, (row, column) in enumerate(zip(details.rows, details.columns, strict=True)):

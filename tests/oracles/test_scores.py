@@ -9,6 +9,7 @@ import torch
 from helpers.dense import relative
 from helpers.dense_scores import DenseScores
 from helpers.networks import KINDS, build, examples
+from helpers.scan_paths import PATHS, force_path
 from torch import Tensor
 
 from ekfac_dist import Factors, estimate_factors, influence_scores
@@ -123,10 +124,31 @@ def by_pair(details):
     }
 
 
-def test_gradients_held_a_few_at_a_time_change_nothing(monkeypatch):
-    monkeypatch.setattr("ekfac_dist.curvature.products.GRADIENT_BYTES", 4000)
-    it = case("llama")
-    assert relative(it.scores().scores, it.expected) < 1e-10
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("options", [{}, {"self_influence": True}, {"rank": 13}])
+def test_scores_are_the_dense_ones_on_every_path(path, options, monkeypatch):
+    """Of tiles that hold some rows of one or two gradients, in batches of unequal lengths."""
+    for family in ("gpt2", "llama_bias"):
+        it = case(family)
+        train = [*it.train, *(one_label(example) for example in it.train[:3])]
+        dense = it.dense.per_module(it.queries, train)
+        for number, tile in ((1, 1000), (3, 700), (8, 900), (40, 2**22)):
+            force_path(monkeypatch, path, tile)
+            some = [k % NUM_QUERIES for k in range(number)]
+            queries = [it.queries[k] for k in some]
+            found = influence_scores(
+                it.model, it.factors, queries, train, batch_tokens=40, per_module=True, **options
+            )
+            assert relative(found.module_scores, dense[some]) < 1e-10, (family, number)
+            assert relative(found.scores, dense[some].sum(1)) < 1e-10, (family, number)
+            if options.get("self_influence"):
+                assert relative(found.self_influence, it.dense.self_influence(train)) < 1e-10
+
+
+def one_label(example):
+    """The example's first two tokens: one counted position."""
+    ids = example["input_ids"][:2]
+    return {"input_ids": ids, "labels": torch.tensor([-100, int(ids[1])])}
 
 
 # -- linearity and sums ----------------------------------------------------------------------------

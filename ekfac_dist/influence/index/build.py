@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ekfac_dist.curvature.products import GradientTiles
 from ekfac_dist.curvature.sequence_factors import sequence_factors
 from ekfac_dist.curvature.sequence_norms import sequence_norms
 from ekfac_dist.data.batch_plan import assign_batches, plan_batches
@@ -69,6 +70,7 @@ class IndexShards(TrainingPairs):
         self._shard: Shard | None = shards[0] if shards else None
         self._tensors: dict[str, Tensor] = {}
         self._means: dict[str, float] = {}
+        self._tiles = GradientTiles()
 
     @staticmethod
     def _shard_ends(
@@ -97,7 +99,9 @@ class IndexShards(TrainingPairs):
         self._tensors[layout.left_key(module.name)][rows] = left_ncO.to("cpu", self._dtype)
         self._tensors[layout.right_key(module.name)][rows] = right_ncI.to("cpu", self._dtype)
         dampings = [self._means[module.name] * one for one in DAMPINGS]
-        norms = sequence_norms(acts_MI, grads_MO, batch.lengths, fitted.lambda_of(module), dampings)
+        norms = sequence_norms(
+            self._tiles, acts_MI, grads_MO, batch.lengths, fitted.lambda_of(module), dampings
+        )
         self._total += norms.sum(dtype=torch.float64)
         number = self._module_index[module.name]
         self._tensors[NORMS][rows, number] = norms.float().cpu()

@@ -597,7 +597,7 @@ def test_two_workers_that_fail_leave_the_store_that_they_were_to_overwrite_as_it
         (["launch", "--num_processes", "2"], "no command to run.*estimate"),
         (
             ["launch", "train.py", "estimate"],
-            "can run estimate, query, evaluate, serve, not 'train.py'",
+            "can run estimate, query, index, evaluate, serve, not 'train.py'",
         ),
         (["launch", "--config_file", "gone.yaml", "estimate"], "no launcher.* gone.yaml"),
         (["launch", "--no_such_option", "1", "estimate"], "launcher refuses.*--no_such_option"),

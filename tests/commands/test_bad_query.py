@@ -1170,7 +1170,7 @@ CALLS: list[tuple[dict[str, Any], type[UserError], str]] = [
     ({"rank": 0}, ConfigError, "rank is 0; it must be a whole number of 1 or more"),
     ({"rank": 2.0}, ConfigError, "rank is 2.0; it must be a whole number of 1 or more"),
     ({"rescore": 3}, ConfigError, "scores are exact already"),
-    ({"rescore": None, "rank": 2}, ConfigError, "rescore is None; it must be a whole number"),
+    ({"rescore": 1.5, "rank": 2}, ConfigError, "rescore is 1.5; it must be a whole number"),
     ({"rescore": "all", "rank": 2}, ConfigError, "rescore is 'all'; it must be a whole"),
     ({"rescore": 1, "rank": 2}, ConfigError, "rescore is 1, but lists of 2 are asked for"),
     ({"training_size": 0}, ConfigError, "training_size is 0"),

@@ -112,6 +112,7 @@ def test_every_field_has_a_row_with_a_meaning():
         config.EstimateConfig,
         config.PlanConfig,
         config.QueryConfig,
+        config.IndexConfig,
         config.EvaluateConfig,
         config.ServeConfig,
     ]

@@ -17,12 +17,12 @@ def test_details_that_are_not_the_scans_end_the_run(rank, monkeypatch):
     factors = estimate_factors(model, data, labels="data")
     ask = {"top_k": 2, "per_token": "top", "rank": rank}
     influence_scores(model, factors, data[:2], data, **ask)
-    use = DetailSums._score
+    use = DetailSums.score
 
     def in_another_way(self, module, acts_MI, grads_MO, batch):
         use(self, module, acts_MI, grads_MO * 1.01, batch)
 
-    monkeypatch.setattr(DetailSums, "_score", in_another_way)
+    monkeypatch.setattr(DetailSums, "score", in_another_way)
     with pytest.raises(ModelError, match=r"query 0.*difference 0\.0\d+.*batch_tokens: 1"):
         influence_scores(model, factors, data[:2], data, **ask)
     influence_scores(model, factors, data[:2], data, **(ask | {"per_token": "none"}))

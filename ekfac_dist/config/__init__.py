@@ -27,7 +27,7 @@ from ekfac_dist.config.evaluate import (
     TrainingConfig,
 )
 from ekfac_dist.config.fields import dotted, field_types
-from ekfac_dist.config.index import IndexConfig, KeptConfig
+from ekfac_dist.config.index import IndexConfig, Kept, KeptConfig
 from ekfac_dist.config.query import (
     DEFAULT_TOP_K,
     DampingConfig,
@@ -54,6 +54,7 @@ __all__ = [
     "EvaluateConfig",
     "FactorsConfig",
     "IndexConfig",
+    "Kept",
     "KeptConfig",
     "Labels",
     "LdsConfig",

@@ -2,13 +2,17 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ekfac_dist.config.checks import require_choice, require_given, require_positive
 from ekfac_dist.config.query import QueryDataConfig, QueryModelConfig
+from ekfac_dist.errors import ConfigError
 
 IndexDtype = Literal["bfloat16", "float32", "float64"]
+
+DEFAULT_RANK = 1
 
 
 @dataclass(kw_only=True)
@@ -17,16 +21,51 @@ class KeptConfig:
 
     Args:
         rank: A sequence's gradient of a module is kept as a sum of so many outer products, or of as
-            many as it has if those are fewer.
-        dtype: Of what is kept: bfloat16, float32 or float64.
+            many as it has if those are fewer; null: 1, or with --add as the index has it.
+        dtype: Of what is kept: bfloat16, float32 or float64; null: bfloat16, or with --add as the
+            index has it.
     """
 
-    rank: int = 1
-    dtype: IndexDtype = "bfloat16"
+    rank: int | None = None
+    dtype: IndexDtype | None = None
 
     def __post_init__(self) -> None:
-        require_positive("index.rank", self.rank)
-        require_choice("index.dtype", self.dtype, get_args(IndexDtype))
+        if self.rank is not None:
+            require_positive("index.rank", self.rank)
+        if self.dtype is not None:
+            require_choice("index.dtype", self.dtype, get_args(IndexDtype))
+
+    def over(self, before: Mapping[str, Any] | None) -> "Kept":
+        """What null means filled in.
+
+        Args:
+            before: How the index that sequences are added to keeps them; None: there is none.
+
+        Raises:
+            ConfigError: If that is another way.
+        """
+        for name, value in vars(self).items():
+            if before is not None and value is not None and value != before[name]:
+                raise ConfigError(
+                    f"index.{name} is {value}, but the index that sequences are added to has "
+                    f"{before[name]}; leave index.{name} out, or make another index."
+                )
+        if before is not None:
+            return Kept(before["rank"], before["dtype"])
+        return Kept(self.rank or DEFAULT_RANK, self.dtype or "bfloat16")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How an index keeps gradients: as `KeptConfig`, without null.
+
+    Attributes:
+        rank: Most outer products of a gradient in a module.
+        dtype: Of what is kept.
+    """
+
+    rank: int
+    dtype: IndexDtype
 
 
 @dataclass(kw_only=True)

@@ -170,7 +170,7 @@ def _time_table(plan: Plan) -> str:
 
 def _index_line(plan: Plan) -> str:
     """What a gradient index of the planned data would take."""
-    kept = KeptConfig()
+    kept = KeptConfig().over(None)
     modules, dtype = plan.discovery.modules, DTYPES[kept.dtype]
     each = bytes_per_sequence(modules, kept.rank, dtype)
     seconds = plan.seconds

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ekfac_dist.config import DataConfig, IndexConfig, ModelConfig, ScoresConfig
+from ekfac_dist.config import DataConfig, IndexConfig, Kept, ModelConfig, ScoresConfig
 from ekfac_dist.curvature.costs import step_tokens
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.data.sequences import Sequences
-from ekfac_dist.errors import DataError, OutputError, StoreError
+from ekfac_dist.errors import DataError, StoreError
 from ekfac_dist.factors.comparison import check_model, require_fitted_task
 from ekfac_dist.factors.factors import Factors
 from ekfac_dist.factors.opening import load_factors
@@ -90,6 +90,7 @@ class _Inputs:
 
     Attributes:
         factors: The factors.
+        kept: How gradients are kept.
         model: Source of the model.
         data: Source of the sequences.
         train: All sequences, those of the index before included.
@@ -97,6 +98,7 @@ class _Inputs:
     """
 
     factors: Factors
+    kept: Kept
     model: ModelConfig
     data: DataConfig
     train: Sequences
@@ -128,8 +130,8 @@ def run_index(config: IndexConfig, world: World, *, adds: bool = False) -> Index
         count = len(before.shards), before.num_bytes
         return IndexSummary(len(before), 0, *count, time.perf_counter() - start)
     modules = list(inputs.factors.modules.values())
-    rank, dtype = config.index.rank, DTYPES[config.index.dtype]
-    each = layout.bytes_per_sequence(modules, rank, dtype)
+    kept = inputs.kept
+    each = layout.bytes_per_sequence(modules, kept.rank, DTYPES[kept.dtype])
     num_shards = 0 if before is None else len(before.shards)
     shards = layout.plan_shards(inputs.num_before, len(train), num_shards, each)
     num_new = len(train) - inputs.num_before
@@ -137,7 +139,7 @@ def run_index(config: IndexConfig, world: World, *, adds: bool = False) -> Index
         world,
         f"index         {num_new} sequences{' to add' if adds else ''}, "
         f"{int(train.num_positions[inputs.num_before :].sum())} positions; {as_text(each)} each at "
-        f"rank {rank} in {config.index.dtype}, {as_text(each * num_new)} in {len(shards)} shards",
+        f"rank {kept.rank} in {kept.dtype}, {as_text(each * num_new)} in {len(shards)} shards",
     )
     model = load(inputs.model, world)
     with prepared(model):
@@ -194,7 +196,7 @@ def _read(config: IndexConfig, world: World, *, adds: bool) -> _Inputs:
         if adds:
             before = GradientIndex(str(config.output), factors)
             data = before.manifest["data"]["config"]
-            _require_same_settings(before, config)
+        kept = config.index.over(None if before is None else before.manifest["index"])
         model_config = config.model.over(fitted["model"])
         data_config = config.data.over(data)
     with named_by(store, "model.name", model_config.name, config.model.name):
@@ -204,22 +206,7 @@ def _read(config: IndexConfig, world: World, *, adds: bool) -> _Inputs:
     if before is not None:
         with world.agree():
             _require_beginning(before, train)
-    return _Inputs(factors, model_config, data_config, train, before)
-
-
-def _require_same_settings(before: GradientIndex, config: IndexConfig) -> None:
-    """Refuses to add sequences that would be kept in another way.
-
-    Raises:
-        OutputError: If rank or dtype is not the index's own.
-    """
-    now = vars(config.index)
-    for name, value in before.manifest["index"].items():
-        if name in now and now[name] != value:
-            raise OutputError(
-                f"index.{name} is {now[name]}, but the index {before.path} has {value}; give that "
-                "to add to it, or make another index."
-            )
+    return _Inputs(factors, kept, model_config, data_config, train, before)
 
 
 def _require_beginning(before: GradientIndex, train: Sequences) -> None:
@@ -265,7 +252,7 @@ def _manifest(
             "num_positions": int(train.num_positions.sum()),
             "config": vars(inputs.data),
         },
-        "index": dict(vars(config.index)),
+        "index": dict(vars(inputs.kept)),
         "norms": {
             "dampings": list(DAMPINGS),
             "mean_lambda": {
@@ -370,8 +357,10 @@ class _Making:
         context, train = _context(config, inputs, model, self.world)
         own = own_shards(shards, train, self.world)
         batches = [batches_of(shard, train, context.batch_tokens) for shard in own]
-        dtype = DTYPES[config.index.dtype]
-        observer = IndexShards(context, train, own, batches, config.index.rank, dtype, writer.write)
+        kept = inputs.kept
+        observer = IndexShards(
+            context, train, own, batches, kept.rank, DTYPES[kept.dtype], writer.write
+        )
         flat = [batch for of_shard in batches for batch in of_shard]
         run_pass(
             "index",

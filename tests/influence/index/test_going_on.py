@@ -131,7 +131,7 @@ def test_the_parts_of_a_name_say_what_is_wrong(root, tmp_path):
             *arguments(root, whole, "--add"),
             *("--data.source", root / "queries.jsonl"),
         ],
-        "index.rank is 3, but the index": arguments(root, whole, "--add", "--index.rank", "3"),
+        "index.rank is 3, but the index that": arguments(root, whole, "--add", "--index.rank", "3"),
         "index.rank is 0": arguments(root, new, "--index.rank", "0"),
         "index.dtype": arguments(root, new, "--index.dtype", "int8"),
         "is no directory": ["index", "--factors", new, "--output", tmp_path / "x"],
@@ -152,7 +152,7 @@ def test_another_run_is_refused_by_what_differs(root, tmp_path, monkeypatch):
     assert killed_at(20, arguments(root, index), monkeypatch)
     before = sorted(path.name for path in index.rglob("*"))
     refused = {
-        "index.rank 1 (now 2)": arguments(root, index, "--index.rank", "2"),
+        "index.rank None (now 2)": arguments(root, index, "--index.rank", "2"),
         "holds no finished index to add to; leave --add out": arguments(root, index, "--add"),
         "batch_tokens 4096 (now 64)": arguments(root, index, "--batch_tokens", "64"),
     }

@@ -7,6 +7,7 @@ import torch
 from helpers.dense import dense_E, relative
 from helpers.networks import KINDS, build, examples
 from helpers.workshop import logged, run_cli, save_tiny_llama, texts, write_jsonl
+from safetensors.torch import load_file
 
 from ekfac_dist import estimate_factors, influence_scores, load_factors
 from ekfac_dist.curvature.covariance import multiplies_wide
@@ -142,6 +143,32 @@ def test_scores_on_the_gpu_equal_those_on_the_cpu(family, options):
     on_gpu = influence_scores(build(family).cuda(), factors, queries, train, **options)
     assert relative(on_gpu.module_scores, on_cpu.module_scores) < 1e-8
     assert relative(on_gpu.details.token_scores, on_cpu.details.token_scores) < 1e-8
+
+
+def test_an_index_made_and_read_on_the_gpu_scores_as_on_the_cpu(tmp_path):
+    model = save_tiny_llama(tmp_path / "model", dtype=torch.float64)
+    write_jsonl(tmp_path / "text.jsonl", [{"text": text} for text in texts(20)])
+    write_jsonl(tmp_path / "queries.jsonl", [{"text": text} for text in texts(2, seed=1)])
+    given = ["--model.name", model, "--data.source", tmp_path / "text.jsonl"]
+    fit = ["estimate", *given, "--model.dtype", "float64", "--factors.labels", "data"]
+    done = run_cli([*fit, "--output", tmp_path / "store"], env={"ACCELERATE_USE_CPU": "true"})
+    assert done.returncode == 0, done.stderr
+    found = []
+    for use_cpu in ("true", "false"):
+        index, scores = tmp_path / f"index-{use_cpu}", tmp_path / f"scores-{use_cpu}"
+        store = ["--factors", tmp_path / "store"]
+        kept = ["--index.rank", "64", "--index.dtype", "float64"]
+        ask = ["--index", index, "--queries", tmp_path / "queries.jsonl"]
+        for command in (
+            ["index", *store, *kept, "--output", index],
+            ["query", *store, *ask, "--scores.rescore", "20", "--output", scores],
+        ):
+            done = run_cli(command, env={"ACCELERATE_USE_CPU": use_cpu})
+            assert done.returncode == 0, done.stderr
+            assert ("cuda" in done.stdout) == (use_cpu == "false")
+        found.append(load_file(scores / "scores.safetensors"))
+    assert relative(found[1]["scores"], found[0]["scores"]) < 1e-6
+    assert relative(found[1]["exact_scores"], found[0]["exact_scores"]) < 1e-6
 
 
 def test_a_function_on_the_gpu_gives_what_it_gives_on_the_cpu():

@@ -10,5 +10,6 @@ So a score ⟨P, G_n⟩ with any preconditioned query gradient P, whatever its d
     build        the pass that makes the products and norms
     writer       the directory while it is being made; going on after an interruption
     reader       a finished index, checked
-    run          `index`, the command
+    scan         scores from an index, by the observer that scores the data
+    inputs, making, run   `index`, the command
 """

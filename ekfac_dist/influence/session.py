@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from ekfac_dist.config import (
     DataConfig,
@@ -574,6 +575,7 @@ class OpenSession:
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature}
+        finite = LogitsProcessorList([_require_numbers])
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             output = opened.model.generate(  # type: ignore[operator]
@@ -581,6 +583,7 @@ class OpenSession:
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=max_tokens,
                 pad_token_id=_padding(tokenizer),
+                logits_processor=finite,
                 **sampling,
             )
         new = output[0, len(ids) :].tolist()
@@ -635,6 +638,20 @@ def _joined(parts: Sequence[PreparedQueries]) -> PreparedQueries:
     losses = {sequence: loss for part in parts for sequence, loss in part.losses.items()}
     self_influence = torch.cat([part.self_influence for part in parts])
     return PreparedQueries(list(range(len(parts))), gradients, self_influence, losses)
+
+
+def _require_numbers(ids: Tensor, scores: Tensor) -> Tensor:
+    """The logits of the next token, as they are; infinite ones forbid or demand a token.
+
+    Raises:
+        NonFiniteError: If one is NaN.
+    """
+    if bool(scores.isnan().any()):
+        raise NonFiniteError(
+            f"NaN in the model's logits after {ids.shape[1]} tokens, so it does not go on from "
+            "this prompt; shorten it, or load the model in a wider dtype."
+        )
+    return scores
 
 
 def _padding(tokenizer: Any) -> int:

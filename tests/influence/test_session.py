@@ -246,6 +246,16 @@ def test_the_model_goes_on_as_it_does_alone(root):
             session.complete(PROMPT, None, 200, 0.0, 0)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_with_nan_in_its_logits_does_not_go_on(root, temperature):
+    with opened(root) as session:
+        head = session._opened.model.lm_head
+        with torch.no_grad():
+            head.weight[5] = torch.nan
+        with pytest.raises(NonFiniteError, match="NaN in the model's logits after"):
+            session.complete(PROMPT, None, 5, temperature, 0)
+
+
 def test_wrong_questions_are_refused(root):
     with opened(root) as session:
         for wrong, kind, says in (

@@ -81,8 +81,13 @@ def damped(lambda_OI: Tensor, damping: float) -> Tensor:
         [O, I], a new tensor.
 
     Raises:
-        ConfigError: If λ is 0 and an entry of Λ is 0 to rounding, so that there is no inverse.
+        ConfigError: If λ is 0 and an entry of Λ is 0 to rounding, so that there is no inverse; or
+            if Λ's dtype cannot hold λ.
     """
+    if not damping <= torch.finfo(lambda_OI.dtype).max:
+        raise ConfigError(
+            f"damping is {damping:g}, above what the factors' dtype can hold; give a smaller one."
+        )
     damped_OI = lambda_OI + damping
     # Λ sums squares of rotated gradients; their own rounding errors enter it squared.
     rounding = 0.0 if damping else torch.finfo(lambda_OI.dtype).eps * max(lambda_OI.shape)

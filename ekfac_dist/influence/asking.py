@@ -69,7 +69,7 @@ class Ranking:
 
 
 class ScanStopped(Exception):
-    """A scan that ended early, on every worker, because nobody wants its answer any more."""
+    """A scan or a solve that ended early, on every worker, as nobody wants its answer any more."""
 
 
 class Session(Protocol):
@@ -104,10 +104,11 @@ class Session(Protocol):
 
         Args:
             questions: The questions.
-            go_on: A collective that is called now and then, between shards of the index; false on
-                all workers if nobody wants an answer any more.
+            go_on: A collective that is called now and then, between shards of the index and between
+                products of a refinement; false on all workers if nobody wants an answer any more.
 
         Raises:
+            NonFiniteError: If a score is NaN or infinite.
             ScanStopped: If `go_on` is false.
         """
 
@@ -117,8 +118,23 @@ class Session(Protocol):
         Top 1, bottom 1, top 2, …; each once.
         """
 
-    def exact(self, ranking: Ranking, columns: Sequence[int]) -> Details:
-        """Exact scores of a few columns with those of their positions, layers and modules."""
+    def exact(
+        self,
+        ranking: Ranking,
+        columns: Sequence[int],
+        go_on: Callable[[], bool] = lambda: True,
+    ) -> Details:
+        """Exact scores of a few columns with those of their positions, layers and modules.
+
+        Args:
+            ranking: The ranking.
+            columns: The columns.
+            go_on: As of `rank`; called if the question's gradient has to be refined again.
+
+        Raises:
+            NonFiniteError: If a score is NaN or infinite.
+            ScanStopped: If `go_on` is false.
+        """
 
     def finish(self, ranking: Ranking, details: Sequence[Details]) -> InfluenceScores:
         """The scores with lists by exact scores, and details; no collective.

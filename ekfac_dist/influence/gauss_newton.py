@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from ekfac_dist.curvature.iterative import Vectors
+from ekfac_dist.influence.asking import ScanStopped
 from ekfac_dist.influence.context import STORED, ScoringContext
 from ekfac_dist.influence.refinement_sample import RefinementSample
 from ekfac_dist.models.capture.linearised import Linearisation
@@ -26,6 +27,8 @@ class GaussNewton:
         sample: The sequences of each product.
         linearisation: The model's linearisation, entered.
         on_batch: Called after each batch of this worker with its positions and sequences.
+        go_on: A collective that is called before each product; false on all workers if nobody wants
+            the solution any more.
     """
 
     def __init__(
@@ -34,9 +37,11 @@ class GaussNewton:
         sample: RefinementSample,
         linearisation: Linearisation,
         on_batch: Callable[[int, int], object],
+        go_on: Callable[[], bool] | None = None,
     ) -> None:
         self._context, self._sample = context, sample
         self._linearisation, self._on_batch = linearisation, on_batch
+        self._go_on = go_on
         self._num_products = 0
 
     def __call__(self, of: Vectors, into: Vectors, numbers: Sequence[int]) -> None:
@@ -45,7 +50,10 @@ class GaussNewton:
         Raises:
             ModelError: If the model's backward cannot be differentiated.
             Preempted: If SIGTERM has come.
+            ScanStopped: If `go_on` is false.
         """
+        if self._go_on is not None and not self._go_on():
+            raise ScanStopped
         context, world = self._context, self._context.world
         number, self._num_products = self._num_products, self._num_products + 1
         sums: list[Tensor] = list(into.values())

@@ -11,7 +11,7 @@ The queries of a block are solved for together, as many as fit the memory budget
 vectors that a solve holds of each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,12 +47,14 @@ class Refinement:
         config: The scores that are asked for; its memory budget.
         residuals: Takes ‖∇ − (G + D) x‖ / ‖∇‖ of every query group, of the start and after each
             step, NaN after its last one [Q, steps + 1].
+        go_on: As of `GaussNewton`.
     """
 
     context: ScoringContext
     sample: RefinementSample
     config: ScoresConfig
     residuals: Tensor
+    go_on: Callable[[], bool] | None = None
 
     @property
     def result(self) -> Refined:
@@ -88,6 +90,7 @@ class Refinement:
             ModelError: If the model's backward cannot be differentiated.
             NonFiniteError: If NaN or infinity appears.
             Preempted: If SIGTERM has come; nothing of the block is saved.
+            ScanStopped: If `go_on` is false.
         """
         groups = list(groups)
         at_a_time = refined_at_a_time(self.context, self.config, rank)
@@ -160,7 +163,7 @@ class Refinement:
                 context.model, context.modules, context.dtype, context.task
             ) as linearisation,
         ):
-            product = GaussNewton(context, self.sample, linearisation, progress.update)
+            product = GaussNewton(context, self.sample, linearisation, progress.update, self.go_on)
             if settings.method == "cg":
                 return iterative.conjugate_gradients(
                     product,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from ekfac_dist.config import (
     DataConfig,
@@ -28,7 +29,7 @@ from ekfac_dist.curvature import products
 from ekfac_dist.curvature.damping import Damping
 from ekfac_dist.data.chats import messages_of, require_template
 from ekfac_dist.data.sequences import Sequences
-from ekfac_dist.errors import DataError, ModelError, StoreError
+from ekfac_dist.errors import DataError, ModelError, NonFiniteError, StoreError
 from ekfac_dist.factors.comparison import check_model, require_fitted_task
 from ekfac_dist.factors.factors import Factors
 from ekfac_dist.factors.opening import load_factors
@@ -316,10 +317,12 @@ class OpenSession:
             alone = [self._tokenized([question]) for question in questions]
         context = self._context_of(questions[0])
         result = empty_result(context, together, self._train, scores[0], self._opened.index.rank)
-        joined, whole = self._query_gradients(context, together, scores[0], result)
+        joined, whole = self._query_gradients(context, together, scores[0], result, go_on)
         with self.world.agree():
             index = IndexScan(context, self._opened.index, self._train)
         DataPasses(context, self._train, scores[0], result, index).scan("", joined, go_on)
+        losses = [*result.query_losses, *(one for one in result.against_losses if one is not None)]
+        self._require_finite(result.scores, torch.tensor(losses))
         seconds = time.perf_counter() - start
         return [
             _OpenRanking(
@@ -361,6 +364,7 @@ class OpenSession:
         together: QuerySet,
         scores: ScoresConfig,
         result: InfluenceScores,
+        go_on: Callable[[], bool],
     ) -> tuple[PreparedQueries, list[PreparedQueries | None]]:
         """The gradients that a scan is of, and the whole ones that there is memory to hold.
 
@@ -369,11 +373,13 @@ class OpenSession:
             together: The questions' tokens.
             scores: The scores that they ask for.
             result: Takes how they were refined.
+            go_on: As of `rank`.
         """
         num_questions = len(together)
         refinement = None
         if context.refine.is_on:
             refinement = start_refinement(context, self._train, scores, num_questions)
+            refinement = replace(refinement, go_on=go_on)
             result.refined = refinement.result
         each = bytes_per_group(context.modules, None, context.dtype, context.shard)
         held = max(1, int(scores.query_memory_gb * 1e9 // each))
@@ -445,13 +451,19 @@ class OpenSession:
             np.zeros(0, dtype=np.int64),
         )
 
-    def exact(self, ranking: Ranking, columns: Sequence[int]) -> Details:
+    def exact(
+        self,
+        ranking: Ranking,
+        columns: Sequence[int],
+        go_on: Callable[[], bool] = lambda: True,
+    ) -> Details:
         """Exact scores of a few columns with those of their positions, layers and modules."""
         own = _open(ranking)
         context = own.context
         if own.prepared is None:
             if context.refine.is_on:
                 refinement = start_refinement(context, self._train, self._scores, 1)
+                refinement = replace(refinement, go_on=go_on)
                 own.prepared = refinement.prepare("refine", own.queries, [0], None)
             else:
                 own.prepared = prepare("query", context, own.queries, [0], None)
@@ -459,7 +471,23 @@ class OpenSession:
         passes = DataPasses(context, self._train, scores, own.scores)
         of_query = replace(own.prepared, groups=[0])
         details = passes.details("exact", of_query, [(0, column) for column in columns])
-        return passes.with_outputs("exact", of_query, details)
+        details = passes.with_outputs("exact", of_query, details)
+        self._require_finite(details.module_scores, details.layer_token_scores)
+        return details
+
+    def _require_finite(self, *values: Tensor) -> None:
+        """Refuses numbers that an answer cannot hold, before worker 0 alone comes upon them.
+
+        Raises:
+            NonFiniteError: If one is NaN or infinite.
+        """
+        with self.world.agree():
+            if not all(bool(torch.isfinite(one).all()) for one in values):
+                raise NonFiniteError(
+                    "Scores of this question are NaN or infinite: a norm that they are divided by "
+                    "may be too small, or a loss too large; ask with another normalisation or "
+                    "completion."
+                )
 
     def finish(self, ranking: Ranking, details: Sequence[Details]) -> InfluenceScores:
         """The scores with lists by exact scores, and details."""
@@ -547,6 +575,7 @@ class OpenSession:
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature}
+        finite = LogitsProcessorList([_require_numbers])
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             output = opened.model.generate(  # type: ignore[operator]
@@ -554,6 +583,7 @@ class OpenSession:
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=max_tokens,
                 pad_token_id=_padding(tokenizer),
+                logits_processor=finite,
                 **sampling,
             )
         new = output[0, len(ids) :].tolist()
@@ -608,6 +638,20 @@ def _joined(parts: Sequence[PreparedQueries]) -> PreparedQueries:
     losses = {sequence: loss for part in parts for sequence, loss in part.losses.items()}
     self_influence = torch.cat([part.self_influence for part in parts])
     return PreparedQueries(list(range(len(parts))), gradients, self_influence, losses)
+
+
+def _require_numbers(ids: Tensor, scores: Tensor) -> Tensor:
+    """The logits of the next token, as they are; infinite ones forbid or demand a token.
+
+    Raises:
+        NonFiniteError: If one is NaN.
+    """
+    if bool(scores.isnan().any()):
+        raise NonFiniteError(
+            f"NaN in the model's logits after {ids.shape[1]} tokens, so it does not go on from "
+            "this prompt; shorten it, or load the model in a wider dtype."
+        )
+    return scores
 
 
 def _padding(tokenizer: Any) -> int:

@@ -4,7 +4,6 @@ It hands questions to the desk and waits for their events; what may be asked at 
 matter.
 """
 
-import re
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Request
@@ -18,8 +17,8 @@ from ekfac_dist.config import ServeConfig
 from ekfac_dist.errors import UserError
 from ekfac_dist.influence.asking import Session
 from ekfac_dist.report.page import report_text
-from ekfac_dist.runtime.terminal import visible
 from ekfac_dist.serve.desk import Desk, Ending, QueueFull
+from ekfac_dist.serve.faults import in_words, is_no_json
 from ekfac_dist.serve.jobs import ENDING, UNUSABLE, Event, Job, encoded
 from ekfac_dist.serve.metrics import CONTENT_TYPE
 from ekfac_dist.serve.models import (
@@ -249,7 +248,8 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def wrong_fields(request: Request, error: RequestValidationError) -> Response:
-        return problem(UNUSABLE, "; ".join(map(_fault, error.errors()[:3])) + ".")
+        faults = error.errors()
+        return problem(400 if is_no_json(faults) else UNUSABLE, in_words(faults))
 
     @app.exception_handler(UserError)
     async def unusable(request: Request, error: UserError) -> Response:
@@ -278,10 +278,3 @@ _SENTENCES = {
     (405, "Method Not Allowed"): "This path has no such method; /docs lists what there is.",
     (400, "There was an error parsing the body"): "The body is no JSON that can be read.",
 }
-
-
-def _fault(fault: Any) -> str:
-    """A fault of a request in words, with its place, and without what was given."""
-    place = ".".join(str(part) for part in fault["loc"] if part != "body")
-    message = re.sub(r"\s+", " ", str(fault["msg"])).rstrip(".")
-    return visible(f"{place[:80]}: {message}" if place else message)

@@ -154,15 +154,22 @@ def _score_exactly(session: Session, ranking: Ranking, answering: Answering | No
         answering: Worker 0's side of its question; None on other workers.
     """
     world, start, parts = session.world, time.perf_counter(), []
+
+    def go_on() -> bool:
+        return world.share(answering.is_wanted if answering else False)
+
     is_wanted = True
     columns = world.share(answering.columns(ranking) if answering else [])
     step = max(SEQUENCES_AT_A_TIME, world.size)
     for begin in range(0, len(columns), step):
-        is_wanted = world.share(answering.is_wanted if answering else False)
+        is_wanted = go_on()
         if not is_wanted:
             break
         try:
-            part = session.exact(ranking, columns[begin : begin + step])
+            part = session.exact(ranking, columns[begin : begin + step], go_on)
+        except ScanStopped:
+            is_wanted = False
+            break
         except Exception as error:
             refusal = _of_question(session, error)
             if answering:

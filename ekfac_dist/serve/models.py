@@ -26,6 +26,7 @@ from ekfac_dist.serve.jobs import Continuation
 
 MOST_ITERATIONS = 1000
 MOST_MESSAGES, MOST_DEPTH = 1000, 10
+LEAST_TEMPERATURE = 0.01  # by less, logits overflow
 _WHERE = "The question"
 
 
@@ -101,7 +102,7 @@ class CompletionRequest(_Strict):
     messages: list[dict[str, JsonValue]] | None = Field(None, max_length=MOST_MESSAGES)
     max_tokens: int = Field(32, ge=1)
     temperature: FiniteFloat = Field(
-        0.0, ge=0, le=10, description="0: the likeliest token each time."
+        0.0, ge=0, le=10, description="0: the likeliest token each time; else 0.01 or more."
     )
     seed: int = Field(0, ge=0, lt=2**63)
 
@@ -230,6 +231,10 @@ def question_of(
         if request.prompt or request.completion is not None:
             raise DataError(f"{_WHERE} has messages and a prompt or completion; give one of them.")
         del fields["prompt"]
+    elif request.completion is None:
+        raise DataError(
+            f"{_WHERE} has no completion, so nothing to explain; give one, or messages."
+        )
     _require_short(fields, config)
     query = parse_query(fields, _WHERE, 0)
     top_k, bottom_k, rescore = _lengths(request, config, num_sequences)
@@ -272,6 +277,11 @@ def continuation_of(request: CompletionRequest, config: ServeConfig) -> Continua
         raise DataError("There is no prompt, so nothing to go on from; give one, or messages.")
     _require_short({"prompt": request.prompt, "messages": request.messages}, config)
     _require_at_most("max_tokens", request.max_tokens, config.max_completion_tokens)
+    if 0 < request.temperature < LEAST_TEMPERATURE:
+        raise ConfigError(
+            f"temperature is {request.temperature:g}; give 0, for the likeliest token each time, "
+            f"or {LEAST_TEMPERATURE} or more."
+        )
     return Continuation(
         request.prompt, request.messages, request.max_tokens, request.temperature, request.seed
     )

@@ -47,6 +47,14 @@ def test_no_damping_where_lambda_has_zeros_is_refused(parts):
     assert torch.equal(lam, before)
 
 
+def test_a_damping_that_the_dtype_cannot_hold_is_refused(parts):
+    lam = parts[2].float()
+    for damping in (1e300, float("inf")):
+        with pytest.raises(ConfigError, match="can hold; give a smaller one"):
+            kronecker.damped(lam, damping)
+    assert torch.isfinite(kronecker.damped(lam, 1e38)).all()
+
+
 def test_effective_rank_counts_directions():
     assert effective_rank(torch.ones(7)) == pytest.approx(7)
     assert effective_rank(torch.tensor([0.0, 3.0, 0.0])) == pytest.approx(1)

@@ -152,7 +152,7 @@ class FakeSession:
             both += [order[k]] + ([order[-1 - k]] if ranking.question.bottom_k else [])
         return list(dict.fromkeys(both))
 
-    def exact(self, ranking, columns):
+    def exact(self, ranking, columns, go_on=lambda: True):
         completion = ranking.question.query.completion
         self.exact_calls.append((completion, list(columns)))
         self._wait()

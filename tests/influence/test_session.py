@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ekfac_dist.config import DampingConfig, RefineConfig, ServeConfig
-from ekfac_dist.errors import ConfigError, DataError, StoreError
+from ekfac_dist.errors import ConfigError, DataError, NonFiniteError, StoreError
 from ekfac_dist.influence import session as sessions
 from ekfac_dist.influence.asking import Question, ScanStopped
 from ekfac_dist.influence.query_texts import Query
@@ -161,6 +161,56 @@ def test_a_scan_that_nobody_wants_stops_between_shards(root):
         assert answered(session, question())[1].top  # it can be asked again
 
 
+REFINED = RefineConfig(method="cg", sequences=10, iterations=20, tolerance=0.0)
+
+
+def test_a_refinement_that_nobody_wants_stops_between_products(root, monkeypatch):
+    calls = []
+
+    def go_on():
+        calls.append(1)
+        return len(calls) < 4
+
+    with opened(root, "rank-1") as session:
+        with monkeypatch.context() as patch:
+            patch.delattr(sessions.IndexScan, "run")  # so far it does not come
+            with pytest.raises(ScanStopped):
+                session.rank([question(refine=REFINED)], go_on)
+        assert len(calls) == 4  # of 21
+        assert answered(session, question())[1].top
+
+
+def test_a_refinement_that_is_computed_again_can_be_stopped(root):
+    one = question(refine=REFINED)
+    with opened(root, "rank-1") as session:
+        (ranking,) = session.rank([one])
+        ranking.prepared = None  # as where there is no memory for it
+        with pytest.raises(ScanStopped):
+            session.exact(ranking, [0], lambda: False)
+        assert len(session.exact(ranking, [0]).columns) == 1
+
+
+def test_scores_that_no_answer_can_hold_are_refused(root, monkeypatch):
+    scan = sessions.DataPasses.scan
+
+    def overflowing(passes, *rest):
+        scan(passes, *rest)
+        passes._result.scores[0, 3] = torch.inf
+
+    one = question(normalize="cosine")
+    with opened(root, "rank-1") as session:
+        (ranking,) = session.rank([one])
+        ranking.scores.norms[3] = 1e-45  # 1 over it is infinite in float32
+        assert len(session.exact(ranking, [2]).columns) == 1
+        with pytest.raises(NonFiniteError, match="another normalisation"):
+            session.exact(ranking, [2, 3])
+        with monkeypatch.context() as patch:
+            patch.setattr(sessions.DataPasses, "scan", overflowing)
+            with pytest.raises(NonFiniteError, match="another normalisation"):
+                session.rank([one])
+        assert answered(session, one)[1].top
+
+
 def test_results_are_those_that_a_report_is_made_of(root):
     with opened(root, "rank-1") as session:
         ranking, scores = answered(session, question())
@@ -194,6 +244,16 @@ def test_the_model_goes_on_as_it_does_alone(root):
             session.complete("", [{"role": "user", "content": "hello"}], 5, 0.0, 0)
         with pytest.raises(DataError, match="reads 128 at most"):
             session.complete(PROMPT, None, 200, 0.0, 0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_with_nan_in_its_logits_does_not_go_on(root, temperature):
+    with opened(root) as session:
+        head = session._opened.model.lm_head
+        with torch.no_grad():
+            head.weight[5] = torch.nan
+        with pytest.raises(NonFiniteError, match="NaN in the model's logits after"):
+            session.complete(PROMPT, None, 5, temperature, 0)
 
 
 def test_wrong_questions_are_refused(root):

@@ -226,8 +226,8 @@ def chat(content: bytes) -> bytes:
     ("body", "status"),
     [
         (b"", 422),
-        (b"{", 422),
-        (b"\xff\xfe", 422),
+        (b"{", 400),
+        (b"\xff\xfe", 400),
         (b"null", 422),
         (b"[]", 422),
         (b'"x"', 422),
@@ -274,6 +274,36 @@ def test_a_body_that_a_foreign_form_could_send_is_not_read(client):
             "/v1/influence", content=b'{"completion": "x"}', headers={"content-type": kind}
         )
         assert response.status_code == 422
+
+
+@pytest.mark.parametrize(
+    ("fields", "detail"),
+    [
+        ({"damping": "a"}, "damping: Input should be a valid number."),
+        (
+            {"damping": {"value": 0.5, "scale": "median"}},
+            "damping.scale: Input should be 'mean', 'trimmed' or 'geometric'.",
+        ),
+        ({"damping": {"modules": {}}}, "damping.modules: Extra inputs are not permitted."),
+        (
+            {"completion": None},
+            "The question has no completion, so nothing to explain; give one, or messages.",
+        ),
+    ],
+)
+def test_a_wrong_field_is_named(client, fields, detail):
+    response = client.post("/v1/influence", json={"completion": "x", **fields})
+    assert (response.status_code, response.json()) == (422, {"detail": detail})
+
+
+def test_a_body_that_is_no_object_or_not_sent_as_json_is_told_so(client):
+    kinds = {"content-type": "application/json"}, {"content-type": "text/plain"}
+    for content, headers in ((b"[]", kinds[0]), (b'{"completion": "x"}', kinds[1])):
+        response = client.post("/v1/influence", content=content, headers=headers)
+        assert response.status_code == 422
+        assert response.json()["detail"].endswith("with Content-Type: application/json.")
+    broken = client.post("/v1/influence", content=b"{", headers=kinds[0])
+    assert broken.json() == {"detail": "The body is no JSON that can be read."}
 
 
 CONTROL = "a\r\ndata: {}\r\n\r\nevent: answer\x00\x1b[31m\u2028\u202e</script>\x85"

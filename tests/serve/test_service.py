@@ -339,6 +339,9 @@ def test_the_model_goes_on_from_a_prompt(service):
         refused = client.post("/v1/complete", json={"prompt": "too long"})
         assert refused.status_code == 422
         assert refused.json()["detail"].startswith("The prompt has more tokens")
+        cold = client.post("/v1/complete", json={"prompt": "x", "temperature": 1e-300})
+        assert cold.status_code == 422
+        assert cold.json()["detail"].startswith("temperature is 1e-300; give 0,")
         assert client.post("/v1/complete", json={"prompt": "x"}).status_code == 200
 
 

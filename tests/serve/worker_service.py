@@ -32,8 +32,8 @@ class NotingSession(FakeSession):
         self._note("ranked", self.scans[-1])
         return found
 
-    def exact(self, ranking, columns):
-        found = super().exact(ranking, columns)
+    def exact(self, ranking, columns, go_on):
+        found = super().exact(ranking, columns, go_on)
         self._note("exact", list(columns))
         return found
 

@@ -78,11 +78,19 @@ def _best_products(
     rank: int,
 ) -> tuple[Tensor, Tensor]:
     """The same for sequences of more positions than the rank."""
-    # Rows of A of length one, the lengths given to B: inner products in float32 lose nothing then
-    # beside a position with enormous inputs.
+    # Rows of A of length one, the lengths given to B, whose largest number is one then: inner
+    # products in float32 lose nothing beside a position with enormous inputs, nor overflow.
     sizes_M1 = torch.linalg.vector_norm(acts_MI, dim=1, keepdim=True)
     acts_nTI = padded_by_sequence(acts_MI / torch.where(sizes_M1 > 0, sizes_M1, 1.0), lengths)
     grads_nTO = padded_by_sequence(grads_MO * sizes_M1, lengths)
+    largest_n11 = grads_nTO.abs().amax((1, 2), keepdim=True)
+    are_finite_n11 = (
+        torch.isfinite(largest_n11) & torch.isfinite(acts_nTI).all(2).all(1)[:, None, None]
+    )
+    largest_n11 = torch.where((largest_n11 > 0) & are_finite_n11, largest_n11, 1.0)
+    # What is not finite has no products; whoever sums norms of the same rows finds it.
+    acts_nTI = torch.where(are_finite_n11, acts_nTI, 0.0)
+    grads_nTO = torch.where(are_finite_n11, grads_nTO / largest_n11, 0.0)
     products_nTT = (acts_nTI @ acts_nTI.mT).double()
     others_nTT = (grads_nTO @ grads_nTO.mT).double()
     size = min(products_nTT.shape[-1], rank + _OVERSAMPLING)
@@ -96,7 +104,7 @@ def _best_products(
     _, turned_nkk = torch.linalg.eigh(images_nTk.mT @ others_nTT @ images_nTk)
     best_nkc = turned_nkk.flip(-1)[..., :rank]
     right_ncI = (vectors_nTk @ best_nkc).mT.to(acts_MI) @ acts_nTI
-    left_ncO = (images_nTk @ best_nkc).mT.to(grads_MO) @ grads_nTO
+    left_ncO = (images_nTk @ best_nkc).mT.to(grads_MO) @ grads_nTO * largest_n11
     return left_ncO, right_ncI
 
 

@@ -104,7 +104,8 @@ class DataPasses:
         if config.per_token == "all" and config.tokens == "outputs":
             positions = self._outputs.of_all(f"outputs{suffix}", prepared)
             lengths = self._scored.num_positions.tolist()
-            _require_sums_agree(self._context, positions, lengths, scan.scores)
+            with self._context.world.agree():
+                _require_sums_agree(self._context, positions, lengths, scan.scores)
         if positions is not None:
             column_of = np.repeat(np.arange(len(self._scored)), self._scored.num_positions)
             positions = positions.cpu()
@@ -192,7 +193,9 @@ class DataPasses:
         scores = self._outputs.by_layer(name, prepared, pairs).cpu() * scale[pair_of]
         layer_of, modules_MP = torch.from_numpy(self._result.layer_of), details.module_scores.T
         layers_LP = scores.new_zeros(len(scores), len(slots)).index_add_(0, layer_of, modules_MP)
-        _require_sums_agree(self._context, scores, np.diff(details.offsets).tolist(), layers_LP)
+        lengths = np.diff(details.offsets).tolist()
+        with self._context.world.agree():
+            _require_sums_agree(self._context, scores, lengths, layers_LP)
         return replace(details, layer_token_scores=scores)
 
     def _run(self, name: str, observer: SummingObserver, columns: np.ndarray) -> None:

@@ -128,20 +128,20 @@ def compute_scores(
         result,
         saved or SavedBlocks(),
         refinement,
-        _index_scan(context, index, scored),
+        _index_scan(context, index, scored, with_norms=needs_norms),
     )
     run.all_blocks()
     return result
 
 
 def _index_scan(
-    context: ScoringContext, index: GradientIndex | None, scored: Examples
+    context: ScoringContext, index: GradientIndex | None, scored: Examples, *, with_norms: bool
 ) -> IndexScan | None:
     """Scores from an index, if there is one; a collective."""
     if index is None:
         return None
     with context.world.agree():
-        return IndexScan(context, index, scored)
+        return IndexScan(context, index, scored, with_norms=with_norms)
 
 
 def empty_result(

@@ -29,7 +29,7 @@ from ekfac_dist.curvature import products
 from ekfac_dist.curvature.damping import Damping
 from ekfac_dist.data.chats import messages_of, require_template
 from ekfac_dist.data.sequences import Sequences
-from ekfac_dist.errors import DataError, ModelError, NonFiniteError, StoreError
+from ekfac_dist.errors import ConfigError, DataError, ModelError, NonFiniteError, StoreError
 from ekfac_dist.factors.comparison import check_model, require_fitted_task
 from ekfac_dist.factors.factors import Factors
 from ekfac_dist.factors.opening import load_factors
@@ -53,7 +53,6 @@ from ekfac_dist.influence.output import SequenceTexts, write_answer
 from ekfac_dist.influence.preconditioned import (
     LowRankGradients,
     PreparedQueries,
-    bytes_per_group,
     rank_in,
 )
 from ekfac_dist.influence.queries import QuerySet, tokenize_queries
@@ -132,7 +131,7 @@ def open_session(config: ServeConfig, world: World) -> Iterator["OpenSession"]:
             check_sequences(model, train, "set data.max_tokens to {context} or less")
             index.require_data(train)
             index.require_model(comparison.fingerprints.whole)
-            num_indexed = len(index.indices)  # reads every shard, and so checks them
+            index.check_shards(world.rank, world.size)
         world.require_same("data, by fingerprint,", train.fingerprint)
         world.require_same("factors, by fingerprint,", factors.fingerprint)
         world.require_same("index, by fingerprint,", index.fingerprint)
@@ -141,7 +140,7 @@ def open_session(config: ServeConfig, world: World) -> Iterator["OpenSession"]:
             log_on_main(world, f"model         {sentence}")
         log_on_main(
             world,
-            f"index         {num_indexed} sequences, rank {index.rank}, {as_text(index.num_bytes)}",
+            f"index         {len(index)} sequences, rank {index.rank}, {as_text(index.num_bytes)}",
         )
         opened = _Opened(
             config=config,
@@ -212,6 +211,7 @@ class OpenSession:
         self._texts = SequenceTexts(
             opened.train, opened.examples, opened.data_config, opened.tokenizer
         )
+        self._last: _OpenRanking | None = None  # that was scored exactly
         self._dampings: dict[str, dict[str, float]] = {}  # absolute, of each that was asked for
         self._columns = {int(index): k for k, index in enumerate(opened.train.indices)}
         self.info = self._info()
@@ -286,6 +286,17 @@ class OpenSession:
         )
         require_refinable(scores, question.refine)
         require_refinable_model(self._opened.model, CAUSAL_LM, question.refine)
+        if question.refine.is_on and self._base.owners is not None:
+            raise ConfigError(
+                f"refine.method is {question.refine.method}, for which every worker holds all "
+                "factors, but those of this service are shared out, as they are too large for one; "
+                "ask without refinement."
+            )
+        if scores.tokens == "outputs" and is_sharded(self._opened.model):
+            raise ModelError(
+                "tokens is outputs, but the model is sharded over the workers by FSDP, which "
+                "gathers weights for one backward alone; ask with tokens: inputs."
+            )
         list_lengths(scores, len(self._train))
         Damping(**vars(question.damping)).require_used(self._base.factors.modules)
         return scores
@@ -319,21 +330,20 @@ class OpenSession:
         result = empty_result(context, together, self._train, scores[0], self._opened.index.rank)
         joined, whole = self._query_gradients(context, together, scores[0], result, go_on)
         with self.world.agree():
-            index = IndexScan(context, self._opened.index, self._train)
+            with_norms = questions[0].normalize != "none"
+            index = IndexScan(context, self._opened.index, self._train, with_norms=with_norms)
         DataPasses(context, self._train, scores[0], result, index).scan("", joined, go_on)
         losses = [*result.query_losses, *(one for one in result.against_losses if one is not None)]
         self._require_finite(result.scores, torch.tensor(losses))
         seconds = time.perf_counter() - start
         return [
             _OpenRanking(
-                scores=self._row(
-                    result, together, row, list_lengths(scores[row], len(self._train))
-                ),
+                scores=self._row(result, together, row, scores[row]),
                 queries=alone[row],
                 seconds=seconds,
                 question=question,
                 context=context,
-                prepared=whole[row],
+                prepared=whole if len(questions) == 1 else None,
             )
             for row, question in enumerate(questions)
         ]
@@ -365,8 +375,8 @@ class OpenSession:
         scores: ScoresConfig,
         result: InfluenceScores,
         go_on: Callable[[], bool],
-    ) -> tuple[PreparedQueries, list[PreparedQueries | None]]:
-        """The gradients that a scan is of, and the whole ones that there is memory to hold.
+    ) -> tuple[PreparedQueries, PreparedQueries]:
+        """The gradients that a scan is of, and the whole ones of the last question.
 
         Args:
             context: What the questions are answered with.
@@ -381,11 +391,9 @@ class OpenSession:
             refinement = start_refinement(context, self._train, scores, num_questions)
             refinement = replace(refinement, go_on=go_on)
             result.refined = refinement.result
-        each = bytes_per_group(context.modules, None, context.dtype, context.shard)
-        held = max(1, int(scores.query_memory_gb * 1e9 // each))
         products_of_scan = len(self._opened.index) * self._opened.index.rank
-        by_rank = products_of_scan >= _LEAST_FOR_LOW_RANK or num_questions > held
-        whole: list[PreparedQueries | None] = []
+        # Whole gradients of several questions at once may be more than there is memory for.
+        by_rank = products_of_scan >= _LEAST_FOR_LOW_RANK or num_questions > 1
         scanned: list[PreparedQueries] = []
         for group in range(num_questions):
             if refinement is not None:
@@ -393,16 +401,15 @@ class OpenSession:
             else:
                 of_group = prepare("query", context, together, [group], None)
             scanned.append(_of_low_rank(context, of_group) if by_rank else of_group)
-            whole.append(of_group if group < held else None)
             result.query_losses[group] = of_group.losses[group]
             if (other := together.against[group]) is not None:
                 result.against_losses[group] = of_group.losses[other]
         if by_rank:
             result.ranks = {m.name: rank_in(m, _SCAN_RANK) for m in context.modules}
-        return _joined(scanned), whole
+        return _joined(scanned), of_group
 
     def _row(
-        self, result: InfluenceScores, queries: QuerySet, row: int, lengths: tuple[int, int]
+        self, result: InfluenceScores, queries: QuerySet, row: int, scores: ScoresConfig
     ) -> InfluenceScores:
         """One question's row of the scores of several, with its lists."""
         losses = result.query_losses
@@ -417,11 +424,13 @@ class OpenSession:
             members=((0,),),
             query_losses=[losses[row]],
             against_losses=[None if other is None else result.against_losses[row]],
+            tokens=scores.tokens,
             refined=refined,
             model_differs=self._opened.differs,
             not_compared=self._opened.not_compared,
         )
         columns = np.arange(len(own.indices))
+        lengths = list_lengths(scores, len(self._train))
         top, bottom = make_lists(own.scores[0], columns, own.indices, lengths)
         own.top, own.bottom = [top], [bottom]
         return own
@@ -460,6 +469,9 @@ class OpenSession:
         """Exact scores of a few columns with those of their positions, layers and modules."""
         own = _open(ranking)
         context = own.context
+        if self._last is not None and self._last is not own:
+            self._last.prepared = None  # there is memory for the whole gradients of one question
+        self._last = own
         if own.prepared is None:
             if context.refine.is_on:
                 refinement = start_refinement(context, self._train, self._scores, 1)

@@ -1,7 +1,7 @@
 """Prefetching: a thread prepares the next items while the caller works on the current one."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -9,7 +9,9 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-def prefetch(make: Callable[[T], U], items: Iterable[T], depth: int = 2) -> Iterator[U]:
+def prefetch(
+    make: Callable[[T], U], items: Iterable[T], depth: int = 2
+) -> Generator[U, None, None]:
     """Yields make(item) for each item, in order, computed in a thread ahead of its use.
 
     Args:

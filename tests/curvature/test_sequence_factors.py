@@ -35,6 +35,28 @@ def test_products_are_the_best_of_their_rank(dtype, tolerance, rank):
         assert off <= values[rank:].norm() + tolerance * values.norm()
 
 
+@pytest.mark.parametrize("scale", [1e-24, 1e20])
+def test_tiny_and_enormous_gradients_lose_nothing(scale):
+    acts, grads, dense = rows(torch.float32)
+    left, right = sequence_factors(acts, grads * scale, LENGTHS, 1)
+    for G, u, v in zip(dense, left.double() / scale, right.double(), strict=True):
+        off = torch.linalg.norm(G - u.T @ v)
+        assert off <= torch.linalg.svdvals(G)[1:].norm() * (1 + 1e-4) + 1e-6 * G.norm()
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_what_is_not_finite_has_no_products_and_is_seen_in_the_norms(bad):
+    acts, grads, _ = rows(torch.float32)
+    grads[LENGTHS[0] + LENGTHS[1] + 2, 3] = bad  # of the third sequence
+    left, _ = sequence_factors(acts, grads, LENGTHS, 2)
+    assert not left[2].any()
+    assert torch.isfinite(left).all()
+    norms = sequence_norms(
+        GradientTiles(), acts, grads, LENGTHS, torch.ones(OUTPUTS, INPUTS), 1.0, [1.0]
+    )
+    assert torch.isfinite(norms).all((1, 2)).tolist() == [True, True, False, True, True]
+
+
 @pytest.mark.parametrize("rank", [3, 9])
 def test_a_sequence_of_no_more_positions_is_kept_whole(rank):
     acts, grads, dense = rows(torch.float32)
@@ -61,10 +83,11 @@ def test_norms_are_the_dense_ones(tile, monkeypatch):
     acts, grads, dense = rows(torch.float64)
     lam = torch.rand(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(2)).double()
     dampings = [1e-3, 0.1, 2.0]
-    found = sequence_norms(GradientTiles(), acts, grads, LENGTHS, lam, dampings)
+    mean = 0.25
+    found = sequence_norms(GradientTiles(), acts, grads, LENGTHS, lam, mean, dampings)
     assert found.shape == (5, 2, 3)
     for n, G in enumerate(dense):
         for d, damping in enumerate(dampings):
-            solved = G / (lam + damping)
+            solved = G / (lam / mean + damping)
             assert torch.allclose(found[n, 0, d], (G * solved).sum(), rtol=1e-10)
             assert torch.allclose(found[n, 1, d], solved.square().sum(), rtol=1e-10)

@@ -139,6 +139,21 @@ def test_questions_in_one_scan_are_answered_as_alone(root):
             assert found.top[0].columns.tolist() == scores.top[0].columns.tolist()
 
 
+def test_each_question_says_what_its_own_tokens_scores_are_of(root):
+    several = [question(rescore=0, tokens="outputs"), question(tokens="outputs")]
+    with opened(root) as session:
+        first, second = session.rank(several)
+    assert (first.scores.tokens, second.scores.tokens) == ("inputs", "outputs")
+
+
+def test_whole_gradients_are_held_of_one_question_at_a_time(root):
+    with opened(root, "rank-1") as session:
+        rankings = session.rank([question(), question(OTHER), question(against=OTHER)])
+        for ranking in rankings:
+            session.exact(ranking, session.to_rescore(ranking)[:2])
+            assert [one.prepared is not None for one in rankings].count(True) == 1
+
+
 def test_what_is_scored_again_comes_in_the_order_of_interest(root):
     with opened(root, "rank-1") as session:
         (ranking,) = session.rank([question(rescore=5, bottom_k=2)])

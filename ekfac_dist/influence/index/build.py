@@ -98,9 +98,14 @@ class IndexShards(TrainingPairs):
         left_ncO, right_ncI = sequence_factors(acts_MI, grads_MO, batch.lengths, rank)
         self._tensors[layout.left_key(module.name)][rows] = left_ncO.to("cpu", self._dtype)
         self._tensors[layout.right_key(module.name)][rows] = right_ncI.to("cpu", self._dtype)
-        dampings = [self._means[module.name] * one for one in DAMPINGS]
         norms = sequence_norms(
-            self._tiles, acts_MI, grads_MO, batch.lengths, fitted.lambda_of(module), dampings
+            self._tiles,
+            acts_MI,
+            grads_MO,
+            batch.lengths,
+            fitted.lambda_of(module),
+            self._means[module.name],
+            DAMPINGS,
         )
         self._total += norms.sum(dtype=torch.float64)
         number = self._module_index[module.name]

@@ -1,6 +1,6 @@
 """What a run of `index` reads before the model: factors, data, and the index that grows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ekfac_dist.config import DataConfig, IndexConfig, Kept, ModelConfig
 from ekfac_dist.data.sequences import Sequences
@@ -56,6 +56,9 @@ def read_inputs(config: IndexConfig, world: World, *, adds: bool) -> IndexInputs
         kept = config.index.over(None if before is None else before.manifest["index"])
         model_config = config.model.over(fitted["model"])
         data_config = config.data.over(data)
+        if before is not None:  # a longer source is read as the index's was
+            own = replace(config.data, source=None).over(data)
+            data_config = replace(own, source=config.data.source or own.source)
     with named_by(store, "model.name", model_config.name, config.model.name):
         tokenizer, tokenizer_print = world.main_first(lambda: load_tokenizer(model_config))
     with named_by(store, "data.source", data_config.source, config.data.source):
@@ -79,5 +82,5 @@ def _require_beginning(before: GradientIndex, train: Sequences) -> None:
         raise DataError(
             f"The data ({train.counts.rows} rows) do not begin with the {num_rows} rows that the "
             f"index {before.path} was made of; sequences are added at the end. Give data that go "
-            "on from those, or make another index."
+            "on from those, read in the same way, or make another index."
         )

@@ -5,12 +5,14 @@ module and these λ, multiples of mean(Λ) of the module:
 
     s(λ) = ⟨G, (F + λ)⁻¹ G⟩        and        d(λ) = ‖(F + λ)⁻¹ G‖² = −s′(λ)
 
+Stored are mean(Λ)·s and mean(Λ)²·d, which are of the size of the gradients however small Λ is.
+
 Between them log s and log d are interpolated over log λ, by cubic polynomials: both are smooth, for
-s is a mean of 1/(Λ + λ). Halfway between two, a norm was off by 1 or 2 % (SmolLM2-135M); scores of
-an index are less exact than that.
+s is a mean of 1/(Λ + λ). Halfway between two, a norm was off by 1 or 2 % (SmolLM2-135M), and by up
+to 3 % where Λ spreads over ten decades.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -48,6 +50,30 @@ def interpolated(norms_nd: Tensor, damping: float) -> Tensor:
     return torch.where((values_n4 > 0).all(1), logs_n.exp(), 0.0)
 
 
+def require_known(
+    modules: Iterable[TrackedModule], means: Mapping[str, float], damping: Mapping[str, float]
+) -> None:
+    """Refuses a damping for which norms are not known.
+
+    Args:
+        modules: The modules.
+        means: mean(Λ) of each module, as of `mean_of`.
+        damping: Absolute λ of each module.
+
+    Raises:
+        ConfigError: If a λ is outside those that norms are stored for.
+    """
+    least, most = DAMPINGS[0] * (1 - 1e-6), DAMPINGS[-1] * (1 + 1e-6)
+    for module in modules:
+        multiple = damping[module.name] / means[module.name]
+        if not least <= multiple <= most:
+            raise ConfigError(
+                f"The damping of module {module.name} is {multiple:.3g} times its mean(Λ); an "
+                f"index knows norms of gradients for {DAMPINGS[0]:.2g} to {DAMPINGS[-1]:.3g} "
+                "times. Give such a damping, scores.normalize: none, or no index."
+            )
+
+
 def at_dampings(
     norms_nmkd: Tensor,
     modules: Sequence[TrackedModule],
@@ -57,23 +83,15 @@ def at_dampings(
     """Σ over modules of s and of d at their dampings [2, n], float64.
 
     Args:
-        norms_nmkd: The stored norms [n, modules, 2, dampings].
+        norms_nmkd: The stored norms, mean(Λ)·s and mean(Λ)²·d [n, modules, 2, dampings].
         modules: The modules, in the norms' order.
-        means: mean(Λ) of each module.
-        damping: Absolute λ of each module.
-
-    Raises:
-        ConfigError: If a λ is outside those that norms are stored for.
+        means: mean(Λ) of each module, as of `mean_of`.
+        damping: Absolute λ of each module; see `require_known`.
     """
     sums_2n = torch.zeros(2, len(norms_nmkd), dtype=torch.float64)
     for m, module in enumerate(modules):
-        multiple = damping[module.name] / means[module.name]
-        if not DAMPINGS[0] * (1 - 1e-6) <= multiple <= DAMPINGS[-1] * (1 + 1e-6):
-            raise ConfigError(
-                f"The damping of module {module.name} is {multiple:.3g} times its mean(Λ); an "
-                f"index knows norms of gradients for {DAMPINGS[0]:.2g} to {DAMPINGS[-1]:.3g} "
-                "times. Give such a damping, scores.normalize: none, or no index."
-            )
+        mean = means[module.name]
         for k in range(2):
-            sums_2n[k] += interpolated(norms_nmkd[:, m, k], multiple)
+            stored_nd = norms_nmkd[:, m, k]
+            sums_2n[k] += interpolated(stored_nd, damping[module.name] / mean) / mean ** (k + 1)
     return sums_2n

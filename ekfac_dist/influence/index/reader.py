@@ -17,6 +17,7 @@ from ekfac_dist.factors.factors import Factors
 from ekfac_dist.factors.layout import CHECKSUM, MANIFEST, STATE, manifest_checksum, read_manifest
 from ekfac_dist.influence.index import layout
 from ekfac_dist.influence.index.layout import DTYPES, FORMAT, INDICES, NORMS, REMEDY, Shard
+from ekfac_dist.influence.index.norms import DAMPINGS
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.runtime.files import file_sha256
 
@@ -25,6 +26,7 @@ _ENTRIES: dict[str, dict[str, type]] = {
     "model": {"whole": str, "dtype": str},
     "data": {"fingerprint": str, "num_sequences": int, "num_rows": int, "config": dict},
     "index": {"rank": int, "dtype": str},
+    "norms": {"dampings": list, "mean_lambda": dict},
 }
 
 
@@ -60,6 +62,11 @@ class GradientIndex:
             )
         self.modules: tuple[TrackedModule, ...] = tuple(factors.modules.values())
         kept = self.manifest["index"]
+        means = self.mean_lambdas
+        if any(type(means.get(module.name)) is not float for module in self.modules):
+            raise StoreError(
+                f"{self.path / MANIFEST} is damaged: its norms are not whole. {REMEDY}"
+            )
         self.rank = kept["rank"]
         self.dtype = DTYPES[kept["dtype"]]
         self.shards = self._shards()
@@ -97,6 +104,11 @@ class GradientIndex:
                 raise StoreError(f"{file} is damaged: its {name} is not whole. {REMEDY}")
         if manifest["index"]["dtype"] not in DTYPES or manifest["index"]["rank"] < 1:
             raise StoreError(f"{file} is damaged: its index is not whole. {REMEDY}")
+        if manifest["norms"]["dampings"] != list(DAMPINGS):
+            raise StoreError(
+                f"{path} has norms for other dampings than this version reads; make it again with "
+                "`index`."
+            )
         return manifest
 
     def _shards(self) -> list[Shard]:
@@ -166,25 +178,50 @@ class GradientIndex:
                 "model, in that dtype, or make another index."
             )
 
+    def check_shards(self, rank: int, workers: int) -> None:
+        """Compares a worker's share of the shards with their checksums.
+
+        Args:
+            rank: The worker's rank.
+            workers: W; when each has checked its share, none reads a shard to check it again.
+
+        Raises:
+            StoreError: If one is damaged.
+        """
+        for shard in self.shards[rank::workers]:
+            self._check(shard)
+        self._verified.update(shard.file for shard in self.shards)
+
+    def _check(self, shard: Shard) -> None:
+        """Compares a shard with its checksum, if that has not been done."""
+        file = self.path / shard.file
+        if not self._verify or shard.file in self._verified:
+            return
+        try:
+            digest = file_sha256(file)
+        except OSError as error:
+            raise StoreError(f"{file} cannot be read: {error.strerror}. {REMEDY}") from error
+        if digest != self.manifest["shards"][shard.number]["sha256"]:
+            raise StoreError(
+                f"{file} is damaged: its SHA-256 is not the one in the manifest. {REMEDY}"
+            )
+        self._verified.add(shard.file)
+
     @contextmanager
-    def open(self, shard: Shard) -> Iterator["OpenShard"]:
-        """Opens one shard, after comparing it with its checksum.
+    def open(self, shard: Shard, *, checks: bool = True) -> Iterator["OpenShard"]:
+        """Opens one shard.
+
+        Args:
+            shard: The shard.
+            checks: Whether to compare it with its checksum first. What is read of all shards by
+                every worker is not: each shard is checked by the worker that scores from it.
 
         Raises:
             StoreError: If it is damaged.
         """
         file = self.path / shard.file
-        entry = self.manifest["shards"][shard.number]
-        if self._verify and shard.file not in self._verified:
-            try:
-                digest = file_sha256(file)
-            except OSError as error:
-                raise StoreError(f"{file} cannot be read: {error.strerror}. {REMEDY}") from error
-            if digest != entry["sha256"]:
-                raise StoreError(
-                    f"{file} is damaged: its SHA-256 is not the one in the manifest. {REMEDY}"
-                )
-            self._verified.add(shard.file)
+        if checks:
+            self._check(shard)
         expected = layout.shapes(shard, self.modules, self.rank, self.dtype)
         try:
             with safe_open(file, framework="pt") as opened:
@@ -199,20 +236,23 @@ class GradientIndex:
         """Index in the data of every sequence, in the index's order [N]."""
         parts = []
         for shard in self.shards:
-            with self.open(shard) as opened:
+            with self.open(shard, checks=False) as opened:
                 parts.append(opened.tensor(INDICES).numpy().copy())
         indices = np.concatenate(parts)
         if len(indices) > 1 and not (np.diff(indices) > 0).all():
             raise StoreError(f"{self.path}: its sequences are not in the data's order. {REMEDY}")
         return indices
 
-    def norms(self) -> Tensor:
-        """The norms of all sequences [N, modules, 2, dampings]; see `norms`."""
-        parts = []
+    def norms(self) -> Iterator[Tensor]:
+        """The norms of each shard's sequences [n, modules, 2, dampings]; see `norms`."""
         for shard in self.shards:
-            with self.open(shard) as opened:
-                parts.append(opened.tensor(NORMS).clone())
-        return torch.cat(parts)
+            with self.open(shard, checks=False) as opened:
+                yield opened.tensor(NORMS)
+
+    @property
+    def mean_lambdas(self) -> dict[str, float]:
+        """mean(Λ) of each module, which dampings are multiples of."""
+        return dict(self.manifest["norms"]["mean_lambda"])
 
 
 class OpenShard:

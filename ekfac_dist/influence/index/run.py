@@ -15,7 +15,7 @@ from ekfac_dist.influence.index.inputs import IndexInputs, read_inputs
 from ekfac_dist.influence.index.layout import DTYPES
 from ekfac_dist.influence.index.making import opened_for_making
 from ekfac_dist.influence.index.norms import DAMPINGS, mean_of
-from ekfac_dist.influence.index.writer import check_index_output
+from ekfac_dist.influence.index.writer import check_index_output, end_what_is_finished
 from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.load.configuration import configuration
 from ekfac_dist.models.load.on_workers import load, require_same_model
@@ -73,7 +73,8 @@ def run_index(config: IndexConfig, world: World, *, adds: bool = False) -> Index
     world.on_main(lambda: check_index_output(output, config.as_dict(), adds=adds))
     inputs = read_inputs(config, world, adds=adds)
     train, before = inputs.train, inputs.before
-    if before is not None and len(train) == len(before):
+    if before is not None and train.fingerprint == before.manifest["data"]["fingerprint"]:
+        world.on_main(lambda: end_what_is_finished(output, train.fingerprint))
         count = len(before.shards), before.num_bytes
         return IndexSummary(len(before), 0, *count, time.perf_counter() - start)
     modules = list(inputs.factors.modules.values())

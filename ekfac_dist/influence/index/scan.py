@@ -6,7 +6,7 @@ block, by a thread that is ahead of the products. They are shared out over the w
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,14 +76,25 @@ class IndexScan:
         context: Model, factors, damping, workers.
         index: The index.
         scored: The scored sequences, all of which the index has.
+        with_norms: Whether norms will be asked for.
 
     Raises:
-        StoreError: If it lacks one.
+        ConfigError: If they will be, and the index does not know them for the context's damping.
+        StoreError: If it lacks a sequence.
     """
 
-    def __init__(self, context: ScoringContext, index: GradientIndex, scored: Examples) -> None:
+    def __init__(
+        self,
+        context: ScoringContext,
+        index: GradientIndex,
+        scored: Examples,
+        *,
+        with_norms: bool,
+    ) -> None:
         self._context, self.index = context, index
         self._scored = scored.indices
+        if with_norms:
+            norms.require_known(context.modules, index.mean_lambdas, context.damping)
         places = np.searchsorted(index.indices, self._scored)
         found = index.indices[np.minimum(places, len(index) - 1)] == self._scored
         if not found.all():
@@ -97,12 +108,18 @@ class IndexScan:
     def norms(self) -> Tensor:
         """⟨G, (F + λ)⁻¹ G⟩ and ‖(F + λ)⁻¹ G‖² of the whole gradients [2, N], float64.
 
+        It is a collective.
+
         Raises:
-            ConfigError: If the index does not know norms for the context's damping.
+            StoreError: If a shard is damaged.
         """
-        stored = self.index.norms()[torch.from_numpy(self._places)]
-        means = self.index.manifest["norms"]["mean_lambda"]
-        return norms.at_dampings(stored, self._context.modules, means, self._context.damping)
+        context, means = self._context, self.index.mean_lambdas
+        with context.world.agree():
+            parts = [
+                norms.at_dampings(of_shard, context.modules, means, context.damping)
+                for of_shard in self.index.norms()
+            ]
+        return torch.cat(parts, 1)[:, torch.from_numpy(self._places)]
 
     def run(self, name: str, scan: Scan, go_on: Callable[[], bool] | None = None) -> None:
         """Shows every scored sequence to a scan, and sums its scores over the workers.
@@ -118,7 +135,7 @@ class IndexScan:
         """
         context, world = self._context, self._context.world
         rounds = self._rounds()
-        num_all = len(self.index)
+        num_all = len(self._places)
         progress = Progress(
             name,
             total=sum(shard.length for shard in rounds if shard is not None),
@@ -129,9 +146,11 @@ class IndexScan:
         # A block with collectives in it is left at once by a worker that fails.
         agreed, is_stopped = world.agree(together=None if go_on is None else ()), False
         with agreed, progress, torch.no_grad(), ExitStack() as stack:
-            reader = _ShardReader(self.index, stack)
+            reader = stack.enter_context(_ShardReader(self.index))
             pieces = [piece for shard in rounds for piece in self._pieces(shard)]
-            ahead = prefetch(reader.read, [piece for piece in pieces if piece is not None])
+            wanted = [piece for piece in pieces if piece is not None]
+            # Its thread has ended before the shard that it reads is closed.
+            ahead = stack.enter_context(closing(prefetch(reader.read, wanted)))
             for piece in pieces:
                 if (piece is None or piece.is_first) and go_on is not None and not go_on():
                     is_stopped = True
@@ -163,32 +182,34 @@ class IndexScan:
         context = self._context
         left_ncO = to_device(left, context.world.device).to(context.dtype)
         right_ncI = to_device(right, context.world.device).to(context.dtype)
-        own = self.index.indices[shard.places]
-        is_scored = np.isin(own, self._scored, assume_unique=True)
-        if not is_scored.all():
-            rows = torch.from_numpy(np.flatnonzero(is_scored)).to(context.world.device)
-            left_ncO, right_ncI, own = left_ncO[rows], right_ncI[rows], own[is_scored]
-        if len(own):
-            lengths = (left_ncO.shape[1],) * len(own)
-            batch = KeptSequences(own.tolist(), lengths)
-            scan.score(module, right_ncI.flatten(0, 1), left_ncO.flatten(0, 1), batch)
+        first, last = np.searchsorted(self._places, [shard.first, shard.places.stop])
+        rows = self._places[first:last] - shard.first
+        if len(rows) < shard.length:
+            chosen = torch.from_numpy(rows).to(context.world.device)
+            left_ncO, right_ncI = left_ncO[chosen], right_ncI[chosen]
+        batch = KeptSequences(self._scored[first:last].tolist(), (left_ncO.shape[1],) * len(rows))
+        scan.score(module, right_ncI.flatten(0, 1), left_ncO.flatten(0, 1), batch)
 
     def _rounds(self) -> list[Shard | None]:
         """The shards that this worker reads, with the others of its copy of the factors.
 
         Every worker has as many rounds; None where it has no shard left.
         """
-        context, shards = self._context, self.index.shards
+        context = self._context
+        held = np.array([shard.first for shard in self.index.shards]).searchsorted(
+            self._places, "right"
+        )
+        shards = [self.index.shards[number - 1] for number in np.unique(held)]
         copies = context.world.size // context.shard
         own = shards[context.world.rank // context.shard :: copies]
         return [*own, *[None] * (-(-len(shards) // copies) - len(own))]
 
     def _pieces(self, shard: Shard | None) -> Iterator["_Piece | None"]:
         """A shard cut into pieces of about `_PIECE_BYTES`; None for none."""
-        if shard is None:
+        index, own = self.index, self._context.own_modules
+        if shard is None or not own:
             yield None
             return
-        index, own = self.index, self._context.own_modules
         sizes = [layout.bytes_per_sequence([module], index.rank, index.dtype) for module in own]
         some: list[TrackedModule] = []
         held, is_first = 0, True
@@ -205,19 +226,24 @@ class _ShardReader:
 
     Args:
         index: The index.
-        stack: Closes the last shard.
     """
 
-    def __init__(self, index: GradientIndex, stack: ExitStack) -> None:
-        self._index, self._stack = index, stack
+    def __init__(self, index: GradientIndex) -> None:
+        self._index, self._open = index, ExitStack()
         self._shard: Shard | None = None
         self._opened: OpenShard | None = None
+
+    def __enter__(self) -> "_ShardReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
 
     def read(self, piece: _Piece) -> list[tuple[Tensor, Tensor]]:
         """U and v of a piece's modules, in memory."""
         if piece.shard is not self._shard or self._opened is None:
-            self._stack.close()
-            self._opened = self._stack.enter_context(self._index.open(piece.shard))
+            self._open.close()
+            self._opened = self._open.enter_context(self._index.open(piece.shard))
             self._shard = piece.shard
         opened = self._opened
         return [

@@ -104,6 +104,23 @@ def _begins(path: Path) -> dict[str, Any] | None:
     return begins if is_whole and isinstance(begins.get("adds"), bool) else None
 
 
+def end_what_is_finished(path: Path, data: str) -> None:
+    """Removes the state of a run that was ended after its manifest was in place; on worker 0.
+
+    Args:
+        path: The directory of a finished index.
+        data: Fingerprint of its data.
+
+    Raises:
+        OutputError: If another run is writing the directory.
+    """
+    begun = _begins(path)
+    if begun is not None and begun["adds"] and begun["inputs"].get("data") == data:
+        lock = DirectoryLock(path)
+        shutil.rmtree(path / STATE, ignore_errors=True)
+        lock.release()
+
+
 class IndexDirectory:
     """The directory, on worker 0, which holds its lock.
 

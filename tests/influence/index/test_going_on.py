@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.made_indices import MORE, NUMBER, adding, arguments, content, make_store
 from helpers.workshop import run_here
+from safetensors.torch import load_file, save_file
 
 from ekfac_dist import load_factors
 from ekfac_dist.errors import StoreError
@@ -84,11 +86,11 @@ def goes_on(root, tmp_path, monkeypatch, step, command, wanted, before):
         if before is not None:  # what was there is there
             known = GradientIndex(index, load_factors(root / "store"))
             assert len(known) in (NUMBER, NUMBER + MORE)
-        manifest_is_whole = is_finished(index, root)
-        if not (manifest_is_whole and (before is None or len(known) > NUMBER)):
-            done = run_here(command(root, index))
-            assert done.returncode == 0, (flush, done.stderr)
-        else:
+        done = run_here(command(root, index))
+        if done.returncode:  # a new one, which was killed after all
+            assert before is None, (flush, done.stderr)
+            assert "holds a finished index" in done.stderr, (flush, done.stderr)
+            assert is_finished(index, root)
             shutil.rmtree(index / "state", ignore_errors=True)
         assert content(index) == content(root / wanted), f"killed at flush {flush}"
         shutil.rmtree(index)
@@ -166,3 +168,55 @@ def test_another_run_is_refused_by_what_differs(root, tmp_path, monkeypatch):
     assert done.returncode == 2
     assert "holds no finished index: its run did not end" in done.stderr
     assert not (tmp_path / "scores").exists()
+
+
+def test_a_longer_source_is_read_as_the_index_was(root, tmp_path):
+    settings = ["--data.window", "6", "--data.max_tokens", "9"]
+    done = run_here(
+        arguments(
+            root, tmp_path / "i", "--data.source", root / "text.jsonl", *settings, "--index.rank", 2
+        )
+    )
+    assert done.returncode == 0, done.stderr
+    done = run_here(adding(root, tmp_path / "i"))
+    assert done.returncode == 0, done.stderr
+    grown = GradientIndex(tmp_path / "i", load_factors(root / "store"))
+    assert (grown.rank, grown.manifest["data"]["config"]["window"]) == (2, 6)
+    done = run_here(
+        arguments(root, tmp_path / "j", "--data.source", root / "more.jsonl", *settings)
+    )
+    assert done.returncode == 0, done.stderr
+    whole = GradientIndex(tmp_path / "j", load_factors(root / "store"))
+    assert len(grown) == len(whole) > NUMBER + MORE
+    assert grown.manifest["data"]["fingerprint"] == whole.manifest["data"]["fingerprint"]
+
+
+def test_rows_without_a_label_can_be_added(root, tmp_path):
+    index, source = tmp_path / "index", tmp_path / "longer.jsonl"
+    shutil.copytree(root / "whole", index)
+    source.write_text((root / "text.jsonl").read_text() + '{"text": ""}\n')
+    done = run_here(arguments(root, index, "--add", "--data.source", source))
+    assert done.returncode == 0, done.stderr
+    assert f"nothing new: {NUMBER} sequences" in done.stdout
+    query = ["query", "--factors", root / "store", "--index", index, "--scores.top_k", "3"]
+    ask = ["--queries", root / "queries.jsonl", "--output", tmp_path / "scores"]
+    done = run_here([*query, *ask, "--scores.rescore", "5"])
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_model_whose_gradients_are_not_finite_is_refused(root, tmp_path):
+    weights = load_file(root / "model" / "model.safetensors")
+    shutil.copytree(root / "model", tmp_path / "model")
+    weights["lm_head.weight"][3] = torch.inf
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    done = run_here(
+        arguments(
+            root,
+            tmp_path / "index",
+            *("--model.name", tmp_path / "model", "--model.allow_changes", "true"),
+        )
+    )
+    assert done.returncode == 2
+    assert "NaN or infinity" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "index").exists()

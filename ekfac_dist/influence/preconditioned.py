@@ -8,7 +8,8 @@ is its index in the block.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -193,3 +194,36 @@ def empty_gradients(
     return LowRankGradients(
         context.zeros(num_groups, num_outputs, rank), context.zeros(num_groups, num_inputs, rank)
     )
+
+
+def at_rank(context: ScoringContext, whole: PreparedQueries, rank: int) -> PreparedQueries:
+    """Whole gradients of one query group, reduced to a rank.
+
+    Args:
+        context: Gives the modules.
+        whole: The gradients.
+        rank: The rank, reduced to a module's own where that is less.
+    """
+    gradients: dict[str, Any] = {}
+    for module in context.own_modules:
+        matrix_OI = whole.gradients[module.name].matrix(0)
+        left, right = products.low_rank(matrix_OI, rank_in(module, rank))
+        gradients[module.name] = LowRankGradients(left[None], right[None])
+    return replace(whole, gradients=gradients)
+
+
+def joined(parts: Sequence[PreparedQueries]) -> PreparedQueries:
+    """Gradients of query groups, one each, as those of one block.
+
+    Args:
+        parts: The gradients of each group, all whole or all of one rank.
+    """
+    if len(parts) == 1:
+        return replace(parts[0], groups=[0])
+    gradients: dict[str, Any] = {}
+    for name, first in parts[0].gradients.items():
+        own: list[list[Tensor]] = [part.gradients[name].tensors() for part in parts]
+        gradients[name] = type(first)(*map(torch.cat, zip(*own, strict=True)))
+    losses = {sequence: loss for part in parts for sequence, loss in part.losses.items()}
+    self_influence = torch.cat([part.self_influence for part in parts])
+    return PreparedQueries(list(range(len(parts))), gradients, self_influence, losses)

@@ -13,33 +13,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
-from transformers import LogitsProcessorList
 
 from ekfac_dist.config import (
-    DataConfig,
-    ModelConfig,
     QueryConfig,
     ScoresConfig,
     ServeConfig,
     require_refinable,
 )
-from ekfac_dist.curvature import products
 from ekfac_dist.curvature.damping import Damping
-from ekfac_dist.data.chats import messages_of, require_template
-from ekfac_dist.data.sequences import Sequences
-from ekfac_dist.errors import ConfigError, DataError, ModelError, NonFiniteError, StoreError
-from ekfac_dist.factors.comparison import check_model, require_fitted_task
-from ekfac_dist.factors.factors import Factors
-from ekfac_dist.factors.opening import load_factors
+from ekfac_dist.errors import ConfigError, ModelError, NonFiniteError
 from ekfac_dist.influence.answer import Answer
 from ekfac_dist.influence.asking import Question, Ranking
 from ekfac_dist.influence.checks import scoring_context
+from ekfac_dist.influence.completion import complete, prompt_ids
 from ekfac_dist.influence.context import ScoringContext
 from ekfac_dist.influence.data_passes import DataPasses
 from ekfac_dist.influence.held import computes_again, factors_on_device
-from ekfac_dist.influence.index.reader import GradientIndex
 from ekfac_dist.influence.index.scan import IndexScan
 from ekfac_dist.influence.lists import (
     Chosen,
@@ -48,11 +38,12 @@ from ekfac_dist.influence.lists import (
     list_lengths,
     make_lists,
 )
-from ekfac_dist.influence.names import named_by
+from ekfac_dist.influence.open_model import OpenModel, opened_model
 from ekfac_dist.influence.output import SequenceTexts, write_answer
 from ekfac_dist.influence.preconditioned import (
-    LowRankGradients,
     PreparedQueries,
+    at_rank,
+    joined,
     rank_in,
 )
 from ekfac_dist.influence.queries import QuerySet, tokenize_queries
@@ -62,20 +53,15 @@ from ekfac_dist.influence.results_in_memory import ResultsInMemory, ResultsToMem
 from ekfac_dist.influence.scores import Details, InfluenceScores
 from ekfac_dist.influence.scoring import empty_result
 from ekfac_dist.influence.token_texts import TokenTexts
-from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.capture.tasks import CAUSAL_LM
-from ekfac_dist.models.load.on_workers import load, require_same_model
-from ekfac_dist.models.load.pretrained import context_length, load_tokenizer
+from ekfac_dist.models.load.pretrained import context_length
 from ekfac_dist.models.modules import layer_name
-from ekfac_dist.models.sharding import agreeing, is_sharded
+from ekfac_dist.models.sharding import is_sharded
 from ekfac_dist.passes.sequences import (
     check_sequences,
     exactly_batched,
-    load_with_examples,
     with_chunked_head,
 )
-from ekfac_dist.runtime.logs import log_on_main
-from ekfac_dist.runtime.memory import as_text
 from ekfac_dist.runtime.processes import World
 
 # Rank of query gradients in a scan, and the least number of an index's products for which a scan
@@ -104,82 +90,11 @@ class _OpenRanking(Ranking):
 def open_session(config: ServeConfig, world: World) -> Iterator["OpenSession"]:
     """Opens model, factors and index; a collective.
 
-    Args:
-        config: The service's configuration.
-        world: The workers.
-
     Raises:
-        UserError: If the user can correct the cause; on every worker alike.
+        UserError: As of `opened_model`.
     """
-    store, path = str(config.factors), str(config.index)
-    with world.agree():
-        factors = load_factors(store)
-        require_fitted_task(store, factors, CAUSAL_LM)
-        index = GradientIndex(path, factors)
-        model_config = config.model.over(factors.manifest["config"]["model"])
-        data_config = config.data.over(index.manifest["data"]["config"])
-    with named_by(store, "model.name", model_config.name, config.model.name):
-        tokenizer, tokenizer_print = world.main_first(lambda: load_tokenizer(model_config))
-    with named_by(path, "data.source", data_config.source, config.data.source):
-        train, examples = load_with_examples(data_config, tokenizer, tokenizer_print, world)
-    model = load(model_config, world)
-    with prepared(model):
-        with agreeing(world, model, StoreError):
-            allowed = config.model.allow_changes
-            comparison = check_model(store, factors, model, allow_changes=allowed)
-        with world.agree():
-            check_sequences(model, train, "set data.max_tokens to {context} or less")
-            index.require_data(train)
-            index.require_model(comparison.fingerprints.whole)
-            index.check_shards(world.rank, world.size)
-        world.require_same("data, by fingerprint,", train.fingerprint)
-        world.require_same("factors, by fingerprint,", factors.fingerprint)
-        world.require_same("index, by fingerprint,", index.fingerprint)
-        require_same_model(model, comparison.fingerprints, world)
-        for sentence in (*comparison.differs, *comparison.not_compared):
-            log_on_main(world, f"model         {sentence}")
-        log_on_main(
-            world,
-            f"index         {len(index)} sequences, rank {index.rank}, {as_text(index.num_bytes)}",
-        )
-        opened = _Opened(
-            config=config,
-            factors=factors,
-            index=index,
-            model=model,
-            model_config=model_config,
-            data_config=data_config,
-            tokenizer=tokenizer,
-            train=train,
-            examples=examples,
-            whole=comparison.fingerprints.whole,
-            differs=comparison.differs,
-            not_compared=comparison.not_compared,
-        )
+    with opened_model(config, world) as opened:
         yield OpenSession(opened, world)
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """What a session holds open; attributes as of `Answer`."""
-
-    config: ServeConfig
-    factors: Factors
-    index: GradientIndex
-    model: torch.nn.Module
-    model_config: ModelConfig
-    data_config: DataConfig
-    tokenizer: Any
-    train: Sequences
-    examples: Dataset
-    whole: str
-    differs: tuple[str, ...]
-    not_compared: tuple[str, ...]
-
-    @property
-    def dtype(self) -> str:
-        """The model's dtype, in words."""
-        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
 
 
 class OpenSession:
@@ -194,7 +109,7 @@ class OpenSession:
         info: What it is, for people.
     """
 
-    def __init__(self, opened: _Opened, world: World) -> None:
+    def __init__(self, opened: OpenModel, world: World) -> None:
         self._opened, self.world = opened, world
         self._lock = threading.Lock()  # a tokenizer is not to be used by two threads at once
         self._scores = ScoresConfig()
@@ -400,13 +315,13 @@ class OpenSession:
                 of_group = refinement.prepare("refine", together, [group], None)
             else:
                 of_group = prepare("query", context, together, [group], None)
-            scanned.append(_of_low_rank(context, of_group) if by_rank else of_group)
+            scanned.append(at_rank(context, of_group, _SCAN_RANK) if by_rank else of_group)
             result.query_losses[group] = of_group.losses[group]
             if (other := together.against[group]) is not None:
                 result.against_losses[group] = of_group.losses[other]
         if by_rank:
             result.ranks = {m.name: rank_in(m, _SCAN_RANK) for m in context.modules}
-        return _joined(scanned), of_group
+        return joined(scanned), of_group
 
     def _row(
         self, result: InfluenceScores, queries: QuerySet, row: int, scores: ScoresConfig
@@ -569,113 +484,16 @@ class OpenSession:
         seed: int,
     ) -> dict[str, Any]:
         """Lets the model go on from a prompt, or a chat."""
-        opened, tokenizer = self._opened, self._opened.tokenizer
-        if is_sharded(opened.model):
-            raise ModelError(
-                "The model is sharded over the workers by FSDP, so it does not go on from prompts "
-                "here; start the service without FSDP, or write the completion."
-            )
+        model, tokenizer = self._opened.model, self._opened.tokenizer
         with self._lock:
-            ids = self._prompt_ids(prompt, messages)
-        longest = context_length(opened.model)
-        if longest is not None and len(ids) + max_tokens > longest:
-            raise DataError(
-                f"The prompt has {len(ids)} tokens, and {max_tokens} more are asked for, but the "
-                f"model reads {longest} at most; shorten the prompt, or ask for fewer."
-            )
-        inputs = torch.tensor([ids], device=self.world.device)
-        sampling: dict[str, Any] = {"do_sample": False}
-        if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature}
-        finite = LogitsProcessorList([_require_numbers])
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            output = opened.model.generate(  # type: ignore[operator]
-                inputs,
-                attention_mask=torch.ones_like(inputs),
-                max_new_tokens=max_tokens,
-                pad_token_id=_padding(tokenizer),
-                logits_processor=finite,
-                **sampling,
-            )
-        new = output[0, len(ids) :].tolist()
-        ends = bool(new) and new[-1] in _end_tokens(opened.model, tokenizer)
-        if ends:
-            new = new[:-1]
+            ids = prompt_ids(tokenizer, prompt, messages)
+        new, ends = complete(model, tokenizer, ids, max_tokens, temperature, seed)
         with self._lock:
             text = tokenizer.decode(new, skip_special_tokens=False)
             tokens = TokenTexts(tokenizer).of(new) if new else []
         return {"text": text, "tokens": tokens, "finish": "end" if ends else "length"}
 
-    def _prompt_ids(self, prompt: str, messages: list[dict[str, Any]] | None) -> list[int]:
-        """The tokens of a prompt, or of a chat that waits for an answer."""
-        tokenizer, special = self._opened.tokenizer, True
-        if messages is not None:
-            require_template(tokenizer, "messages")
-            asked = [*messages, {"role": "assistant", "content": "-"}]
-            checked = messages_of(asked, "messages")[:-1]
-            prompt = tokenizer.apply_chat_template(
-                checked, tokenize=False, add_generation_prompt=True
-            )
-            special = False
-        ids: list[int] = tokenizer(prompt, add_special_tokens=special)["input_ids"]
-        if not ids:
-            raise DataError("The prompt has no token; write something for the model to go on from.")
-        return ids
-
 
 def _open(ranking: Ranking) -> _OpenRanking:
     assert isinstance(ranking, _OpenRanking)
     return ranking
-
-
-def _of_low_rank(context: ScoringContext, whole: PreparedQueries) -> PreparedQueries:
-    """A question's gradients at the rank of scans."""
-    gradients: dict[str, Any] = {}
-    for module in context.own_modules:
-        matrix_OI = whole.gradients[module.name].matrix(0)
-        left, right = products.low_rank(matrix_OI, rank_in(module, _SCAN_RANK))
-        gradients[module.name] = LowRankGradients(left[None], right[None])
-    return replace(whole, gradients=gradients)
-
-
-def _joined(parts: Sequence[PreparedQueries]) -> PreparedQueries:
-    """Several questions' gradients as those of one block."""
-    if len(parts) == 1:
-        return replace(parts[0], groups=[0])
-    gradients: dict[str, Any] = {}
-    for name, first in parts[0].gradients.items():
-        own: list[list[Tensor]] = [part.gradients[name].tensors() for part in parts]
-        gradients[name] = type(first)(*map(torch.cat, zip(*own, strict=True)))
-    losses = {sequence: loss for part in parts for sequence, loss in part.losses.items()}
-    self_influence = torch.cat([part.self_influence for part in parts])
-    return PreparedQueries(list(range(len(parts))), gradients, self_influence, losses)
-
-
-def _require_numbers(ids: Tensor, scores: Tensor) -> Tensor:
-    """The logits of the next token, as they are; infinite ones forbid or demand a token.
-
-    Raises:
-        NonFiniteError: If one is NaN.
-    """
-    if bool(scores.isnan().any()):
-        raise NonFiniteError(
-            f"NaN in the model's logits after {ids.shape[1]} tokens, so it does not go on from "
-            "this prompt; shorten it, or load the model in a wider dtype."
-        )
-    return scores
-
-
-def _padding(tokenizer: Any) -> int:
-    """A token id to pad with, which `generate` wants to have."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """The tokens with which the model ends."""
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    listed = ends if isinstance(ends, list) else [ends]
-    return {int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None}

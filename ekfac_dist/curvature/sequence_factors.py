@@ -9,8 +9,8 @@ K_B = B Bᵀ. A right singular vector is v = Aᵀ w with
 Block power iteration for w starts from fixed numbers, so results repeat. It costs T²·(O + I) for
 the inner products, a few per cent of rotating the rows, and T² a step.
 
-Best in the norm of (F + λ)^-½ G instead, scores were further from exact ones with a language model
-that knows the world, and little nearer with a small one (docs/method.md), so that is not offered.
+They are the best in the plain norm. Best in that of (F + λ)^-½ G, or of what queries ask for, they
+measured no closer to exact scores (docs/gradient-index.md), so no other norm is offered.
 """
 
 from collections.abc import Sequence

@@ -189,11 +189,12 @@ def _factors_entry(answer: Answer) -> dict[str, Any]:
 def _scan_entry(answer: Answer) -> dict[str, Any]:
     scores, config = answer.scores, answer.config.scores
     return {
-        "rank": config.effective_rank,
+        "rank": config.effective_rank or max(scores.ranks.values(), default=None),
         "ranks": scores.ranks,
         "num_scans": scores.num_scans,
         "index": None if answer.index is None else _index_entry(answer.index),
         "rescored": config.num_rescored,
+        "spread": scores.rescored[0].num_spread if scores.rescored else 0,
         "ends": ["top", "bottom"] if len(scores.bottom[0].columns) else ["top"],
         "spearman": [rescored.spearman for rescored in scores.rescored],
         "spearman_top": [rescored.spearman_top for rescored in scores.rescored],

@@ -160,6 +160,7 @@ def exact_lists(
         columns,
         scanned,
         exact,
+        num_spread=len(chosen.spread),
         spearman=correlation(chosen.spread),
         spearman_top=correlation(chosen.top),
         overlap=num_common / sum(list_lengths) if len(chosen.top) > max(list_lengths) else None,

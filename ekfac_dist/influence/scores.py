@@ -34,13 +34,14 @@ class Listed:
 class Rescored:
     """The sequences that were scored again, exactly, for one query group after a low-rank scan.
 
-    They are those with the highest and lowest scores of the scan, and as many spread evenly over
-    the data. The scan did not choose the latter, so only they tell how good it is on the whole.
+    They are those with the highest and lowest scores of the scan, and perhaps as many spread evenly
+    over the data. The scan did not choose these, so only they tell how good it is on the whole.
 
     Attributes:
         columns: Their columns [C], ascending.
         scan_scores: Their approximate scores from the scan [C].
         exact_scores: Their exact scores [C].
+        num_spread: How many were chosen as spread evenly over the data.
         spearman: Rank correlation of both scores over the evenly spread sequences; None where it is
             undefined.
         spearman_top: The same over the sequences with the scan's highest scores.
@@ -52,6 +53,7 @@ class Rescored:
     columns: np.ndarray
     scan_scores: Tensor
     exact_scores: Tensor
+    num_spread: int
     spearman: float | None
     spearman_top: float | None
     overlap: float | None

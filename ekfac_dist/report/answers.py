@@ -115,7 +115,10 @@ def rescored(scan: Mapping[str, Any]) -> str:
         scan: The entry `scan` of the manifest.
     """
     where = "either end" if "bottom" in scan["ends"] else "the top end"
-    return f"{scan['rescored']:,} at {where} and {scan['rescored']:,} spread over the data"
+    spread = scan.get("spread", scan["rescored"])  # not in results of earlier versions
+    return f"{scan['rescored']:,} at {where}" + (
+        f" and {spread:,} spread over the data" if spread else ""
+    )
 
 
 def _count(number: int, noun: str) -> str:

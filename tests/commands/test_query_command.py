@@ -199,6 +199,7 @@ def test_every_option_is_in_the_files(fitted, tmp_path):
     manifest = json.loads((tmp_path / "scores" / "manifest.json").read_text())
     assert manifest["scan"]["rank"] == 3
     assert manifest["scan"]["ends"] == ["top", "bottom"]
+    assert manifest["scan"]["spread"] == manifest["scan"]["rescored"] > 0
     for name in ("spearman", "spearman_top", "overlap"):
         assert len(manifest["scan"][name]) == 3
     assert manifest["model"]["dtype"] == "float64"

@@ -1,14 +1,17 @@
-"""A service of a fake session in this process: its HTTP thread, and its loop in another thread."""
+"""Running services: one in this process, its loop in another thread, or processes of one."""
 
 import json
+import subprocess
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import httpx
 
 from ekfac_dist.config import ServeConfig
+from ekfac_dist.influence.asking import Session
 from ekfac_dist.serve.desk import Desk
 from ekfac_dist.serve.http import HttpServer, bound_socket
 from ekfac_dist.serve.loop import EndRequest, answer_until_end
@@ -30,7 +33,7 @@ class Service:
         errors: What its loop has raised.
     """
 
-    session: FakeSession
+    session: Session
     desk: Desk
     request: EndRequest
     url: str
@@ -49,7 +52,7 @@ class Service:
 
 
 @contextmanager
-def running(session: FakeSession | None = None, **settings) -> Iterator[Service]:
+def running(session: Session | None = None, **settings) -> Iterator[Service]:
     session = session or FakeSession()
     config = ServeConfig(factors="f", index="i", port=0, **settings)
     desk = Desk(config.queue_length, config.drain_seconds, Metrics())
@@ -74,7 +77,8 @@ def running(session: FakeSession | None = None, **settings) -> Iterator[Service]
         assert is_up.wait(30), service.errors
         yield service
     finally:
-        session.gate.set()
+        if isinstance(session, FakeSession):
+            session.gate.set()
         service.request.was_made = True
         thread.join(30)
         assert not thread.is_alive()
@@ -94,3 +98,48 @@ def events_of(lines: Iterator[str]) -> Iterator[tuple[str, dict]]:
         elif fields:
             yield fields["event"], json.loads(fields["data"])
             fields = {}
+
+
+class Running:
+    """Processes of one service, of which the first prints its address.
+
+    Args:
+        processes: The processes, with pipes for their output.
+
+    Attributes:
+        processes: The processes.
+        lines: What the first has printed.
+        url: Its address.
+    """
+
+    def __init__(self, processes: list[subprocess.Popen[str]]) -> None:
+        self.processes, self.lines = processes, []
+        self.url = self._url()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _url(self):
+        while line := self.processes[0].stdout.readline():
+            self.lines.append(line)
+            if line.startswith("serving"):
+                return line.split()[1].rstrip(",")
+        raise AssertionError(self.processes[0].stderr.read())
+
+    def _read(self):
+        self.lines += self.processes[0].stdout.readlines()
+
+    def ask(self, completion, **more):
+        with httpx.Client(timeout=60) as client:
+            return client.post(f"{self.url}/v1/influence", json={"completion": completion, **more})
+
+    def ended(self, seconds=60):
+        return [process.wait(seconds) for process in self.processes]
+
+    def errors(self):
+        return "".join(process.stderr.read() for process in self.processes)
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.02)

@@ -20,6 +20,7 @@ from ekfac_dist.influence.asking import Question, ScanStopped
 from ekfac_dist.influence.query_texts import Query
 from ekfac_dist.influence.results import BOTTOM, DETAILS, SEQUENCES, TOP
 from ekfac_dist.influence.session import open_session
+from ekfac_dist.report.answers import low_rank_gradients, rescored
 from ekfac_dist.report.page_data import page_data
 from ekfac_dist.runtime.processes import World
 
@@ -241,6 +242,15 @@ def test_results_are_those_that_a_report_is_made_of(root):
             session.sequence(NUMBER)
     assert results.manifest["scan"]["index"]["rank"] == 1
     assert results.manifest["scan"]["rescored"] == 6
+    assert rescored(results.manifest["scan"]) == "6 at either end"
+
+
+def test_results_name_the_rank_of_the_scan(root, monkeypatch):
+    monkeypatch.setattr(sessions, "_LEAST_FOR_LOW_RANK", 0)
+    with opened(root, "rank-1") as session:
+        ranking, scores = answered(session, question())
+        scan = session.results(ranking, scores).manifest["scan"]
+    assert low_rank_gradients(scan) == "of rank 16, and those of the index, of rank 1"
 
 
 def test_the_model_goes_on_as_it_does_alone(root):

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,7 +17,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 from helpers.fake_session import exact_scores
-from helpers.services import events_of
+from helpers.services import Running, events_of, until
 from helpers.workshop import free_port, run_here, start_without_launcher, with_helpers
 
 from ekfac_dist.config import ServeConfig
@@ -119,35 +118,6 @@ def _no_session():
 # -- processes ---------------------------------------------------------------------------------
 
 
-class Running:
-    """Processes of one service."""
-
-    def __init__(self, processes):
-        self.processes, self.lines = processes, []
-        self.url = self._url()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _url(self):
-        while line := self.processes[0].stdout.readline():
-            self.lines.append(line)
-            if line.startswith("serving"):
-                return line.split()[1].rstrip(",")
-        raise AssertionError(self.processes[0].stderr.read())
-
-    def _read(self):
-        self.lines += self.processes[0].stdout.readlines()
-
-    def ask(self, completion, **more):
-        with httpx.Client(timeout=60) as client:
-            return client.post(f"{self.url}/v1/influence", json={"completion": completion, **more})
-
-    def ended(self, seconds=60):
-        return [process.wait(seconds) for process in self.processes]
-
-    def errors(self):
-        return "".join(process.stderr.read() for process in self.processes)
-
-
 @pytest.fixture
 def start(tmp_path):
     """Starts a service of some workers, by torch's launcher or each alone."""
@@ -180,13 +150,6 @@ def start(tmp_path):
 def notes(tmp_path, rank):
     file = tmp_path / f"{rank}.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def until(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from helpers.fake_session import exact_scores, scan_scores
 from helpers.services import events_of, running
 
 from ekfac_dist.errors import NonFiniteError, PeerError
+from ekfac_dist.influence.asking import ScanStopped
 from ekfac_dist.serve import desk as desks
 from ekfac_dist.serve import loop, streams
 
@@ -230,6 +231,23 @@ def test_a_client_that_goes_away_stops_the_exact_scores_of_its_question(service)
         lambda: service.metric('ekfac_dist_questions_total{kind="influence",outcome="cancelled"}')
     )
     assert len(service.session.exact_calls) < 10  # of 40 sequences, 4 at a time
+    assert ask(service, "next").status_code == 200
+
+
+def test_a_question_that_is_stopped_while_it_is_scored_exactly_is_cancelled(held):
+    """As where its gradient has to be refined again first."""
+    service, pool, first = held
+
+    def exact(ranking, columns, go_on):
+        assert go_on()
+        assert service.desk.cancel(service.desk._current[0].id)
+        assert not go_on()
+        raise ScanStopped
+
+    service.session.exact = exact
+    service.session.gate.set()
+    assert first.result().status_code == 409
+    del service.session.exact
     assert ask(service, "next").status_code == 200
 
 

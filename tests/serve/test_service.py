@@ -236,7 +236,7 @@ def test_a_client_that_goes_away_stops_the_exact_scores_of_its_question(service)
 
 def test_a_question_that_is_stopped_while_it_is_scored_exactly_is_cancelled(held):
     """As where its gradient has to be refined again first."""
-    service, pool, first = held
+    service, _, first = held
 
     def exact(ranking, columns, go_on):
         assert go_on()

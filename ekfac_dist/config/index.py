@@ -12,7 +12,7 @@ from ekfac_dist.errors import ConfigError
 
 IndexDtype = Literal["bfloat16", "float32", "float64"]
 
-DEFAULT_RANK = 1
+DEFAULT_RANK = 8
 
 
 @dataclass(kw_only=True)
@@ -21,7 +21,7 @@ class KeptConfig:
 
     Args:
         rank: A sequence's gradient of a module is kept as a sum of so many outer products, or of as
-            many as it has if those are fewer; null: 1, or with --add as the index has it.
+            many as it has if those are fewer; null: 8, or with --add as the index has it.
         dtype: Of what is kept: bfloat16, float32 or float64; null: bfloat16, or with --add as the
             index has it.
     """

@@ -29,7 +29,7 @@ from safetensors.numpy import load_file
 from ekfac_dist import cli, load_factors
 from ekfac_dist.fit import eigenbasis, group
 from ekfac_dist.influence.agreement import spearman
-from ekfac_dist.influence.index import run as index_run
+from ekfac_dist.influence.index import making
 from ekfac_dist.influence.index import scan as index_scan
 from ekfac_dist.report.tables import table
 
@@ -123,7 +123,7 @@ def compared(exact_N, found_N):
 def times(args):
     torch.set_num_threads(args.threads)
     eigenbasis.decompose = trivial_basis
-    passes = PassTimes(group, index_run)
+    passes = PassTimes(group, making)
     found, peaks, sizes = defaultdict(list), {}, {}
     model = ["--model.name", args.model, *(["--model.gguf", args.gguf] if args.gguf else [])]
     data = ["--data.source", args.data, "--data.max_sequences", args.sequences]

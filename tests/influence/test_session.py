@@ -32,7 +32,8 @@ def root(tmp_path_factory) -> Path:
     root = make_store(tmp_path_factory.mktemp("session"))
     whole = ("--index.rank", "64", "--index.dtype", "float32")
     assert run_here(arguments(root, root / "index", *whole)).returncode == 0
-    assert run_here(arguments(root, root / "rank-1")).returncode == 0
+    one = ("--index.rank", "1")
+    assert run_here(arguments(root, root / "rank-1", *one)).returncode == 0
     return root
 
 

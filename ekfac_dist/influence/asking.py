@@ -115,7 +115,7 @@ class Session(Protocol):
     def to_rescore(self, ranking: Ranking) -> list[int]:
         """Columns to be scored exactly, in the order of interest; no collective.
 
-        Top 1, bottom 1, top 2, …; each once.
+        The most positive ones first, then the most negative; each once.
         """
 
     def exact(

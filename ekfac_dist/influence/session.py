@@ -21,6 +21,7 @@ from ekfac_dist.config import (
     ServeConfig,
     require_refinable,
 )
+from ekfac_dist.curvature import kronecker
 from ekfac_dist.curvature.damping import Damping
 from ekfac_dist.errors import ConfigError, ModelError, NonFiniteError
 from ekfac_dist.influence.answer import Answer
@@ -66,7 +67,7 @@ from ekfac_dist.runtime.processes import World
 
 # Rank of query gradients in a scan, and the least number of an index's products for which a scan
 # with them costs less than one with whole ones, their decomposition included.
-_SCAN_RANK = 32
+_SCAN_RANK = 16
 _LEAST_FOR_LOW_RANK = 1000
 _KEPT_DAMPINGS = 16
 
@@ -79,11 +80,13 @@ class _OpenRanking(Ranking):
         question: The question.
         context: What it was answered with.
         prepared: Its whole preconditioned gradient; None: it is computed again when it is needed.
+        in_eigenbasis: Whether that is in the eigenbasis; else in the parameters' own.
     """
 
     question: Question
     context: ScoringContext
     prepared: PreparedQueries | None
+    in_eigenbasis: bool = True
 
 
 @contextmanager
@@ -353,11 +356,7 @@ class OpenSession:
     def to_rescore(self, ranking: Ranking) -> list[int]:
         """Columns to be scored exactly, in the order of interest."""
         chosen = self._chosen(_open(ranking))
-        ordered: list[int] = []
-        for place in range(max(len(chosen.top), len(chosen.bottom))):
-            for columns in (chosen.top, chosen.bottom):
-                ordered += columns[place : place + 1].tolist()
-        return list(dict.fromkeys(ordered))
+        return list(dict.fromkeys([*chosen.top.tolist(), *chosen.bottom.tolist()]))
 
     def _chosen(self, ranking: "_OpenRanking") -> Chosen:
         question = ranking.question
@@ -383,17 +382,20 @@ class OpenSession:
     ) -> Details:
         """Exact scores of a few columns with those of their positions, layers and modules."""
         own = _open(ranking)
-        context = own.context
         if self._last is not None and self._last is not own:
             self._last.prepared = None  # there is memory for the whole gradients of one question
         self._last = own
-        if own.prepared is None:
-            if context.refine.is_on:
-                refinement = start_refinement(context, self._train, self._scores, 1)
-                refinement = replace(refinement, go_on=go_on)
-                own.prepared = refinement.prepare("refine", own.queries, [0], None)
-            else:
-                own.prepared = prepare("query", context, own.queries, [0], None)
+        # Turning the gradient of one question costs less than turning every training position.
+        context = replace(own.context, in_eigenbasis=False)
+        if own.prepared is not None and own.in_eigenbasis:
+            self._turn_back(own.prepared)
+        elif own.prepared is None and context.refine.is_on:
+            refinement = start_refinement(context, self._train, self._scores, 1)
+            refinement = replace(refinement, go_on=go_on)
+            own.prepared = refinement.prepare("refine", own.queries, [0], None)
+        elif own.prepared is None:
+            own.prepared = prepare("query", context, own.queries, [0], None)
+        own.in_eigenbasis = False
         scores = replace(self._checked(own.question), per_token="top")
         passes = DataPasses(context, self._train, scores, own.scores)
         of_query = replace(own.prepared, groups=[0])
@@ -401,6 +403,14 @@ class OpenSession:
         details = passes.with_outputs("exact", of_query, details)
         self._require_finite(details.module_scores, details.layer_token_scores)
         return details
+
+    def _turn_back(self, prepared: PreparedQueries) -> None:
+        """Rotates a question's whole gradients out of the eigenbasis, in place."""
+        fitted = self._base.fitted
+        for module in self._base.own_modules:
+            (matrices_QOI,) = prepared.gradients[module.name].tensors()
+            bases = fitted.output_basis(module), fitted.input_basis(module)
+            matrices_QOI.copy_(kronecker.rotate_back(matrices_QOI, *bases))
 
     def _require_finite(self, *values: Tensor) -> None:
         """Refuses numbers that an answer cannot hold, before worker 0 alone comes upon them.

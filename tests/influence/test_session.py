@@ -161,7 +161,7 @@ def test_what_is_scored_again_comes_in_the_order_of_interest(root):
         (ranking,) = session.rank([question(rescore=5, bottom_k=2)])
         columns = session.to_rescore(ranking)
     order = torch.argsort(ranking.scores.scores[0], descending=True).tolist()
-    assert columns == [c for pair in zip(order[:5], order[::-1][:5], strict=True) for c in pair]
+    assert columns == [*order[:5], *order[::-1][:5]]
 
 
 def test_a_scan_that_nobody_wants_stops_between_shards(root):

@@ -146,7 +146,7 @@ class IndexScan:
         # A block with collectives in it is left at once by a worker that fails.
         agreed, is_stopped = world.agree(together=None if go_on is None else ()), False
         with agreed, progress, torch.no_grad(), ExitStack() as stack:
-            reader = stack.enter_context(_ShardReader(self.index))
+            reader = stack.enter_context(_ShardReader(self.index, context))
             pieces = [piece for shard in rounds for piece in self._pieces(shard)]
             wanted = [piece for piece in pieces if piece is not None]
             # Its thread has ended before the shard that it reads is closed.
@@ -226,10 +226,13 @@ class _ShardReader:
 
     Args:
         index: The index.
+        context: Gives the gradients' dtype, to which a CPU's are converted here, and the device.
     """
 
-    def __init__(self, index: GradientIndex) -> None:
+    def __init__(self, index: GradientIndex, context: ScoringContext) -> None:
         self._index, self._open = index, ExitStack()
+        is_cpu = context.world.device.type == "cpu"
+        self._dtype = context.dtype if is_cpu else index.dtype
         self._shard: Shard | None = None
         self._opened: OpenShard | None = None
 
@@ -248,8 +251,8 @@ class _ShardReader:
         opened = self._opened
         return [
             (
-                opened.tensor(layout.left_key(module.name)).clone(),
-                opened.tensor(layout.right_key(module.name)).clone(),
+                opened.tensor(layout.left_key(module.name)).to(self._dtype, copy=True),
+                opened.tensor(layout.right_key(module.name)).to(self._dtype, copy=True),
             )
             for module in piece.modules
         ]

@@ -55,7 +55,7 @@ class RefineConfig:
         if self.seed >= 2**63:
             raise ConfigError(f"refine.seed is {self.seed}; it must be below 2^63.")
         _require_within("tolerance", self.tolerance, math.inf)
-        _require_within("step_size", self.step_size, 1e6)
+        _require_within("step_size", self.step_size, 1e30)
         _require_within("momentum", self.momentum, 1.0)
         for method, names in _FIELDS_OF.items():
             given = [name for name in names if getattr(self, name) is not None]

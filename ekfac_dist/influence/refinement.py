@@ -20,6 +20,7 @@ from torch import Tensor
 from ekfac_dist.config import ScoresConfig
 from ekfac_dist.curvature import iterative, kronecker, products
 from ekfac_dist.curvature.iterative import Solution, Vectors
+from ekfac_dist.errors import NonFiniteError
 from ekfac_dist.influence.blocks import refined_at_a_time
 from ekfac_dist.influence.context import ScoringContext
 from ekfac_dist.influence.gauss_newton import GaussNewton
@@ -131,7 +132,7 @@ class Refinement:
         in_parameters = replace(context, in_eigenbasis=False)
         prepared = prepare(name, in_parameters, queries, groups, None, solved=False)
         gradients = {name: of.tensors()[0] for name, of in prepared.gradients.items()}
-        solution = self._solve(name.replace("queries", "refine"), gradients)
+        solution = self._solved_by_all(name.replace("queries", "refine"), gradients)
         self.residuals[groups] = torch.nan
         self.residuals[groups, : solution.residuals.shape[1]] = solution.residuals
         if context.in_eigenbasis:
@@ -146,6 +147,19 @@ class Refinement:
             for matrix_OI in vectors[module.name]:
                 bases = fitted.output_basis(module), fitted.input_basis(module)
                 matrix_OI.copy_(kronecker.rotate(matrix_OI, *bases))
+
+    def _solved_by_all(self, name: str, gradients: Vectors) -> Solution:
+        """As `_solve`; that it diverges is agreed on, as all workers see it at the same step."""
+        solution, diverged = None, None
+        try:
+            solution = self._solve(name, gradients)
+        except NonFiniteError as error:
+            diverged = error
+        with self.context.world.agree():
+            if diverged is not None:
+                raise diverged
+        assert solution is not None
+        return solution
 
     def _solve(self, name: str, gradients: Vectors) -> Solution:
         """Solves for a block of right-hand sides, which are overwritten.

@@ -21,7 +21,7 @@ from ekfac_dist.serve.jobs import Continuation
 
 IDLE_SECONDS = 2.0
 # Sequences that are scored exactly before the next look at whether their question is still wanted.
-SEQUENCES_AT_A_TIME = 5
+SEQUENCES_AT_A_TIME = 4
 
 
 @dataclass

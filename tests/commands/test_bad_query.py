@@ -623,7 +623,7 @@ REFINEMENTS = [
             (REFINED, "seed", -1, "0 or more"),
             (REFINED, "seed", 2**63, "below 2.63"),
             (BY_STEPS, "batch", 0, "1 or more"),
-            (BY_STEPS, "step_size", -0.1, "finite number of 0 or more"),
+            (BY_STEPS, "step_size", -0.1, "from 0 to below"),
             (BY_STEPS, "momentum", 1.0, "from 0 to below 1"),
         )
     ),

@@ -29,7 +29,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch
 REMEDY = "Copy the index again, or make it again with `index`."
 
 # Time of the pass that makes an index, over that of a refit of the same data.
-TIME_OVER_REFIT = 1.2
+TIME_OVER_REFIT = 1.4
 
 _SHARD_BYTES = 128 * 10**6
 _LEAST_SHARDS = 16  # of what is made at once: an interruption loses a part of one for each worker

@@ -158,9 +158,8 @@ def _context(
     double = next(model.parameters()).dtype == torch.float64
     factors, scores = inputs.factors, ScoresConfig()
     with world.agree():
-        for (
-            name
-        ) in factors.modules:  # in a pass a worker that finds a damaged file would fail alone
+        # In a pass a worker that finds a damaged file would fail alone.
+        for name in factors.modules:
             factors.module(name)
     context = ScoringContext(
         model=model,

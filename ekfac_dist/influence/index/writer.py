@@ -29,9 +29,10 @@ from ekfac_dist.factors.layout import (
     read_manifest,
 )
 from ekfac_dist.influence.index.layout import FORMAT, Shard
+from ekfac_dist.influence.results import make_directory
 from ekfac_dist.runtime.files import is_as_listed, safetensors_parts, write_listed, write_whole
 from ekfac_dist.runtime.journal import JOURNAL, Journal
-from ekfac_dist.runtime.lock import DirectoryLock, require_unlocked
+from ekfac_dist.runtime.lock import LOCK, DirectoryLock, require_unlocked
 from ekfac_dist.runtime.memory import as_text, free_disk_bytes
 from ekfac_dist.runtime.resuming import require_same_beginning, require_same_config
 
@@ -85,13 +86,21 @@ def check_index_output(path: Path, config: Mapping[str, Any], *, adds: bool) -> 
         )
     if not adds and path.is_dir():
         entries = sorted(
-            entry.name for entry in path.iterdir() if entry.name not in (STATE, ".lock")
+            entry.name
+            for entry in path.iterdir()
+            if entry.name != LOCK and not (entry.name == STATE and _has_only_begun(entry))
         )
         if entries:
             raise OutputError(
                 f"output {path} exists already (it holds {entries[0]}); give a directory that is "
                 "new or empty, or remove this one."
             )
+
+
+def _has_only_begun(state: Path) -> bool:
+    """Whether a state folder is what a run leaves that was ended before it said how it began."""
+    unwritten = f".{BEGINS}."
+    return state.is_dir() and all(one.name.startswith(unwritten) for one in state.iterdir())
 
 
 def _begins(path: Path) -> dict[str, Any] | None:
@@ -142,13 +151,7 @@ class IndexDirectory:
     ) -> None:
         self.path, self.entries = path, dict[str, dict[str, Any]]()
         self._is_new, self._is_finished = not path.exists(), False
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"output {path} cannot be made: {error.strerror or error}. Give a directory that "
-                "can be written."
-            ) from error
+        make_directory(path)
         self._lock = DirectoryLock(path)
         try:
             self._start_or_resume(config, inputs, adds=adds)

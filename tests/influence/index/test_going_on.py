@@ -220,3 +220,12 @@ def test_a_model_whose_gradients_are_not_finite_is_refused(root, tmp_path):
     assert "NaN or infinity" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "index").exists()
+
+
+def test_a_state_folder_of_somebody_else_is_left_alone(root, tmp_path):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "mine.txt").write_text("mine")
+    done = run_here(arguments(root, tmp_path))
+    assert done.returncode == 2
+    assert "it holds state" in done.stderr
+    assert (tmp_path / "state" / "mine.txt").read_text() == "mine"

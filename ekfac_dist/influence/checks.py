@@ -110,15 +110,11 @@ def scoring_context(
         shard = choose_shard(num_groups, modules, dtype, world.size, config)
     owners = Owners.of(world, shard, modules) if shard > 1 else None
     held = [module.name for module in modules if owners is None or owners.owns(module)]
+    chosen = absolute_damping(factors, damping, world, owners)
     with world.agree():
-        chosen = factors.chosen_damping(damping, held)
         if owners is not None or is_sharded(model):
             for name in held:  # in a pass a worker that finds a damaged file would fail alone
                 factors.module(name)
-    if owners is not None:
-        by_owner = owners.notes.gather(chosen)
-        together = {name: value for of_owner in by_owner for name, value in of_owner.items()}
-        chosen = {name: together[name] for name in factors.modules}
     return ScoringContext(
         model=model,
         factors=factors,
@@ -131,6 +127,28 @@ def scoring_context(
         owners=owners,
         refine=refine,
     )
+
+
+def absolute_damping(
+    factors: Factors, damping: Damping, world: World, owners: Owners | None
+) -> dict[str, float]:
+    """The absolute λ of every module, which each worker computes of those that it holds.
+
+    It is a collective.
+
+    Raises:
+        ConfigError: As of `Factors.chosen_damping`.
+        StoreError: If a file of the factors is damaged.
+    """
+    modules = factors.modules.values()
+    held = [module.name for module in modules if owners is None or owners.owns(module)]
+    with world.agree():
+        chosen = factors.chosen_damping(damping, held)
+    if owners is None:
+        return chosen
+    by_owner = owners.notes.gather(chosen)
+    together = {name: value for of_owner in by_owner for name, value in of_owner.items()}
+    return {name: together[name] for name in factors.modules}
 
 
 def require_same_inputs(

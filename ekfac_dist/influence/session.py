@@ -26,7 +26,7 @@ from ekfac_dist.curvature.damping import Damping
 from ekfac_dist.errors import ConfigError, ModelError, NonFiniteError
 from ekfac_dist.influence.answer import Answer
 from ekfac_dist.influence.asking import Question, Ranking
-from ekfac_dist.influence.checks import scoring_context
+from ekfac_dist.influence.checks import absolute_damping, scoring_context
 from ekfac_dist.influence.completion import complete, prompt_ids
 from ekfac_dist.influence.context import ScoringContext
 from ekfac_dist.influence.data_passes import DataPasses
@@ -49,6 +49,7 @@ from ekfac_dist.influence.preconditioned import (
 )
 from ekfac_dist.influence.queries import QuerySet, tokenize_queries
 from ekfac_dist.influence.query_gradients import prepare
+from ekfac_dist.influence.refinement import Refinement
 from ekfac_dist.influence.refinement_start import require_refinable_model, start_refinement
 from ekfac_dist.influence.results_in_memory import ResultsInMemory, ResultsToMemory
 from ekfac_dist.influence.scores import Details, InfluenceScores
@@ -78,12 +79,14 @@ class _OpenRanking(Ranking):
 
     Attributes:
         question: The question.
+        asked: The scores that it asks for.
         context: What it was answered with.
         prepared: Its whole preconditioned gradient; None: it is computed again when it is needed.
         in_eigenbasis: Whether that is in the eigenbasis; else in the parameters' own.
     """
 
     question: Question
+    asked: ScoresConfig
     context: ScoringContext
     prepared: PreparedQueries | None
     in_eigenbasis: bool = True
@@ -260,6 +263,7 @@ class OpenSession:
                 queries=alone[row],
                 seconds=seconds,
                 question=question,
+                asked=scores[row],
                 context=context,
                 prepared=whole if len(questions) == 1 else None,
             )
@@ -272,19 +276,9 @@ class OpenSession:
         if asked not in self._dampings:
             if len(self._dampings) >= _KEPT_DAMPINGS:
                 self._dampings.clear()
-            self._dampings[asked] = self._chosen_damping(Damping(**vars(question.damping)))
+            base, damping = self._base, Damping(**vars(question.damping))
+            self._dampings[asked] = absolute_damping(base.factors, damping, self.world, base.owners)
         return replace(self._base, damping=self._dampings[asked], refine=question.refine)
-
-    def _chosen_damping(self, damping: Damping) -> dict[str, float]:
-        """The absolute λ of every module."""
-        base = self._base
-        with self.world.agree():
-            chosen = base.factors.chosen_damping(damping, [m.name for m in base.own_modules])
-        if base.owners is None:
-            return chosen
-        by_owner = base.owners.notes.gather(chosen)
-        together = {name: value for of_owner in by_owner for name, value in of_owner.items()}
-        return {name: together[name] for name in base.factors.modules}
 
     def _query_gradients(
         self,
@@ -304,20 +298,15 @@ class OpenSession:
             go_on: As of `rank`.
         """
         num_questions = len(together)
-        refinement = None
-        if context.refine.is_on:
-            refinement = start_refinement(context, self._train, scores, num_questions)
-            refinement = replace(refinement, go_on=go_on)
+        refinement = self._refinement(context, scores, num_questions, go_on)
+        if refinement is not None:
             result.refined = refinement.result
         products_of_scan = len(self._opened.index) * self._opened.index.rank
         # Whole gradients of several questions at once may be more than there is memory for.
         by_rank = products_of_scan >= _LEAST_FOR_LOW_RANK or num_questions > 1
         scanned: list[PreparedQueries] = []
         for group in range(num_questions):
-            if refinement is not None:
-                of_group = refinement.prepare("refine", together, [group], None)
-            else:
-                of_group = prepare("query", context, together, [group], None)
+            of_group = _whole(context, refinement, together, group)
             scanned.append(at_rank(context, of_group, _SCAN_RANK) if by_rank else of_group)
             result.query_losses[group] = of_group.losses[group]
             if (other := together.against[group]) is not None:
@@ -325,6 +314,19 @@ class OpenSession:
         if by_rank:
             result.ranks = {m.name: rank_in(m, _SCAN_RANK) for m in context.modules}
         return joined(scanned), of_group
+
+    def _refinement(
+        self,
+        context: ScoringContext,
+        scores: ScoresConfig,
+        num_questions: int,
+        go_on: Callable[[], bool],
+    ) -> Refinement | None:
+        """How the gradients of some questions are refined; None: they are not."""
+        if not context.refine.is_on:
+            return None
+        refinement = start_refinement(context, self._train, scores, num_questions)
+        return replace(refinement, go_on=go_on)
 
     def _row(
         self, result: InfluenceScores, queries: QuerySet, row: int, scores: ScoresConfig
@@ -389,14 +391,11 @@ class OpenSession:
         context = replace(own.context, in_eigenbasis=False)
         if own.prepared is not None and own.in_eigenbasis:
             self._turn_back(own.prepared)
-        elif own.prepared is None and context.refine.is_on:
-            refinement = start_refinement(context, self._train, self._scores, 1)
-            refinement = replace(refinement, go_on=go_on)
-            own.prepared = refinement.prepare("refine", own.queries, [0], None)
         elif own.prepared is None:
-            own.prepared = prepare("query", context, own.queries, [0], None)
+            refinement = self._refinement(context, self._scores, 1, go_on)
+            own.prepared = _whole(context, refinement, own.queries, 0)
         own.in_eigenbasis = False
-        scores = replace(self._checked(own.question), per_token="top")
+        scores = replace(own.asked, per_token="top")
         passes = DataPasses(context, self._train, scores, own.scores)
         of_query = replace(own.prepared, groups=[0])
         details = passes.details("exact", of_query, [(0, column) for column in columns])
@@ -502,6 +501,15 @@ class OpenSession:
             text = tokenizer.decode(new, skip_special_tokens=False)
             tokens = TokenTexts(tokenizer).of(new) if new else []
         return {"text": text, "tokens": tokens, "finish": "end" if ends else "length"}
+
+
+def _whole(
+    context: ScoringContext, refinement: Refinement | None, queries: QuerySet, group: int
+) -> PreparedQueries:
+    """The whole gradients of one question."""
+    if refinement is not None:
+        return refinement.prepare("refine", queries, [group], None)
+    return prepare("query", context, queries, [group], None)
 
 
 def _open(ranking: Ranking) -> _OpenRanking:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,8 @@ def content(store: Path) -> dict[str, bytes]:
     return found | {MANIFEST: json.dumps(manifest).encode()}
 
 
-def killed_at(flush: int, output: Path, monkeypatch: pytest.MonkeyPatch, **settings) -> bool:
-    """Whether a fit came as far as that flush to the disk, where it was killed."""
+def killed_in(flush: int, run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether something came as far as that flush to the disk, where it was killed."""
     done, fsync = 0, os.fsync
 
     def count(file: int) -> None:
@@ -59,10 +60,15 @@ def killed_at(flush: int, output: Path, monkeypatch: pytest.MonkeyPatch, **setti
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", count)
         try:
-            fit(output, **settings)
+            run()
         except Killed:
             return True
     return False
+
+
+def killed_at(flush: int, output: Path, monkeypatch: pytest.MonkeyPatch, **settings) -> bool:
+    """Whether a fit came as far as that flush to the disk, where it was killed."""
+    return killed_in(flush, lambda: fit(output, **settings), monkeypatch)
 
 
 def ends_with_the_same_bytes(

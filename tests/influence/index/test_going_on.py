@@ -1,12 +1,12 @@
 """An index that is killed while it is made, or grows: it goes on, and has the same bytes."""
 
-import os
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.killed_fits import killed_in
 from helpers.made_indices import MORE, NUMBER, adding, arguments, content, make_store
 from helpers.workshop import run_here
 from safetensors.torch import load_file, save_file
@@ -14,10 +14,6 @@ from safetensors.torch import load_file, save_file
 from ekfac_dist import load_factors
 from ekfac_dist.errors import StoreError
 from ekfac_dist.influence.index.reader import GradientIndex
-
-
-class Killed(BaseException):
-    """What no part of the package expects."""
 
 
 @pytest.fixture(scope="module")
@@ -31,22 +27,11 @@ def root(tmp_path_factory) -> Path:
 
 def killed_at(flush: int, command: list, monkeypatch) -> bool:
     """Whether a run came as far as that flush to the disk, where it was killed."""
-    done, fsync = 0, os.fsync
 
-    def count(file: int) -> None:
-        nonlocal done
-        done += 1
-        if done == flush:
-            raise Killed
-        fsync(file)
+    def run() -> None:
+        assert run_here(command).returncode == 0
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", count)
-        try:
-            assert run_here(command).returncode == 0
-        except Killed:
-            return True
-    return False
+    return killed_in(flush, run, monkeypatch)
 
 
 def is_finished(index: Path, root: Path) -> bool:

@@ -105,7 +105,7 @@ def _store_summary(reader: StoreReader) -> str:
         "",
         "rank: effective, exp of the entropy of the eigenvalues. Λ−KFAC: ‖Λ − M/N·λ_S λ_Aᵀ‖ / ‖Λ‖.",
         "residual: the larger ‖A − QΛQᵀ‖/‖A‖ of the module's two factors, in float64, before Q is",
-        "rounded to the precision that it is stored in.",
+        "rounded to the precision that it is stored in; probed with random vectors.",
         *(halves.LEGEND if _halves(reader) else ()),
     ]
     return "\n".join(lines)

@@ -51,6 +51,7 @@ def test_the_basis_is_orthogonal_and_rebuilds_the_matrix(case):
         "orthogonality",
         "trace_error",
         "attempts",
+        "probes",
     }
 
 
@@ -129,6 +130,60 @@ def test_a_wrong_result_is_found_and_tried_again(monkeypatch):
     basis = decompose("f", matrix, 1, CPU)
     assert basis.attempts == 2
     assert_valid(basis, matrix)
+
+
+DAMAGES = {
+    "a column turned by 1e-6": lambda Q, j, k: Q[:, j].add_(1e-6 * Q[:, k]),
+    "a column too long by 1e-7": lambda Q, j, k: Q[:, j].mul_(1 + 1e-7),
+    "two columns exchanged": lambda Q, j, k: Q.index_copy_(1, torch.tensor([j, k]), Q[:, [k, j]]),
+    "a column of another basis": lambda Q, j, k: Q[:, j].copy_(torch.randn(len(Q)).double()),
+    "a single wrong element": lambda Q, j, k: Q[k, j].add_(1e-7),
+}
+
+
+def assert_every_damage_is_seen(n, trials):
+    """One bad column among n is over the tolerance, in every trial, for every kind of damage."""
+    matrix = covariance(n)
+    matrix /= matrix.abs().max()
+    values, vectors = torch.linalg.eigh(matrix)
+    assert max(eigenbasis._check(matrix, values, vectors)) < 1e-12
+    torch.manual_seed(0)
+    for trial in range(trials):
+        j, k = torch.randperm(n)[:2].tolist()
+        kept = vectors[:, [j, k]].clone()
+        damage = list(DAMAGES)[trial % len(DAMAGES)]
+        DAMAGES[damage](vectors, j, k)
+        assert max(eigenbasis._check(matrix, values, vectors)) > eigenbasis.TOLERANCE, damage
+        vectors[:, [j, k]] = kept
+
+
+def test_one_bad_column_is_always_seen():
+    assert_every_damage_is_seen(96, trials=300)
+
+
+@pytest.mark.slow
+def test_one_bad_column_is_always_seen_among_2048():
+    assert_every_damage_is_seen(2048, trials=1000)
+
+
+def test_checks_leave_the_random_numbers_of_the_caller_alone():
+    matrix = covariance(20)
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    decompose("f", matrix, 1, CPU)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_the_probed_residual_is_that_of_the_whole_matrix():
+    matrix = covariance(60)
+    values, vectors = torch.linalg.eigh(matrix)
+    vectors += 1e-5 * torch.randn(60, 60)
+    error = (vectors * values) @ vectors.T - matrix
+    residual, deviation, _ = eigenbasis._check(matrix, values, vectors)
+    assert 0.8 < residual * matrix.norm() / error.norm() < 2
+    rows = (vectors.T @ vectors - torch.eye(60)).norm(dim=1)
+    assert 1 < deviation / rows.mean() < 5
 
 
 def test_a_result_full_of_nan_is_never_accepted(monkeypatch):

@@ -10,6 +10,7 @@ sum is meaningless until `mirror_` fills it, once, at the end.
 """
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from functools import cache
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ekfac_dist.curvature import long_sums
 from ekfac_dist.curvature.costs import block_rows
+from ekfac_dist.curvature.float32_products import rounded_to_bfloat16, rounds_on
 
 
 def add_outer_products_(sum_nn: Tensor, vectors_Mi: Tensor, *, bias: bool) -> None:
@@ -30,19 +32,23 @@ def add_outer_products_(sum_nn: Tensor, vectors_Mi: Tensor, *, bias: bool) -> No
             products with the 1 are the vectors' sum, and M.
     """
     num_positions, size = vectors_Mi.shape
-    wide = vectors_Mi.dtype != sum_nn.dtype == torch.float32
-    wide = wide and multiplies_wide(vectors_Mi.device, vectors_Mi.dtype)
-    if not wide:
-        vectors_Mi = vectors_Mi.to(sum_nn.dtype)
-    step = block_rows(size)
-    for start in range(0, size, step):
-        end = min(start + step, size)
-        left, right = vectors_Mi[:, start:end].T, vectors_Mi[:, :end]
-        block = sum_nn[start:end, :end]
-        if wide:
-            block.add_(torch.mm(left, right, out_dtype=torch.float32))
-        else:
-            block.addmm_(left, right)
+    device, dtype = vectors_Mi.device, vectors_Mi.dtype
+    is_exact = dtype != sum_nn.dtype == torch.float32  # a product of two 16-bit values, in float32
+    wide = is_exact and multiplies_wide(device, dtype)
+    with ExitStack() as stack:
+        if is_exact and not wide and dtype == torch.bfloat16 and rounds_on(device):
+            stack.enter_context(rounded_to_bfloat16())
+        if not wide:
+            vectors_Mi = vectors_Mi.to(sum_nn.dtype)
+        step = block_rows(size)
+        for start in range(0, size, step):
+            end = min(start + step, size)
+            left, right = vectors_Mi[:, start:end].T, vectors_Mi[:, :end]
+            block = sum_nn[start:end, :end]
+            if wide:
+                block.add_(torch.mm(left, right, out_dtype=torch.float32))
+            else:
+                block.addmm_(left, right)
     if bias:
         sum_nn[size, :size] += vectors_Mi.sum(0, dtype=sum_nn.dtype)
         sum_nn[size, size] += num_positions

@@ -14,9 +14,9 @@ from ekfac_dist.curvature.covariance import (
     mirror_,
     outer_product_positions_per_term,
 )
+from ekfac_dist.curvature.float32_products import precisely
 from ekfac_dist.data.batches import Positions
 from ekfac_dist.fit.even import EvenPositions
-from ekfac_dist.models.capture.prepare import precisely
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
 from ekfac_dist.runtime.processes import World
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from ekfac_dist.curvature.float32_products import precisely
 from ekfac_dist.errors import ModelError
 from ekfac_dist.functional.recording import LinearCall, relative_tolerance
-from ekfac_dist.models.capture.prepare import precisely
 from ekfac_dist.models.modules import CONV1D, TrackedModule
 
 

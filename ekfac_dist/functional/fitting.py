@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ekfac_dist.curvature.eigenbasis import decompose
+from ekfac_dist.curvature.float32_products import precisely
 from ekfac_dist.factors.factors import ModuleFactors
 from ekfac_dist.fit.covariance import CovarianceSums
 from ekfac_dist.fit.eigenbasis import Basis
@@ -18,7 +19,6 @@ from ekfac_dist.functional.batching import Batches
 from ekfac_dist.functional.caches import MLPCache
 from ekfac_dist.functional.calls import Calls, ModuleCapture
 from ekfac_dist.functional.vectors import Layout
-from ekfac_dist.models.capture.prepare import precisely
 
 
 @dataclass(frozen=True)

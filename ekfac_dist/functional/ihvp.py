@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ekfac_dist.curvature import kronecker
 from ekfac_dist.curvature.damping import Damping
+from ekfac_dist.curvature.float32_products import precisely
 from ekfac_dist.errors import ConfigError
 from ekfac_dist.functional.batching import Batching
 from ekfac_dist.functional.caches import MLPCache
 from ekfac_dist.functional.fitting import Fit, fit_caches
-from ekfac_dist.models.capture.prepare import precisely
 from ekfac_dist.models.modules import TrackedModule
 
 # Bytes of the matrices that are solved for at a time.

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers.pytorch_utils import Conv1D
 
+from ekfac_dist.curvature.float32_products import precisely
 from ekfac_dist.errors import ModelError
-from ekfac_dist.models.capture.prepare import precisely
 from ekfac_dist.models.modules import linear_modules, only_input
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ekfac_dist.config import ScoresConfig
 from ekfac_dist.curvature import iterative, kronecker, products
+from ekfac_dist.curvature.float32_products import precisely
 from ekfac_dist.curvature.iterative import Solution, Vectors
 from ekfac_dist.errors import NonFiniteError
 from ekfac_dist.influence.blocks import refined_at_a_time
@@ -34,7 +35,6 @@ from ekfac_dist.influence.query_gradients import prepare
 from ekfac_dist.influence.refined import Refined
 from ekfac_dist.influence.refinement_sample import RefinementSample
 from ekfac_dist.models.capture.linearised import Linearisation
-from ekfac_dist.models.capture.prepare import precisely
 from ekfac_dist.runtime.progress import Progress
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ekfac_dist.curvature.float32_products import precisely
 from ekfac_dist.curvature.iterative import HELD_BLOCKS, Vectors
 from ekfac_dist.errors import ModelError
 from ekfac_dist.influence.blocks import plan_blocks, refined_at_a_time
@@ -23,7 +24,6 @@ from ekfac_dist.influence.preconditioned import bytes_per_group
 from ekfac_dist.influence.refined import METHOD_NAMES
 from ekfac_dist.influence.refinement import Refinement
 from ekfac_dist.models.capture.linearised import Linearisation, LinearisedBatch
-from ekfac_dist.models.capture.prepare import precisely
 from ekfac_dist.models.capture.saved_tensors import noting_saved_tensors
 from ekfac_dist.passes.step_memory import USABLE, free_bytes
 from ekfac_dist.runtime.logs import log_on_main

@@ -1,7 +1,9 @@
 import pytest
 import torch
 from helpers.dense import relative
+from helpers.float32_settings import float32_settings
 
+from ekfac_dist.curvature import covariance
 from ekfac_dist.curvature.covariance import add_outer_products_, mirror_, multiplies_wide
 
 
@@ -65,3 +67,29 @@ def test_sixteen_bit_rows_are_multiplied_as_if_they_were_wide(dtype, bias, given
     finally:
         multiplies_wide.cache_clear()
     assert relative(total.tril(), expected.tril()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("sum_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rounds", [True, False])
+def test_a_processor_that_rounds_to_bfloat16_does_so_with_such_rows_alone(
+    dtype, sum_dtype, rounds, monkeypatch
+):
+    exact, precisions = torch.Tensor.addmm_, []
+
+    def addmm_(block, left, right):
+        precisions.append(float32_settings()[2])
+        if rounds and precisions[-1] == "bf16" and block.dtype == torch.float32:
+            left, right = left.bfloat16().float(), right.bfloat16().float()
+        return exact(block, left, right)
+
+    monkeypatch.setattr(covariance, "rounds_on", lambda device: rounds)
+    monkeypatch.setattr(torch.Tensor, "addmm_", addmm_)
+    torch.manual_seed(0)
+    rows, total = torch.randn(60, 300).to(dtype), torch.zeros(300, 300, dtype=sum_dtype)
+    before = float32_settings()
+    add_outer_products_(total, rows, bias=False)
+    is_exact = dtype == torch.bfloat16 and sum_dtype == torch.float32
+    assert (set(precisions) == {"bf16"}) == (rounds and is_exact)
+    assert relative(mirror_(total).double(), rows.double().T @ rows.double()) < 1e-6
+    assert float32_settings() == before

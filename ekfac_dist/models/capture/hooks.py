@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ekfac_dist.curvature.float32_products import precisely
 from ekfac_dist.data.batches import Batch, Grid, RoutedPositions
 from ekfac_dist.errors import ModelError
 from ekfac_dist.models.capture.checkpointing import ADVICE, LayerCall, LayerCheckpointing
@@ -29,7 +30,7 @@ from ekfac_dist.models.capture.experts import Listener, Routed, fused_experts, l
 from ekfac_dist.models.capture.labels import LabelRule, LossGradient
 from ekfac_dist.models.capture.observers import NullObserver, Observer, SharedInputs
 from ekfac_dist.models.capture.packing import attending_within
-from ekfac_dist.models.capture.prepare import precisely, start_graph
+from ekfac_dist.models.capture.prepare import start_graph
 from ekfac_dist.models.capture.rotary import changing_embeddings, reset_frequencies
 from ekfac_dist.models.capture.tasks import CAUSAL_LM, Task
 from ekfac_dist.models.modules import (

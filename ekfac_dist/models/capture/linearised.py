@@ -25,6 +25,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from ekfac_dist.curvature.float32_products import precisely
 from ekfac_dist.curvature.products import with_bias
 from ekfac_dist.data.batches import (
     Batch,
@@ -39,7 +40,6 @@ from ekfac_dist.models.capture.checkpointing import LayerCall
 from ekfac_dist.models.capture.hooks import Capture
 from ekfac_dist.models.capture.labelled_logits import LabelledLogits
 from ekfac_dist.models.capture.observers import NullObserver, owned
-from ekfac_dist.models.capture.prepare import precisely
 from ekfac_dist.models.capture.second_derivative import twice_differentiable
 from ekfac_dist.models.capture.tasks import CAUSAL_LM, Task
 from ekfac_dist.models.modules import TrackedModule

@@ -1,13 +1,13 @@
 """A model as the passes need it, for as long as they run: frozen, without noise; then restored."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from ekfac_dist.curvature.float32_products import faster_library
 from ekfac_dist.models.capture.expert_lists import in_expert_list
 from ekfac_dist.models.capture.rotary import frequencies_kept
 from ekfac_dist.models.modules import linear_modules, require_usable
@@ -26,7 +26,8 @@ def prepared(model: nn.Module) -> Iterator[None]:
     A model in training mode goes into evaluation mode, except for modules whose gradient
     checkpointing works in training mode only and that have no noise of their own. MLPs that are
     applied to chunks of positions are applied to all positions at once: the result is the same, and
-    each module is then called once in a forward.
+    each module is then called once in a forward. Products of float32 on the CPU use the faster
+    library.
 
     Args:
         model: The model; its parameters' `requires_grad`, its modules' modes and its rotary
@@ -37,7 +38,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
     """
     reshard(model)  # gathered weights show neither how they are sharded nor their flags
     require_usable(model)
-    with frequencies_kept(model), _frozen(model):
+    with frequencies_kept(model), _frozen(model), faster_library():
         yield
 
 
@@ -90,53 +91,3 @@ def start_graph(module: nn.Module, args: Any, output: Any) -> Any:
     if not isinstance(output, Tensor) or output.requires_grad:
         return output
     return output.detach().requires_grad_().clone()
-
-
-@contextmanager
-def precisely(device: torch.device) -> Iterator[None]:
-    """Turns off autocast and reduced-precision float32 products that the caller may have turned on.
-
-    Args:
-        device: Where the products are computed.
-    """
-    restore = _exact_float32_products()
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        restore()
-
-
-def _exact_float32_products() -> Callable[[], None]:
-    """Makes products of float32 exact; the returned function restores what the caller had set.
-
-    torch has an old setting of all devices, and from 2.9 on one of each, which the old one sets
-    too. Where the new ones do not fit the old one, torch refuses to read the old one: then only the
-    new ones are set.
-    """
-    settings = [
-        backend.matmul
-        for backend in (torch.backends.cuda, torch.backends.mkldnn)
-        if hasattr(getattr(backend, "matmul", None), "fp32_precision")
-    ]
-    before: list[str] = [setting.fp32_precision for setting in settings]
-    legacy: str | None = None
-    try:
-        legacy = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        if not settings:
-            raise
-    if legacy is not None:
-        torch.set_float32_matmul_precision("highest")
-    for setting in settings:
-        setting.fp32_precision = "ieee"
-
-    def restore() -> None:
-        if legacy is not None:
-            torch.set_float32_matmul_precision(legacy)
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = "none"  # which follows torch.backends.fp32_precision
-            if setting.fp32_precision != precision:
-                setting.fp32_precision = precision
-
-    return restore

@@ -4,17 +4,19 @@ import pytest
 import torch
 from helpers.dense import relative, sequence_loss, weight_gradient
 from helpers.families import tiny_model
+from helpers.float32_settings import float32_settings, restore_float32, set_of_each_device
 from helpers.networks import CONFIGS, KINDS, VOCAB, build, examples, shifted
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ekfac_dist import estimate_factors
+from ekfac_dist.curvature.float32_products import precisely
 from ekfac_dist.data.sequences import collate
 from ekfac_dist.data.tokenized_examples import from_examples
 from ekfac_dist.errors import ModelError
 from ekfac_dist.models.capture.hooks import Capture
 from ekfac_dist.models.capture.labels import COVARIANCE_PASS, LabelRule
-from ekfac_dist.models.capture.prepare import precisely, prepared
+from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.find.discovery import discover
 
 CPU = torch.device("cpu")
@@ -309,30 +311,13 @@ def test_autocast_of_the_callers_reaches_the_model_and_not_the_sums(family, refi
         assert traces[0] == pytest.approx(traces[1], rel=0.1)
 
 
-def float32_settings() -> tuple[str, str, str]:
-    """What products of float32 are computed with: as set for all devices, for GPUs and for CPUs."""
-    try:
-        legacy = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the newer settings do not fit it
-        legacy = "refused"
-    backends = torch.backends
-    return legacy, backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision
-
-
-def set_of_each_device(gpu: str, cpu: str) -> None:
-    torch.backends.cuda.matmul.fp32_precision = gpu
-    torch.backends.mkldnn.matmul.fp32_precision = cpu
-
-
 @pytest.fixture
-def restored_float32():
+def _restored_float32():
     yield
-    torch.backends.fp32_precision = "none"
-    torch.set_float32_matmul_precision("highest")
-    set_of_each_device("none", "none")
+    restore_float32()
 
 
-@pytest.mark.usefixtures("restored_float32")
+@pytest.mark.usefixtures("_restored_float32")
 @pytest.mark.parametrize(
     "ask",
     [
@@ -360,28 +345,10 @@ def test_a_fast_float32_of_the_callers_does_not_reach_the_sums_and_stays_set(ask
         modules = discover(model, None, CPU).modules
         with Capture(model, modules, Watch(), torch.float32) as capture:
             capture.run(collate(list(from_examples(examples(2)))), DATA_LABELS)
-    assert set(seen) == {("highest", "ieee", "ieee")}
+    with precisely(CPU):
+        assert set(seen) == {float32_settings()}
+    assert seen[0][1] == "ieee"
     assert float32_settings() == before
-
-
-@pytest.mark.usefixtures("restored_float32")
-def test_a_setting_of_all_devices_is_still_followed_after_exact_products():
-    torch.backends.fp32_precision = "tf32"
-    with precisely(CPU):
-        pass
-    torch.backends.fp32_precision = "ieee"
-    assert float32_settings() == ("highest", "ieee", "ieee")
-
-
-def test_a_torch_that_has_only_the_old_setting_computes_exactly_too(monkeypatch):
-    for backend in (torch.backends.cuda, torch.backends.mkldnn):
-        monkeypatch.setattr(backend, "matmul", object())
-    asked = []
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
-    with precisely(CPU):
-        assert asked == ["highest"]
-    assert asked == ["highest", "high"]
 
 
 def test_a_fit_inside_inference_mode_works():

@@ -70,6 +70,16 @@ def rounds_on(device: torch.device) -> bool:
 
 
 @cache
+def has_16_bit_units(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device multiplies matrices of a 16-bit dtype faster than those of float32."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if device.type == "cpu":
+        return dtype == torch.bfloat16 and bool(torch.cpu._is_avx512_bf16_supported())
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+@cache
 def rounds_to_bfloat16() -> bool:
     """Whether this CPU multiplies float32 faster where its operands may be rounded to bfloat16.
 

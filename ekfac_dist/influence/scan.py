@@ -25,7 +25,7 @@ from ekfac_dist.curvature.blocks import rotate_rows
 from ekfac_dist.data.batches import CapturedPositions
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.influence.context import ScoringContext
-from ekfac_dist.influence.preconditioned import PreparedQueries
+from ekfac_dist.influence.preconditioned import LowRankGradients, PreparedQueries
 from ekfac_dist.models.capture.observers import PairObserver, owned
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.runtime.processes import World
@@ -118,6 +118,19 @@ class Scan(TrainingPairs):
             self.norms = context.zeros(2, num_columns)
         if with_positions:
             self.position_scores = context.zeros(num_groups, self._columns.num_positions)
+
+    def takes_16_bit(self, modules: Sequence[TrackedModule], lengths: Sequence[int]) -> bool:
+        """Whether sequences can be shown in a 16-bit dtype: they are scored by position alone.
+
+        Args:
+            modules: The modules in which they are shown.
+            lengths: Positions of each sequence.
+        """
+        gradients = [self._prepared.gradients[module.name] for module in modules]
+        return self.norms is None and all(
+            isinstance(one, LowRankGradients) and one.by_position(lengths, are_formed=False)
+            for one in gradients
+        )
 
     def score(
         self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: CapturedPositions

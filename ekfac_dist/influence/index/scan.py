@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ekfac_dist.curvature.float32_products import has_16_bit_units
 from ekfac_dist.data.batches import to_device
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.errors import NonFiniteError, StoreError
@@ -146,7 +147,8 @@ class IndexScan:
         # A block with collectives in it is left at once by a worker that fails.
         agreed, is_stopped = world.agree(together=None if go_on is None else ()), False
         with agreed, progress, torch.no_grad(), ExitStack() as stack:
-            reader = stack.enter_context(_ShardReader(self.index, context))
+            dtype = self._scored_in(scan)
+            reader = stack.enter_context(_ShardReader(self.index, context, dtype))
             pieces = [piece for shard in rounds for piece in self._pieces(shard)]
             wanted = [piece for piece in pieces if piece is not None]
             # Its thread has ended before the shard that it reads is closed.
@@ -159,7 +161,7 @@ class IndexScan:
                     continue
                 tensors = next(ahead)
                 for module, (left, right) in zip(piece.modules, tensors, strict=True):
-                    self._score(scan, piece.shard, module, left, right)
+                    self._score(scan, piece.shard, module, left, right, dtype)
                 progress.update(piece.share * piece.shard.length)
                 world.check_peers()
                 if preemption.requested():
@@ -175,13 +177,34 @@ class IndexScan:
                 )
         scan.reduce(world)
 
+    def _scored_in(self, scan: Scan) -> torch.dtype:
+        """The dtype in which products are shown to a scan: as stored where that is faster.
+
+        A score is a sum over products and modules, of terms with errors of their own: those of a
+        16-bit dtype are far below what a few products for a gradient leave out.
+        """
+        context, index = self._context, self.index
+        is_faster = context.dtype == torch.float32 and has_16_bit_units(
+            context.world.device, index.dtype
+        )
+        lengths = [index.rank] * max((shard.length for shard in index.shards), default=1)
+        if is_faster and scan.takes_16_bit(context.own_modules, lengths):
+            return index.dtype
+        return context.dtype
+
     def _score(
-        self, scan: Scan, shard: Shard, module: TrackedModule, left: Tensor, right: Tensor
+        self,
+        scan: Scan,
+        shard: Shard,
+        module: TrackedModule,
+        left: Tensor,
+        right: Tensor,
+        dtype: torch.dtype,
     ) -> None:
         """Shows a module's products of the scored sequences of a shard to a scan."""
         context = self._context
-        left_ncO = to_device(left, context.world.device).to(context.dtype)
-        right_ncI = to_device(right, context.world.device).to(context.dtype)
+        left_ncO = to_device(left, context.world.device).to(dtype)
+        right_ncI = to_device(right, context.world.device).to(dtype)
         first, last = np.searchsorted(self._places, [shard.first, shard.places.stop])
         rows = self._places[first:last] - shard.first
         if len(rows) < shard.length:
@@ -226,13 +249,13 @@ class _ShardReader:
 
     Args:
         index: The index.
-        context: Gives the gradients' dtype, to which a CPU's are converted here, and the device.
+        context: Gives the device.
+        dtype: In which products are scored; a CPU's are converted to it here.
     """
 
-    def __init__(self, index: GradientIndex, context: ScoringContext) -> None:
+    def __init__(self, index: GradientIndex, context: ScoringContext, dtype: torch.dtype) -> None:
         self._index, self._open = index, ExitStack()
-        is_cpu = context.world.device.type == "cpu"
-        self._dtype = context.dtype if is_cpu else index.dtype
+        self._dtype = dtype if context.world.device.type == "cpu" else index.dtype
         self._shard: Shard | None = None
         self._opened: OpenShard | None = None
 

@@ -106,7 +106,8 @@ def ours(args, command, output, *more):
 
 
 def query(args, output, *more):
-    return ours(args, "query", output, "--queries", args.queries, *more)
+    words = ["--queries", args.queries, "--scores.per_token", "none"]
+    return ours(args, "query", output, *words, *more)
 
 
 def bergson(args, phase, leave_out):
@@ -157,7 +158,7 @@ def main():
     print(
         f"{processor()}, {args.threads} threads; {gemm_rate('cpu') / 1e9:,.0f} GFLOP/s", flush=True
     )
-    exact = query(args, args.work / "exact", "--scores.per_token", "none")
+    exact = query(args, args.work / "exact")
     exact_QN = scores_of(args.work / "exact")
     rows = [["exact", "", f"{exact['whole_seconds']:.0f}", "", "", "1", "1"]]
     found = []

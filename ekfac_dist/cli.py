@@ -25,6 +25,7 @@ from ekfac_dist.config import (
     dotted,
 )
 from ekfac_dist.errors import DEFECT, ConfigError, Preempted, UserError, status_of
+from ekfac_dist.runtime.importing import importing
 from ekfac_dist.runtime.platforms import require_system
 from ekfac_dist.runtime.terminal import show, visible
 
@@ -151,8 +152,9 @@ def plan(arguments: list[str]) -> int:
     )
     parser.add_class_arguments(PlanConfig)
     config = parse_config(parser, PlanConfig, arguments)
-    from ekfac_dist.fit.plan import make_plan
-    from ekfac_dist.report.summary import plan_table
+    with importing():
+        from ekfac_dist.fit.plan import make_plan
+        from ekfac_dist.report.summary import plan_table
 
     show(plan_table(make_plan(config)))
     return 0
@@ -265,11 +267,12 @@ def _work(
     parser.add_class_arguments(config_class)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         config = parse_config(parser, config_class, arguments)  # before the heavy imports
-    from ekfac_dist.report.summary import opening_lines
-    from ekfac_dist.runtime.heartbeat import heartbeat
-    from ekfac_dist.runtime.logs import log_on_main, printed
-    from ekfac_dist.runtime.out_of_memory import saying_what_would_do
-    from ekfac_dist.runtime.processes import World
+    with importing():
+        from ekfac_dist.report.summary import opening_lines
+        from ekfac_dist.runtime.heartbeat import heartbeat
+        from ekfac_dist.runtime.logs import log_on_main, printed
+        from ekfac_dist.runtime.out_of_memory import saying_what_would_do
+        from ekfac_dist.runtime.processes import World
 
     world = World.start()
     with heartbeat(world), _reporting(world), printed(), saying_what_would_do():
@@ -309,7 +312,8 @@ def inspect(arguments: list[str]) -> int:
     values = parse(
         parser, arguments, {"plot": str | None}, positionals=["store"], switches=["verify"]
     )
-    from ekfac_dist.report.inspection import inspect_store, plot_spectra, verify_store
+    with importing():
+        from ekfac_dist.report.inspection import inspect_store, plot_spectra, verify_store
 
     if values["verify"]:
         verify_store(values["store"], lambda line: show(visible(line)))
@@ -340,9 +344,10 @@ def report(arguments: list[str]) -> int:
     )
     types = {"output": str | None, "note": str | None}
     values = parse(parser, arguments, types, positionals=["scores"])
-    from ekfac_dist.evaluate.results import is_evaluation
-    from ekfac_dist.report.evaluation_page import write_evaluation_page
-    from ekfac_dist.report.page import write_report
+    with importing():
+        from ekfac_dist.evaluate.results import is_evaluation
+        from ekfac_dist.report.evaluation_page import write_evaluation_page
+        from ekfac_dist.report.page import write_report
 
     output = values["output"] or values["scores"].rstrip("/") + ".html"
     write = write_evaluation_page if is_evaluation(values["scores"]) else write_report

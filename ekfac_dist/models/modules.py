@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ekfac_dist.errors import ModelError
 from ekfac_dist.models.sharding import gathered, require_known_sharding
@@ -185,6 +184,8 @@ def describe(module: Any) -> tuple[str, int, int, bool] | None:
 
     None if the module is no linear map.
     """
+    from transformers.pytorch_utils import Conv1D
+
     if isinstance(module, Conv1D):
         return CONV1D, module.nx, module.nf, module.bias is not None
     if isinstance(module, nn.Linear) or _is_opaque(module):

@@ -4,17 +4,20 @@ Forward, backward and reading a weight of such a model are collectives: every wo
 the same number of them in the same order. Inspections that cut the autograd graph in the middle of
 a forward use a whole copy of the model instead. The copy, and the sharding itself, are in
 `load.fsdp`.
+
+PyTorch's FSDP is imported by what is given a model or a weight: what only reads a store of factors
+does without it.
 """
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 
 from ekfac_dist.errors import ModelError
-from ekfac_dist.runtime.processes import World
+
+if TYPE_CHECKING:
+    from ekfac_dist.runtime.processes import World
 
 # End of an error: what to do instead of sharding.
 INSTEAD = "give every worker the whole model"
@@ -22,17 +25,23 @@ INSTEAD = "give every worker the whole model"
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 has sharded a model's weights over the workers."""
+    from torch.distributed.fsdp import FSDPModule
+
     return isinstance(model, FSDPModule)
 
 
 def class_of(model: nn.Module) -> type[nn.Module]:
     """A model's class, without the subclass that FSDP2 makes of it."""
+    from torch.distributed.fsdp import FSDPModule
+
     kinds = [kind for kind in type(model).__mro__ if issubclass(kind, nn.Module)]
     return next(kind for kind in kinds if not issubclass(kind, FSDPModule))
 
 
 def gathered(tensor: Tensor) -> Tensor:
     """A weight's values; of a sharded weight, gathered from all workers: a collective."""
+    from torch.distributed.tensor import DTensor
+
     if not isinstance(tensor, DTensor):
         return tensor
     on_device: Any = tensor.detach().to(tensor.device_mesh.device_type)
@@ -41,6 +50,8 @@ def gathered(tensor: Tensor) -> Tensor:
 
 def reshard(model: nn.Module) -> None:
     """Frees the weights of a sharded model that a forward without a backward leaves gathered."""
+    from torch.distributed.fsdp import FSDPModule
+
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -48,6 +59,8 @@ def reshard(model: nn.Module) -> None:
 
 def local(tensor: Tensor) -> Tensor:
     """This worker's shard of a weight; the weight itself if it is not sharded."""
+    from torch.distributed.tensor import DTensor
+
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -57,6 +70,8 @@ def refuse_first_fsdp(model: nn.Module) -> None:
     Raises:
         ModelError: If the model is sharded by FSDP1.
     """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ModelError(
             "The model is sharded by FSDP's first version; shard it by the second (fsdp_version: 2 "
@@ -70,6 +85,9 @@ def require_known_sharding(model: nn.Module) -> None:
     Raises:
         ModelError: If weights are distributed so, or FSDP2 computes with mixed precision.
     """
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor):
             continue
@@ -97,6 +115,8 @@ def require_known_sharding(model: nn.Module) -> None:
 
 def forget_forward(model: nn.Module) -> None:
     """Resets FSDP2's state after a forward that failed on every worker."""
+    from torch.distributed.fsdp import FSDPModule
+
     reset = getattr(model, "reset_iter_state", None)
     if isinstance(model, FSDPModule) and reset is not None and model._get_fsdp_state()._is_root:
         reset()
@@ -154,7 +174,7 @@ def storage_of(tensor: Tensor) -> int:
 
 
 def agreeing(
-    world: World, model: nn.Module, *together: type[Exception], takes_part: bool = True
+    world: "World", model: nn.Module, *together: type[Exception], takes_part: bool = True
 ) -> AbstractContextManager[None]:
     """`World.agree` for a block that runs a model, or reads its weights.
 

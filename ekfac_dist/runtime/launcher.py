@@ -16,6 +16,7 @@ from contextlib import redirect_stderr
 from typing import TYPE_CHECKING
 
 from ekfac_dist.errors import MENDABLE, ConfigError, LaunchError, Preempted
+from ekfac_dist.runtime.importing import importing
 from ekfac_dist.runtime.platforms import num_cpus, says_yes
 
 if TYPE_CHECKING:
@@ -39,9 +40,10 @@ def launch_workers(arguments: Sequence[str]) -> int:
         ConfigError: If there is no command to run, the launcher refuses its options or its
             configuration, or the workers cannot be launched.
     """
-    from accelerate.commands.launch import launch_command
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    with importing():
+        from accelerate.commands.launch import launch_command
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     options = _parsed_options(arguments)
     # The launcher's log repeats, as an error of its own, what the worker has printed already.

@@ -21,13 +21,7 @@ from ekfac_dist.runtime.software import software
 SIGN = "positive: more of the training sequence makes the query more likely; negative: less likely"
 CONTRAST_SIGN = " (of a contrast: its completion, beside the one that it is against)"
 CONTRAST_SCALE = "; of a contrast, log p(q) is log p(completion) − log p(against)"
-# Each normalisation's name in results and pages, and, below, the divisor of a score.
-NORMALIZE_NAMES = {
-    "none": "none",
-    "cosine": "cosine",
-    "relatif_l": "RelatIF, ℓ",
-    "relatif_theta": "RelatIF, θ",
-}
+# The divisor of a score, by its normalisation.
 DIVISORS = {
     "none": "",
     "cosine": ", over sqrt(self-influence of q · self-influence of z)",

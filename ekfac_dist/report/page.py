@@ -9,12 +9,17 @@ from typing import Any
 
 from ekfac_dist.curvature.damping import SCALES
 from ekfac_dist.errors import StoreError
-from ekfac_dist.influence.answer import NORMALIZE_NAMES
 from ekfac_dist.influence.results import Results, ResultsReader
 from ekfac_dist.report.answers import low_rank_gradients, rescored
 from ekfac_dist.report.html import Facts, page_text, require_jinja2, require_new_file, write_page
 from ekfac_dist.report.page_data import FEW_OF_POSITIONS, FEW_TOKENS, page_data
 
+NORMALIZE_NAMES = {
+    "none": "none",
+    "cosine": "cosine",
+    "relatif_l": "RelatIF, ℓ",
+    "relatif_theta": "RelatIF, θ",
+}
 STYLES = ("page.css",)
 # What shows one query's lists and the chosen sequence, of whatever `useData` gives it.
 COMPONENTS = (

@@ -12,8 +12,9 @@ which depends less on what else the machine does. Of commands without a pass onl
 A first round, which is not counted, warms the caches of files and of tokenised data.
 
 The imports are those of one fit by `python -X importtime`, each without the imports that it makes
-itself. `floor` is a process that imports PyTorch, Transformers' models and datasets, without the
-garbage collector, as a fit does, and nothing else: what it takes is their own.
+itself; what Transformers looks up at the first use of a name counts for the module that uses it.
+`floor` is a process that imports PyTorch, Transformers' models and datasets, without the garbage
+collector, as a fit does, and nothing else: what it takes is their own.
 """
 
 import argparse

@@ -91,7 +91,8 @@ def damped(lambda_OI: Tensor, damping: float) -> Tensor:
     damped_OI = lambda_OI + damping
     # Λ sums squares of rotated gradients; their own rounding errors enter it squared.
     rounding = 0.0 if damping else torch.finfo(lambda_OI.dtype).eps * max(lambda_OI.shape)
-    if not bool((damped_OI > rounding**2 * damped_OI.max()).all()):
+    lowest, highest = torch.aminmax(damped_OI)  # NaN if any is
+    if not bool(lowest > rounding**2 * highest):
         raise ConfigError(
             f"damping is {damping:g} and Λ has zeros, so there is no inverse; give a damping "
             "above 0."

@@ -168,23 +168,21 @@ def position_scores(query_OI: Tensor, acts_MI: Tensor, grads_MO: Tensor) -> Tens
 def low_rank_position_scores(
     left_QOr: Tensor, right_QIr: Tensor, acts_MI: Tensor, grads_MO: Tensor
 ) -> Tensor:
-    """g_tᵀ U Vᵀ a_t for every query, at every position: [Q, M], in the dtype of U and V.
+    """g_tᵀ U Vᵀ a_t for every query, at every position: [Q, M], in float32 or a wider dtype.
 
-    Where g and a are of a 16-bit dtype, U, V and the products with them are rounded to it.
+    All arguments have one dtype, in which U and V are multiplied with g and a.
     """
     num_queries, _, rank = left_QOr.shape
-    scores_QM = left_QOr.new_empty(num_queries, len(grads_MO))
-    query_bytes = left_QOr.element_size() * rank * max(1, len(grads_MO))
+    wide = torch.promote_types(left_QOr.dtype, torch.float32)
+    query_bytes = wide.itemsize * rank * max(1, len(grads_MO))
     step, _ = tile_size(num_queries, query_bytes, 1, tile_bytes(grads_MO.device))
+    parts = []
     for queries in _slices(num_queries, step):
-        left, right = (
-            (vectors @ factors_QXr[queries].transpose(0, 1).flatten(1).to(vectors.dtype)).to(
-                left_QOr.dtype
-            )
-            for vectors, factors_QXr in ((grads_MO, left_QOr), (acts_MI, right_QIr))
-        )
-        scores_QM[queries] = left.mul_(right).view(len(grads_MO), -1, rank).sum(-1).T
-    return scores_QM
+        left = grads_MO @ left_QOr[queries].transpose(0, 1).flatten(1)
+        right = acts_MI @ right_QIr[queries].transpose(0, 1).flatten(1)
+        products = left.to(wide).mul_(right)
+        parts.append(products.view(len(grads_MO), -1, rank).sum(-1).T)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def sum_by_sequence(scores_QM: Tensor, lengths: Sequence[int]) -> Tensor:

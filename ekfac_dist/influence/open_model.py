@@ -57,7 +57,7 @@ def opened_model(config: ServeConfig, world: World) -> Iterator["OpenModel"]:
     with named_by(path, "data.source", data_config.source, config.data.source):
         train, examples = load_with_examples(data_config, tokenizer, tokenizer_print, world)
     model = load(model_config, world)
-    with prepared(model):
+    with prepared(model), index.kept_open():
         with agreeing(world, model, StoreError):
             allowed = config.model.allow_changes
             comparison = check_model(store, factors, model, allow_changes=allowed)

@@ -14,7 +14,7 @@ among workers, an observer is shown the sequences of all of them in its own modu
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -85,6 +85,7 @@ class Scan(TrainingPairs):
         with_positions: Whether to keep the scores of single positions.
 
     Attributes:
+        dtype: Of the inputs and output-gradients that are shown.
         scores: Scores [Q, N].
         part_scores: Scores of each part [Q, parts, N], or None.
         norms: Σ over modules of ⟨G, (F + λ)⁻¹ G⟩ and of ‖(F + λ)⁻¹ G‖² [2, N], or None.
@@ -103,6 +104,7 @@ class Scan(TrainingPairs):
     ) -> None:
         super().__init__(context)
         self._prepared = prepared
+        self.dtype = context.dtype
         self._columns = Columns(sequences)
         self._parts = parts
         self._tiles, self._scratch = products.GradientTiles(), products.ScratchBuffer()
@@ -119,25 +121,32 @@ class Scan(TrainingPairs):
         if with_positions:
             self.position_scores = context.zeros(num_groups, self._columns.num_positions)
 
-    def takes_16_bit(self, modules: Sequence[TrackedModule], lengths: Sequence[int]) -> bool:
-        """Whether sequences can be shown in a 16-bit dtype: they are scored by position alone.
+    def is_by_position(self, lengths: Sequence[int]) -> bool:
+        """Whether sequences are scored by position alone, from query gradients of low rank.
 
         Args:
-            modules: The modules in which they are shown.
             lengths: Positions of each sequence.
         """
-        gradients = [self._prepared.gradients[module.name] for module in modules]
         return self.norms is None and all(
             isinstance(one, LowRankGradients) and one.by_position(lengths, are_formed=False)
-            for one in gradients
+            for one in self._prepared.gradients.values()
         )
+
+    def take_in(self, dtype: torch.dtype) -> None:
+        """Sets the dtype of sequences that are shown; they must be scored by position alone."""
+        self.dtype = dtype
+        gradients = {
+            name: type(one)(*(tensor.to(dtype) for tensor in one.tensors()))
+            for name, one in self._prepared.gradients.items()
+        }
+        self._prepared = replace(self._prepared, gradients=gradients)
 
     def score(
         self, module: TrackedModule, acts_MI: Tensor, grads_MO: Tensor, batch: CapturedPositions
     ) -> None:
         """Scores a batch in one module."""
         gradients = self._prepared.gradients[module.name]
-        columns = self._columns.of(batch).to(acts_MI.device)
+        columns = self._columns.place_of(batch, acts_MI.device)
         scores_Qn = None
         are_formed = self.norms is not None
         if self.position_scores is not None or gradients.by_position(batch.lengths, are_formed):
@@ -162,7 +171,7 @@ class Scan(TrainingPairs):
         acts_MI: Tensor,
         grads_MO: Tensor,
         batch: CapturedPositions,
-        columns: Tensor,
+        columns: slice | Tensor,
         *,
         with_scores: bool,
     ) -> Tensor:
@@ -173,7 +182,7 @@ class Scan(TrainingPairs):
             acts_MI: Inputs.
             grads_MO: Output-gradients.
             batch: Which sequence each position belongs to.
-            columns: The sequences' columns [n].
+            columns: The sequences' columns.
             with_scores: Whether scores are wanted; else they are zeros.
         """
         gradients = self._prepared.gradients[module.name]
@@ -299,6 +308,8 @@ class Columns:
     def __init__(self, sequences: Examples) -> None:
         self._indices = sequences.indices
         self._offsets = np.concatenate([[0], np.cumsum(sequences.num_positions)])
+        self._placed: CapturedPositions | None = None  # the last batch that was placed
+        self._place: slice | Tensor = slice(0)
 
     @property
     def num_positions(self) -> int:
@@ -308,6 +319,15 @@ class Columns:
     def of(self, batch: CapturedPositions) -> Tensor:
         """The column of each sequence of a batch [n]."""
         return torch.from_numpy(np.searchsorted(self._indices, batch.indices))
+
+    def place_of(self, batch: CapturedPositions, device: torch.device) -> slice | Tensor:
+        """The columns of a batch's sequences: a slice where they follow one another, else [n]."""
+        if batch is not self._placed:
+            columns = np.searchsorted(self._indices, batch.indices)
+            self._placed, self._place = batch, torch.from_numpy(columns).to(device)
+            if len(columns) and (np.diff(columns) == 1).all():
+                self._place = slice(int(columns[0]), int(columns[-1]) + 1)
+        return self._place
 
     def positions_of(self, batch: CapturedPositions) -> Tensor:
         """The index of each position of a batch among those of all scored sequences [M]."""

@@ -106,3 +106,11 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_ahead(path: Path) -> None:
+    """Lets the system read a file into memory, while the caller goes on; where it can be asked."""
+    if not hasattr(os, "posix_fadvise"):  # macOS
+        return
+    with suppress(OSError), path.open("rb") as opened:
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)

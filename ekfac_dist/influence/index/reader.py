@@ -1,7 +1,7 @@
 """Reading a finished index: the manifest at once, shards one by one, memory-mapped."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ekfac_dist.influence.index import layout
 from ekfac_dist.influence.index.layout import DTYPES, FORMAT, INDICES, NORMS, REMEDY, Shard
 from ekfac_dist.influence.index.norms import DAMPINGS
 from ekfac_dist.models.modules import TrackedModule
-from ekfac_dist.runtime.files import file_sha256
+from ekfac_dist.runtime.files import file_sha256, read_ahead
 
 _ENTRIES: dict[str, dict[str, type]] = {
     "factors": {"fingerprint": str},
@@ -52,6 +52,8 @@ class GradientIndex:
 
     def __init__(self, path: str | Path, factors: Factors, *, verify: bool = True) -> None:
         self.path, self._verify, self._verified = Path(path), verify, set[str]()
+        self._open: ExitStack | None = None
+        self._kept: dict[str, OpenShard] = {}  # by file
         self.manifest = self._read_manifest()
         fitted = self.manifest["factors"]
         if fitted["fingerprint"] != factors.fingerprint:
@@ -208,6 +210,32 @@ class GradientIndex:
         self._verified.add(shard.file)
 
     @contextmanager
+    def kept_open(self) -> Iterator[None]:
+        """Context in which shards that are scored from stay open, and mapped into memory.
+
+        To map a file's pages, and to unmap them, takes as long as half of a scan.
+        """
+        with ExitStack() as stack:
+            self._open = stack
+            try:
+                yield
+            finally:
+                self._open = None
+                self._kept.clear()
+
+    def opened(self, shard: Shard) -> AbstractContextManager["OpenShard"]:
+        """A shard to score from, checked; in `kept_open` it stays open.
+
+        Raises:
+            StoreError: If it is damaged.
+        """
+        if self._open is None:
+            return self.open(shard)
+        if shard.file not in self._kept:
+            self._kept[shard.file] = self._open.enter_context(self.open(shard))
+        return nullcontext(self._kept[shard.file])
+
+    @contextmanager
     def open(self, shard: Shard, *, checks: bool = True) -> Iterator["OpenShard"]:
         """Opens one shard.
 
@@ -222,6 +250,7 @@ class GradientIndex:
         file = self.path / shard.file
         if checks:
             self._check(shard)
+            read_ahead(file)
         expected = layout.shapes(shard, self.modules, self.rank, self.dtype)
         try:
             with safe_open(file, framework="pt") as opened:
@@ -272,6 +301,7 @@ class OpenShard:
     ) -> None:
         self._file, self._opened, self._expected = file, opened, expected
         self._names = set(opened.keys())
+        self._tensors: dict[str, Tensor] = {}
 
     def tensor(self, name: str) -> Tensor:
         """One tensor; its memory is the file's.
@@ -279,6 +309,11 @@ class OpenShard:
         Raises:
             StoreError: If it is missing, or of another shape or dtype.
         """
+        if name not in self._tensors:
+            self._tensors[name] = self._read(name)
+        return self._tensors[name]
+
+    def _read(self, name: str) -> Tensor:
         if name not in self._names:
             raise StoreError(f"{self._file} holds no tensor {name!r}. {REMEDY}")
         tensor: Tensor = self._opened.get_tensor(name)

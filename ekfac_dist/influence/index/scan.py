@@ -70,6 +70,29 @@ class _Piece:
     is_first: bool
 
 
+class _Shown:
+    """The scored sequences of a shard.
+
+    Args:
+        indices: Index in the data of each [n].
+        chosen: Which of the shard's sequences they are [n]; None: all.
+
+    Attributes:
+        chosen: As given.
+    """
+
+    def __init__(self, indices: Sequence[int], chosen: Tensor | None) -> None:
+        self._indices, self.chosen = indices, chosen
+        self._batches: dict[int, KeptSequences] = {}
+
+    def batch(self, num_products: int) -> KeptSequences:
+        """Them, in a module that keeps so many products of each."""
+        if num_products not in self._batches:
+            lengths = (num_products,) * len(self._indices)
+            self._batches[num_products] = KeptSequences(self._indices, lengths)
+        return self._batches[num_products]
+
+
 class IndexScan:
     """Scores the scored sequences from an index.
 
@@ -147,8 +170,8 @@ class IndexScan:
         # A block with collectives in it is left at once by a worker that fails.
         agreed, is_stopped = world.agree(together=None if go_on is None else ()), False
         with agreed, progress, torch.no_grad(), ExitStack() as stack:
-            dtype = self._scored_in(scan)
-            reader = stack.enter_context(_ShardReader(self.index, context, dtype))
+            self._choose_dtype(scan)
+            reader = stack.enter_context(_ShardReader(self.index, scan.dtype, world.device))
             pieces = [piece for shard in rounds for piece in self._pieces(shard)]
             wanted = [piece for piece in pieces if piece is not None]
             # Its thread has ended before the shard that it reads is closed.
@@ -159,9 +182,10 @@ class IndexScan:
                     break
                 if piece is None:
                     continue
-                tensors = next(ahead)
-                for module, (left, right) in zip(piece.modules, tensors, strict=True):
-                    self._score(scan, piece.shard, module, left, right, dtype)
+                if piece.is_first:
+                    shown = self._shown(piece.shard)
+                for module, products in zip(piece.modules, next(ahead), strict=True):
+                    self._score(scan, shown, module, *products)
                 progress.update(piece.share * piece.shard.length)
                 world.check_peers()
                 if preemption.requested():
@@ -177,8 +201,8 @@ class IndexScan:
                 )
         scan.reduce(world)
 
-    def _scored_in(self, scan: Scan) -> torch.dtype:
-        """The dtype in which products are shown to a scan: as stored where that is faster.
+    def _choose_dtype(self, scan: Scan) -> None:
+        """Lets a scan take products as they are stored where that is faster.
 
         A score is a sum over products and modules, of terms with errors of their own: those of a
         16-bit dtype are far below what a few products for a gradient leave out.
@@ -188,29 +212,25 @@ class IndexScan:
             context.world.device, index.dtype
         )
         lengths = [index.rank] * max((shard.length for shard in index.shards), default=1)
-        if is_faster and scan.takes_16_bit(context.own_modules, lengths):
-            return index.dtype
-        return context.dtype
+        if is_faster and scan.is_by_position(lengths):
+            scan.take_in(index.dtype)
 
-    def _score(
-        self,
-        scan: Scan,
-        shard: Shard,
-        module: TrackedModule,
-        left: Tensor,
-        right: Tensor,
-        dtype: torch.dtype,
-    ) -> None:
-        """Shows a module's products of the scored sequences of a shard to a scan."""
-        context = self._context
-        left_ncO = to_device(left, context.world.device).to(dtype)
-        right_ncI = to_device(right, context.world.device).to(dtype)
+    def _shown(self, shard: Shard) -> "_Shown":
+        """The scored sequences of a shard."""
         first, last = np.searchsorted(self._places, [shard.first, shard.places.stop])
         rows = self._places[first:last] - shard.first
+        chosen = None
         if len(rows) < shard.length:
-            chosen = torch.from_numpy(rows).to(context.world.device)
-            left_ncO, right_ncI = left_ncO[chosen], right_ncI[chosen]
-        batch = KeptSequences(self._scored[first:last].tolist(), (left_ncO.shape[1],) * len(rows))
+            chosen = torch.from_numpy(rows).to(self._context.world.device)
+        return _Shown(self._scored[first:last].tolist(), chosen)
+
+    def _score(self, scan: Scan, shown: "_Shown", module: TrackedModule, *products: Tensor) -> None:
+        """Shows a module's products U and V of a shard's scored sequences to a scan."""
+        device, dtype = self._context.world.device, scan.dtype
+        left_ncO, right_ncI = (to_device(one, device).to(dtype) for one in products)
+        if shown.chosen is not None:
+            left_ncO, right_ncI = left_ncO[shown.chosen], right_ncI[shown.chosen]
+        batch = shown.batch(left_ncO.shape[1])
         scan.score(module, right_ncI.flatten(0, 1), left_ncO.flatten(0, 1), batch)
 
     def _rounds(self) -> list[Shard | None]:
@@ -249,13 +269,15 @@ class _ShardReader:
 
     Args:
         index: The index.
-        context: Gives the device.
         dtype: In which products are scored; a CPU's are converted to it here.
+        device: Where they are scored.
     """
 
-    def __init__(self, index: GradientIndex, context: ScoringContext, dtype: torch.dtype) -> None:
+    def __init__(self, index: GradientIndex, dtype: torch.dtype, device: torch.device) -> None:
         self._index, self._open = index, ExitStack()
-        self._dtype = dtype if context.world.device.type == "cpu" else index.dtype
+        is_cpu = device.type == "cpu"
+        self._dtype = dtype if is_cpu else index.dtype
+        self._copies = not is_cpu or dtype != index.dtype
         self._shard: Shard | None = None
         self._opened: OpenShard | None = None
 
@@ -266,16 +288,19 @@ class _ShardReader:
         self._open.close()
 
     def read(self, piece: _Piece) -> list[tuple[Tensor, Tensor]]:
-        """U and v of a piece's modules, in memory."""
+        """U and V of a piece's modules.
+
+        In memory; or in the file's, which is on its way there, if a CPU multiplies what is stored.
+        """
         if piece.shard is not self._shard or self._opened is None:
             self._open.close()
-            self._opened = self._open.enter_context(self._index.open(piece.shard))
+            self._opened = self._open.enter_context(self._index.opened(piece.shard))
             self._shard = piece.shard
-        opened = self._opened
+        opened, dtype, copies = self._opened, self._dtype, self._copies
         return [
             (
-                opened.tensor(layout.left_key(module.name)).to(self._dtype, copy=True),
-                opened.tensor(layout.right_key(module.name)).to(self._dtype, copy=True),
+                opened.tensor(layout.left_key(module.name)).to(dtype, copy=copies),
+                opened.tensor(layout.right_key(module.name)).to(dtype, copy=copies),
             )
             for module in piece.modules
         ]

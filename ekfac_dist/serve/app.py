@@ -28,11 +28,10 @@ from ekfac_dist.serve.models import (
     Problem,
     QuestionRequest,
     SequenceModel,
-    continuation_of,
-    question_of,
 )
 from ekfac_dist.serve.operations import operations_page
 from ekfac_dist.serve.page import page_routes
+from ekfac_dist.serve.questions import continuation_of, question_of
 from ekfac_dist.serve.security import DEFECT_SENTENCE, NOTHING
 from ekfac_dist.serve.streams import EventStream, Listening, unless_left
 

@@ -5,7 +5,17 @@
 
 from typing import Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, FiniteFloat, JsonValue
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    JsonValue,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    model_validator,
+)
 
 from ekfac_dist.config.query import DampingScale, Normalize, Tokens
 from ekfac_dist.config.refine import RefineMethod
@@ -77,6 +87,22 @@ class QuestionRequest(_Strict):
     refine: RefineRequest | None = Field(
         None, description="Whether query gradients are refined; null: not."
     )
+    _spelling_of_normalise: str = PrivateAttr("normalise")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _note_spelling(
+        cls, value: Any, validated: ModelWrapValidatorHandler["QuestionRequest"]
+    ) -> "QuestionRequest":
+        request = validated(value)
+        if isinstance(value, dict) and "normalise" not in value and "normalize" in value:
+            request._spelling_of_normalise = "normalize"
+        return request
+
+    @property
+    def spelling_of_normalise(self) -> str:
+        """The name under which `normalise` was given."""
+        return self._spelling_of_normalise
 
 
 class CompletionRequest(_Strict):

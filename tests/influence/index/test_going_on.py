@@ -141,7 +141,7 @@ def test_another_run_is_refused_by_what_differs(root, tmp_path, monkeypatch):
     refused = {
         "index.rank None (now 2)": arguments(root, index, "--index.rank", "2"),
         "holds no finished index to add to; leave --add out": arguments(root, index, "--add"),
-        "batch_tokens 4096 (now 64)": arguments(root, index, "--batch_tokens", "64"),
+        "batch_tokens 16 (now 64)": arguments(root, index, "--batch_tokens", "64"),
     }
     for sentence, command in refused.items():
         done = run_here(command)

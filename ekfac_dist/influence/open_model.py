@@ -124,7 +124,12 @@ class OpenModel:
         fitted, index = self.factors.manifest, self.index
         names = [module.name for module in modules]
         return {
-            "model": {"name": self.model_config.name, "dtype": self.dtype, "whole": self.whole},
+            "model": {
+                "name": self.model_config.name,
+                "dtype": self.dtype,
+                "whole": self.whole,
+                "chats": bool(getattr(self.tokenizer, "chat_template", None)),
+            },
             "factors": {
                 "path": str(self.config.factors),
                 "num_sequences": fitted["data"]["num_sequences"],

@@ -190,6 +190,7 @@ async function tellService() {
     byId("subtitle").textContent =
       `Ask which of ${grouped.format(number)} training sequences made it say something, by EK-FAC influence`;
   }
+  if (info.model?.chats) byId("chat-part").hidden = false;
   if (info.damping?.value) field("damping").placeholder = String(info.damping.value);
   byId("service-groups").replaceChildren(...Object.entries(info).flatMap(groupNodes));
 }

@@ -62,6 +62,20 @@ def require_template(tokenizer: Any, field: str) -> None:
         )
 
 
+def asking(messages: Messages, tokenizer: Any, where: str) -> str:
+    """The text with which the template asks for an answer to some messages.
+
+    Args:
+        messages: The messages.
+        tokenizer: A `transformers` tokenizer with a chat template.
+        where: What holds them, in errors.
+
+    Raises:
+        DataError: If the template refuses the messages.
+    """
+    return _applied(messages, tokenizer, where, asks=True)
+
+
 def rendered(messages: Messages, tokenizer: Any, where: str) -> tuple[str, str]:
     """The text before the last turn, and what the last turn adds to it.
 
@@ -74,15 +88,8 @@ def rendered(messages: Messages, tokenizer: Any, where: str) -> tuple[str, str]:
         DataError: If the template refuses the messages; or if what it makes of all of them does not
             begin with what it makes of those before the last.
     """
-    try:
-        whole = tokenizer.apply_chat_template(list(messages), tokenize=False)
-        before = tokenizer.apply_chat_template(
-            list(messages[:-1]), tokenize=False, add_generation_prompt=True
-        )
-    except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise DataError(
-            f"{where}: the model's chat template refuses these messages: {first_line(error)}."
-        ) from error
+    whole = _applied(messages, tokenizer, where, asks=False)
+    before = asking(messages[:-1], tokenizer, where)
     if not whole.startswith(before):
         pairs = enumerate(zip(whole, before, strict=False))
         length = next((k for k, (one, other) in pairs if one != other), len(whole))
@@ -93,6 +100,19 @@ def rendered(messages: Messages, tokenizer: Any, where: str) -> tuple[str, str]:
             "completion."
         )
     return before, whole[len(before) :]
+
+
+def _applied(messages: Messages, tokenizer: Any, where: str, *, asks: bool) -> str:
+    """The text of messages, and if it `asks`, how the template then begins an answer."""
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=asks
+        )
+    except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise DataError(
+            f"{where}: the model's chat template refuses these messages: {first_line(error)}."
+        ) from error
+    return text
 
 
 def _shown(value: Any) -> str:

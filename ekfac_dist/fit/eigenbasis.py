@@ -160,7 +160,10 @@ class _Decompositions:
                 if world.size == 1 or was_agreed(error):
                     self._storing.finish()
                 raise
-            self._storing.finish()
+            else:
+                self._storing.finish()
+            finally:
+                self._storing.wait()
         return {factor: bases[factor] for factor in costs if factor in bases}
 
     def _stored(self, factors: Sequence[str]) -> dict[str, Basis]:

@@ -9,7 +9,8 @@ to worker 0, which writes it. No worker ever holds another's tensors beyond thos
     round 2   …
 
 A failed write loses only itself: the other files of its round are listed before all workers end.
-A round may also be written by threads, while the workers go on with what they compute next.
+A round may also be written by threads, while the workers go on with what they compute next. However
+the workers end, the threads end before them: nothing is written once the store's lock is released.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -120,6 +121,13 @@ class Storing:
         """
         begun, self._begun = self._begun, None
         self._end(begun)
+
+    def wait(self) -> None:
+        """Waits until this worker's thread writes no more, and lists nothing; no collective."""
+        self._begun = None
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
 
     def _end(self, begun: _Begun | None) -> None:
         if begun is None:

@@ -82,9 +82,9 @@ class Session(Protocol):
 
     Attributes:
         world: The workers.
-        info: What `GET /v1/info` answers: "model" {name, dtype, whole}, "factors" {path,
-            num_sequences, labels, refit}, "index" {path, rank, dtype, num_sequences, bytes},
-            "layers", "modules", "damping".
+        info: What `GET /v1/info` answers: "model" {name, dtype, whole, chats: whether it
+            has a chat template}, "factors" {path, num_sequences, labels, refit}, "index" {path,
+            rank, dtype, num_sequences, bytes}, "layers", "modules", "damping".
     """
 
     world: World

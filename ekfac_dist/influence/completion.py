@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
-from ekfac_dist.data.chats import messages_of, require_template
+from ekfac_dist.data.chats import asking, messages_of, require_template
 from ekfac_dist.errors import DataError, ModelError, NonFiniteError
 from ekfac_dist.models.load.pretrained import context_length
 from ekfac_dist.models.modules import device_of
@@ -23,8 +23,7 @@ def prompt_ids(tokenizer: Any, prompt: str, messages: list[dict[str, Any]] | Non
     if messages is not None:
         require_template(tokenizer, "messages")
         asked = [*messages, {"role": "assistant", "content": "-"}]
-        checked = messages_of(asked, "messages")[:-1]
-        prompt = tokenizer.apply_chat_template(checked, tokenize=False, add_generation_prompt=True)
+        prompt = asking(messages_of(asked, "messages")[:-1], tokenizer, "The prompt")
         special = False
     ids: list[int] = tokenizer(prompt, add_special_tokens=special)["input_ids"]
     if not ids:

@@ -1,6 +1,6 @@
 """Model, factors and index of a session: read, and checked against each other, once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from ekfac_dist.models.capture.prepare import prepared
 from ekfac_dist.models.capture.tasks import CAUSAL_LM
 from ekfac_dist.models.load.on_workers import load, require_same_model
 from ekfac_dist.models.load.pretrained import load_tokenizer
+from ekfac_dist.models.modules import TrackedModule, layer_name
 from ekfac_dist.models.sharding import agreeing
 from ekfac_dist.passes.sequences import (
     check_sequences,
@@ -113,3 +114,36 @@ class OpenModel:
     def dtype(self) -> str:
         """The model's dtype, in words."""
         return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
+    def info(self, modules: Iterable[TrackedModule]) -> dict[str, Any]:
+        """What is open, for people; see `Session.info`.
+
+        Args:
+            modules: The tracked modules, in model order.
+        """
+        fitted, index = self.factors.manifest, self.index
+        names = [module.name for module in modules]
+        return {
+            "model": {
+                "name": self.model_config.name,
+                "dtype": self.dtype,
+                "whole": self.whole,
+                "chats": bool(getattr(self.tokenizer, "chat_template", None)),
+            },
+            "factors": {
+                "path": str(self.config.factors),
+                "num_sequences": fitted["data"]["num_sequences"],
+                "labels": fitted["fisher"]["labels"],
+                "refit": fitted["fisher"]["refit"],
+            },
+            "index": {
+                "path": str(index.path),
+                "rank": index.rank,
+                "dtype": index.manifest["index"]["dtype"],
+                "num_sequences": len(index),
+                "bytes": index.num_bytes,
+            },
+            "layers": list(dict.fromkeys(map(layer_name, names))),
+            "modules": names,
+            "damping": vars(self.config.damping),
+        }

@@ -41,7 +41,7 @@ This module knows files; no model and no factors.
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -255,12 +255,16 @@ def make_directory(path: Path) -> None:
         raise _cannot_be_made(path, error) from error
 
 
-def check_new(path: str | Path, *, own: bool = False) -> None:
+def check_new(
+    path: str | Path, *, own: bool = False, is_left: Callable[[Path], bool] = lambda entry: False
+) -> None:
     """Checks that an output directory is empty, or can be made; nothing of the check remains.
 
     Args:
         path: The directory.
         own: Whether this process holds the directory's lock.
+        is_left: Whether an entry, beside the lock and a manifest that is not in place yet, is what
+            a run leaves that was killed before it had begun.
 
     Raises:
         OutputError: If it is not empty, cannot be made or written, or a run is writing it.
@@ -273,13 +277,17 @@ def check_new(path: str | Path, *, own: bool = False) -> None:
             raise OutputError(f"output {path} cannot be written; give another directory.")
         # All that a run leaves that was killed before its manifest was in place.
         startup_files = re.compile(rf"{re.escape(LOCK)}|\.{re.escape(MANIFEST)}\..*\.tmp")
-        names = [entry.name for entry in path.iterdir()]
-        entries = [name for name in names if not startup_files.fullmatch(name)]
-        if not own and len(entries) < len(names):
+        found = list(path.iterdir())
+        others = sorted(
+            entry.name
+            for entry in found
+            if not startup_files.fullmatch(entry.name) and not is_left(entry)
+        )
+        if not own and len(others) < len(found):
             require_unlocked(path)
-        if entries:
+        if others:
             raise OutputError(
-                f"output {path} exists already (it holds {sorted(entries)[0]}); give a directory "
+                f"output {path} exists already (it holds {others[0]}); give a directory "
                 "that is new or empty, or remove this one."
             )
         return

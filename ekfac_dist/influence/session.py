@@ -8,22 +8,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ekfac_dist.config import (
-    QueryConfig,
-    ScoresConfig,
-    ServeConfig,
-    require_refinable,
-)
+from ekfac_dist.config import QueryConfig, ScoresConfig, ServeConfig
 from ekfac_dist.curvature import kronecker
 from ekfac_dist.curvature.damping import Damping
-from ekfac_dist.errors import ConfigError, ModelError, NonFiniteError
+from ekfac_dist.errors import NonFiniteError
 from ekfac_dist.influence.answer import Answer
 from ekfac_dist.influence.asking import Question, Ranking
 from ekfac_dist.influence.checks import absolute_damping, scoring_context
@@ -32,14 +26,8 @@ from ekfac_dist.influence.context import ScoringContext
 from ekfac_dist.influence.data_passes import DataPasses
 from ekfac_dist.influence.held import computes_again, factors_on_device
 from ekfac_dist.influence.index.scan import IndexScan
-from ekfac_dist.influence.lists import (
-    Chosen,
-    choose_for_rescoring,
-    exact_lists,
-    list_lengths,
-    make_lists,
-)
 from ekfac_dist.influence.open_model import OpenModel, opened_model
+from ekfac_dist.influence.open_ranking import OpenRanking, scores_of_one
 from ekfac_dist.influence.output import SequenceTexts, write_answer
 from ekfac_dist.influence.preconditioned import (
     PreparedQueries,
@@ -47,23 +35,16 @@ from ekfac_dist.influence.preconditioned import (
     joined,
     rank_in,
 )
-from ekfac_dist.influence.queries import QuerySet, tokenize_queries
+from ekfac_dist.influence.queries import QuerySet
 from ekfac_dist.influence.query_gradients import prepare
+from ekfac_dist.influence.question_checks import QuestionChecks
 from ekfac_dist.influence.refinement import Refinement
-from ekfac_dist.influence.refinement_start import require_refinable_model, start_refinement
+from ekfac_dist.influence.refinement_start import start_refinement
 from ekfac_dist.influence.results_in_memory import ResultsInMemory, ResultsToMemory
 from ekfac_dist.influence.scores import Details, InfluenceScores
 from ekfac_dist.influence.scoring import empty_result
 from ekfac_dist.influence.token_texts import TokenTexts
-from ekfac_dist.models.capture.tasks import CAUSAL_LM
-from ekfac_dist.models.load.pretrained import context_length
-from ekfac_dist.models.modules import layer_name
-from ekfac_dist.models.sharding import is_sharded
-from ekfac_dist.passes.sequences import (
-    check_sequences,
-    exactly_batched,
-    with_chunked_head,
-)
+from ekfac_dist.passes.sequences import exactly_batched, with_chunked_head
 from ekfac_dist.runtime.processes import World
 
 # Rank of query gradients in a scan, and the least number of an index's products for which a scan
@@ -71,25 +52,6 @@ from ekfac_dist.runtime.processes import World
 _SCAN_RANK = 16
 _LEAST_FOR_LOW_RANK = 1000
 _KEPT_DAMPINGS = 16
-
-
-@dataclass
-class _OpenRanking(Ranking):
-    """A ranking, with what its exact scores need.
-
-    Attributes:
-        question: The question.
-        asked: The scores that it asks for.
-        context: What it was answered with.
-        prepared: Its whole preconditioned gradient; None: it is computed again when it is needed.
-        in_eigenbasis: Whether that is in the eigenbasis; else in the parameters' own.
-    """
-
-    question: Question
-    asked: ScoresConfig
-    context: ScoringContext
-    prepared: PreparedQueries | None
-    in_eigenbasis: bool = True
 
 
 @contextmanager
@@ -132,10 +94,12 @@ class OpenSession:
         self._texts = SequenceTexts(
             opened.train, opened.examples, opened.data_config, opened.tokenizer
         )
-        self._last: _OpenRanking | None = None  # that was scored exactly
+        shares_out = self._base.owners is not None
+        self._checks = QuestionChecks(opened, self._lock, shares_out=shares_out)
+        self._last: OpenRanking | None = None  # that was scored exactly
         self._dampings: dict[str, dict[str, float]] = {}  # absolute, of each that was asked for
         self._columns = {int(index): k for k, index in enumerate(opened.train.indices)}
-        self.info = self._info()
+        self.info = opened.info(self._base.modules)
 
     def _first_context(self) -> ScoringContext:
         opened = self._opened
@@ -155,80 +119,12 @@ class OpenSession:
         )
         return replace(context, task=task, in_eigenbasis=True)
 
-    def _info(self) -> dict[str, Any]:
-        opened, index = self._opened, self._opened.index
-        fitted = opened.factors.manifest
-        names = [module.name for module in self._base.modules]
-        return {
-            "model": {
-                "name": opened.model_config.name,
-                "dtype": opened.dtype,
-                "whole": opened.whole,
-            },
-            "factors": {
-                "path": str(opened.config.factors),
-                "num_sequences": fitted["data"]["num_sequences"],
-                "labels": fitted["fisher"]["labels"],
-                "refit": fitted["fisher"]["refit"],
-            },
-            "index": {
-                "path": str(index.path),
-                "rank": index.rank,
-                "dtype": index.manifest["index"]["dtype"],
-                "num_sequences": len(index),
-                "bytes": index.num_bytes,
-            },
-            "layers": list(dict.fromkeys(map(layer_name, names))),
-            "modules": names,
-            "damping": vars(opened.config.damping),
-        }
-
     # -- before the compute thread -----------------------------------------------------------------
 
     def check(self, question: Question) -> None:
         """Tokenises a question and refuses a wrong one."""
-        self._checked(question)
-        self._tokenized([question])
-
-    def _checked(self, question: Question) -> ScoresConfig:
-        """The scores that a question asks for.
-
-        Raises:
-            ConfigError: If they cannot be meant.
-            ModelError: If its gradients cannot be refined.
-        """
-        scores = ScoresConfig(
-            normalize=question.normalize,
-            top_k=question.top_k,
-            bottom_k=question.bottom_k,
-            rescore=question.rescore,
-            per_token="top" if question.rescore else "none",
-            tokens=question.tokens if question.rescore else "inputs",
-        )
-        require_refinable(scores, question.refine)
-        require_refinable_model(self._opened.model, CAUSAL_LM, question.refine)
-        if question.refine.is_on and self._base.owners is not None:
-            raise ConfigError(
-                f"refine.method is {question.refine.method}, for which every worker holds all "
-                "factors, but those of this service are shared out, as they are too large for one; "
-                "ask without refinement."
-            )
-        if scores.tokens == "outputs" and is_sharded(self._opened.model):
-            raise ModelError(
-                "tokens is outputs, but the model is sharded over the workers by FSDP, which "
-                "gathers weights for one backward alone; ask with tokens: inputs."
-            )
-        list_lengths(scores, len(self._train))
-        Damping(**vars(question.damping)).require_used(self._base.factors.modules)
-        return scores
-
-    def _tokenized(self, questions: Sequence[Question]) -> QuerySet:
-        with self._lock:
-            texts = [question.query for question in questions]
-            longest = context_length(self._opened.model)
-            queries = tokenize_queries(texts, self._opened.tokenizer, longest)
-        check_sequences(self._opened.model, queries.sequences, "shorten the query")
-        return queries
+        self._checks.scores(question)
+        self._checks.tokens([question])
 
     def sequence(self, index: int) -> dict[str, Any]:
         """A training sequence."""
@@ -244,11 +140,13 @@ class OpenSession:
         """The rankings of questions of the same settings, by one scan of the index."""
         start = time.perf_counter()
         with self.world.agree():
-            scores = [self._checked(question) for question in questions]
-            together = self._tokenized(questions)
-            alone = [self._tokenized([question]) for question in questions]
+            scores = [self._checks.scores(question) for question in questions]
+            together = self._checks.tokens(questions)
+            alone = [self._checks.tokens([question]) for question in questions]
         context = self._context_of(questions[0])
         result = empty_result(context, together, self._train, scores[0], self._opened.index.rank)
+        result.model_differs = self._opened.differs
+        result.not_compared = self._opened.not_compared
         joined, whole = self._query_gradients(context, together, scores[0], result, go_on)
         with self.world.agree():
             with_norms = questions[0].normalize != "none"
@@ -258,8 +156,8 @@ class OpenSession:
         self._require_finite(result.scores, torch.tensor(losses))
         seconds = time.perf_counter() - start
         return [
-            _OpenRanking(
-                scores=self._row(result, together, row, scores[row]),
+            OpenRanking(
+                scores=scores_of_one(result, together, row, scores[row]),
                 queries=alone[row],
                 seconds=seconds,
                 question=question,
@@ -328,53 +226,9 @@ class OpenSession:
         refinement = start_refinement(context, self._train, scores, num_questions)
         return replace(refinement, go_on=go_on)
 
-    def _row(
-        self, result: InfluenceScores, queries: QuerySet, row: int, scores: ScoresConfig
-    ) -> InfluenceScores:
-        """One question's row of the scores of several, with its lists."""
-        losses = result.query_losses
-        other = queries.against[row]
-        refined = result.refined
-        if refined is not None:
-            refined = replace(refined, residuals=refined.residuals[row : row + 1])
-        own = replace(
-            result,
-            scores=result.scores[row : row + 1],
-            query_norms=result.query_norms[row : row + 1],
-            members=((0,),),
-            query_losses=[losses[row]],
-            against_losses=[None if other is None else result.against_losses[row]],
-            tokens=scores.tokens,
-            refined=refined,
-            model_differs=self._opened.differs,
-            not_compared=self._opened.not_compared,
-        )
-        columns = np.arange(len(own.indices))
-        lengths = list_lengths(scores, len(self._train))
-        top, bottom = make_lists(own.scores[0], columns, own.indices, lengths)
-        own.top, own.bottom = [top], [bottom]
-        return own
-
     def to_rescore(self, ranking: Ranking) -> list[int]:
         """Columns to be scored exactly, in the order of interest."""
-        chosen = self._chosen(_open(ranking))
-        return list(dict.fromkeys([*chosen.top.tolist(), *chosen.bottom.tolist()]))
-
-    def _chosen(self, ranking: "_OpenRanking") -> Chosen:
-        question = ranking.question
-        lengths = (question.top_k, question.bottom_k)
-        chosen = choose_for_rescoring(ranking.scores, 0, question.rescore, lengths)
-        order = ranking.scores.scores[0]
-
-        def sorted_by(columns: np.ndarray, *, descending: bool) -> np.ndarray:
-            values = order[torch.from_numpy(columns)]
-            return columns[values.argsort(descending=descending, stable=True).numpy()]
-
-        return Chosen(
-            sorted_by(chosen.top, descending=True),
-            sorted_by(chosen.bottom, descending=False),
-            np.zeros(0, dtype=np.int64),
-        )
+        return _open(ranking).to_rescore()
 
     def exact(
         self,
@@ -427,21 +281,7 @@ class OpenSession:
 
     def finish(self, ranking: Ranking, details: Sequence[Details]) -> InfluenceScores:
         """The scores with lists by exact scores, and details."""
-        own, joined = _open(ranking), Details.join(list(details))
-        joined = joined.take(np.argsort(joined.columns, kind="stable"))
-        lengths = (own.question.top_k, own.question.bottom_k)
-        exact = joined.module_scores.sum(1)
-        chosen = self._chosen(own)
-        lists, rescored = exact_lists(own.scores, 0, joined.columns, exact, chosen, lengths)
-        listed = np.concatenate([one.columns for one in lists])
-        kept = np.flatnonzero(np.isin(joined.columns, listed))
-        return replace(
-            own.scores,
-            top=[lists[0]],
-            bottom=[lists[1]],
-            rescored=[rescored],
-            details=joined.take(kept),
-        )
+        return _open(ranking).finished(details)
 
     # -- on worker 0 -------------------------------------------------------------------------------
 
@@ -457,7 +297,9 @@ class OpenSession:
             model=opened.config.model,
             data=opened.config.data,
             damping=question.damping,
-            scores=self._checked(question if scores.rescored else replace(question, rescore=0)),
+            scores=self._checks.scores(
+                question if scores.rescored else replace(question, rescore=0)
+            ),
             refine=question.refine,
             batch_tokens=opened.config.batch_tokens,
         )
@@ -512,6 +354,6 @@ def _whole(
     return prepare("query", context, queries, [group], None)
 
 
-def _open(ranking: Ranking) -> _OpenRanking:
-    assert isinstance(ranking, _OpenRanking)
+def _open(ranking: Ranking) -> OpenRanking:
+    assert isinstance(ranking, OpenRanking)
     return ranking

@@ -13,6 +13,7 @@ from ekfac_dist.influence.scores import Details, InfluenceScores
 from ekfac_dist.runtime.out_of_memory import shortage
 from ekfac_dist.serve.answers import Answered, exact_rows, is_of_outputs
 from ekfac_dist.serve.desk import Desk
+from ekfac_dist.serve.field_names import renamed
 from ekfac_dist.serve.jobs import UNUSABLE, Continuation, Job
 
 
@@ -89,7 +90,7 @@ class Answering:
 
     def refused(self, error: Exception) -> None:
         """Tells why the question cannot be answered."""
-        self._desk.refused(self.job, UNUSABLE, str(error))
+        self._desk.refused(self.job, UNUSABLE, renamed(str(error), self.job.names))
 
     def dropped(self) -> None:
         """Ends the question, which is not wanted any more."""

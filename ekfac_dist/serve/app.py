@@ -19,6 +19,7 @@ from ekfac_dist.influence.asking import Session
 from ekfac_dist.report.page import report_text
 from ekfac_dist.serve.desk import Desk, Ending, QueueFull
 from ekfac_dist.serve.faults import in_words, is_no_json
+from ekfac_dist.serve.field_names import field_names, named_as_in
 from ekfac_dist.serve.jobs import ENDING, UNUSABLE, Event, Job, encoded
 from ekfac_dist.serve.metrics import CONTENT_TYPE
 from ekfac_dist.serve.models import (
@@ -28,11 +29,10 @@ from ekfac_dist.serve.models import (
     Problem,
     QuestionRequest,
     SequenceModel,
-    continuation_of,
-    question_of,
 )
 from ekfac_dist.serve.operations import operations_page
 from ekfac_dist.serve.page import page_routes
+from ekfac_dist.serve.questions import continuation_of, question_of
 from ekfac_dist.serve.security import DEFECT_SENTENCE, NOTHING
 from ekfac_dist.serve.streams import EventStream, Listening, unless_left
 
@@ -111,11 +111,12 @@ def _add_asking(app: FastAPI, session: Session, desk: Desk, config: ServeConfig)
 
         With Accept: text/event-stream, the steps to the answer as server-sent events.
         """
-        question, shown = question_of(body, config, num_sequences)
-        await run_in_threadpool(session.check, question)
+        with named_as_in(body):
+            question, shown = question_of(body, config, num_sequences)
+            await run_in_threadpool(session.check, question)
         accepts = request.headers.get("accept", "")
         streams, listening = "text/event-stream" in accepts, Listening()
-        job = Job(question, listening, request=shown, streams=streams)
+        job = Job(question, listening, shown, field_names(body), streams)
         desk.add(job)
         if streams:
             return EventStream(listening, lambda: desk.cancel(job.id))

@@ -7,7 +7,7 @@ from there to whoever listens.
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,8 @@ class Job:
         work: What is asked.
         listener: Takes the events, in any thread.
         request: The request with every default filled in, as JSON has it.
+        names: The request's name of each field that sentences may name otherwise; see
+            `field_names`.
         streams: Whether the client hears of the steps; else of the end alone.
         id: Its name in addresses; random, so that others cannot guess it.
         asked_at: When it was asked, by `time.monotonic`.
@@ -76,6 +78,7 @@ class Job:
     work: Question | Continuation
     listener: Callable[[Event], None]
     request: dict[str, Any] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
     streams: bool = False
     id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
     asked_at: float = field(default_factory=time.monotonic)

@@ -91,6 +91,32 @@ def test_a_basis_is_written_while_the_next_factor_is_decomposed(
     assert all(next_had_begun[:-1])
 
 
+def test_a_fit_that_ends_by_any_error_writes_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    eigh, write = torch.linalg.eigh, writer._write_file
+    begun, written = [], []
+
+    def interrupted(matrix):
+        if begun:  # a basis is being written
+            raise KeyboardInterrupt
+        return eigh(matrix)
+
+    def slowly(store, file, *of):
+        if not file.startswith("eigenbasis/"):
+            return write(store, file, *of)
+        begun.append(file)
+        time.sleep(0.5)
+        written.append(write(store, file, *of))
+        return written[-1]
+
+    monkeypatch.setattr(torch.linalg, "eigh", interrupted)
+    monkeypatch.setattr(writer, "_write_file", slowly)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "a")
+    assert len(written) == len(begun) > 0
+
+
 def last_flush(output: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     done, fsync = [], os.fsync
     with monkeypatch.context() as patch:

@@ -41,6 +41,7 @@ class FakeService:
         drops: Number of sequences that neither list has any more once scores are exact.
         fails_at: Event before which a stream ends with an error; None: none.
         breaks_at: Event before which a stream just ends; None: none.
+        chats: Whether the tokenizer has a chat template.
         kept: Whether answers can still be had as reports.
         goes_on: What the model says.
     """
@@ -48,7 +49,7 @@ class FakeService:
     def __init__(self, made: Made, token: str | None = None) -> None:
         self.made, self.token = made, token
         self.asked, self.completions, self.cancelled, self.hung_up = [], [], [], []
-        self.before, self.drops, self.kept = 0, 0, True
+        self.before, self.drops, self.kept, self.chats = 0, 0, True, False
         self.refusal = self.fails_at = self.breaks_at = None
         self.goes_on = [" in", " Par", "is", "."]
         self._held: dict[str, int] = {}
@@ -114,8 +115,12 @@ class FakeService:
         lists = {
             end: self.order(end) if is_exact else getattr(made, end)[0] for end in ("top", "bottom")
         }
-        query = self.side(request, request["completion"], 1.25)
-        query["prompt"] = request.get("prompt", "")
+        texts = request
+        if "messages" in request:
+            asked, answer = (message["content"] for message in request["messages"])
+            texts = {**request, "prompt": f"<user>{asked}<assistant>", "completion": answer}
+        query = self.side(texts, texts["completion"], 1.25)
+        query["prompt"] = texts.get("prompt", "")
         query["against"] = None
         if request.get("against") is not None:
             query["against"] = self.side(request, request["against"], 3.25)
@@ -232,7 +237,8 @@ class FakeService:
         @app.get("/v1/info")
         def info() -> dict:
             return {
-                "model": {"name": self.made.model, "dtype": "float32", "whole": "9f2c"},
+                "model": {"name": self.made.model, "dtype": "float32", "whole": "9f2c"}
+                | {"chats": self.chats},
                 "factors": {"path": "runs/tiny", "num_sequences": 60, "labels": "sampled"},
                 "index": {"path": "runs/index", "rank": 1, "dtype": "bfloat16", "bytes": 10**6}
                 | {"num_sequences": self.made.num_sequences},

@@ -6,6 +6,7 @@ from pathlib import Path
 from helpers.workshop import run_here, save_tiny_llama, texts, write_jsonl
 
 NUMBER, MORE = 20, 7
+STEP = ("--batch_tokens", "16")  # so few that there are many shards
 
 
 def make_store(root: Path) -> Path:
@@ -22,8 +23,8 @@ def make_store(root: Path) -> Path:
 
 
 def arguments(root: Path, output: Path, *options: str | Path) -> list[str | Path]:
-    """The command that makes an index."""
-    return ["index", "--factors", root / "store", "--output", output, *options]
+    """The command that makes an index of many shards."""
+    return ["index", "--factors", root / "store", "--output", output, *STEP, *options]
 
 
 def adding(root: Path, output: Path) -> list[str | Path]:

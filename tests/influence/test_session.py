@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -270,6 +271,32 @@ def test_the_model_goes_on_as_it_does_alone(root):
             session.complete("", [{"role": "user", "content": "hello"}], 5, 0.0, 0)
         with pytest.raises(DataError, match="reads 128 at most"):
             session.complete(PROMPT, None, 200, 0.0, 0)
+
+
+TEMPLATE = (  # begins as the tokenizer lets a text begin
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_chat_is_asked_and_gone_on_from_as_its_template_has_it(root):
+    user = {"role": "user", "content": PROMPT}
+    messages = (user, {"role": "assistant", "content": COMPLETION})
+    prompt, completion = f"<user>{PROMPT}\n<assistant>", f"{COMPLETION}\n"
+    with opened(root) as session:
+        assert not session.info["model"]["chats"]
+        tokenizer = session._opened.tokenizer
+        tokenizer.chat_template = TEMPLATE
+        assert session._opened.info([])["model"]["chats"]
+        chat = replace(question(), query=Query("", "", None, 0, "the question", messages))
+        found, wanted = (answered(session, one)[1] for one in (chat, question(completion, prompt)))
+        assert relative(found.scores, wanted.scores) < 1e-6
+        assert session.complete("", [user], 5, 0.0, 0) == session.complete(prompt, None, 5, 0.0, 0)
+        tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+        with pytest.raises(DataError, match="template refuses these messages: no such role"):
+            session.complete("", [user], 5, 0.0, 0)
+        with pytest.raises(DataError, match="template refuses these messages: no such role"):
+            session.check(chat)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -217,16 +217,18 @@ def test_candidates_are_scored_alone(case):
     assert relative(found.scores, expected[:, [3, 4, 11]]) < 1e-10
 
 
-def test_added_sequences_are_those_of_an_index_made_at_once(case):
+# Products of low rank come from iterations that start by the batch, so they end not quite alike.
+@pytest.mark.parametrize(("rank", "tolerance"), [(LONGEST, 1e-10), (2, 1e-5)])
+def test_added_sequences_are_those_of_an_index_made_at_once(case, rank, tolerance):
     it = case("llama")
-    name = "grown"
-    output = it.index(2, "float64", "text.jsonl", name)
+    name = f"grown-{rank}"
+    output = it.index(rank, "float64", "text.jsonl", name)
     before = {path.name: path.read_bytes() for path in output.glob("shard-*")}
-    it.index(2, "float64", "more.jsonl", name, "--add")
+    it.index(rank, "float64", "more.jsonl", name, "--add")
     after = {path.name: path.read_bytes() for path in output.glob("shard-*")}
     assert {file: after[file] for file in before} == before
-    assert len(after) == len(before) + 4
-    whole = it.index(2, "float64", "more.jsonl", "whole")
+    assert len(after) == len(before) + 1  # of four sequences, less than two steps
+    whole = it.index(rank, "float64", "more.jsonl", f"whole-{rank}")
     tokenizer = AutoTokenizer.from_pretrained(it.root / "model")
     rows = [{"text": text} for text in texts(NUMBER + 4, seed=1)]
     found = [
@@ -238,7 +240,7 @@ def test_added_sequences_are_those_of_an_index_made_at_once(case):
         for index in (output, whole)
     ]
     assert found[0].shape == (1, NUMBER + 4)
-    assert relative(found[0], found[1]) < 1e-10
+    assert relative(found[0], found[1]) < tolerance
 
 
 def test_what_does_not_fit_is_refused(case):

@@ -200,10 +200,13 @@ def test_text_and_marks_stand_out(opened, scheme):
     assert marks >= 3
 
 
-def test_in_print_nothing_is_cut_off(opened):
+@pytest.mark.parametrize("spacing", ["normal", "0.15em"], ids=["narrow font", "wide font"])
+def test_in_print_nothing_is_cut_off(opened, spacing):
+    """Whichever font there is: one with wide letters stands for those that are not installed."""
     results = made_evaluation(num_queries=40)
-    page = opened(results, viewport={"width": 720, "height": 1000})
+    page = opened(results, viewport={"width": 720, "height": 1000}, bypass_csp=True)
     page.emulate_media(media="print")
+    page.add_style_tag(content=f"table {{ letter-spacing: {spacing}; }}")
     assert fits(page)
     assert page.locator("#query-39").is_visible()
     cut = page.evaluate(

@@ -42,7 +42,7 @@ def test_back_and_forward_walk_through_answers_without_asking_again(serve, open_
     page.go_back()
     until(page, "document.querySelector('#query .completion').textContent === ' Paris'")
     assert page.input_value("#ask-completion") == " Paris"
-    assert text_of(page, "#sequence-title") == f"Sequence #{service.made.top[0][0]}"
+    assert text_of(page, "#sequence-title") == f"Sequence #{service.order('top')[0]}"
     page.go_back()
     page.wait_for_selector("#answer", state="hidden")
     assert page.locator("#status").is_hidden()

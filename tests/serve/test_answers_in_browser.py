@@ -109,6 +109,52 @@ def test_the_chosen_sequence_stays_chosen_and_where_it_is(serve, open_service, v
     assert f"sequence={index}" in page.url or viewport is PHONE
 
 
+@BOTH
+def test_without_a_choice_the_first_by_exact_scores_is_chosen_in_the_end(
+    serve, open_service, viewport
+):
+    service, url = serve()
+    service.hold("answer")
+    page = open_service(url, viewport)
+    ask(page)
+    until(page, "document.querySelectorAll('.exact').length === 8")
+    before, after = service.made.top[0][0], service.order("top")[0]
+    assert before != after
+    assert chosen(page).locator(".which").inner_text().endswith(f"#{before}")
+    assert "sequence=" not in page.url  # what nobody chose is not followed when it is opened again
+    service.release()
+    wait(page)
+    assert chosen(page).get_attribute("id") == "row-0"
+    assert page.locator("#rows").evaluate("node => node.scrollTop") == 0
+    if viewport is DESKTOP:
+        assert text_of(page, "#sequence-title") == f"Sequence #{after}"
+        assert f"sequence={after}" in page.url
+        assert number(facts(page, "#sequence-facts")["Score"]) == pytest.approx(
+            service.scores()[1][after], rel=1e-3
+        )
+
+
+@pytest.mark.parametrize("way", ["click", "step", "focus"])
+def test_the_indexs_first_stays_if_the_reader_has_chosen_it(serve, open_service, way):
+    service, url = serve()
+    service.hold("answer")
+    page = open_service(url)
+    ask(page)
+    until(page, "document.querySelectorAll('.exact').length === 8")
+    before = service.made.top[0][0]
+    if way == "click":
+        page.locator("#row-0").click()
+    elif way == "step":
+        page.click("#step-on")
+        page.click("#step-back")
+    else:
+        page.focus("#tokens")
+    service.release()
+    wait(page)
+    assert text_of(page, "#sequence-title") == f"Sequence #{before}"
+    assert f"sequence={before}" in page.url
+
+
 def test_what_is_read_of_tokens_stays_while_the_list_is_sorted(serve, open_service):
     service, url = serve()
     service.hold("answer")

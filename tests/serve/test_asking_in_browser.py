@@ -3,6 +3,9 @@
 bash launch/setup.sh test,browser && bash launch/test.sh -m browser
 """
 
+import base64
+import json
+
 import pytest
 from helpers.browser import DESKTOP, facts, fits, number
 from helpers.service_pages import (
@@ -325,3 +328,62 @@ def test_every_kind_of_answer_opens(serve, open_service, viewport, settings):
         page.locator("#canvas-rows .row").first.click()
         title = f"Sequence #{service.order('top')[0]}"
         assert text_of(page, "#sequence-title") == title
+
+
+@BOTH
+def test_a_chat_is_asked_and_its_address_asks_it_again(serve, open_service, viewport):
+    service, url = serve()
+    service.chats = True
+    page = open_service(url, viewport)
+    write(page, completion="In Paris.", prompt="Where is the tower?")
+    page.check("#ask-chat")
+    assert page.locator("#mark-part").is_hidden()
+    assert fits(page)
+    page.click("#ask button[type=submit]")
+    wait(page)
+    chat = [
+        {"role": "user", "content": "Where is the tower?"},
+        {"role": "assistant", "content": "In Paris."},
+    ]
+    assert service.asked == [{"messages": chat}]
+    assert "<user>Where is the tower?<assistant>" in text_of(page, "#query")
+    again = open_service(page.url, viewport)
+    wait(again)
+    assert service.asked[1] == service.asked[0]
+    assert again.is_checked("#ask-chat")
+    assert again.input_value("#ask-prompt") == "Where is the tower?"
+    assert again.input_value("#ask-completion") == "In Paris."
+    again.uncheck("#ask-chat")
+    assert again.locator("#mark-part").is_visible()
+    again.click("#ask button[type=submit]")
+    wait(again)
+    assert service.asked[2] == {"prompt": "Where is the tower?", "completion": "In Paris."}
+
+
+def test_the_model_answers_a_chat_anew(serve, open_service):
+    service, url = serve()
+    service.chats = True
+    page = open_service(url)
+    write(page, completion="Nowhere.", prompt="Where is the tower?")
+    page.check("#ask-chat")
+    page.click("#go-on")
+    until(page, "document.getElementById('ask-completion').value === ' in Paris.'")
+    chat = [{"role": "user", "content": "Where is the tower?"}]
+    assert service.completions == [{"messages": chat, "max_tokens": 32}]
+
+
+def test_where_there_is_no_chat_template_no_chat_is_offered(serve, open_service):
+    _, url = serve()
+    page = open_service(url)
+    until(page, "document.title.includes('Influence on')")
+    assert page.locator("#chat-part").is_hidden()
+
+
+def test_an_address_of_a_chat_without_fields_for_it_is_not_asked(serve, open_service):
+    service, url = serve()
+    for messages in ([], [{"role": "user", "content": "a"}], "ab", [None, None]):
+        key = base64.urlsafe_b64encode(json.dumps({"messages": messages}).encode()).decode()
+        page = open_service(f"{url}#q={key.rstrip('=')}")
+        page.wait_for_selector("#ask-note:not(:empty)")
+        assert "no question that can be read" in text_of(page, "#ask-note")
+    assert service.asked == []

@@ -276,6 +276,9 @@ def test_a_body_that_a_foreign_form_could_send_is_not_read(client):
         assert response.status_code == 422
 
 
+NORMALISATIONS = "'none', 'cosine', 'relatif_l' or 'relatif_theta'"
+
+
 @pytest.mark.parametrize(
     ("fields", "detail"),
     [
@@ -289,11 +292,24 @@ def test_a_body_that_a_foreign_form_could_send_is_not_read(client):
             {"completion": None},
             "The question has no completion, so nothing to explain; give one, or messages.",
         ),
+        ({"normalize": "l2"}, f"normalize: Input should be {NORMALISATIONS}."),
+        (
+            {"normalise": "cosine", "normalize": "cosine"},
+            "normalize: Extra inputs are not permitted.",
+        ),
     ],
 )
 def test_a_wrong_field_is_named(client, fields, detail):
     response = client.post("/v1/influence", json={"completion": "x", **fields})
     assert (response.status_code, response.json()) == (422, {"detail": detail})
+
+
+@pytest.mark.parametrize("name", ["normalise", "normalize"])
+def test_a_refusal_names_the_field_as_the_request_does(client, name):
+    asked = {"completion": "x", name: "cosine", "refine": {"method": "cg"}}
+    detail = client.post("/v1/influence", json=asked).json()["detail"]
+    assert detail.startswith(f"{name} is cosine, but refine.method is cg: norms of training")
+    assert detail.endswith(f"; set {name}: none, or refine.method: none.")
 
 
 def test_a_body_that_is_no_object_or_not_sent_as_json_is_told_so(client):

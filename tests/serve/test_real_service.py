@@ -138,6 +138,7 @@ def test_what_cannot_be_answered_leaves_the_service_as_it_was(service):
         for path, asked in refused:
             response = client.post(path, json=asked)
             assert response.status_code == 422, (asked, response.text)
+            assert "scores." not in response.json()["detail"]
             assert response.json()["detail"].endswith(".")
         assert client.post("/v1/complete", json={"prompt": "The\x00\x1b"}).status_code == 200
         hostile = {"prompt": "a\x00\x1b[31m</script>", "completion": "\x07\u2028 \U0001f600"}

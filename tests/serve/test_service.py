@@ -275,6 +275,26 @@ def test_the_faulty_question_of_a_scan_is_refused_and_the_others_are_answered(he
 
 
 @pytest.mark.parametrize(
+    ("fields", "detail"),
+    [
+        (
+            {"normalize": "cosine", "damping": 0.5},
+            "Scores are infinite with damping 0.5; set normalize: none, tokens: inputs.",
+        ),
+        (
+            {"damping": {"value": 0.5}},
+            "Scores are infinite with damping.value 0.5; set normalise: none, tokens: inputs.",
+        ),
+    ],
+)
+def test_what_fails_while_it_is_answered_names_fields_as_the_request_does(service, fields, detail):
+    sentence = "with damping.value 0.5; set scores.normalize: none, scores.tokens: inputs."
+    failure = NonFiniteError(f"Scores are infinite {sentence}")
+    service.session.failures["bad"] = lambda: failure
+    assert ask(service, "bad", **fields).json() == {"detail": detail}
+
+
+@pytest.mark.parametrize(
     ("failure", "sentence"),
     [
         (PeerError("worker 1 of 2: was lost"), "worker 1 of 2: was lost"),

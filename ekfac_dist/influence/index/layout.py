@@ -6,9 +6,9 @@
                                 <module>.u [n, c, O]  the gradients' products in the eigenbasis,
                                 <module>.v [n, c, I]  G_n ≈ Σ_c u_c v_cᵀ
 
-A shard holds consecutive sequences. How many depends on their number and size alone, so the files
-do not depend on the number of workers. Sequences that are added later come into shards of their
-own.
+A shard holds consecutive sequences. How many depends on the sequences, on what is kept of each and
+on the configured tokens of a step, so the files do not depend on the number of workers. Sequences
+that are added later come into shards of their own.
 """
 
 import itertools
@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ekfac_dist.influence.index.norms import DAMPINGS
@@ -32,7 +33,9 @@ REMEDY = "Copy the index again, or make it again with `index`."
 TIME_OVER_REFIT = 1.4
 
 _SHARD_BYTES = 128 * 10**6
-_LEAST_SHARDS = 16  # of what is made at once: an interruption loses a part of one for each worker
+# Shards of what is made at once, if there is a step's work for each: an interruption loses a part
+# of one for each worker. Fewer are a power of two, which 2, 4 or 8 workers can share out evenly.
+_LEAST_SHARDS = 16
 
 
 def shard_file(number: int) -> str:
@@ -84,18 +87,23 @@ def bytes_per_sequence(modules: Iterable[TrackedModule], rank: int, dtype: torch
     return products * dtype.itemsize + len(modules) * 2 * len(DAMPINGS) * 4 + 8
 
 
-def plan_shards(first: int, last: int, number: int, bytes_each: int) -> list[Shard]:
-    """Cuts sequences into shards of about one size.
+def plan_shards(
+    num_positions: np.ndarray, first: int, number: int, bytes_each: int, batch_tokens: int
+) -> list[Shard]:
+    """Cuts sequences into shards of about one size, few enough that steps are not cut short.
 
     Args:
-        first: Place of the first sequence.
-        last: Place after the last one.
+        num_positions: Positions of every sequence of the index [N].
+        first: Place of the first sequence that is in no shard yet.
         number: Number of the first shard.
         bytes_each: What is kept of a sequence.
+        batch_tokens: The configured tokens of a step; a device's own may be fewer.
     """
-    total = last - first
+    total = len(num_positions) - first
     most = max(1, _SHARD_BYTES // bytes_each)
-    num_shards = min(total, max(_LEAST_SHARDS, math.ceil(total / most)))
+    num_steps = int(num_positions[first:].sum()) // batch_tokens
+    least = 2 ** int(math.log2(min(_LEAST_SHARDS, max(1, num_steps))))
+    num_shards = min(total, max(least, math.ceil(total / most)))
     ends = [first + total * k // num_shards for k in range(num_shards + 1)] if total else []
     return [
         Shard(number + k, start, end - start)

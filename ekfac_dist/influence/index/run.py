@@ -81,7 +81,9 @@ def run_index(config: IndexConfig, world: World, *, adds: bool = False) -> Index
     kept = inputs.kept
     each = layout.bytes_per_sequence(modules, kept.rank, DTYPES[kept.dtype])
     num_shards = 0 if before is None else len(before.shards)
-    shards = layout.plan_shards(inputs.num_before, len(train), num_shards, each)
+    shards = layout.plan_shards(
+        train.num_positions, inputs.num_before, num_shards, each, config.batch_tokens
+    )
     num_new = len(train) - inputs.num_before
     log_on_main(
         world,

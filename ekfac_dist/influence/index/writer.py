@@ -29,10 +29,10 @@ from ekfac_dist.factors.layout import (
     read_manifest,
 )
 from ekfac_dist.influence.index.layout import FORMAT, Shard
-from ekfac_dist.influence.results import make_directory
+from ekfac_dist.influence.results import check_new, make_directory
 from ekfac_dist.runtime.files import is_as_listed, safetensors_parts, write_listed, write_whole
 from ekfac_dist.runtime.journal import JOURNAL, Journal
-from ekfac_dist.runtime.lock import LOCK, DirectoryLock, require_unlocked
+from ekfac_dist.runtime.lock import DirectoryLock, require_unlocked
 from ekfac_dist.runtime.memory import as_text, free_disk_bytes
 from ekfac_dist.runtime.resuming import require_same_beginning, require_same_config
 
@@ -59,48 +59,37 @@ def check_index_output(path: Path, config: Mapping[str, Any], *, adds: bool) -> 
     Raises:
         OutputError: If it holds something else, or a run is writing it.
     """
-    begun = _begins(path)
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"output {path} is no directory; give another.")
-    if adds and not has_index(path):
+    begun, is_finished = _begins(path), has_index(path)
+    if begun is None and not is_finished and not adds:
+        check_new(path, is_left=_has_only_begun)
+        return
+    if adds and not is_finished:
         raise OutputError(
             f"output {path} holds no finished index to add to; leave --add out"
             f"{' to go on with the one that was begun' if begun else ''}."
         )
-    if path.exists():
-        require_unlocked(path)
-    if begun is not None:
-        if begun["adds"] != adds:
-            what, way = "that is unfinished", "leave --add out"
-            if begun["adds"]:
-                what, way = "to which sequences are being added", "give --add"
-            raise OutputError(f"output {path} holds an index {what}; {way} to go on with that.")
-        advice = _ADVICE_ADDING if adds else _ADVICE
-        stored = begun.get("config")
-        require_same_config(path, stored, config, may_change=_MAY_CHANGE, advice=advice)
-        return
-    if not adds and has_index(path):
-        raise OutputError(
-            f"output {path} holds a finished index; give --add to add new sequences to it, or "
-            "another directory."
-        )
-    if not adds and path.is_dir():
-        entries = sorted(
-            entry.name
-            for entry in path.iterdir()
-            if entry.name != LOCK and not (entry.name == STATE and _has_only_begun(entry))
-        )
-        if entries:
+    require_unlocked(path)
+    if begun is None:
+        if not adds:
             raise OutputError(
-                f"output {path} exists already (it holds {entries[0]}); give a directory that is "
-                "new or empty, or remove this one."
+                f"output {path} holds a finished index; give --add to add new sequences to it, or "
+                "another directory."
             )
+        return
+    if begun["adds"] != adds:
+        what, way = "that is unfinished", "leave --add out"
+        if begun["adds"]:
+            what, way = "to which sequences are being added", "give --add"
+        raise OutputError(f"output {path} holds an index {what}; {way} to go on with that.")
+    advice = _ADVICE_ADDING if adds else _ADVICE
+    require_same_config(path, begun.get("config"), config, may_change=_MAY_CHANGE, advice=advice)
 
 
-def _has_only_begun(state: Path) -> bool:
-    """Whether a state folder is what a run leaves that was ended before it said how it began."""
-    unwritten = f".{BEGINS}."
-    return state.is_dir() and all(one.name.startswith(unwritten) for one in state.iterdir())
+def _has_only_begun(entry: Path) -> bool:
+    """Whether it is the state folder of a run that was ended before it said how it began."""
+    if entry.name != STATE or not entry.is_dir():
+        return False
+    return all(one.name.startswith(f".{BEGINS}.") for one in entry.iterdir())
 
 
 def _begins(path: Path) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 // The lists and the chosen sequence: which of them is shown, the address that has them, and the keys.
 
-const state = { query: 0, list: "top", place: -1 };
+// `isPicked` says whether the chosen sequence is the reader's choice, and not just the list's first.
+const state = { query: 0, list: "top", place: -1, isPicked: false };
 const phone = matchMedia("(max-width: 860px)");
 const NAMES = { none: "Score", cosine: "Cosine", relatif_l: "RelatIF ℓ", relatif_theta: "RelatIF θ" };
 const scoreName = () => NAMES[data.normalize] || "Score";
@@ -9,8 +10,9 @@ const queryNow = () => data.queries[state.query];
 const listNow = () => queryNow()[state.list];
 
 // What a page does besides: `named` are the parts of its address before list and sequence, `read`
-// follows an address, `keys` are its own; `isShown` says whether there are lists to act on.
-const page = { named: () => [], read: () => {}, keys: {}, isShown: () => true };
+// follows an address, `keys` are its own; `isShown` says whether there are lists to act on, `grows`
+// whether other ones will follow.
+const page = { named: () => [], read: () => {}, keys: {}, isShown: () => true, grows: () => false };
 
 // -- choosing --------------------------------------------------------------------------------------
 
@@ -29,7 +31,14 @@ function showList(list) {
   }
   ranking.chosen = -1;
   ranking.set(listNow(), list === "top", byId("filter").value);
+  state.isPicked = false;
   choose(ranking.further(0));
+}
+
+// Chooses for the reader.
+function pick(place) {
+  state.isPicked = true;
+  choose(place);
 }
 
 function choose(place) {
@@ -68,17 +77,22 @@ function updateSequence(index) {
   mark();
 }
 
-// Shows other results of the shown query. The chosen sequence stays chosen, its row where it was, and
-// its tokens as they were; also if it is not listed any more.
+// Shows other results of the shown query. The sequence that the reader has chosen stays chosen, its
+// row where it was, and its tokens as they were; also if it is not listed any more. Without a choice
+// the list's first is shown.
 function renew(results) {
   const positive = state.list === "top";
   const index = state.place < 0 ? null : listNow().index[state.place];
+  const { scrollTop } = ranking.box;
   useData(results);
   spread.show(queryNow());
   ranking.renew(listNow(), positive, byId("filter").value, index);
   state.place = ranking.chosen;
-  if (index === null) choose(ranking.further(0));
-  else if (state.place < 0) sequence.tellUnlisted();
+  const first = ranking.shown[0] ?? -1;
+  if (index === null || (!state.isPicked && state.place !== first)) {
+    choose(first);
+    ranking.box.scrollTop = scrollTop;
+  } else if (state.place < 0) sequence.tellUnlisted();
   else if (sequence.details) sequence.tell(listNow(), state.place, positive);
   else sequence.show(listNow(), state.place, positive);
   mark();
@@ -91,6 +105,7 @@ const isOpen = () => document.body.classList.contains("open");
 
 function open() {
   if (state.place < 0) return;
+  state.isPicked = true;
   if (phone.matches && !isOpen()) {
     document.body.classList.add("open");
     byId("sequence").scrollTop = 0;
@@ -110,7 +125,8 @@ function close() {
 
 function address() {
   const parts = [...page.named(), `list=${state.list}`];
-  if (state.place >= 0 && (!phone.matches || isOpen())) {
+  const isLasting = state.isPicked || !page.grows();
+  if (state.place >= 0 && isLasting && (!phone.matches || isOpen())) {
     parts.push(`sequence=${listNow().index[state.place]}`);
   }
   return `#${parts.join("&")}`;
@@ -134,7 +150,7 @@ function readPlaces(asked, query) {
   }
   const place = data.queries[query][list].index.indexOf(Number(index));
   showQuery(query, list);
-  if (index !== null && place >= 0) choose(place);
+  if (index !== null && place >= 0) pick(place);
 }
 
 // -- wiring ----------------------------------------------------------------------------------------
@@ -142,8 +158,11 @@ function readPlaces(asked, query) {
 byId("list-top").addEventListener("click", () => showList("top"));
 byId("list-bottom").addEventListener("click", () => showList("bottom"));
 byId("filter").addEventListener("input", () => showList(state.list));
-byId("step-back").addEventListener("click", () => choose(ranking.further(-1)));
-byId("step-on").addEventListener("click", () => choose(ranking.further(1)));
+byId("step-back").addEventListener("click", () => pick(ranking.further(-1)));
+byId("step-on").addEventListener("click", () => pick(ranking.further(1)));
+byId("sequence").addEventListener("focusin", () => {
+  state.isPicked = true; // what is being read is not replaced
+});
 byId("close").addEventListener("click", close);
 byId("layer-select").addEventListener("change", (event) => {
   sequence.layer = event.target.value === "" ? null : Number(event.target.value);
@@ -168,7 +187,7 @@ phone.addEventListener("change", () => {
 ranking.box.addEventListener("click", (event) => {
   const row = event.target.closest("[data-place]");
   if (!row) return;
-  choose(Number(row.dataset.place));
+  pick(Number(row.dataset.place));
   if (phone.matches) open();
 });
 
@@ -191,7 +210,7 @@ addEventListener("keydown", (event) => {
     return;
   }
   const inRows = ranking.box.contains(event.target);
-  const step = (rows) => () => choose(ranking.further(rows));
+  const step = (rows) => () => pick(ranking.further(rows));
   const keys = {
     ...page.keys,
     j: step(1),

@@ -21,7 +21,9 @@ const form = {
 
   changed() {
     const { prompt, completion, rest } = this.texts();
-    marking.show(prompt, completion, rest);
+    // A part of an answer is no answer, so that of a chat all is explained.
+    if (this.isChat) marking.show("", "", "");
+    else marking.show(prompt, completion, rest);
     byId("mark-undo").hidden = this.before === null;
   },
 
@@ -44,10 +46,15 @@ const form = {
     marking.box.focus();
   },
 
+  get isChat() {
+    return field("chat").checked;
+  },
+
   // What is asked, as the body of a request; what is as usual is left out. Lines end as they do in
   // most texts, however the browser's own field has them.
   question() {
-    const question = { prompt: field("prompt").value, completion: field("completion").value };
+    const { prompt, completion } = this.texts();
+    const question = this.isChat ? { messages: chatOf(prompt, completion) } : { prompt, completion };
     if (field("against").value !== "") question.against = field("against").value;
     for (const name of ["top_k", "rescore"]) {
       if (field(name).value !== "") question[name] = Number(field(name).value);
@@ -87,9 +94,14 @@ const form = {
     field("refine").value = refine ? refine.method : "none";
     for (const name of ["iterations", "sequences"]) field(name).value = refine?.[name] ?? "";
     this.adapt();
-    this.write({ prompt: question.prompt ?? "", completion: question.completion });
+    field("chat").checked = question.messages !== undefined;
+    if (this.isChat) byId("chat-part").hidden = false; // the service says if it has no template
+    const [prompt, completion] = this.isChat
+      ? question.messages.map(({ content }) => content)
+      : [question.prompt ?? "", question.completion];
+    this.write({ prompt, completion });
     byId("ask-options").open = Object.keys(question)
-      .some((name) => !["prompt", "completion", "against"].includes(name));
+      .some((name) => !["prompt", "completion", "against", "messages"].includes(name));
   },
 
   // Shows which fields the others leave a meaning.
@@ -130,11 +142,23 @@ function questionOf(key) {
     const letters = atob(key.replace(/-/g, "+").replace(/_/g, "/"));
     const bytes = Uint8Array.from(letters, (letter) => letter.charCodeAt(0));
     const question = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes));
-    return typeof question?.completion === "string" ? question : null;
+    return typeof question?.completion === "string" || isChat(question?.messages) ? question : null;
   } catch {
     return null;
   }
 }
+
+// A prompt and its completion as a chat.
+const chatOf = (prompt, completion) => [
+  { role: "user", content: prompt },
+  { role: "assistant", content: completion },
+];
+
+// Whether messages are such a chat, which the form has fields for.
+const isChat = (messages) =>
+  Array.isArray(messages) && messages.length === 2 &&
+  ["user", "assistant"].every((role, k) =>
+    messages[k]?.role === role && typeof messages[k].content === "string");
 
 // -- the model goes on ------------------------------------------------------------------------------
 
@@ -148,11 +172,14 @@ const goingOn = {
     }
     this.controller = new AbortController();
     this.tell("The model goes on …", "Stop");
-    const { prompt, completion } = form.texts();
+    const { prompt, completion: written } = form.texts();
+    const completion = form.isChat ? "" : written; // a chat's answer begins anew
+    const [asked] = chatOf(prompt, completion);
     try {
+      const body = form.isChat ? { messages: [asked] } : { prompt: prompt + completion };
       const said = await client.json("v1/complete", {
         method: "POST",
-        body: { prompt: prompt + completion, max_tokens: Number(field("length").value) },
+        body: { ...body, max_tokens: Number(field("length").value) },
         signal: this.controller.signal,
       });
       form.before = null;
@@ -175,6 +202,11 @@ const goingOn = {
 };
 
 field("prompt").addEventListener("input", () => form.changed());
+field("chat").addEventListener("change", () => {
+  form.rest = "";
+  form.before = null;
+  form.changed();
+});
 field("completion").addEventListener("input", () => {
   form.rest = "";
   form.before = null;

@@ -44,6 +44,7 @@ function follow(event, data) {
   else if (event === "end" && drawnResults) {
     useData(drawnResults);
     if (state.place >= 0 && !sequence.details) updateSequence(listNow().index[state.place]);
+    writeAddress();
   } else if (event === "ranking" || event === "answer") drawAnswer();
   drawStatus();
 }
@@ -121,6 +122,7 @@ const named = () => new URLSearchParams(location.hash.slice(1));
 
 page.named = () => [`q=${shown.key}`];
 page.isShown = () => drawnResults !== null;
+page.grows = () => shown.status === "asking";
 page.read = () => {
   const places = named();
   const key = places.get("q");
@@ -188,6 +190,7 @@ async function tellService() {
     byId("subtitle").textContent =
       `Ask which of ${grouped.format(number)} training sequences made it say something, by EK-FAC influence`;
   }
+  if (info.model?.chats) byId("chat-part").hidden = false;
   if (info.damping?.value) field("damping").placeholder = String(info.damping.value);
   byId("service-groups").replaceChildren(...Object.entries(info).flatMap(groupNodes));
 }

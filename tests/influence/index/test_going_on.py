@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from ekfac_dist import load_factors
 from ekfac_dist.errors import StoreError
 from ekfac_dist.influence.index.reader import GradientIndex
+from ekfac_dist.runtime.lock import LOCK
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,8 @@ def test_the_parts_of_a_name_say_what_is_wrong(root, tmp_path):
         "holds a finished index; give --add": arguments(root, whole),
         "holds no finished index to add to": arguments(root, new, "--add"),
         "holds notes.txt": arguments(root, tmp_path / "used"),
+        "exists and is no directory": arguments(root, tmp_path / "used" / "notes.txt"),
+        "notes.txt is no directory that can be": arguments(root, tmp_path / "used/notes.txt/index"),
         "do not begin with the 20 rows": [
             *arguments(root, whole, "--add"),
             *("--data.source", root / "queries.jsonl"),
@@ -141,7 +144,7 @@ def test_another_run_is_refused_by_what_differs(root, tmp_path, monkeypatch):
     refused = {
         "index.rank None (now 2)": arguments(root, index, "--index.rank", "2"),
         "holds no finished index to add to; leave --add out": arguments(root, index, "--add"),
-        "batch_tokens 4096 (now 64)": arguments(root, index, "--batch_tokens", "64"),
+        "batch_tokens 16 (now 64)": arguments(root, index, "--batch_tokens", "64"),
     }
     for sentence, command in refused.items():
         done = run_here(command)
@@ -214,3 +217,13 @@ def test_a_state_folder_of_somebody_else_is_left_alone(root, tmp_path):
     assert done.returncode == 2
     assert "it holds state" in done.stderr
     assert (tmp_path / "state" / "mine.txt").read_text() == "mine"
+
+
+def test_what_is_left_of_a_run_that_had_not_begun_is_no_hindrance(root, tmp_path):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / ".begins.json.1.tmp").write_text("{")
+    (tmp_path / LOCK).touch()
+    done = run_here(arguments(root, tmp_path))
+    assert done.returncode == 0, done.stderr
+    left = content(tmp_path).keys() - content(root / "whole").keys()
+    assert left <= {LOCK}

@@ -25,6 +25,7 @@ from ekfac_dist.report.answers import low_rank_gradients, rescored
 from ekfac_dist.report.page_data import page_data
 from ekfac_dist.runtime.processes import World
 
+FULL_RANK = 16  # of the tiny model's modules
 PROMPT, COMPLETION, OTHER = "The short", " sentence is real.", " paper was long."
 
 
@@ -95,6 +96,7 @@ def test_answers_are_those_of_a_query(root, name, low_rank, monkeypatch):
         asked(root, output, {"prompt": PROMPT, "completion": COMPLETION, **query}, *options)
     expected = load_file(root / output / "scores.safetensors")["scores"][0]
     monkeypatch.setattr(sessions, "_LEAST_FOR_LOW_RANK", 0 if low_rank else 10**9)
+    monkeypatch.setattr(sessions, "_SCAN_RANK", FULL_RANK)
     with opened(root) as session:
         ranking, scores = answered(session, question(**query, **settings))
     assert ranking.scores.scores.shape == (1, NUMBER)
@@ -128,7 +130,8 @@ def test_of_rank_one_what_is_scored_again_is_exact(root):
     assert relative(scores.rescored[0].exact_scores, expected) < 1e-4
 
 
-def test_questions_in_one_scan_are_answered_as_alone(root):
+def test_questions_in_one_scan_are_answered_as_alone(root, monkeypatch):
+    monkeypatch.setattr(sessions, "_SCAN_RANK", FULL_RANK)
     several = [question(), question(OTHER, top_k=2), question(against=OTHER)]
     with opened(root, "rank-1") as session:
         together = session.rank(several)
@@ -252,7 +255,7 @@ def test_results_name_the_rank_of_the_scan(root, monkeypatch):
     with opened(root, "rank-1") as session:
         ranking, scores = answered(session, question())
         scan = session.results(ranking, scores).manifest["scan"]
-    assert low_rank_gradients(scan) == "of rank 16, and those of the index, of rank 1"
+    assert low_rank_gradients(scan) == "of rank 12, and those of the index, of rank 1"
 
 
 def test_the_model_goes_on_as_it_does_alone(root):

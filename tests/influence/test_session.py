@@ -18,6 +18,7 @@ from ekfac_dist.config import DampingConfig, RefineConfig, ServeConfig
 from ekfac_dist.errors import ConfigError, DataError, NonFiniteError, StoreError
 from ekfac_dist.influence import session as sessions
 from ekfac_dist.influence.asking import Question, ScanStopped
+from ekfac_dist.influence.index import scan as index_scan
 from ekfac_dist.influence.query_texts import Query
 from ekfac_dist.influence.results import BOTTOM, DETAILS, SEQUENCES, TOP
 from ekfac_dist.influence.session import open_session
@@ -132,6 +133,7 @@ def test_of_rank_one_what_is_scored_again_is_exact(root):
 
 def test_questions_in_one_scan_are_answered_as_alone(root, monkeypatch):
     monkeypatch.setattr(sessions, "_SCAN_RANK", FULL_RANK)
+    monkeypatch.setattr(index_scan, "has_16_bit_units", lambda *_: False)
     several = [question(), question(OTHER, top_k=2), question(against=OTHER)]
     with opened(root, "rank-1") as session:
         together = session.rank(several)

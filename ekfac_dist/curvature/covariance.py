@@ -15,10 +15,11 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ekfac_dist.curvature import long_sums
 from ekfac_dist.curvature.costs import block_rows
-from ekfac_dist.curvature.float32_products import rounded_to_bfloat16, rounds_on
+from ekfac_dist.curvature.float32_products import ROUNDED_ROWS, rounded_to_bfloat16, rounds_on
 
 
 def add_outer_products_(sum_nn: Tensor, vectors_Mi: Tensor, *, bias: bool) -> None:
@@ -38,6 +39,8 @@ def add_outer_products_(sum_nn: Tensor, vectors_Mi: Tensor, *, bias: bool) -> No
     with ExitStack() as stack:
         if is_exact and not wide and dtype == torch.bfloat16 and rounds_on(device):
             stack.enter_context(rounded_to_bfloat16())
+            # Rows of zeros add nothing, and keep the products' shapes few.
+            vectors_Mi = pad(vectors_Mi, (0, 0, 0, -num_positions % ROUNDED_ROWS))
         if not wide:
             vectors_Mi = vectors_Mi.to(sum_nn.dtype)
         step = block_rows(size)

@@ -1,4 +1,4 @@
-"""Products of float32 matrices: exact to the rounding of float32, on the faster units at hand.
+"""Products of float32 matrices: exact to the rounding of float32, whatever the caller has set.
 
 On a CPU torch has two libraries, and a setting of the process chooses between them,
 `torch.backends.mkldnn.matmul.fp32_precision`:
@@ -9,24 +9,24 @@ On a CPU torch has two libraries, and a setting of the process chooses between t
 
 Rounding loses nothing where the operands are bfloat16 values in the first place: their products are
 exact in float32. So on a CPU with AMX oneDNN multiplies bfloat16 rows into float32, 2.6 times as
-fast as it multiplies float32 (Intel Xeon); see `covariance`. On AMD's CPUs, which have no AMX,
-oneDNN is the faster library for float32: measured on an EPYC of family 25 (AVX-512, 1 thread, by
-`tests/benchmarks/choices.py`), by 7 to 10 % from 256³ multiply-adds on, and by a third for the thin
-products of low-rank queries. What a library does is found out by trying; which is chosen depends on
-the processor alone, so that a run that is continued computes the same.
+fast as it multiplies float32 (Intel Xeon); see `covariance`. What a library does is found out by
+trying.
+
+oneDNN keeps a kernel of some 3 MB for each of the last 1,024 shapes, which for sequences of all
+lengths is gigabytes: it gets products of few shapes alone. So float32 stays with MKL on AMD's CPUs
+too, where oneDNN is 7 to 10 % faster (EPYC of family 25, from 256³ multiply-adds on).
 """
 
-import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
 _EXACT, _ROUNDING = "ieee", "bf16"
-_CPU_INFO = Path("/proc/cpuinfo")
+# Rows of rounded products are multiples of this number, so that there are few shapes of them.
+ROUNDED_ROWS = 256
 # Shapes [m, k] × [k, n] with which oneDNN is tried: it has several kernels.
 _TRIED = ((16, 16, 16), (300, 70, 500), (1, 512, 64), (768, 128, 256))
 
@@ -44,17 +44,6 @@ def precisely(device: torch.device) -> Iterator[None]:
             yield
     finally:
         restore()
-
-
-@contextmanager
-def faster_library() -> Iterator[None]:
-    """Multiplies float32 on the CPU with the faster library, if the caller wants full precision."""
-    before = _cpu_setting()
-    if before not in (None, "none", _EXACT):
-        yield
-        return
-    with _set_for_cpu(_full_precision(), before):
-        yield
 
 
 @contextmanager
@@ -94,19 +83,6 @@ def rounds_to_bfloat16() -> bool:
             product = left @ torch.ones(k, n, dtype=torch.float32, device="cpu")
             if not bool((product == k * value).all()):  # a sum of so few is exact in float32
                 return True
-    return False
-
-
-@cache
-def _full_precision() -> str:
-    """The setting of the faster library that rounds no operand."""
-    return _ROUNDING if _is_amd() and not rounds_to_bfloat16() else _EXACT
-
-
-def _is_amd() -> bool:
-    with suppress(OSError):  # there is no such file but on Linux
-        text = _CPU_INFO.read_text(encoding="utf-8", errors="replace")
-        return re.search(r"^vendor_id\s*:\s*AuthenticAMD", text, re.MULTILINE) is not None
     return False
 
 
@@ -161,7 +137,7 @@ def _exact_float32_products() -> Callable[[], None]:
     if legacy is not None:
         torch.set_float32_matmul_precision("highest")
     for setting in settings:
-        setting.fp32_precision = _full_precision() if setting is _cpu_matmul() else _EXACT
+        setting.fp32_precision = _EXACT
 
     def restore() -> None:
         if legacy is not None:

@@ -75,10 +75,11 @@ def test_sixteen_bit_rows_are_multiplied_as_if_they_were_wide(dtype, bias, given
 def test_a_processor_that_rounds_to_bfloat16_does_so_with_such_rows_alone(
     dtype, sum_dtype, rounds, monkeypatch
 ):
-    exact, precisions = torch.Tensor.addmm_, []
+    exact, precisions, num_rows = torch.Tensor.addmm_, [], []
 
     def addmm_(block, left, right):
         precisions.append(float32_settings()[2])
+        num_rows.append(len(right))
         if rounds and precisions[-1] == "bf16" and block.dtype == torch.float32:
             left, right = left.bfloat16().float(), right.bfloat16().float()
         return exact(block, left, right)
@@ -91,5 +92,6 @@ def test_a_processor_that_rounds_to_bfloat16_does_so_with_such_rows_alone(
     add_outer_products_(total, rows, bias=False)
     is_exact = dtype == torch.bfloat16 and sum_dtype == torch.float32
     assert (set(precisions) == {"bf16"}) == (rounds and is_exact)
+    assert set(num_rows) == ({256} if rounds and is_exact else {60})
     assert relative(mirror_(total).double(), rows.double().T @ rows.double()) < 1e-6
     assert float32_settings() == before

@@ -4,11 +4,10 @@ import platform
 
 import pytest
 import torch
-from helpers.float32_settings import float32_settings, restore_float32, set_of_each_device
+from helpers.float32_settings import float32_settings, restore_float32
 
 from ekfac_dist.curvature import float32_products
 from ekfac_dist.curvature.float32_products import (
-    faster_library,
     precisely,
     rounded_to_bfloat16,
     rounds_to_bfloat16,
@@ -21,20 +20,6 @@ CPU = torch.device("cpu")
 def _restored():
     yield
     restore_float32()
-
-
-@pytest.fixture(params=["this processor", "AMD", "another", "AMX", "AMD with AMX"])
-def processor(request, monkeypatch):
-    """The library chosen for a processor: oneDNN for AMD's, unless it rounds there."""
-    name, here = request.param, float32_products._full_precision()
-    if name == "this processor":
-        yield here
-        return
-    float32_products._full_precision.cache_clear()
-    monkeypatch.setattr(float32_products, "_is_amd", lambda: "AMD" in name)
-    monkeypatch.setattr(float32_products, "rounds_to_bfloat16", lambda: "AMX" in name)
-    yield "bf16" if name == "AMD" else "ieee"
-    float32_products._full_precision.cache_clear()
 
 
 def test_products_keep_all_bits_of_float32_on_this_processor():
@@ -50,31 +35,9 @@ def test_products_keep_all_bits_of_float32_on_this_processor():
         assert (batch - expected).norm() / expected.norm() < 2e-6
 
 
-def test_the_setting_inside_is_that_of_the_chosen_library(processor):
+def test_an_error_inside_restores_the_setting():
     before = float32_settings()
-    with precisely(CPU):
-        assert float32_settings()[1:] == ("ieee", processor)
-    assert float32_settings() == before
-    with faster_library():
-        assert float32_settings()[1:] == (before[1], processor)
-        with precisely(CPU):
-            assert float32_settings()[1:] == ("ieee", processor)
-        assert float32_settings()[1:] == (before[1], processor)
-    assert float32_settings() == before
-
-
-@pytest.mark.parametrize("setting", ["tf32", "bf16"])
-def test_a_lower_precision_that_the_caller_wants_for_the_model_stays(setting, processor):
-    set_of_each_device("none", setting)
-    before = float32_settings()
-    with faster_library():
-        assert float32_settings() == before
-    assert float32_settings() == before
-
-
-def test_an_error_inside_restores_the_setting(processor):
-    before = float32_settings()
-    for context in (faster_library(), precisely(CPU), rounded_to_bfloat16()):
+    for context in (precisely(CPU), rounded_to_bfloat16()):
         with pytest.raises(KeyError), context:
             raise KeyError
         assert float32_settings() == before

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ekfac_dist.curvature.float32_products import faster_library
 from ekfac_dist.models.capture.expert_lists import in_expert_list
 from ekfac_dist.models.capture.rotary import frequencies_kept
 from ekfac_dist.models.modules import linear_modules, require_usable
@@ -26,8 +25,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
     A model in training mode goes into evaluation mode, except for modules whose gradient
     checkpointing works in training mode only and that have no noise of their own. MLPs that are
     applied to chunks of positions are applied to all positions at once: the result is the same, and
-    each module is then called once in a forward. Products of float32 on the CPU use the faster
-    library.
+    each module is then called once in a forward.
 
     Args:
         model: The model; its parameters' `requires_grad`, its modules' modes and its rotary
@@ -38,7 +36,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
     """
     reshard(model)  # gathered weights show neither how they are sharded nor their flags
     require_usable(model)
-    with frequencies_kept(model), _frozen(model), faster_library():
+    with frequencies_kept(model), _frozen(model):
         yield
 
 

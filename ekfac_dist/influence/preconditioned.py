@@ -197,7 +197,7 @@ def empty_gradients(
 
 
 def at_rank(context: ScoringContext, whole: PreparedQueries, rank: int) -> PreparedQueries:
-    """Whole gradients of one query group, reduced to a rank.
+    """Whole gradients of one query group, reduced to a rank, quickly.
 
     Args:
         context: Gives the modules.
@@ -207,7 +207,7 @@ def at_rank(context: ScoringContext, whole: PreparedQueries, rank: int) -> Prepa
     gradients: dict[str, Any] = {}
     for module in context.own_modules:
         matrix_OI = whole.gradients[module.name].matrix(0)
-        left, right = products.low_rank(matrix_OI, rank_in(module, rank))
+        left, right = products.low_rank(matrix_OI, rank_in(module, rank), quickly=True)
         gradients[module.name] = LowRankGradients(left[None], right[None])
     return replace(whole, gradients=gradients)
 

@@ -99,16 +99,17 @@ def test_the_bias_coordinate_is_one():
     assert products.with_bias(torch.zeros(2, 3)).tolist() == [[0, 0, 0, 1]] * 2
 
 
-@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (9, 7), (1, 5)])
-def test_a_low_rank_approximation_is_nearly_the_best(shape):
+@pytest.mark.parametrize(("quickly", "worse"), [(False, 1.02), (True, 1.05)])
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (300, 200), (9, 7), (1, 5)])
+def test_a_low_rank_approximation_is_nearly_the_best(shape, quickly, worse):
     matrix = rows_of([shape[0]], shape[1]) * torch.logspace(0, -2, shape[1]).double()
     values = torch.linalg.svdvals(matrix)
     for rank in (1, min(4, *shape), min(shape)):
-        left, right = products.low_rank(matrix, rank)
+        left, right = products.low_rank(matrix, rank, quickly=quickly)
         assert left.shape == (shape[0], rank)
         assert right.shape == (shape[1], rank)
         best = values[rank:].norm().item()
-        assert (matrix - left @ right.T).norm() <= 1.02 * best + 1e-12 * matrix.norm()
+        assert (matrix - left @ right.T).norm() <= worse * best + 1e-12 * matrix.norm()
 
 
 def test_a_matrix_of_low_rank_is_approximated_exactly_and_the_same_each_time():

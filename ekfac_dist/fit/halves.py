@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ekfac_dist.curvature.damping import DEFAULT
-from ekfac_dist.curvature.halves import DAMPINGS, NUM_VECTORS, SEED, HalfOfLambda, ScoreChange
+from ekfac_dist.curvature.halves import NUM_VECTORS, SEED
+from ekfac_dist.curvature.score_change import DAMPINGS, HalfOfLambda, ScoreChange
 from ekfac_dist.models.modules import TrackedModule
 
 # Predicted correlation of scores with those of a fit on twice as many sequences, below which more

@@ -9,12 +9,12 @@ from torch import Tensor
 from ekfac_dist.curvature import long_sums
 from ekfac_dist.curvature.blocks import Blocks, rotate_rows
 from ekfac_dist.curvature.costs import rotates_inputs, rotates_output_gradients
-from ekfac_dist.curvature.halves import HalfOfLambda, SampledRows, Turning, half_of_lambda
 from ekfac_dist.curvature.refit import (
     EvenSquares,
     add_position_squares_,
     add_sequence_squares_,
 )
+from ekfac_dist.curvature.score_change import HalfOfLambda, SampledRows, Turning, half_of_lambda
 from ekfac_dist.data.batches import Positions
 from ekfac_dist.fit.eigenbasis import Basis
 from ekfac_dist.fit.even import are_even
@@ -173,7 +173,7 @@ class LambdaSums(PairObserver[Positions], long_sums.LongSums):
                 `CovarianceSums.relative_differences`.
 
         Returns:
-            None where it is not known. See `halves.half_of_lambda`.
+            None where it is not known. See `score_change.half_of_lambda`.
         """
         changes: dict[str, HalfOfLambda | None] = {}
         for module in self._modules:

@@ -9,7 +9,8 @@ from ekfac_dist.config import FactorsConfig
 from ekfac_dist.curvature import covariance, long_sums
 from ekfac_dist.curvature.blocks import block_sizes, num_elements
 from ekfac_dist.curvature.costs import block_rows
-from ekfac_dist.curvature.halves import NUM_VECTORS, num_sampled
+from ekfac_dist.curvature.halves import NUM_VECTORS
+from ekfac_dist.curvature.score_change import num_sampled
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
 
 

@@ -20,7 +20,7 @@ import torch
 
 from ekfac_dist import estimate_factors, influence_scores, load_factors
 from ekfac_dist.config import ModelConfig
-from ekfac_dist.curvature.halves import DAMPINGS
+from ekfac_dist.curvature.score_change import DAMPINGS
 from ekfac_dist.models.load.pretrained import load_model, load_tokenizer
 from ekfac_dist.report.tables import table
 

@@ -5,18 +5,21 @@ import math
 import pytest
 import torch
 
-from ekfac_dist.curvature import halves
+from ekfac_dist.curvature import halves, score_change
 from ekfac_dist.curvature.halves import (
+    add_sketch_,
+    even_positions,
+    fixed_vectors,
+    relative_difference,
+)
+from ekfac_dist.curvature.score_change import (
+    DAMPINGS,
     HalfOfLambda,
     SampledRows,
     ScoreChange,
     Turning,
-    add_sketch_,
-    even_positions,
-    fixed_vectors,
     half_of_lambda,
     num_sampled,
-    relative_difference,
 )
 
 
@@ -114,7 +117,7 @@ def halves_of(squares_NOI, damping):
     return known.scores[damping]
 
 
-@pytest.mark.parametrize("damping", halves.DAMPINGS)
+@pytest.mark.parametrize("damping", DAMPINGS)
 @pytest.mark.parametrize(("number", "size", "trials"), [(400, 8, 150), (401, 40, 25)])
 def test_predictions_are_on_average_those_of_scores_from_parts_and_from_more(
     number: int, size: int, trials: int, damping: float
@@ -192,7 +195,7 @@ def test_some_inputs_stand_for_all_where_there_are_many(monkeypatch: pytest.Monk
     squares = drawn_squares(40, (6, 400), 0).flip(2)
     damped = (of_all := squares.mean(0)) + 0.1 * squares.mean()
     few = turning_of(values, 0.1).changed(of_all, damped, torch.ones(6).double())
-    monkeypatch.setattr(halves, "_SAMPLED_INPUTS", 400)
+    monkeypatch.setattr(score_change, "_SAMPLED_INPUTS", 400)
     exactly = turning_of(values, 0.1).changed(of_all, damped, torch.ones(6).double())
     assert few == pytest.approx(exactly, rel=0.1)
 

@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 
 from ekfac_dist import estimate_factors, load_factors
 from ekfac_dist.config import FactorsConfig
-from ekfac_dist.curvature.halves import DAMPINGS
 from ekfac_dist.curvature.long_sums import BESIDE, LongSums
+from ekfac_dist.curvature.score_change import DAMPINGS
 from ekfac_dist.errors import Preempted
 from ekfac_dist.factors.layout import STATE
 from ekfac_dist.fit import group
@@ -82,7 +82,7 @@ def test_halves_of_single_positions_are_as_two_dense_fits_have_them():
 def test_halves_of_experts_are_those_of_the_positions_that_are_routed_to_them(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("ekfac_dist.curvature.halves.LEAST_ROWS", 400)  # as the oracle has all
+    monkeypatch.setattr("ekfac_dist.curvature.score_change.LEAST_ROWS", 400)  # the oracle has all
     model, data = tiny_model("MixtralForCausalLM"), examples(15)
     factors = estimate_factors(model, data, **FIT)
     assert_as_dense(factors, dense_of(model, factors, data))
@@ -124,7 +124,7 @@ def test_float32_sums_of_wide_modules_sample_rows_of_lambda(monkeypatch: pytest.
     monkeypatch.setattr("helpers.networks._rope.__defaults__", (24, 400, 1, 2))
     model, data = build("llama").float(), examples(40)
     said = numbers(estimate_factors(model, data, labels="data").manifest["halves"])
-    monkeypatch.setattr("ekfac_dist.curvature.halves.LEAST_ROWS", 400)
+    monkeypatch.setattr("ekfac_dist.curvature.score_change.LEAST_ROWS", 400)
     exact = numbers(estimate_factors(model, data, labels="data").manifest["halves"])
     for key, value in exact.items():
         if key[1] in ("scores", "half", "twice"):

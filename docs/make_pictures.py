@@ -44,7 +44,8 @@ def report_pictures(browser: Browser, report: str) -> None:
 
 def service_picture(browser: Browser, address: str) -> None:
     """A question that a service answers."""
-    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    width, height, title = 1280, 1560, 95  # the title names the model's directory
+    page = browser.new_page(viewport={"width": width, "height": height})
     page.goto(address)
     page.fill("#ask-prompt", PROMPT)
     page.fill("#ask-completion", COMPLETION)
@@ -52,7 +53,8 @@ def service_picture(browser: Browser, address: str) -> None:
     page.get_by_text("for exact scores").wait_for(timeout=120_000)
     page.locator("#rows .row:not(.head)").first.click()
     page.wait_for_timeout(300)
-    page.screenshot(path=str(IMAGES / "service.png"))
+    shown = {"x": 0, "y": title, "width": width, "height": height - title}
+    page.screenshot(path=str(IMAGES / "service.png"), clip=shown)
     page.close()
 
 

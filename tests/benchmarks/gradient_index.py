@@ -141,7 +141,7 @@ def times(args):
                 peaks[f"index, rank {rank}"] = watch.end()
                 found[f"index, rank {rank}"].append(passes.of("index"))
                 sizes[f"index, rank {rank}"] = sum(f.stat().st_size for f in output.iterdir())
-        scans = scan_times(args, store, Path(folder) / f"index-{args.ranks[0]}-0")
+        scans = scan_times(args, store, Path(folder) / f"index-{args.ranks[0]}-{args.rounds - 1}")
     rate = gemm_rate("cpu") / 1e9
     print(f"{processor()}, {args.threads} threads, float32 GEMM {rate:,.0f} GFLOP/s\n")
     medians = {

@@ -13,18 +13,54 @@ from ekfac_dist.curvature.refit import (
     EvenSquares,
     add_position_squares_,
     add_sequence_squares_,
+    squares_kernel,
 )
 from ekfac_dist.curvature.score_change import HalfOfLambda, SampledRows, Turning, half_of_lambda
+from ekfac_dist.curvature.split_matrices import RowBasis, splits, whole
 from ekfac_dist.data.batches import Positions
 from ekfac_dist.fit.eigenbasis import Basis
 from ekfac_dist.fit.even import are_even
 from ekfac_dist.models.capture.observers import PairObserver, owned
 from ekfac_dist.models.modules import TrackedModule
+from ekfac_dist.passes.context import PassContext
 from ekfac_dist.runtime.processes import World
+
+
+def split_where_faster_(bases: dict[str, Basis], context: PassContext) -> bool:
+    """Splits bases in place where the model's rows are rotated faster so; tells whether they are.
+
+    Args:
+        bases: The bases on the worker's device, by factor.
+        context: Gives the device and the dtypes of the model and of the sums.
+    """
+    rows = next(context.model.parameters()).dtype
+    if not splits(context.world.device, rows, context.dtype):
+        return False
+    for factor in bases:
+        bases[factor] = bases[factor].split()  # one after the other, which frees the whole one
+    return True
+
+
+def products_lines(device: torch.device, dtype: torch.dtype, *, is_split: bool) -> list[str]:
+    """How a GPU makes the refit's products, a line each; none for a CPU.
+
+    Args:
+        device: The worker's device.
+        dtype: Dtype of the sums.
+        is_split: Whether the bases are split.
+    """
+    if device.type == "cpu" or dtype != torch.float32:
+        return []
+    kernel = squares_kernel(device)
+    how = "without a kernel: " + kernel if isinstance(kernel, str) else kernel.description
+    rotations = "three bfloat16 products each" if is_split else "float32 products"
+    return [f"refit rotations by {rotations}", f"refit squares {how}"]
 
 
 class LambdaSums(PairObserver[Positions], long_sums.LongSums):
     """Running sums Σ_n (Q_Sᵀ G_n Q_A)∘² of a group of modules; each sequence is one term.
+
+    Rows that are shown may have a narrower dtype than the sums if the bases are split.
 
     Args:
         modules: The group, in model order.
@@ -55,6 +91,7 @@ class LambdaSums(PairObserver[Positions], long_sums.LongSums):
             for m in modules
         }
         self.counts: dict[str, int] = {}
+        self._dtype = dtype
         self._zero = torch.zeros((), dtype=torch.float64, device=device)
         self._bases = bases
         self._modules = modules
@@ -76,6 +113,8 @@ class LambdaSums(PairObserver[Positions], long_sums.LongSums):
         if self._rotates_input(module.input, positions):
             vectors = self._bases[module.input].eigenvectors
             return rotate_rows(acts_Mi, vectors, bias=module.bias)
+        if acts_Mi.dtype != self._dtype:
+            return acts_Mi.to(self._dtype)
         return owned(acts_Mi, positions)
 
     def on_pair(
@@ -89,6 +128,8 @@ class LambdaSums(PairObserver[Positions], long_sums.LongSums):
         )
         if rotates_output:
             grads_MO = rotate_rows(grads_MO, vectors_OO, bias=False)
+        else:
+            grads_MO = grads_MO.to(self._dtype)
         if self._per_token:
             self._add_positions(module, acts, grads_MO, positions)
         else:
@@ -118,8 +159,13 @@ class LambdaSums(PairObserver[Positions], long_sums.LongSums):
         acts: Tensor,
         grads_MO: Tensor,
         positions: Positions,
-        **bases: Blocks | None,
+        basis_II: RowBasis | None,
+        basis_OO: RowBasis | None,
     ) -> None:
+        bases: dict[str, Blocks | None] = {
+            "basis_II": None if basis_II is None else whole(basis_II),
+            "basis_OO": None if basis_OO is None else whole(basis_OO),
+        }
         lengths = positions.lengths
         starts = list(itertools.accumulate(lengths, initial=0))
         for share in self.chunks(module.name, len(lengths)):

@@ -87,10 +87,17 @@ def test_scores_are_the_same(num_split, monkeypatch, options):
     options = {"batch_tokens": 24, **options}
     expected = influence_scores(bfloat16("llama_bias"), factors, queries, train, **options)
     made = num_split()
-    splitting = partial(device_factors.DeviceFactors, splits=True)
-    monkeypatch.setattr(held, "DeviceFactors", splitting)
+    shown = set()
+
+    class Splitting(device_factors.DeviceFactors):
+        def rotated_input(self, module, acts_Mi):
+            shown.add(acts_Mi.dtype)
+            return super().rotated_input(module, acts_Mi)
+
+    monkeypatch.setattr(held, "DeviceFactors", partial(Splitting, splits=True))
     scores = influence_scores(bfloat16("llama_bias"), factors, queries, train, **options)
     assert made
+    assert shown == {torch.bfloat16}  # queries and training sequences
     assert relative(scores.scores, expected.scores) < 1e-5
 
 

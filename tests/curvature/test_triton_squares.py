@@ -1,11 +1,15 @@
-"""The kernel that sums squares, in Triton's interpreter, beside dense float64 products.
+"""The kernel that sums squares: in Triton's interpreter, beside dense float64 products; compiled.
 
 Run with: TRITON_INTERPRET=1 bash launch/test.sh -m triton. The interpreter multiplies in float32,
 whichever precision is asked for.
 """
 
+import json
 import os
+import subprocess
+import sys
 from itertools import accumulate, pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,6 +112,28 @@ def test_the_first_precision_that_is_accurate_is_taken(triton_squares, monkeypat
     assert "ieee" in tried().description
     errors["ieee"] = 6e-7
     assert tried() == "its relative error is 5.0e-07 in tf32x3, 6.0e-07 in ieee"
+
+
+def test_the_kernel_is_compiled_for_gpus_and_units_do_not_add_to_gradients_themselves(
+    triton_squares,
+):
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("worker_compiled_kernel.py")],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    compiled = json.loads(done.stdout)
+    assert len(compiled) == 6
+    tile = triton_squares.TILE_O * triton_squares.TILE_I // (32 * triton_squares._WARPS)
+    for one in compiled:
+        assert one["bytes"] > 1000
+        assert bool(one["units"]) == (one["precision"] == "tf32x3")
+        # One for each element of a thread's part of the tile: for each position too, without units.
+        multiply_adds = one["multiply_adds"] + 2 * one["pairs"]
+        assert multiply_adds == tile * (1 if one["units"] else 1 + triton_squares.STEP)
 
 
 def test_a_kernel_that_cannot_be_compiled_is_done_without(triton_squares, monkeypatch):

@@ -37,7 +37,7 @@ from ekfac_dist.models.find.faults import NO_GRADIENT, NOT_ROUTED, is_routed
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
 from ekfac_dist.passes.context import PassContext
 from ekfac_dist.passes.one_pass import run_pass
-from ekfac_dist.passes.owners import Owners
+from ekfac_dist.passes.owners import Owners, Places
 from ekfac_dist.passes.state import PassState
 from ekfac_dist.runtime.logs import log_on_main
 from ekfac_dist.runtime.progress import show_line
@@ -266,7 +266,8 @@ class GroupFit:
         start = time.perf_counter()
         context = self.context
         per_token = self.factors.refit == "per_token"
-        is_split = split_where_faster_(bases, context)
+        places = Places(self.owners.shard, self.owners.places)
+        is_split = split_where_faster_(bases, self.modules, context, self.step_tokens, places)
         for line in products_lines(context.world.device, context.dtype, is_split=is_split):
             log_on_main(context.world, line)
         sums = LambdaSums(

@@ -16,25 +16,53 @@ from ekfac_dist.curvature.refit import (
     squares_kernel,
 )
 from ekfac_dist.curvature.score_change import HalfOfLambda, SampledRows, Turning, half_of_lambda
-from ekfac_dist.curvature.split_matrices import RowBasis, splits, whole
+from ekfac_dist.curvature.split_matrices import SPLIT_BYTES, RowBasis, splits, whole
 from ekfac_dist.data.batches import Positions
 from ekfac_dist.fit.eigenbasis import Basis
 from ekfac_dist.fit.even import are_even
 from ekfac_dist.models.capture.observers import PairObserver, owned
 from ekfac_dist.models.modules import TrackedModule
 from ekfac_dist.passes.context import PassContext
+from ekfac_dist.passes.owners import Places
+from ekfac_dist.passes.step_memory import room_beside_steps
 from ekfac_dist.runtime.processes import World
 
 
-def split_where_faster_(bases: dict[str, Basis], context: PassContext) -> bool:
-    """Splits bases in place where the model's rows are rotated faster so; tells whether they are.
+def split_where_faster_(
+    bases: dict[str, Basis],
+    modules: Sequence[TrackedModule],
+    context: PassContext,
+    step_tokens: int,
+    places: Places,
+) -> bool:
+    """Splits bases in place if rows are rotated faster so, and memory is left; a collective.
+
+    A fit is planned without split bases: for them alone it would take more passes.
 
     Args:
-        bases: The bases on the worker's device, by factor.
-        context: Gives the device and the dtypes of the model and of the sums.
+        bases: The bases on this worker's device, by factor.
+        modules: The group.
+        context: Model, data and workers.
+        step_tokens: Positions of a step.
+        places: Who owns which modules.
+
+    Returns:
+        Whether they are split, which is the same on all workers.
     """
-    rows = next(context.model.parameters()).dtype
-    if not splits(context.world.device, rows, context.dtype):
+    rows, world = next(context.model.parameters()).dtype, context.world
+    if rows != torch.bfloat16 or context.dtype != torch.float32:
+        return False
+    if not all(world.gather(splits(world.device, rows, context.dtype))):
+        return False
+    blocks = [block for basis in bases.values() for block in whole(basis.eigenvectors)]
+    most = max((block.numel() for block in blocks), default=0)
+    # While one is split, it is there as a whole, in parts, and as what is left of it.
+    wanted = (SPLIT_BYTES - context.dtype.itemsize) * sum(map(Tensor.numel, blocks)) + 12 * most
+    lambdas = [m.num_outputs * m.input_size for m in modules if context.owns(m)]
+    held = context.dtype.itemsize * (sum(lambdas) + 3 * max(lambdas, default=0))
+    del blocks
+    room = room_beside_steps(context, modules, step_tokens, held, wanted, places)
+    if not all(world.gather(room >= wanted)):
         return False
     for factor in bases:
         bases[factor] = bases[factor].split()  # one after the other, which frees the whole one

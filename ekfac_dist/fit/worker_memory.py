@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from ekfac_dist.config import FactorsConfig
 from ekfac_dist.curvature.blocks import block_sizes
 from ekfac_dist.curvature.eigenbasis import workspace_bytes
-from ekfac_dist.curvature.split_matrices import SPLIT_BYTES
 from ekfac_dist.fit.sizes import (
     WorkerShare,
     halves_bytes,
@@ -41,7 +40,7 @@ class Memory:
         step: One step: activations, logits and their gradient, inputs that wait for gradients.
         exchange: Rows that are collected for their owners, and those on their way.
         covariance: Running sums of the covariance pass.
-        bases: Eigenvectors of all factors of the group, in the refit: on a GPU they may be split.
+        bases: Eigenvectors of all factors of the group, in the refit.
         spectra: Running sums of the refit, and scratch matrices of one sequence's gradient.
         workspace: The largest decomposition.
         retained: Memory of finished steps that the allocator does not give back.
@@ -155,8 +154,6 @@ def memory(
     parts = [part for part in places.parts(group) if part]
     bytes_each, sizes = itemsize(factors), factor_sizes(group)
     squares = max((bytes_each * sum(square_elements(part, factors)) for part in parts), default=0)
-    # Whether they are, the GPU decides; see `split_matrices`.
-    may_split = not on_cpu and step.itemsize == 2 and factors.accumulate == "float32"
     widest = max(sizes.values(), default=0)
     exchange, rounds = exchange_bytes(group, places, step, step_tokens)
     # Inputs wait, as float numbers, for their gradients: those of all workers, at their owner; of
@@ -181,7 +178,7 @@ def memory(
         step=step_bytes,
         exchange=exchange,
         covariance=squares,
-        bases=squares // bytes_each * SPLIT_BYTES if may_split else squares,
+        bases=squares,
         spectra=bytes_each * spectra,
         workspace=workspace_bytes(max(block_sizes(widest, factors.blocks), default=0)),
         retained=int(RETAINED * step_bytes) if on_cpu else 0,

@@ -9,15 +9,11 @@ from helpers.dense import dense_E, relative
 from helpers.networks import build, examples
 
 from ekfac_dist import estimate_factors, influence_scores
-from ekfac_dist.config import FactorsConfig
 from ekfac_dist.curvature import split_matrices
 from ekfac_dist.fit import refit
 from ekfac_dist.fit.refit import products_lines
-from ekfac_dist.fit.sizes import WorkerShare
-from ekfac_dist.fit.worker_memory import memory
 from ekfac_dist.influence import device_factors, held
-from ekfac_dist.models.capture.saved_tensors import StepMemory
-from ekfac_dist.models.modules import LINEAR, TrackedModule
+from ekfac_dist.models.modules import LINEAR, TrackedModule, factor_sizes
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -101,17 +97,22 @@ def test_scores_are_the_same(num_split, monkeypatch, options):
     assert relative(scores.scores, expected.scores) < 1e-5
 
 
-def test_their_memory_is_planned_in_the_refit():
-    module = TrackedModule("m", LINEAR, 1000, 500, False, "m.input", "m.output")
+def test_bases_are_not_split_in_a_refit_that_has_no_room_for_it(num_split, monkeypatch):
+    asked = []
 
-    def bases(itemsize, *, on_cpu=False, **settings):
-        step = StepMemory(0, 0, itemsize, False)
-        share, factors = WorkerShare(1, 1, 1), FactorsConfig(**settings)
-        return memory([module], step, 0, share, factors=factors, on_cpu=on_cpu).bases
+    def room(context, modules, step_tokens, held, wanted, places):
+        asked.append((modules, held, wanted))
+        return wanted - 1
 
-    assert bases(4) == bases(2, on_cpu=True) == 4 * (1000**2 + 500**2)
-    assert bases(2) == 6 * (1000**2 + 500**2)
-    assert bases(2, accumulate="float64") == 8 * (1000**2 + 500**2)
+    made = num_split()
+    monkeypatch.setattr(refit, "room_beside_steps", room)
+    estimate_factors(bfloat16("llama"), examples(5), labels="data")
+    assert not made
+    ((modules, held, wanted),) = asked
+    sizes = factor_sizes(modules).values()
+    assert wanted == 2 * sum(size**2 for size in sizes) + 12 * max(sizes) ** 2
+    lambdas = [module.num_outputs * module.input_size for module in modules]
+    assert held == 4 * (sum(lambdas) + 3 * max(lambdas))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ over 4,096 columns the product is 5e-6 off, in chunks 5e-7, and the float32 prod
 Where this pays is fixed by a GPU's capability: those for data centres make 16-bit products with
 float32 sums 15 times as fast as float32's, others 2 to 4 times. The error beside float64 is
 measured once for each device; nothing is timed. So all workers with one kind of GPU choose alike,
-and so does a run that goes on later. It has not run on a GPU yet.
+and so does a run that goes on later; but a fit splits only where memory is left (`fit.refit`).
+It has not run on a GPU yet.
 """
 
 from collections.abc import Sequence

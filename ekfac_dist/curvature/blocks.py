@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ekfac_dist.curvature.split_matrices import RowBasis, SplitMatrix
+
 # A block-diagonal matrix [n, n] as its square diagonal blocks, first to last.
 Blocks = Sequence[Tensor]
 
@@ -42,17 +44,18 @@ def num_elements(size: int, num_blocks: int) -> int:
 
 
 def rotate_rows(
-    rows_Mi: Tensor, basis: Blocks, *, bias: bool = False, last: Tensor | None = None
+    rows_Mi: Tensor, basis: RowBasis, *, bias: bool = False, last: Tensor | None = None
 ) -> Tensor:
     """X Q: each row of a matrix expressed in the eigenbasis.
 
     Args:
-        rows_Mi: X without its bias coordinate [..., M, i], in the eigenvectors' dtype. Where
-            n = i + 1 it must have two dimensions.
+        rows_Mi: X without its bias coordinate [..., M, i], in the eigenvectors' dtype; where these
+            are split, in any. Where n = i + 1, or they are split, it must have two dimensions.
         basis: The blocks of Q, of size n together, eigenvectors in columns; n is i, or i + 1 where
             the bias coordinate is left out of `rows_Mi`.
         bias: Whether a 1 is appended to each row. The longer rows are never built.
-        last: The bias coordinate of each row [M, 1], if it is something other than 1.
+        last: The bias coordinate of each row [M, 1], if it is something other than 1; of blocks
+            that are not split.
 
     Returns:
         [..., M, n].
@@ -60,7 +63,11 @@ def rotate_rows(
     num_columns, parts = rows_Mi.shape[-1], []
     for block, (start, end) in zip(basis, bounds([len(block) for block in basis]), strict=True):
         rows = rows_Mi[..., start : min(end, num_columns)]
-        if end <= num_columns:
+        if isinstance(block, SplitMatrix):
+            assert last is None
+            assert bias or end <= num_columns
+            parts.append(block.rows_times(rows, bias=end > num_columns))
+        elif end <= num_columns:
             parts.append(rows @ block)
         elif last is not None:
             parts.append((rows @ block[:-1]).addr_(last[:, 0], block[-1]))

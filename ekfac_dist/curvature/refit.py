@@ -12,19 +12,27 @@ in multiply–add pairs:
 
 The two choices are independent and each is exact, so each side takes the cheaper one. Where every
 sequence has one position, both sides are rotated before, and the sum becomes one product of
-squares, as it is for sums over positions.
+squares, as it is for sums over positions. Where both are rotated before on a GPU, one kernel does
+the rest: see `triton_squares`.
 
 For `halves`, the same squares are summed over the even sequences alone, in a few rows of Λ.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from itertools import accumulate, compress, pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ekfac_dist.curvature.blocks import Blocks, rotate_columns, rotate_rows
 from ekfac_dist.curvature.halves import even_positions, in_chunks
+
+if TYPE_CHECKING:  # Triton is not everywhere
+    from ekfac_dist.curvature.triton_squares import SquaresKernel
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,11 @@ def add_sequence_squares_(
         if even is not None:
             even.add_positions(acts_MI, grads_MO, lengths)
         return
+    if basis_II is None and basis_OO is None and lambda_OI.dtype == torch.float32:
+        kernel = squares_kernel(lambda_OI.device)
+        if not isinstance(kernel, str):
+            _add_by_kernel_(kernel, lambda_OI, acts_MI, grads_MO, lengths, even)
+            return
     start = 0
     few_kI = None if even is None else torch.zeros_like(even.sums_kI, dtype=lambda_OI.dtype)
     product = torch.empty(
@@ -104,6 +117,35 @@ def add_sequence_squares_(
             few_kI.addcmul_(few, few)
         start += length
     if even is not None and few_kI is not None:
+        even.sums_kI.add_(few_kI)
+
+
+@cache
+def squares_kernel(device: torch.device) -> "SquaresKernel | str":
+    """The kernel that adds squares of sequences' gradients on a device; or why there is none."""
+    if device.type != "cuda":
+        return "it is for GPUs"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    from ekfac_dist.curvature import triton_squares
+
+    return triton_squares.tried(device)
+
+
+def _add_by_kernel_(
+    kernel: "SquaresKernel",
+    lambda_OI: Tensor,
+    acts_MI: Tensor,
+    grads_MO: Tensor,
+    lengths: Sequence[int],
+    even: EvenSquares | None,
+) -> None:
+    bounds = list(pairwise(accumulate(lengths, initial=0)))
+    kernel.add_(lambda_OI, acts_MI, grads_MO, bounds)
+    if even is not None:
+        few_kI = torch.zeros_like(even.sums_kI, dtype=lambda_OI.dtype)
+        of_even = list(compress(bounds, even.are_even))
+        kernel.add_(few_kI, acts_MI, grads_MO[:, even.rows_k], of_even)
         even.sums_kI.add_(few_kI)
 
 

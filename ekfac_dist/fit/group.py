@@ -28,7 +28,7 @@ from ekfac_dist.fit.disk_space import stage_bytes
 from ekfac_dist.fit.eigenbasis import Basis, run_eigenbasis
 from ekfac_dist.fit.halves import record_of
 from ekfac_dist.fit.manifest import FitSummary
-from ekfac_dist.fit.refit import LambdaSums
+from ekfac_dist.fit.refit import LambdaSums, products_lines, split_where_faster_
 from ekfac_dist.fit.saved_parts import Sums
 from ekfac_dist.fit.sizes import WorkerShare
 from ekfac_dist.fit.storing import StoreFile, Storing
@@ -37,8 +37,9 @@ from ekfac_dist.models.find.faults import NO_GRADIENT, NOT_ROUTED, is_routed
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
 from ekfac_dist.passes.context import PassContext
 from ekfac_dist.passes.one_pass import run_pass
-from ekfac_dist.passes.owners import Owners
+from ekfac_dist.passes.owners import Owners, Places
 from ekfac_dist.passes.state import PassState
+from ekfac_dist.runtime.logs import log_on_main
 from ekfac_dist.runtime.progress import show_line
 
 T = TypeVar("T")
@@ -260,11 +261,15 @@ class GroupFit:
 
     # -- Λ -----------------------------------------------------------------------------------------
 
-    def _run_refit(self, bases: Mapping[str, Basis]) -> dict[str, Any]:
+    def _run_refit(self, bases: dict[str, Basis]) -> dict[str, Any]:
         self._require_disk_space("refit")
         start = time.perf_counter()
         context = self.context
         per_token = self.factors.refit == "per_token"
+        places = Places(self.owners.shard, self.owners.places)
+        is_split = split_where_faster_(bases, self.modules, context, self.step_tokens, places)
+        for line in products_lines(context.world.device, context.dtype, is_split=is_split):
+            log_on_main(context.world, line)
         sums = LambdaSums(
             self._own_modules,
             bases,
@@ -278,7 +283,15 @@ class GroupFit:
         of = context.world.share(self.sink.content_sha256(basis_files))
         state = self._begun("refit", sums, of)
         rule = LabelRule(self.factors.labels, self.factors.seed, REFIT_PASS)
-        result = run_pass(self._shown("refit"), context, self.modules, sums, rule, state=state)
+        result = run_pass(
+            self._shown("refit"),
+            context,
+            self.modules,
+            sums,
+            rule,
+            converted=not is_split,  # split bases are for the model's own rows
+            state=state,
+        )
         for total in sums.sums.values():
             total.div_(len(context.sequences))
         num_even = sum(map(is_even, context.sequences.indices.tolist()))

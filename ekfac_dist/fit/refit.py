@@ -13,18 +13,82 @@ from ekfac_dist.curvature.refit import (
     EvenSquares,
     add_position_squares_,
     add_sequence_squares_,
+    squares_kernel,
 )
 from ekfac_dist.curvature.score_change import HalfOfLambda, SampledRows, Turning, half_of_lambda
+from ekfac_dist.curvature.split_matrices import SPLIT_BYTES, RowBasis, splits, whole
 from ekfac_dist.data.batches import Positions
 from ekfac_dist.fit.eigenbasis import Basis
 from ekfac_dist.fit.even import are_even
 from ekfac_dist.models.capture.observers import PairObserver, owned
 from ekfac_dist.models.modules import TrackedModule
+from ekfac_dist.passes.context import PassContext
+from ekfac_dist.passes.owners import Places
+from ekfac_dist.passes.step_memory import room_beside_steps
 from ekfac_dist.runtime.processes import World
+
+
+def split_where_faster_(
+    bases: dict[str, Basis],
+    modules: Sequence[TrackedModule],
+    context: PassContext,
+    step_tokens: int,
+    places: Places,
+) -> bool:
+    """Splits bases in place if rows are rotated faster so, and memory is left; a collective.
+
+    A fit is planned without split bases: for them alone it would take more passes.
+
+    Args:
+        bases: The bases on this worker's device, by factor.
+        modules: The group.
+        context: Model, data and workers.
+        step_tokens: Positions of a step.
+        places: Who owns which modules.
+
+    Returns:
+        Whether they are split, which is the same on all workers.
+    """
+    rows, world = next(context.model.parameters()).dtype, context.world
+    if rows != torch.bfloat16 or context.dtype != torch.float32:
+        return False
+    if not all(world.gather(splits(world.device, rows, context.dtype))):
+        return False
+    blocks = [block for basis in bases.values() for block in whole(basis.eigenvectors)]
+    most = max((block.numel() for block in blocks), default=0)
+    # While one is split, it is there as a whole, in parts, and as what is left of it.
+    wanted = (SPLIT_BYTES - context.dtype.itemsize) * sum(map(Tensor.numel, blocks)) + 12 * most
+    lambdas = [m.num_outputs * m.input_size for m in modules if context.owns(m)]
+    held = context.dtype.itemsize * (sum(lambdas) + 3 * max(lambdas, default=0))
+    del blocks
+    room = room_beside_steps(context, modules, step_tokens, held, wanted, places)
+    if not all(world.gather(room >= wanted)):
+        return False
+    for factor in bases:
+        bases[factor] = bases[factor].split()  # one after the other, which frees the whole one
+    return True
+
+
+def products_lines(device: torch.device, dtype: torch.dtype, *, is_split: bool) -> list[str]:
+    """How a GPU makes the refit's products, a line each; none for a CPU.
+
+    Args:
+        device: The worker's device.
+        dtype: Dtype of the sums.
+        is_split: Whether the bases are split.
+    """
+    if device.type == "cpu" or dtype != torch.float32:
+        return []
+    kernel = squares_kernel(device)
+    how = "without a kernel: " + kernel if isinstance(kernel, str) else kernel.description
+    rotations = "three bfloat16 products each" if is_split else "float32 products"
+    return [f"refit rotations by {rotations}", f"refit squares {how}"]
 
 
 class LambdaSums(PairObserver[Positions], long_sums.LongSums):
     """Running sums Σ_n (Q_Sᵀ G_n Q_A)∘² of a group of modules; each sequence is one term.
+
+    Rows that are shown may have a narrower dtype than the sums if the bases are split.
 
     Args:
         modules: The group, in model order.
@@ -55,6 +119,7 @@ class LambdaSums(PairObserver[Positions], long_sums.LongSums):
             for m in modules
         }
         self.counts: dict[str, int] = {}
+        self._dtype = dtype
         self._zero = torch.zeros((), dtype=torch.float64, device=device)
         self._bases = bases
         self._modules = modules
@@ -76,6 +141,8 @@ class LambdaSums(PairObserver[Positions], long_sums.LongSums):
         if self._rotates_input(module.input, positions):
             vectors = self._bases[module.input].eigenvectors
             return rotate_rows(acts_Mi, vectors, bias=module.bias)
+        if acts_Mi.dtype != self._dtype:
+            return acts_Mi.to(self._dtype)
         return owned(acts_Mi, positions)
 
     def on_pair(
@@ -89,6 +156,8 @@ class LambdaSums(PairObserver[Positions], long_sums.LongSums):
         )
         if rotates_output:
             grads_MO = rotate_rows(grads_MO, vectors_OO, bias=False)
+        else:
+            grads_MO = grads_MO.to(self._dtype)
         if self._per_token:
             self._add_positions(module, acts, grads_MO, positions)
         else:
@@ -118,8 +187,13 @@ class LambdaSums(PairObserver[Positions], long_sums.LongSums):
         acts: Tensor,
         grads_MO: Tensor,
         positions: Positions,
-        **bases: Blocks | None,
+        basis_II: RowBasis | None,
+        basis_OO: RowBasis | None,
     ) -> None:
+        bases: dict[str, Blocks | None] = {
+            "basis_II": None if basis_II is None else whole(basis_II),
+            "basis_OO": None if basis_OO is None else whole(basis_OO),
+        }
         lengths = positions.lengths
         starts = list(itertools.accumulate(lengths, initial=0))
         for share in self.chunks(module.name, len(lengths)):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ekfac_dist.curvature.eigenbasis import decompose
 from ekfac_dist.curvature.float32_products import precisely
+from ekfac_dist.curvature.split_matrices import whole
 from ekfac_dist.factors.factors import ModuleFactors
 from ekfac_dist.fit.covariance import CovarianceSums
 from ekfac_dist.fit.eigenbasis import Basis
@@ -79,8 +80,8 @@ def fit_caches(
         lambdas.fold()
     factors = {
         module.name: ModuleFactors(
-            bases[module.output].eigenvectors,
-            bases[module.input].eigenvectors,
+            whole(bases[module.output].eigenvectors),
+            whole(bases[module.input].eigenvectors),
             lambdas.sums[module.name] / batches.num_examples,
         )
         for module in calls.modules

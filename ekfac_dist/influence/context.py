@@ -126,6 +126,11 @@ class ScoringContext:
         assert self.on_device is not None, "a pass needs the factors on its device"
         return self.on_device
 
+    @property
+    def converts_rows(self) -> bool:
+        """Whether a pass shows training rows in the gradients' dtype; else in the model's own."""
+        return not (self.in_eigenbasis and self.fitted.splits)
+
     def damped(self, module: TrackedModule) -> Tensor:
         """Λ + λ of a module [O, I]."""
         return damped(self.fitted.lambda_of(module), self.damping[module.name])

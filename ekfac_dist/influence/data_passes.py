@@ -203,7 +203,15 @@ class DataPasses:
         context = self._context
         pass_context = context.over(self._scored.take(columns))
         state = PassState(pass_context.own_batches, STORED)
-        run_pass(name, pass_context, context.modules, observer, DATA_LABELS, state=state)
+        run_pass(
+            name,
+            pass_context,
+            context.modules,
+            observer,
+            DATA_LABELS,
+            converted=context.converts_rows,
+            state=state,
+        )
 
 
 def _tolerance(context: ScoringContext) -> float:

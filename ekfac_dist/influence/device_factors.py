@@ -6,6 +6,8 @@ the device computes with one, what followed it and the one before the last time 
 
     needed by a batch    Q_A 1   Q_A 2   Q_A 3   …   Q_S 3   Q_S 2   Q_S 1
     there is room for    kept    kept    sent        sent    kept    kept
+
+Where rows are rotated faster so, eigenvectors are split on the device, and kept so.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ekfac_dist.curvature.blocks import Blocks, on
+from ekfac_dist.curvature.blocks import Blocks, on, rotate_rows
+from ekfac_dist.curvature.split_matrices import RowBasis, SplitMatrix, whole
 from ekfac_dist.data.batches import to_device
 from ekfac_dist.factors.factors import Factors, ModuleFactors
 from ekfac_dist.models.modules import TrackedModule
@@ -44,17 +47,26 @@ class DeviceFactors:
         device: The device.
         dtype: Float32 or float64.
         budget: Bytes that may stay on the device.
+        splits: Whether eigenvectors are split, for rows in bfloat16.
 
     Attributes:
+        splits: As given.
         num_sent: How often a tensor was sent, or converted.
     """
 
     def __init__(
-        self, factors: Factors, device: torch.device, dtype: torch.dtype, budget: float
+        self,
+        factors: Factors,
+        device: torch.device,
+        dtype: torch.dtype,
+        budget: float,
+        *,
+        splits: bool = False,
     ) -> None:
+        self.splits = splits
         self._factors, self._device, self._dtype = factors, device, dtype
         self._left = budget
-        self._kept: dict[Key, list[Tensor]] = {}
+        self._kept: dict[Key, RowBasis] = {}
         self._not_kept: set[Key] = set()
         self._sources: dict[Key, Callable[[], Sequence[Tensor]]] = {}
         self._next: dict[tuple[Key | None, Key], Key] = {}  # what followed two, the last time
@@ -70,20 +82,35 @@ class DeviceFactors:
 
     def input_basis(self, module: TrackedModule) -> Blocks:
         """The blocks of Q_A of a module's input factor."""
-        return self._at((EIGENVECTORS, module.input), lambda: self._host(module.name).blocks_II)
+        return whole(self._input_basis(module))
 
     def output_basis(self, module: TrackedModule) -> Blocks:
         """The blocks of Q_S of a module's output factor."""
-        return self._at((EIGENVECTORS, module.output), lambda: self._host(module.name).blocks_OO)
+        return whole(self._output_basis(module))
+
+    def rotated_input(self, module: TrackedModule, acts_Mi: Tensor) -> Tensor:
+        """A module's input, without the bias coordinate, in the eigenbasis [M, I]."""
+        return rotate_rows(acts_Mi, self._input_basis(module), bias=module.bias)
+
+    def rotated_gradient(self, module: TrackedModule, grads_MO: Tensor) -> Tensor:
+        """A module's output-gradient in the eigenbasis [M, O]: a new tensor."""
+        return rotate_rows(grads_MO, self._output_basis(module))
 
     def lambda_of(self, module: TrackedModule) -> Tensor:
         """Λ of a module [O, I]."""
-        return self._at((LAMBDA, module.name), lambda: [self._host(module.name).lambda_OI])[0]
+        key = LAMBDA, module.name
+        return whole(self._at(key, lambda: [self._host(module.name).lambda_OI]))[0]
+
+    def _input_basis(self, module: TrackedModule) -> RowBasis:
+        return self._at((EIGENVECTORS, module.input), lambda: self._host(module.name).blocks_II)
+
+    def _output_basis(self, module: TrackedModule) -> RowBasis:
+        return self._at((EIGENVECTORS, module.output), lambda: self._host(module.name).blocks_OO)
 
     def _host(self, name: str) -> ModuleFactors:
         return self._factors.module(name)
 
-    def _at(self, key: Key, source: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+    def _at(self, key: Key, source: Callable[[], Sequence[Tensor]]) -> RowBasis:
         """Some tensors on the device, whose transfer may have begun already.
 
         Args:
@@ -97,6 +124,8 @@ class DeviceFactors:
         tensors = self._kept.get(key)
         if tensors is None:
             tensors = self._arrived(key)
+            if self.splits and key[0] == EIGENVECTORS:
+                tensors = [SplitMatrix.of(tensor) for tensor in whole(tensors)]
             num_bytes = sum(tensor.nbytes for tensor in tensors)
             if key not in self._not_kept and num_bytes <= self._left:
                 self._kept[key] = tensors

@@ -2,6 +2,7 @@
 
 from ekfac_dist.config import Checkpointing, ScoresConfig
 from ekfac_dist.curvature.blocks import num_elements
+from ekfac_dist.curvature.split_matrices import SPLIT_BYTES, splits
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.errors import ModelError
 from ekfac_dist.influence.blocks import groups_at_a_time, held_bytes_per_group
@@ -30,18 +31,22 @@ def factors_on_device(
         return DeviceFactors(context.factors, world.device, dtype, 0)
     sizes = factor_sizes(context.own_modules)
     blocks = context.factors.num_blocks
-    matrices = [num_elements(size, blocks) for size in sizes.values()]
-    matrices += [module.num_outputs * module.input_size for module in context.own_modules]
-    on_their_way = 2 * dtype.itemsize * max(matrices, default=0)
+    squares = [num_elements(size, blocks) for size in sizes.values()]
+    lambdas = [module.num_outputs * module.input_size for module in context.own_modules]
+    on_their_way = 2 * dtype.itemsize * max(*squares, *lambdas, 0)
+    # Of queries' bases, which they are rotated back by, there are two whole ones at a time.
+    is_split = context.in_eigenbasis and splits(world.device, context.model_dtype, dtype)
+    on_their_way += 2 * dtype.itemsize * max(squares, default=0) * is_split
     room = room_beside_steps(
         context.over(scored),
         context.modules,
         context.batch_tokens,
         _held_gradients(context, num_groups, config) + on_their_way,
-        dtype.itemsize * sum(matrices),
+        (SPLIT_BYTES if is_split else dtype.itemsize) * sum(squares)
+        + dtype.itemsize * sum(lambdas),
         Places.of(context.modules, context.shard),
     )
-    return DeviceFactors(context.factors, world.device, dtype, room)
+    return DeviceFactors(context.factors, world.device, dtype, room, splits=is_split)
 
 
 def _held_gradients(context: ScoringContext, num_groups: int, config: ScoresConfig) -> int:

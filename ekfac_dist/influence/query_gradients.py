@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.curvature import products
-from ekfac_dist.curvature.blocks import rotate_columns_back, rotate_rows
+from ekfac_dist.curvature.blocks import rotate_columns_back
 from ekfac_dist.curvature.kronecker import rotate_back
 from ekfac_dist.data.batch_plan import assign_batches, may_share
 from ekfac_dist.data.batches import Batch, CapturedPositions
@@ -104,6 +104,7 @@ def prepare(
         DATA_LABELS,
         observer.on_loss,
         on_step=observer.on_step,
+        converted=not context.fitted.splits,
         state=PassState(block_batches, STORED),
     )
     losses = observer.losses.tolist()
@@ -189,7 +190,7 @@ class _QueryGradients(PairObserver[CapturedPositions]):
         self, module: TrackedModule, acts_Mi: Tensor, positions: CapturedPositions
     ) -> Tensor:
         """The input in the eigenbasis [M, I]."""
-        return rotate_rows(acts_Mi, self._context.fitted.input_basis(module), bias=module.bias)
+        return self._context.fitted.rotated_input(module, acts_Mi)
 
     def on_pair(
         self,
@@ -199,7 +200,7 @@ class _QueryGradients(PairObserver[CapturedPositions]):
         positions: CapturedPositions,
     ) -> None:
         """Sums each group's gradient, and preconditions it with the group's last sequence."""
-        grads_MO = rotate_rows(grads_MO, self._context.fitted.output_basis(module))
+        grads_MO = self._context.fitted.rotated_gradient(module, grads_MO)
         start = 0
         parts: dict[int, list[slice]] = {}
         for sequence, length in zip(positions.indices, positions.lengths, strict=True):

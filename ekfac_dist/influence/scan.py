@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.curvature import products
-from ekfac_dist.curvature.blocks import rotate_rows
 from ekfac_dist.data.batches import CapturedPositions
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.influence.context import ScoringContext
@@ -49,8 +48,7 @@ class TrainingPairs(PairObserver[CapturedPositions]):
     ) -> Tensor:
         """The input with its bias coordinate [M, I], in the scoring basis."""
         if self._context.in_eigenbasis:
-            basis = self._context.fitted.input_basis(module)
-            return rotate_rows(acts_Mi, basis, bias=module.bias)
+            return self._context.fitted.rotated_input(module, acts_Mi)
         return products.with_bias(acts_Mi) if module.bias else owned(acts_Mi, positions)
 
     def on_pair(
@@ -58,7 +56,7 @@ class TrainingPairs(PairObserver[CapturedPositions]):
     ) -> None:
         """Scores a batch in one module."""
         if self._context.in_eigenbasis:
-            grads_MO = rotate_rows(grads_MO, self._context.fitted.output_basis(module))
+            grads_MO = self._context.fitted.rotated_gradient(module, grads_MO)
         self.score(module, acts, grads_MO, positions)
 
     @abstractmethod

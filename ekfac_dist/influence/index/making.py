@@ -138,6 +138,7 @@ class Making:
             observer,
             DATA_LABELS,
             on_step=observer.on_step,
+            converted=context.converts_rows,
             state=PassState(flat, _STORED),
         )
 

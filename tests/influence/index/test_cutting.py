@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from ekfac_dist.influence.index import making
 from ekfac_dist.influence.index.layout import plan_shards
 
-EACH = 10**5  # bytes, of which a shard holds at most 128 · 10⁶
+EACH = 10**5  # bytes, of which a shard holds at most 512 · 10⁶
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,8 @@ EACH = 10**5  # bytes, of which a shard holds at most 128 · 10⁶
         (500, 64, 4),  # 7 steps
         (1024, 64, 16),
         (1279, 64, 16),
-        (20_480, 64, 16),
-        (20_481, 64, 17),  # more than 16 of the largest size
+        (81_920, 64, 16),
+        (81_921, 64, 17),  # more than 16 of the largest size
         (5, 4096, 4),
         (5, 10**6, 5),  # no more than there are sequences
     ],

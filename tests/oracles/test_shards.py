@@ -14,7 +14,7 @@ from worker_shards import FITS, IN_ROUNDS, SETTINGS, WAITS, made
 from ekfac_dist import estimate_factors, load_factors
 
 HERE = Path(__file__).parent
-FEW = ("dense", "conv1d, bias, per token", "experts that some workers reach", "empty shards")
+FEW = ("dense", "empty shards")
 REST = tuple(fit for fit in FITS if fit not in FEW)
 # Workers, how many of them share one copy, and the fits.
 RUNS = [

@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+# The error beside float64 that other ways of making float32 products are allowed, over float32's.
+MOST_OVER_FLOAT32 = 4.0
 _EXACT, _ROUNDING = "ieee", "bf16"
 # Rows of rounded products are multiples of this number, so that there are few shapes of them.
 ROUNDED_ROWS = 256

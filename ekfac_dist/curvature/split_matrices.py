@@ -28,12 +28,10 @@ import torch
 from torch import Tensor
 
 from ekfac_dist.curvature.covariance import multiplies_wide
-from ekfac_dist.curvature.float32_products import precisely
+from ekfac_dist.curvature.float32_products import MOST_OVER_FLOAT32, precisely
 
 # Columns of X that matrix units sum by themselves.
 CHUNK = 512
-# The error beside float64 that is allowed, over that of the device's float32 product.
-MOST_OVER_FLOAT32 = 4.0
 # Bytes of an element of a split matrix.
 SPLIT_BYTES = 3 * torch.bfloat16.itemsize
 # Capabilities of A100, H100 and H200, B200 and B300: NVIDIA's data sheets, dense.

@@ -34,15 +34,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ekfac_dist.curvature.float32_products import precisely
+from ekfac_dist.curvature.float32_products import MOST_OVER_FLOAT32, precisely
 
 # Rows and columns of a tile, and positions that are summed by matrix units.
 TILE_O, TILE_I, STEP = 128, 64, 32
 _WARPS = 8
 # Precisions of Triton's products of float32, the faster one first.
 PRECISIONS = ("tf32x3", "ieee")
-# The error beside float64 that is allowed, over that of torch's products in float32.
-MOST_OVER_FLOAT32 = 4.0
 # What it is tried with: O and I that are no multiples of a tile, and lengths that are none of STEP.
 _TRIED_O, _TRIED_I, _TRIED_LENGTHS = 200, 150, (512, 1, 0, 37, 1500, 64)
 
@@ -160,10 +158,10 @@ def tried(device: torch.device) -> SquaresKernel | str:
     where it cannot is its own. So whatever goes wrong here only means that there is no kernel.
     """
     try:
-        errors = {}
+        errors, most = {}, MOST_OVER_FLOAT32 * _error(device, None)
         for precision in PRECISIONS:
             errors[precision] = _error(device, SquaresKernel(precision))
-            if errors[precision] <= MOST_OVER_FLOAT32 * _error(device, None):
+            if errors[precision] <= most:
                 return SquaresKernel(precision)
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]

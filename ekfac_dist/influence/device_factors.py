@@ -123,9 +123,9 @@ class DeviceFactors:
         self._last_two = (self._last_two[1] if self._last_two is not None else None), key
         tensors = self._kept.get(key)
         if tensors is None:
-            tensors = self._arrived(key)
-            if self.splits and key[0] == EIGENVECTORS:
-                tensors = [SplitMatrix.of(tensor) for tensor in whole(tensors)]
+            arrived = self._arrived(key)
+            is_split = self.splits and key[0] == EIGENVECTORS
+            tensors = [SplitMatrix.of(tensor) for tensor in arrived] if is_split else arrived
             num_bytes = sum(tensor.nbytes for tensor in tensors)
             if key not in self._not_kept and num_bytes <= self._left:
                 self._kept[key] = tensors

@@ -1,9 +1,12 @@
 """What every test needs before anything heavy is imported."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
+
+gc.disable()  # imports make what lives as long as the session; see the end of collection below
 
 # Nothing is looked up on a hub, and no cache outlives the session or is shared with the user's own.
 _caches = tempfile.mkdtemp(prefix="ekfac_dist-tests-")
@@ -33,6 +36,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("here")
+
+
+def pytest_collection_finish():
+    """Lets the collector look through what tests make alone, and not through what imports made."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="module")

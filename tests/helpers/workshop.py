@@ -332,12 +332,13 @@ def run_workers(
 ) -> subprocess.CompletedProcess[str]:
     """Runs a Python script on CPU workers with `accelerate launch`; see `run_cli`.
 
-    It can import from `helpers`.
+    It can import from `helpers`, and is started by `helpers.started`.
     """
     with tempfile.TemporaryDirectory() as temporary:
         launcher = cpu_launcher_config(Path(temporary, "launcher.yaml"), workers)
         command = [sys.executable, "-m", "accelerate.commands.launch"]
-        command += ["--config_file", str(launcher), str(script), *map(str, arguments)]
+        command += ["--config_file", str(launcher), "-m", "helpers.started"]
+        command += [str(script), *map(str, arguments)]
         return _run(command, timeout, {**with_helpers(), **(env or {})}, cwd)
 
 

@@ -56,9 +56,9 @@ MESHES = {
         (1, False): ["biased", "whole"],
         (2, False): SHARED_OUT,
         (1, True): ["dense", "experts"],
-        (2, True): ["biased", "experts", *SHARED_OUT[-2:]],
+        (2, True): ["experts", *SHARED_OUT[-2:]],
     },
-    3: {(1, False): ["biased", "whole"], (3, False): SHARED_OUT},
+    3: {(1, False): ["biased", "whole"], (3, False): SHARED_OUT, (3, True): ["biased"]},
     4: {(2, False): ["experts", "one module"]},
 }
 

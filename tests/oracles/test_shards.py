@@ -14,13 +14,10 @@ from worker_shards import FITS, IN_ROUNDS, SETTINGS, WAITS, made
 from ekfac_dist import estimate_factors, load_factors
 
 HERE = Path(__file__).parent
-FEW = ("dense", "empty shards")
-REST = tuple(fit for fit in FITS if fit not in FEW)
 # Workers, how many of them share one copy, and the fits.
 RUNS = [
     (2, 2, tuple(FITS), ()),
-    (4, 2, FEW, ()),
-    (4, 2, REST, pytest.mark.slow),
+    (4, 2, tuple(FITS), pytest.mark.slow),
     (3, 3, tuple(FITS), pytest.mark.slow),
     (4, 4, tuple(FITS), pytest.mark.slow),
 ]

@@ -157,10 +157,12 @@ class GradientIndex:
             StoreError: If they are others.
         """
         if sequences.fingerprint != self.manifest["data"]["fingerprint"]:
+            own, given = self.manifest["data"], int(sequences.num_positions.sum())
             raise StoreError(
-                f"The index {self.path} was made of other data ({len(self)} sequences) than these "
-                f"({len(sequences)}); leave data.* out, which gives the index's own, add new "
-                "sequences with `index --add`, or make another index."
+                f"The index {self.path} was made of other data ({len(self)} sequences, "
+                f"{own['num_positions']} positions) than these ({len(sequences)}, {given}); leave "
+                "data.* out, which gives the index's own, add new sequences with `index --add`, or "
+                "make another index."
             )
 
     def require_model(self, whole: str) -> None:

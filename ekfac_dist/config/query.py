@@ -343,7 +343,8 @@ class QueryConfig:
             the "messages" of a chat; the completion, or the last message, may be "against" another.
             Lines with the same "group" are summed into one query.
         model: Which model; by default the one that the factors were fitted for.
-        data: Which training sequences; by default those that the factors were fitted on.
+        data: Which training sequences; by default those of the index, or without one those that
+            the factors were fitted on.
         damping: The damping λ.
         scores: Which scores.
         refine: Whether query gradients are refined beyond the factors' solution.

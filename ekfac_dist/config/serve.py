@@ -22,7 +22,7 @@ class ServeConfig:
         factors: Directory of the factor store.
         index: Directory of the index of the training data, which belongs to these factors.
         model: Which model; by default the one that the factors were fitted for.
-        data: Which training sequences; by default those that the factors were fitted on.
+        data: Which training sequences; by default those of the index.
         damping: The damping λ of a question that gives none.
         batch_tokens: Most tokens in a worker's step, padding included; on a CPU at most 1024 a
             thread.

@@ -52,7 +52,7 @@ def opened_model(config: ServeConfig, world: World) -> Iterator["OpenModel"]:
         require_fitted_task(store, factors, CAUSAL_LM)
         index = GradientIndex(path, factors)
         model_config = config.model.over(factors.manifest["config"]["model"])
-        data_config = config.data.over(index.manifest["data"]["config"])
+        data_config = index.data_config(config.data)
     with named_by(store, "model.name", model_config.name, config.model.name):
         tokenizer, tokenizer_print = world.main_first(lambda: load_tokenizer(model_config))
     with named_by(path, "data.source", data_config.source, config.data.source):

@@ -68,11 +68,13 @@ def run_query(config: QueryConfig, world: World) -> Answer:
         factors = load_factors(store)
         require_fitted_task(store, factors, CAUSAL_LM)
         fitted_config = factors.manifest["config"]
-        model_config, data = config.model.over(fitted_config["model"]), fitted_config["data"]
+        model_config = config.model.over(fitted_config["model"])
         index = None if config.index is None else GradientIndex(config.index, factors)
-        if index is not None:
-            data = index.manifest["data"]["config"]
-        data_config = config.data.over(data)
+        data_config = (
+            config.data.over(fitted_config["data"])
+            if index is None
+            else index.data_config(config.data)
+        )
     with named_by(store, "model.name", model_config.name, config.model.name):
         tokenizer, tokenizer_print = world.main_first(lambda: load_tokenizer(model_config))
     with world.agree():

@@ -141,6 +141,9 @@ class OpenSession:
         self, questions: Sequence[Question], go_on: Callable[[], bool] = lambda: True
     ) -> list[Ranking]:
         """The rankings of questions of the same settings, by one scan of the index."""
+        # Whole gradients of several at once may be more than there is memory for.
+        if len(questions) > 1 and not self._scans_by_rank:
+            return [ranking for question in questions for ranking in self.rank([question], go_on)]
         start = time.perf_counter()
         with self.world.agree():
             scores = [self._checks.scores(question) for question in questions]
@@ -170,6 +173,11 @@ class OpenSession:
             )
             for row, question in enumerate(questions)
         ]
+
+    @property
+    def _scans_by_rank(self) -> bool:
+        """Whether scans are of query gradients of low rank; the same whoever else asks."""
+        return len(self._opened.index) * self._opened.index.rank >= _LEAST_FOR_LOW_RANK
 
     def _context_of(self, question: Question) -> ScoringContext:
         """What a question is answered with."""
@@ -202,17 +210,16 @@ class OpenSession:
         refinement = self._refinement(context, scores, num_questions, go_on)
         if refinement is not None:
             result.refined = refinement.result
-        products_of_scan = len(self._opened.index) * self._opened.index.rank
-        # Whole gradients of several questions at once may be more than there is memory for.
-        by_rank = products_of_scan >= _LEAST_FOR_LOW_RANK or num_questions > 1
         scanned: list[PreparedQueries] = []
         for group in range(num_questions):
             of_group = _whole(context, refinement, together, group)
-            scanned.append(at_rank(context, of_group, _SCAN_RANK) if by_rank else of_group)
+            scanned.append(
+                at_rank(context, of_group, _SCAN_RANK) if self._scans_by_rank else of_group
+            )
             result.query_losses[group] = of_group.losses[group]
             if (other := together.against[group]) is not None:
                 result.against_losses[group] = of_group.losses[other]
-        if by_rank:
+        if self._scans_by_rank:
             result.ranks = {m.name: rank_in(m, _SCAN_RANK) for m in context.modules}
         return joined(scanned), of_group
 

@@ -29,7 +29,7 @@ class Answering:
     def __init__(self, session: Session, desk: Desk, job: Job) -> None:
         self._session, self._desk, self.job = session, desk, job
         self._seconds = {"waited": job.seconds_waited, "ranking": 0.0, "exact": 0.0}
-        self._ranks: dict[int, int] = {}
+        self._places: dict[int, tuple[str, int]] = {}
         self._of_outputs = False
         self._num_columns = self._num_scored = 0
 
@@ -45,8 +45,9 @@ class Answering:
         self._desk.metrics.seconds.labels("ranking").observe(ranking.seconds)
         if self.job.streams and question.rescore:
             answer = self._answered(ranking, ranking.scores, "ranking")
-            lines = (*answer.results.lines(TOP), *answer.results.lines(BOTTOM))
-            self._ranks = {line["index"]: line["rank"] for line in reversed(lines)}
+            for name, file in (("bottom", BOTTOM), ("top", TOP)):
+                lines = answer.results.lines(file)
+                self._places |= {line["index"]: (name, line["rank"]) for line in lines}
             self._of_outputs = is_of_outputs(answer.results.manifest)
             self.job.post("ranking", answer.json())
 
@@ -67,7 +68,7 @@ class Answering:
         if not self.job.streams:
             return
         for row in exact_rows(
-            self._session, ranking, details, self._ranks, of_outputs=self._of_outputs
+            self._session, ranking, details, self._places, of_outputs=self._of_outputs
         ):
             self.job.post("sequence", row)
         self._tell_progress()

@@ -123,7 +123,7 @@ def exact_rows(
     session: Session,
     ranking: Ranking,
     details: Details,
-    ranks: Mapping[int, int],
+    places: Mapping[int, tuple[str, int]],
     *,
     of_outputs: bool,
 ) -> list[dict[str, Any]]:
@@ -133,7 +133,7 @@ def exact_rows(
         session: Knows the sequences' texts.
         ranking: The question's ranking.
         details: The exact scores of some sequences.
-        ranks: Rank of each sequence that the index's ranking lists, by its index.
+        places: List and rank of each sequence that the index's ranking lists, by its index.
         of_outputs: As of `token_summary`.
     """
     rows, scores = [], ranking.scores
@@ -142,8 +142,10 @@ def exact_rows(
         sequence = session.sequence(int(scores.indices[column]))
         score = float(modules[pair].sum(dtype=np.float64))
         share = float(scores.in_shares(torch.tensor([score]), 0))
+        in_list, rank = places.get(sequence["index"], (None, None))
         row = {
-            "rank": ranks.get(sequence["index"]),
+            "in_list": in_list,
+            "rank": rank,
             "score": score,
             "share": None if math.isnan(share) else share,
             "scan_score": float(scores.scores[0, column]),

@@ -45,6 +45,7 @@ _MEANINGS = {
     401: "The token is missing or wrong.",
     403: "Another site's page asks.",
     404: "There is nothing of that name.",
+    408: "The body does not come.",
     409: "The question was cancelled.",
     413: "The body is too long.",
     421: "The Host is another's.",
@@ -53,7 +54,7 @@ _MEANINGS = {
     503: "The service is ending.",
 }
 _ALL = (401, 403, 421)
-_BODY = (*_ALL, 400, 413, 422)
+_BODY = (*_ALL, 400, 408, 413, 422)
 JobId = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{22}$", description="A question's id.")]
 _NO_SUCH = "There is no answer of this id; the last 64 are kept."
 

@@ -32,7 +32,8 @@ class QueueFull(Exception):
 
     def __init__(self, retry_seconds: int) -> None:
         super().__init__(
-            f"Too many questions are waiting; ask again in about {retry_seconds} seconds."
+            f"Too many questions are waiting; ask again in about {retry_seconds} "
+            f"second{'' if retry_seconds == 1 else 's'}."
         )
         self.retry_seconds = retry_seconds
 

@@ -44,7 +44,7 @@ def _is_of_another_kind(fault: Mapping[str, Any]) -> bool:
 def _fault(fault: Mapping[str, Any]) -> str:
     if fault["type"] == "json_invalid":
         return _NO_JSON
-    if fault["loc"] == ("body",) and fault["type"] != "missing":
+    if fault["loc"] == ("body",):
         return _NO_OBJECT
     place = ".".join(str(part) for part in fault["loc"] if part not in ("body", *_KINDS))
     message = re.sub(r"\s+", " ", str(fault["msg"])).rstrip(".")

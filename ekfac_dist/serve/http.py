@@ -1,5 +1,6 @@
 """The HTTP server of worker 0: its socket, and its thread."""
 
+import asyncio
 import ipaddress
 import logging
 import socket
@@ -7,12 +8,14 @@ import threading
 import time
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ekfac_dist.errors import ConfigError, LaunchError
 from ekfac_dist.serve.security import App
 
 MOST_CONNECTIONS = 512
 KEEP_ALIVE_SECONDS = 15
+HEAD_SECONDS = 15  # in which the head of a request has to come
 FLUSH_SECONDS = 3  # what connections have to hear the end of their answers
 _START_SECONDS = 30.0
 
@@ -56,6 +59,33 @@ def bound_socket(host: str, port: int, *, has_token: bool) -> socket.socket:
     return bound
 
 
+class _Protocol(H11Protocol):
+    """HTTP/1.1 over connections that are ended if a request's head does not come soon.
+
+    Else a few hundred that say nothing would keep everybody out.
+    """
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begins to wait for the first request."""
+        super().connection_made(transport)
+        self._wait_for_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Takes a part of a request."""
+        super().data_received(data)
+        self._wait_for_head()
+
+    def _wait_for_head(self) -> None:
+        is_asked = self.cycle is not None and not self.cycle.response_complete
+        if self._head_timer is None and not is_asked:
+            self._head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        elif self._head_timer is not None and is_asked:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+
 class HttpServer:
     """Serves an application in a thread of its own.
 
@@ -72,7 +102,7 @@ class HttpServer:
             access_log=False,
             lifespan="off",
             ws="none",
-            http="h11",
+            http=_Protocol,
             loop="asyncio",
             server_header=False,
             proxy_headers=False,

@@ -84,7 +84,7 @@ def answer_until_end(
         if command.ends:
             return
         if command.questions:
-            _answer(session, command.questions, answerings)
+            _Batch(session, desk, request).answer(command.questions, answerings)
 
 
 def _next(
@@ -107,81 +107,97 @@ def _next(
     return Command(questions), [Answering(session, desk, job) for job in jobs]
 
 
-def _answer(
-    session: Session, questions: Sequence[Question], answerings: Sequence[Answering]
-) -> None:
-    """Answers questions of the same settings by one scan; a collective.
+@dataclass(frozen=True)
+class _Batch:
+    """Answers questions of the same settings by one scan.
 
-    Args:
+    Attributes:
         session: The open model.
-        questions: The questions.
-        answerings: Worker 0's side of each; empty on other workers.
+        desk: The desk, on worker 0; None on the others.
+        request: Whether this worker was asked to end.
     """
-    world = session.world
 
-    def go_on() -> bool:
-        return world.share(any(answering.is_wanted for answering in answerings))
+    session: Session
+    desk: Desk | None
+    request: EndRequest
 
-    try:
-        rankings = session.rank(questions, go_on)
-    except ScanStopped:
-        for answering in answerings:
-            answering.dropped()
-        return
-    except Exception as error:
-        refusal = _of_question(session, error)
-        if len(questions) > 1:  # whose fault it is shows when each is asked alone
-            for number, question in enumerate(questions):
-                _answer(session, [question], answerings[number : number + 1])
-            return
-        for answering in answerings:
-            answering.refused(refusal)
-        return
-    if answerings:
-        answerings[0].count_scan(len(rankings[0].scores.indices))
-    for answering, ranking in zip(answerings, rankings, strict=False):
-        answering.ranked(ranking)
-    for number, ranking in enumerate(rankings):
-        _score_exactly(session, ranking, answerings[number] if answerings else None)
+    def answer(self, questions: Sequence[Question], answerings: Sequence[Answering]) -> None:
+        """Answers them; a collective.
 
-
-def _score_exactly(session: Session, ranking: Ranking, answering: Answering | None) -> None:
-    """Scores the best of a ranking exactly, a few sequences at a time; a collective.
-
-    Args:
-        session: The open model.
-        ranking: The ranking.
-        answering: Worker 0's side of its question; None on other workers.
-    """
-    world, start, parts = session.world, time.perf_counter(), []
-
-    def go_on() -> bool:
-        return world.share(answering.is_wanted if answering else False)
-
-    is_wanted = True
-    columns = world.share(answering.columns(ranking) if answering else [])
-    step = max(SEQUENCES_AT_A_TIME, world.size)
-    for begin in range(0, len(columns), step):
-        is_wanted = go_on()
-        if not is_wanted:
-            break
+        Args:
+            questions: The questions.
+            answerings: Worker 0's side of each; empty on other workers.
+        """
         try:
-            part = session.exact(ranking, columns[begin : begin + step], go_on)
+            rankings = self.session.rank(questions, lambda: self._go_on(answerings))
         except ScanStopped:
-            is_wanted = False
-            break
+            for answering in answerings:
+                answering.dropped()
+            return
         except Exception as error:
-            refusal = _of_question(session, error)
-            if answering:
+            refusal = _of_question(self.session, error)
+            if len(questions) > 1:  # whose fault it is shows when each is asked alone
+                for number, question in enumerate(questions):
+                    self.answer([question], answerings[number : number + 1])
+                return
+            for answering in answerings:
                 answering.refused(refusal)
             return
-        parts.append(part)
-        if answering:
-            answering.scored(ranking, part)
-    if answering and is_wanted and answering.is_wanted:
-        answering.finished(ranking, parts, time.perf_counter() - start)
-    elif answering:
-        answering.dropped()
+        if answerings:
+            answerings[0].count_scan(len(rankings[0].scores.indices))
+        for answering, ranking in zip(answerings, rankings, strict=False):
+            answering.ranked(ranking)
+        for number, ranking in enumerate(rankings):
+            self._score_exactly(ranking, answerings[number : number + 1])
+
+    def _score_exactly(self, ranking: Ranking, answerings: Sequence[Answering]) -> None:
+        """Scores the best of a ranking exactly, a few sequences at a time; a collective.
+
+        Args:
+            ranking: The ranking.
+            answerings: Worker 0's side of its question; empty on other workers.
+        """
+        world, start, parts = self.session.world, time.perf_counter(), []
+        answering = answerings[0] if answerings else None
+
+        def go_on() -> bool:
+            return self._go_on(answerings)
+
+        is_wanted = True
+        columns = world.share(answering.columns(ranking) if answering else [])
+        step = max(SEQUENCES_AT_A_TIME, world.size)
+        for begin in range(0, len(columns), step):
+            is_wanted = go_on()
+            if not is_wanted:
+                break
+            try:
+                part = self.session.exact(ranking, columns[begin : begin + step], go_on)
+            except ScanStopped:
+                is_wanted = False
+                break
+            except Exception as error:
+                refusal = _of_question(self.session, error)
+                if answering:
+                    answering.refused(refusal)
+                return
+            parts.append(part)
+            if answering:
+                answering.scored(ranking, part)
+        if answering and is_wanted and answering.is_wanted:
+            answering.finished(ranking, parts, time.perf_counter() - start)
+        elif answering:
+            answering.dropped()
+
+    def _go_on(self, answerings: Sequence[Answering]) -> bool:
+        """Whether any of some questions is still wanted; a collective, as all leave them together.
+
+        A worker that was asked to end is heard here, in the middle of a question.
+        """
+        is_wanted = any(answering.is_wanted for answering in answerings)
+        everyone = self.session.world.gather((is_wanted, self.request.was_made))
+        if self.desk is not None and any(asked for _, asked in everyone):
+            self.desk.drain()
+        return everyone[0][0]
 
 
 def _of_question(session: Session, error: Exception) -> UserError:

@@ -37,6 +37,12 @@ def _parts(description: Mapping[str, Any]) -> Iterator[str]:
             for status, response in operation["responses"].items():
                 yield f"<li>{_text(status)}: {_text(response['description'])}</li>"
             yield "</ul>"
+    for name, schema in schemas.items():
+        if "properties" not in schema:
+            continue
+        yield f'<h2 id="{_text(name)}">{_text(name)}</h2>'
+        yield f"<p>{_text(schema.get('description', ''))}</p>"
+        yield from _table(schema)
 
 
 def _request(operation: Mapping[str, Any], schemas: Mapping[str, Any]) -> Iterator[str]:
@@ -44,7 +50,11 @@ def _request(operation: Mapping[str, Any], schemas: Mapping[str, Any]) -> Iterat
     content = operation.get("requestBody", {}).get("content", {}).get("application/json")
     if content is None:
         return
-    schema = schemas[content["schema"]["$ref"].rpartition("/")[2]]
+    yield from _table(schemas[content["schema"]["$ref"].rpartition("/")[2]])
+
+
+def _table(schema: Mapping[str, Any]) -> Iterator[str]:
+    """A table of an object's fields."""
     yield "<table><tr><th>field</th><th>type</th><th>default</th><th>meaning</th></tr>"
     for name, field in schema["properties"].items():
         cells = (name, _type(field), json.dumps(field.get("default")), field.get("description", ""))

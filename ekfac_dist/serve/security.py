@@ -6,6 +6,7 @@ origin to read it. With a token every request carries it, except for the page's 
 hold no data. Bodies are limited while they arrive. What a request says is never logged.
 """
 
+import asyncio
 import hmac
 import ipaddress
 import traceback
@@ -28,6 +29,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 MOST_BODY_BYTES = 2**20
+BODY_SECONDS = 30  # in which the body of a request has to come
 # What holds no data, so that a browser can show it before anybody has given a token.
 OPEN_PATHS, OPEN_PREFIX = ("/", "/docs"), "/static/"
 NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -121,8 +123,8 @@ class Guard:
     def _require_token(self, scope: Scope) -> None:
         if self.token is None:
             return
-        path, is_read = scope["path"], scope["method"] in ("GET", "HEAD")
-        if is_read and (path in OPEN_PATHS or path.startswith(OPEN_PREFIX)):
+        path = scope["path"]
+        if scope["method"] == "GET" and (path in OPEN_PATHS or path.startswith(OPEN_PREFIX)):
             return
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         scheme, _, token = (given[0] if len(given) == 1 else b"").partition(b" ")
@@ -179,10 +181,11 @@ def _is_any_address(host: str) -> bool:
 
 
 class _LimitedBody:
-    """A request's body, refused as soon as it is too long."""
+    """A request's body, refused as soon as it is too long, or if it does not come soon."""
 
     def __init__(self, receive: Receive, headers: Headers) -> None:
-        self._receive, self._num_bytes = receive, 0
+        self._receive, self._num_bytes, self._is_whole = receive, 0, False
+        self._until = asyncio.get_running_loop().time() + BODY_SECONDS
         for name, value in headers:
             if name != b"content-length":
                 continue
@@ -192,13 +195,23 @@ class _LimitedBody:
                 raise _too_long()
 
     async def receive(self) -> MutableMapping[str, Any]:
-        """The next part of it."""
-        message = await self._receive()
+        """The next part of it, or, after the last, whatever comes next."""
+        if self._is_whole:
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._until):
+                message = await self._receive()
+        except TimeoutError:
+            raise HTTPException(408, _LATE, {"connection": "close"}) from None
+        self._is_whole = not message.get("more_body", False)
         self._num_bytes += len(message.get("body", b""))
         if self._num_bytes > MOST_BODY_BYTES:
             # As the framework's own error, since it takes any other for a body that is no JSON.
             raise HTTPException(413, str(_too_long()), {"connection": "close"})
         return message
+
+
+_LATE = f"The body of this request did not come within {BODY_SECONDS} seconds; ask again."
 
 
 def _too_long() -> Refused:

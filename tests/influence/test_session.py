@@ -131,8 +131,10 @@ def test_of_rank_one_what_is_scored_again_is_exact(root):
     assert relative(scores.rescored[0].exact_scores, expected) < 1e-4
 
 
-def test_questions_in_one_scan_are_answered_as_alone(root, monkeypatch):
-    monkeypatch.setattr(sessions, "_SCAN_RANK", FULL_RANK)
+@pytest.mark.parametrize("least", [0, 10**6])  # scans of low rank, and of whole gradients
+def test_questions_in_one_scan_are_answered_as_alone(root, least, monkeypatch):
+    monkeypatch.setattr(sessions, "_LEAST_FOR_LOW_RANK", least)
+    monkeypatch.setattr(sessions, "_SCAN_RANK", 2)
     monkeypatch.setattr(index_scan, "has_16_bit_units", lambda *_: False)
     several = [question(), question(OTHER, top_k=2), question(against=OTHER)]
     with opened(root, "rank-1") as session:
@@ -154,7 +156,8 @@ def test_each_question_says_what_its_own_tokens_scores_are_of(root):
     assert (first.scores.tokens, second.scores.tokens) == ("inputs", "outputs")
 
 
-def test_whole_gradients_are_held_of_one_question_at_a_time(root):
+def test_whole_gradients_are_held_of_one_question_at_a_time(root, monkeypatch):
+    monkeypatch.setattr(sessions, "_LEAST_FOR_LOW_RANK", 0)
     with opened(root, "rank-1") as session:
         rankings = session.rank([question(), question(OTHER), question(against=OTHER)])
         for ranking in rankings:

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 
 import httpx
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ekfac_dist.config import ServeConfig
+from ekfac_dist.serve import http, security
 from ekfac_dist.serve.desk import Desk
 from ekfac_dist.serve.metrics import Metrics
 from ekfac_dist.serve.run import guarded_app
@@ -400,6 +402,47 @@ def test_what_is_no_http_is_refused(service, request_):
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.sendall(request_)
         assert connection.recv(1000).split()[1] in (b"400", b"421")
+    assert service.client().get("/healthz").is_success
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /healthz HTTP/1.1\r\nHost: "])
+@pytest.mark.parametrize("asks_before", [False, True])
+def test_a_connection_that_asks_nothing_is_ended(service, monkeypatch, sent, asks_before):
+    monkeypatch.setattr(http, "HEAD_SECONDS", 0.3)
+    port = int(service.url.rpartition(":")[2])
+    whole = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+
+    def is_answered() -> bool:
+        connection.sendall(whole)
+        came = b""
+        while not came.endswith(b'{"status":"ok"}') and (part := connection.recv(1000)):
+            came += part
+        return came.startswith(b"HTTP/1.1 200")
+
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        if asks_before:
+            assert is_answered()
+            if not sent:  # what may be asked next is waited for longer
+                time.sleep(0.6)
+                assert is_answered()
+                return
+        connection.sendall(sent)
+        assert connection.recv(1000) == b""
+
+
+def test_an_answer_that_takes_long_is_no_connection_that_asks_nothing(monkeypatch):
+    monkeypatch.setattr(http, "HEAD_SECONDS", 0.1)
+    with running(FakeSession(shard_seconds=0.2)) as service, service.client() as client:
+        assert client.post("/v1/influence", json={"completion": "a"}).status_code == 200
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(service, monkeypatch):
+    monkeypatch.setattr(security, "BODY_SECONDS", 0.3)
+    request = b"POST /v1/influence HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+    request += b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    answer = raw(service, request)
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"did not come" in answer
     assert service.client().get("/healthz").is_success
 
 

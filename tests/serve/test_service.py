@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from helpers.fake_session import exact_scores, scan_scores
+from helpers.fake_session import FakeSession, exact_scores, scan_scores
 from helpers.services import events_of, running
 
 from ekfac_dist.errors import NonFiniteError, PeerError
@@ -328,6 +328,24 @@ def test_a_service_that_is_asked_to_end_answers_what_waits_and_takes_no_more(hel
     assert [one.result().status_code for one in [first, *coming]] == [200, 200]
     assert service.ended.wait(30)
     assert service.errors == []
+
+
+@pytest.mark.parametrize("exact_seconds", [0.0, 0.05])
+def test_a_wish_to_end_is_heard_in_the_middle_of_a_question(exact_seconds):
+    session = FakeSession(shard_seconds=0.5, exact_seconds=exact_seconds)
+    with running(session, drain_seconds=0.3) as service, ThreadPoolExecutor(2) as pool:
+        coming = pool.submit(ask, service, "long", rescore=20, top_k=20)
+        place = session.exact_calls if exact_seconds else session.scans
+        until(lambda: place)
+        session.shard_seconds, session.exact_seconds = 0.2, 1.0
+        service.request.was_made = True
+        with service.client() as client:
+            until(lambda: client.get("/healthz").status_code == 503)
+            assert not coming.done()
+            assert client.post("/v1/influence", json={"completion": "late"}).status_code == 503
+        assert coming.result().status_code == 503
+        assert service.ended.wait(30)
+        assert service.errors == []
 
 
 def test_a_service_that_has_no_more_time_to_drain_says_so_to_those_who_wait():

@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ekfac_dist.config import DataConfig
+from ekfac_dist.config.query import QueryDataConfig
 from ekfac_dist.data.examples import Examples
 from ekfac_dist.errors import StoreError, first_line
 from ekfac_dist.factors.factors import Factors
@@ -149,6 +151,21 @@ class GradientIndex:
     def num_bytes(self) -> int:
         """Size of all shards, in bytes."""
         return sum(entry["bytes"] for entry in self.manifest["shards"])
+
+    def data_config(self, given: QueryDataConfig) -> DataConfig:
+        """The index's data, with the fields that are given in its place.
+
+        Of a source that has grown since, the rows that the index has, so that it answers until
+        `index --add` has added the others.
+
+        Raises:
+            ConfigError: As of `QueryDataConfig.over`.
+        """
+        own = dict(self.manifest["data"]["config"])
+        # With windows, a row of the source is several of the index.
+        if given.source is None and own.get("max_sequences") is None and not own.get("window"):
+            own["max_sequences"] = self.manifest["data"]["num_rows"]
+        return given.over(own)
 
     def require_data(self, sequences: Examples) -> None:
         """Refuses sequences that are not those of the index.

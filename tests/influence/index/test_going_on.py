@@ -227,3 +227,28 @@ def test_what_is_left_of_a_run_that_had_not_begun_is_no_hindrance(root, tmp_path
     assert done.returncode == 0, done.stderr
     left = content(tmp_path).keys() - content(root / "whole").keys()
     assert left <= {LOCK}
+
+
+def test_an_index_of_a_file_that_has_grown_answers_until_it_has_grown_too(root, tmp_path):
+    source = tmp_path / "text.jsonl"
+    shutil.copyfile(root / "text.jsonl", source)
+    index = tmp_path / "i"
+    done = run_here(arguments(root, index, "--data.source", source))
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "q.jsonl").write_text('{"prompt": "The short", "completion": " sentence is real."}')
+
+    def scores(name):
+        command = ["query", "--factors", root / "store", "--index", index]
+        command += ["--queries", tmp_path / "q.jsonl", "--output", tmp_path / name]
+        done = run_here([*command, "--scores.rescore", "0", "--scores.per_token", "none"])
+        assert done.returncode == 0, done.stderr
+        return load_file(tmp_path / name / "scores.safetensors")["scores"]
+
+    before = scores("before")
+    shutil.copyfile(root / "more.jsonl", source)
+    assert torch.equal(scores("grown"), before)
+    done = run_here(arguments(root, index, "--add", "--data.source", source))
+    assert done.returncode == 0, done.stderr
+    after = scores("after")
+    assert after.shape[1] == NUMBER + MORE
+    assert torch.equal(after[:, :NUMBER], before)

@@ -1,9 +1,11 @@
 """Block sizes, step sizes and orders of multiplication, chosen from tensor shapes by cost.
 
-Every measured figure below can be reproduced with `tests/benchmarks/choices.py`.
+Every measured figure below can be reproduced with `tests/benchmarks/choices.py`; all are a CPU's.
 """
 
 from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
 
 import torch
 
@@ -13,6 +15,15 @@ import torch
 # 96 as one block, 154 in 8 blocks, 140 in 16; n = 768 gets 102 as one block, 150 in 4 or in 8.
 MIN_BLOCK = 192
 MAX_BLOCKS = 8
+
+# On a GPU the block rows are those that take the fewest waves; derived, not measured. Each of its
+# multiprocessors computes one tile of a product at a time, and a product takes as long as its waves
+# of tiles (NVIDIA, Matrix Multiplication Background User's Guide: tile and wave quantisation). With
+# cuBLAS's tiles of 128 × 128 and the 132 multiprocessors of an H100, a whole covariance, the chosen
+# blocks, and a CPU's blocks are 1, 1 and 8 waves for n = 1408; 8, 6 and 8 for 4096; 96, 56 and 56
+# for 14,336.
+GPU_TILE = 128
+GPU_MULTIPROCESSORS = 132
 
 # Tokens in a step for each thread of a CPU. With two threads (hidden size 768, MLP 2048), steps of
 # 2,048 and of 4,096 tokens take the same time, 1,024 take 3 % more and 512 take 7 % more; steps of
@@ -38,9 +49,34 @@ _FORMING = 5
 _INNER_PRODUCT = 2
 
 
-def block_rows(size: int) -> int:
-    """Number of rows of a covariance [size, size] that are computed at a time."""
-    return max(MIN_BLOCK, -(-size // MAX_BLOCKS))
+def block_rows(size: int, device: torch.device) -> int:
+    """Number of rows of a covariance [size, size] that are computed at a time on a device."""
+    if device.type == "cpu":
+        return max(MIN_BLOCK, -(-size // MAX_BLOCKS))
+    return _rows_of_fewest_waves(size)
+
+
+@cache
+def _rows_of_fewest_waves(size: int) -> int:
+    num_tiles = -(-size // GPU_TILE)  # along a side
+
+    def num_waves(height: int) -> int:
+        """Waves of all block rows of so many tiles each."""
+        ends = [min(start + height, num_tiles) for start in range(0, num_tiles, height)]
+        tiles = [(end - start) * end for start, end in pairwise([0, *ends])]
+        return sum(-(-number // GPU_MULTIPROCESSORS) for number in tiles)
+
+    heights = [-(-num_tiles // number) for number in range(1, MAX_BLOCKS + 1)]
+    return GPU_TILE * min(heights, key=num_waves)  # of equal ones the fewest blocks
+
+
+def stored_rows(size: int) -> int:
+    """Number of rows of a covariance [size, size] that are saved at a time: on all devices alike.
+
+    Below the diagonal block, those rows are the lower triangle, which any block rows include. So
+    what one kind of device has saved, another one can go on with.
+    """
+    return block_rows(size, torch.device("cpu"))
 
 
 def step_tokens(batch_tokens: int, device: torch.device, threads: int | None = None) -> int:

@@ -43,7 +43,7 @@ def add_outer_products_(sum_nn: Tensor, vectors_Mi: Tensor, *, bias: bool) -> No
             vectors_Mi = pad(vectors_Mi, (0, 0, 0, -num_positions % ROUNDED_ROWS))
         if not wide:
             vectors_Mi = vectors_Mi.to(sum_nn.dtype)
-        step = block_rows(size)
+        step = block_rows(size, device)
         for start in range(0, size, step):
             end = min(start + step, size)
             left, right = vectors_Mi[:, start:end].T, vectors_Mi[:, :end]
@@ -64,10 +64,8 @@ def outer_product_positions_per_term(sizes: Iterable[int], device: torch.device)
         sizes: i of each sum; the smallest number of positions of any of them counts.
         device: Where the sums are.
     """
-    narrowest = min(
-        ((size - 1) % block_rows(size) + 1 for size in sizes if size),  # rows of the last block row
-        default=1,
-    )
+    last_rows = ((size - 1) % block_rows(size, device) + 1 for size in sizes if size)
+    narrowest = min(last_rows, default=1)
     return long_sums.positions_per_term(narrowest, device)
 
 

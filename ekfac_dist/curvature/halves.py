@@ -22,7 +22,9 @@ What that changes of scores is in `score_change`.
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,18 +44,14 @@ def is_even(index: int) -> bool:
     return index % 2 == 0
 
 
-def even_positions(
-    are_even: Sequence[bool], lengths: Sequence[int], device: torch.device
-) -> Tensor:
-    """Which of a batch's positions are of even sequences, int64 [m].
+def even_mask(are_even: Sequence[bool], lengths: Sequence[int]) -> np.ndarray:
+    """Which of a batch's positions are of even sequences [M], on the host.
 
     Args:
         are_even: Whether each sequence is an even one [B].
         lengths: Positions of each sequence, in order [B].
-        device: Where the result is wanted.
     """
-    mask = torch.tensor(are_even, dtype=torch.bool).repeat_interleave(torch.tensor(lengths))
-    return mask.nonzero().squeeze(-1).to(device)
+    return np.repeat(np.asarray(are_even, dtype=bool), lengths)
 
 
 def in_chunks(vectors_Mi: Tensor, chosen_m: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -67,7 +65,8 @@ def in_chunks(vectors_Mi: Tensor, chosen_m: Tensor) -> Iterator[tuple[Tensor, Te
         (indices, rows) of each chunk.
     """
     for rows in chosen_m.split(max(1, _CHUNK_ELEMENTS // vectors_Mi.shape[1])):
-        yield rows, vectors_Mi[rows]
+        if len(rows):
+            yield rows, vectors_Mi[rows]
 
 
 # -- A and S ---------------------------------------------------------------------------------------
@@ -85,35 +84,48 @@ def fixed_vectors(size: int, like: Tensor) -> Tensor:
     return signs.to(like.device, like.dtype)
 
 
-def add_sketch_(
-    sketch_kn: Tensor,
+def add_sketches_(
+    sketches: Sequence[Tensor],
     vectors_Mi: Tensor,
     even_m: Tensor,
+    numbers: Sequence[int],
     signs_kn: Tensor,
     block_sizes: Sequence[int],
 ) -> None:
-    """Adds Σ_m (W x_m) x_mᵀ to a running sum, in place, block by block.
+    """Adds Σ_m (W x_m) x_mᵀ to the running sums of several factors, in place, block by block.
 
     (A CPU multiplies few long rows up to four times as fast as few long columns.)
 
     Args:
-        sketch_kn: Running sum [k, n], float64.
-        vectors_Mi: Vectors [M, i] of any float dtype. Where n = i + 1 a 1 is appended to each.
-        even_m: Which of the M vectors are summed, from `even_positions`.
+        sketches: Each factor's running sum [k, n], float64.
+        vectors_Mi: Vectors of all of them [M, i], of any float dtype. Where n = i + 1 a 1 is
+            appended to each.
+        even_m: Which of the M vectors are summed, factor after factor.
+        numbers: How many of those are each factor's.
         signs_kn: W, in the dtype that products are computed in.
-        block_sizes: Sizes of the factor's diagonal blocks; they sum to n.
+        block_sizes: Sizes of the diagonal blocks of each; they sum to n.
     """
-    num_columns = vectors_Mi.shape[1]
+    num_columns, ends, start = vectors_Mi.shape[1], list(accumulate(numbers)), 0
     for _, few_mi in in_chunks(vectors_Mi, even_m):
-        chunk_mi = few_mi.to(signs_kn.dtype)
-        for start, end in bounds(block_sizes):
+        chunk_mi, stop = few_mi.to(signs_kn.dtype), start + len(few_mi)
+        parts = {
+            k: slice(max(end - number, start) - start, min(end, stop) - start)
+            for k, (number, end) in enumerate(zip(numbers, ends, strict=True))
+            if max(end - number, start) < min(end, stop)
+        }
+        sums_Fkn = chunk_mi.new_zeros(len(parts), *signs_kn.shape)
+        for first, end in bounds(block_sizes):
             last = min(end, num_columns)
-            columns_mb = chunk_mi[:, start:last]
-            products_km = signs_kn[:, start:last] @ columns_mb.T
+            columns_mb = chunk_mi[:, first:last]
+            products_km = signs_kn[:, first:last] @ columns_mb.T
             if end > num_columns:  # the bias coordinate
                 products_km += signs_kn[:, num_columns:]
-                sketch_kn[:, num_columns] += products_km.sum(1)
-            sketch_kn[:, start:last] += products_km @ columns_mb
+            for sums_kn, own in zip(sums_Fkn, parts.values(), strict=True):
+                torch.mm(products_km[:, own], columns_mb[own], out=sums_kn[:, first:last])
+                if end > num_columns:
+                    torch.sum(products_km[:, own], 1, out=sums_kn[:, num_columns])
+        torch._foreach_add_([sketches[k] for k in parts], list(sums_Fkn.double()))
+        start = stop
 
 
 def relative_difference(
@@ -122,7 +134,7 @@ def relative_difference(
     """‖δ‖ / ‖X‖, Frobenius: how far a covariance of half of the positions is from that of all.
 
     Args:
-        even_kn: The sum's sketch over the even sequences, from `add_sketch_`.
+        even_kn: The sum's sketch over the even sequences, from `add_sketches_`.
         num_even: Positions in it.
         blocks: The whole sum, block by block, in both triangles.
         number: Positions in that.

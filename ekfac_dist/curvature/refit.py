@@ -25,11 +25,12 @@ from importlib.util import find_spec
 from itertools import accumulate, compress, pairwise
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ekfac_dist.curvature.blocks import Blocks, rotate_columns, rotate_rows
-from ekfac_dist.curvature.halves import even_positions, in_chunks
+from ekfac_dist.curvature.halves import even_mask, in_chunks
 
 if TYPE_CHECKING:  # Triton is not everywhere
     from ekfac_dist.curvature.triton_squares import SquaresKernel
@@ -57,7 +58,8 @@ class EvenSquares:
             grads_MO: Output gradients at each position in the eigenbasis.
             lengths: Positions of each sequence; they sum to M.
         """
-        even_m = even_positions(self.are_even, lengths, acts_MI.device)
+        even_m = torch.from_numpy(np.flatnonzero(even_mask(self.are_even, lengths)))
+        even_m = even_m.to(acts_MI.device, non_blocking=True)
         for positions, acts_mI in in_chunks(acts_MI, even_m):
             grads_mk = grads_MO[positions[:, None], self.rows_k]
             self.sums_kI.add_(grads_mk.square().T @ acts_mI.square())

@@ -6,6 +6,7 @@ Knows no model and no task: only masks, lengths and labels.
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -111,33 +112,59 @@ class Grid:
         """The same grid on another device."""
         return replace(self, real=None if self.real is None else to_device(self.real, device))
 
-    def routed(self, flat: np.ndarray, device: torch.device) -> "RoutedPositions":
-        """The counted ones among positions that were routed to an expert.
+    def routed(
+        self,
+        flat: np.ndarray,
+        device: torch.device,
+        sizes: np.ndarray | None = None,
+        tracked: SequenceOf[int] = (0,),
+    ) -> "RoutedParts":
+        """The counted ones among positions that were routed to experts.
 
         Args:
-            flat: Flat indices b·T + t, int64 [n], in the order of the expert's input.
-            device: Where that is.
+            flat: Flat indices b·T + t, int64 [n], in the order of the experts' inputs.
+            device: Where those are.
+            sizes: How many of the positions are each expert's, in order; None: there is one expert.
+            tracked: Which experts matter, ascending.
         """
-        counted = np.zeros(self.size, dtype=bool)
-        counted[slice(None) if self.real_on_host is None else self.real_on_host] = True
-        order = np.argsort(flat, kind="stable")
-        real = order[counted[flat[order]]]
-        counted_indices = (np.cumsum(counted) - 1)[flat[real]]  # index among all counted positions
+        sizes = np.array([len(flat)]) if sizes is None else sizes
+        experts = np.repeat(np.arange(len(sizes)), sizes)
+        counted = slice(None) if self.real_on_host is None else self.real_on_host
+        is_counted, is_tracked = np.zeros(self.size, dtype=bool), np.zeros(len(sizes), dtype=bool)
+        is_counted[counted] = is_tracked[list(tracked)] = True
+        order = np.argsort(experts * self.size + flat, kind="stable")
+        rows = order[is_counted[flat[order]] & is_tracked[experts[order]]]
+        is_whole = len(rows) == len(flat) and bool((rows[:-1] < rows[1:]).all())
+        # The index of each among all counted positions, and its sequence.
+        counted_before = np.zeros(self.size, dtype=np.int64)
+        counted_before[counted] = np.arange(self.num_positions)
+        indices, experts = counted_before[flat[rows]], experts[rows]
         starts = np.concatenate([[0], np.cumsum(self.lengths)])
-        sequences = np.searchsorted(starts, counted_indices, side="right") - 1
-        offsets = (
-            counted_indices - starts[sequences]
-            if self.offsets is None
-            else self.offsets[counted_indices]
-        )
-        routed_sequences, lengths = np.unique(sequences, return_counts=True)
-        is_whole = len(real) == len(flat) and bool((real[:-1] < real[1:]).all())
-        return RoutedPositions(
-            tuple(self.indices[sequence] for sequence in routed_sequences),
-            tuple(lengths.tolist()),
-            None if is_whole else to_device(torch.from_numpy(real), device),
-            offsets,
-        )
+        sequences = np.searchsorted(starts, indices, side="right") - 1
+        offsets = indices - starts[sequences] if self.offsets is None else self.offsets[indices]
+        # Where an expert's part of a sequence begins.
+        begins = np.flatnonzero(np.diff(experts * len(starts) + sequences, prepend=-1))
+        lengths = np.diff(begins, append=len(rows)).tolist()
+        parts = np.searchsorted(experts[begins], np.arange(len(sizes) + 1)).tolist()
+        first_rows = np.cumsum(sizes) - sizes
+        real = local = None
+        if not is_whole:
+            both = torch.from_numpy(np.stack([rows, rows - first_rows[experts]]))
+            real, local = to_device(both, device)
+        of_expert, start = {}, 0
+        names = [self.indices[sequence] for sequence in sequences[begins].tolist()]
+        for expert, (first, last) in enumerate(pairwise(parts)):
+            if first == last:
+                continue
+            own = slice(start, start + sum(lengths[first:last]))
+            of_expert[expert] = RoutedPositions(
+                tuple(names[first:last]),
+                tuple(lengths[first:last]),
+                None if local is None else local[own],
+                offsets[own],
+            )
+            start = own.stop
+        return RoutedParts(real, of_expert)
 
 
 @dataclass(frozen=True)
@@ -167,6 +194,23 @@ class RoutedPositions:
     def num_positions(self) -> int:
         """Routed positions of all sequences."""
         return len(self.offsets)
+
+
+NO_POSITIONS = RoutedPositions((), (), None, np.empty(0, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class RoutedParts:
+    """Counted positions that were routed to several experts, expert by expert.
+
+    Attributes:
+        real: Indices of these positions in the input of all experts [M]; None: they are all of it,
+            in order.
+        of_expert: The part of each expert that has any, in order.
+    """
+
+    real: Tensor | None
+    of_expert: Mapping[int, RoutedPositions]
 
 
 @dataclass(frozen=True)

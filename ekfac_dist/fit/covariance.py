@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ekfac_dist.curvature import halves, long_sums
 from ekfac_dist.curvature.blocks import block_sizes, bounds
-from ekfac_dist.curvature.costs import block_rows
+from ekfac_dist.curvature.costs import stored_rows
 from ekfac_dist.curvature.covariance import (
     add_outer_products_,
     mirror_,
@@ -17,6 +17,7 @@ from ekfac_dist.curvature.covariance import (
 from ekfac_dist.curvature.float32_products import precisely
 from ekfac_dist.data.batches import Positions
 from ekfac_dist.fit.even import EvenPositions
+from ekfac_dist.models.capture.observers import CapturedGroup
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
 from ekfac_dist.runtime.processes import World
 
@@ -52,7 +53,7 @@ class CovarianceSums(long_sums.LongSums):
             for name, size in factor_sizes(modules).items()
         }
         self.counts = dict.fromkeys(self.sums, 0)
-        self._zero = torch.zeros((), dtype=torch.float64, device=device)
+        self._zero = torch.zeros(1, dtype=dtype, device=device)
         self._with_bias = {module.input for module in modules if module.bias}
         super().__init__(self.sums, dtype)
         self._even = EvenPositions()
@@ -67,44 +68,66 @@ class CovarianceSums(long_sums.LongSums):
 
     def on_input(self, module: TrackedModule, acts_Mi: Tensor, positions: Positions) -> None:
         """Adds inputs to the module's input factor."""
-        self._add(module.input, acts_Mi, positions)
-        self.counts[module.input] += acts_Mi.shape[0]
+        self._add([module.input], acts_Mi, [positions])
 
     def on_gradient(self, module: TrackedModule, grads_MO: Tensor, positions: Positions) -> None:
         """Adds output-gradients to the module's output factor."""
-        self._add(module.output, grads_MO, positions)
-        self.counts[module.output] += grads_MO.shape[0]
+        self._add([module.output], grads_MO, [positions])
 
-    def _add(self, factor: str, vectors_Mi: Tensor, positions: Positions) -> None:
-        blocks, num_columns = self.sums[factor], vectors_Mi.shape[1]
-        places = list(bounds([len(block) for block in blocks]))
+    def on_inputs(self, group: CapturedGroup) -> None:
+        """Adds inputs of several experts."""
+        self._add([module.input for module in group.modules], group.rows, group.positions)
+
+    def on_gradients(self, group: CapturedGroup) -> None:
+        """Adds output-gradients of several experts."""
+        self._add([module.output for module in group.modules], group.rows, group.positions)
+
+    def _add(
+        self, factors: Sequence[str], vectors_Mi: Tensor, positions: Sequence[Positions]
+    ) -> None:
+        """Adds the vectors of several factors of one size.
+
+        Args:
+            factors: Their names.
+            vectors_Mi: The vectors of all of them, factor after factor.
+            positions: Those of each factor.
+        """
+        blocks, num_columns = self.sums[factors[0]], vectors_Mi.shape[1]
+        sizes = [len(block) for block in blocks]
+        places = [
+            # The last coordinate is the bias's, where the vectors lack it.
+            (slice(start, min(end, num_columns)), end > num_columns)
+            for start, end in bounds(sizes)
+        ]
         per_term = outer_product_positions_per_term(
-            [min(end, num_columns) - start for start, end in places], blocks[0].device
+            [columns.stop - columns.start for columns, _ in places], blocks[0].device
         )
-        for share in self.chunks(factor, len(vectors_Mi), per_term):
-            for block, (start, end) in zip(blocks, places, strict=True):
-                # The last coordinate is the bias's, where the vectors lack it.
-                bias = end > num_columns
-                columns = slice(start, min(end, num_columns))
-                add_outer_products_(block, vectors_Mi[share, columns], bias=bias)
-        if factor in self.beside:
-            even_m = self._even.of(positions, vectors_Mi.device)
-            sizes = [len(block) for block in blocks]
-            signs_kn = self._signs[sum(sizes)]
-            halves.add_sketch_(self.beside[factor], vectors_Mi, even_m, signs_kn, sizes)
-            self.beside[_positions_of(factor)] += len(even_m)
+        numbers = [each.num_positions for each in positions]
+        for factor, rows in zip(factors, vectors_Mi.split(numbers), strict=True):
+            for share in self.chunks(factor, len(rows), per_term):
+                for block, (columns, bias) in zip(self.sums[factor], places, strict=True):
+                    add_outer_products_(block, rows[share, columns], bias=bias)
+            self.counts[factor] += len(rows)
+        if factors[0] in self.beside:
+            even_m, num_even = self._even.of(positions, vectors_Mi.device)
+            sketches = [self.beside[factor] for factor in factors]
+            halves.add_sketches_(
+                sketches, vectors_Mi, even_m, num_even, self._signs[sum(sizes)], sizes
+            )
+            of_even = [self.beside[_positions_of(factor)] for factor in factors]
+            torch._foreach_add_(of_even, list(num_even))
 
     def has_any(self, factor: str) -> bool:
         """Whether a factor's sum is not zero."""
         return any(bool(block.diagonal().any()) for block in self.sums[factor])
 
     def _parts(self, name: str) -> list[Tensor]:
-        """Views of the summed block rows: the lower triangles and little more."""
+        """Views of block rows: the lower triangles and little more."""
         parts = []
         for total in self.sums[name]:
             size = total.shape[0]
-            for start in range(0, size, block_rows(size)):
-                end = min(start + block_rows(size), size)
+            for start in range(0, size, stored_rows(size)):
+                end = min(start + stored_rows(size), size)
                 parts.append(total[start:end, :end])
         return parts
 
@@ -123,8 +146,8 @@ class CovarianceSums(long_sums.LongSums):
 
     def health(self) -> Tensor:
         """Σ of all diagonals, a float64 scalar: finite exactly as long as every sum is."""
-        traces = [s.diagonal().sum(dtype=torch.float64) for s in self._blocks()]
-        return torch.stack([self._zero, *traces]).sum()
+        diagonals = [block.diagonal() for block in self._blocks()]
+        return torch.cat([self._zero, *diagonals]).sum(dtype=torch.float64)
 
     def reduce(self, world: World) -> None:
         """Replaces sums and counts by those over all workers, and completes the sums."""

@@ -1,12 +1,15 @@
 """Which sequences of a batch, and which captured positions, are of the even half of the data."""
 
+from collections.abc import Sequence
+from operator import is_
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ekfac_dist.curvature.halves import even_positions, is_even
-from ekfac_dist.data.batches import CapturedPositions, Positions
+from ekfac_dist.curvature.halves import even_mask, is_even
+from ekfac_dist.data.batches import CapturedPositions, Positions, to_device
 
 
 def are_even(positions: Positions) -> list[bool]:
@@ -19,20 +22,33 @@ def are_even(positions: Positions) -> list[bool]:
 
 
 class EvenPositions:
-    """The even sequences' positions of a batch, looked up once for all of its factors."""
+    """The even sequences' positions, looked up once for all factors that see the same ones."""
 
     def __init__(self) -> None:
-        self._positions: Positions | None = None
+        self._positions: Sequence[Positions] = ()
         self._even_m = torch.empty(0, dtype=torch.int64)
+        self._numbers: list[int] = []
 
-    def of(self, positions: Positions, device: torch.device) -> Tensor:
-        """Which of the captured positions are of even sequences, int64 [m].
+    def of(
+        self, positions: Sequence[Positions], device: torch.device
+    ) -> tuple[Tensor, Sequence[int]]:
+        """Which of the captured positions of some modules are of even sequences.
 
         Args:
-            positions: The positions.
+            positions: Those of each module.
             device: Where the result is wanted.
+
+        Returns:
+            Their indices among the positions of all these modules, int64 [m], and how many are
+            each module's.
         """
-        if positions is not self._positions or self._even_m.device != device:
-            self._even_m = even_positions(are_even(positions), positions.lengths, device)
+        is_known = len(positions) == len(self._positions) and all(
+            map(is_, positions, self._positions)
+        )
+        if not is_known or self._even_m.device != device:
+            masks = [even_mask(are_even(each), each.lengths) for each in positions]
+            self._numbers = [int(mask.sum()) for mask in masks]
+            even_m = np.flatnonzero(np.concatenate(masks))
+            self._even_m = to_device(torch.from_numpy(even_m), device)
             self._positions = positions
-        return self._even_m
+        return self._even_m, self._numbers

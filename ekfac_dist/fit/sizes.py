@@ -8,7 +8,7 @@ import torch
 from ekfac_dist.config import FactorsConfig
 from ekfac_dist.curvature import covariance, long_sums
 from ekfac_dist.curvature.blocks import block_sizes, num_elements
-from ekfac_dist.curvature.costs import block_rows
+from ekfac_dist.curvature.costs import stored_rows
 from ekfac_dist.curvature.halves import NUM_VECTORS
 from ekfac_dist.curvature.score_change import num_sampled
 from ekfac_dist.models.modules import TrackedModule, factor_sizes
@@ -57,7 +57,7 @@ def lambda_elements(group: Iterable[TrackedModule]) -> list[int]:
 
 
 def summed_elements(size: int, blocks: int) -> int:
-    """Elements of a covariance that are summed: the lower triangles of its blocks, in block rows.
+    """Elements of a covariance that are stored: the lower triangles of its blocks, in block rows.
 
     Args:
         size: n.
@@ -65,7 +65,7 @@ def summed_elements(size: int, blocks: int) -> int:
     """
     total = 0
     for n in block_sizes(size, blocks):
-        rows = block_rows(n)
+        rows = stored_rows(n)
         for start in range(0, n, rows):
             end = min(start + rows, n)
             total += (end - start) * end

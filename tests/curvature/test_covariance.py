@@ -1,10 +1,15 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from helpers.dense import relative
 from helpers.float32_settings import float32_settings
 
 from ekfac_dist.curvature import covariance
+from ekfac_dist.curvature.costs import block_rows
 from ekfac_dist.curvature.covariance import add_outer_products_, mirror_, multiplies_wide
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("size", [1, 5, 191, 192, 193, 500, 2100])
@@ -95,3 +100,39 @@ def test_a_processor_that_rounds_to_bfloat16_does_so_with_such_rows_alone(
     assert set(num_rows) == ({256} if rounds and is_exact else {60})
     assert relative(mirror_(total).double(), rows.double().T @ rows.double()) < 1e-6
     assert float32_settings() == before
+
+
+def waves(size, rows, num_multiprocessors):
+    """In how many waves of tiles of 128 × 128 a GPU computes a covariance in block rows."""
+    ends = [min(start + rows, size) for start in range(0, size, rows)]
+    tiles = [-(-(end - start) // 128) * -(-end // 128) for start, end in pairwise([0, *ends])]
+    return sum(-(-number // num_multiprocessors) for number in tiles)
+
+
+# Of an A100, an H100 and a B200. For other GPUs than an H100 the choice need not be the best.
+@pytest.mark.parametrize(("multiprocessors", "over"), [(108, 1.05), (132, 1), (148, 1.05)])
+def test_block_rows_of_a_gpu_take_few_waves(multiprocessors, over):
+    own, whole, of_cpu = [], [], []
+    for size in (1, 768, 1408, 2048, 2880, 4096, 5120, 7168, 8192, 11_008, 14_336, 28_672):
+        gpus, cpus = (block_rows(size, torch.device(kind)) for kind in ("cuda", "cpu"))
+        assert gpus % 128 == 0
+        of_size = [waves(size, rows, multiprocessors) for rows in (gpus, size, cpus)]
+        assert of_size[0] <= over * min(of_size), size
+        for found, number in zip((own, whole, of_cpu), of_size, strict=True):
+            found.append(number)
+    assert sum(own[:8]) < 0.8 * min(sum(whole[:8]), sum(of_cpu[:8]))
+
+
+@pytest.mark.parametrize("size", [1025, 2100])
+def test_block_rows_of_a_gpu_give_the_same_sums(size, monkeypatch):
+    torch.manual_seed(0)
+    vectors = torch.randn(7, size).double()
+    sums = []
+    for device in (CPU, torch.device("cuda")):
+        monkeypatch.setattr(covariance, "block_rows", lambda n, _, on=device: block_rows(n, on))
+        total = torch.zeros(size, size).double()
+        add_outer_products_(total, vectors, bias=False)
+        sums.append(mirror_(total))
+    expected = vectors.T @ vectors
+    for total in sums:
+        torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)

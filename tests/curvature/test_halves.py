@@ -7,8 +7,8 @@ import torch
 
 from ekfac_dist.curvature import halves, score_change
 from ekfac_dist.curvature.halves import (
-    add_sketch_,
-    even_positions,
+    add_sketches_,
+    even_mask,
     fixed_vectors,
     relative_difference,
 )
@@ -38,11 +38,10 @@ def estimate(vectors, blocks=1):
     everything = torch.cat(vectors)
     size = everything.shape[1]
     sizes = [size // blocks] * blocks
-    even_m = even_positions(
-        [k % 2 == 0 for k in range(len(vectors))], list(map(len, vectors)), everything.device
-    )
-    sketch = torch.zeros(halves.NUM_VECTORS, size, dtype=torch.float64)
-    add_sketch_(sketch, everything, even_m, fixed_vectors(size, everything), sizes)
+    mask = even_mask([k % 2 == 0 for k in range(len(vectors))], list(map(len, vectors)))
+    even_m = torch.from_numpy(mask.nonzero()[0])
+    sketch, signs = torch.zeros(halves.NUM_VECTORS, size).double(), fixed_vectors(size, everything)
+    add_sketches_([sketch], everything, even_m, [len(even_m)], signs, sizes)
     sums = [part.T @ part for part in everything.split(sizes, 1)]
     return relative_difference(sketch, len(even_m), sums, len(everything))
 
@@ -230,3 +229,21 @@ def test_what_is_not_known_is_not_predicted():
     assert nothing is not None
     assert nothing.difference == 0
     assert nothing.scores[0.1].correlation() is None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chunk", [1, 40, 10**6])
+def test_sketches_of_several_factors_are_those_of_each(bias, chunk, monkeypatch):
+    monkeypatch.setattr(halves, "_CHUNK_ELEMENTS", chunk)
+    torch.manual_seed(0)
+    numbers, sizes = [3, 0, 5, 1], [3, 2 + bias]
+    vectors = torch.randn(12, 5).double()
+    even_m = torch.tensor([0, 2, 3, 4, 6, 7, 8, 9, 11])
+    signs = fixed_vectors(5 + bias, vectors)
+    found = torch.ones(4, len(signs), 5 + bias).double()
+    add_sketches_(list(found), vectors, even_m, numbers, signs, sizes)
+    with_bias = torch.cat([vectors, torch.ones(12, bias)], 1)
+    mask = torch.block_diag(*[torch.ones(size, size) for size in sizes])
+    for sketch, own in zip(found, even_m.split(numbers), strict=True):
+        total = with_bias[own].T @ with_bias[own] * mask
+        torch.testing.assert_close(sketch, 1 + signs @ total)

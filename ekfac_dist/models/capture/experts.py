@@ -1,8 +1,9 @@
 """Fused experts: linear maps that have no module of their own, made observable one by one.
 
 `transformers` keeps all experts' weights of a layer in three-dimensional parameters, and computes
-with them by an implementation from a registry. The implementation here computes expert by expert,
-and passes each expert's input and output to a listener; its result is the same sum.
+with them by an implementation from a registry. The implementation here sorts a layer's tokens by
+expert, multiplies expert by expert and does all else at once, and passes what goes into and comes
+out of each matrix to a listener; its result is the same sum.
 
     experts.3.gate_up_proj      the slice of experts.gate_up_proj of expert 3, as a module
 """
@@ -10,7 +11,6 @@ and passes each expert's input and output to a listener; its result is the same 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,26 +27,29 @@ IMPLEMENTATION = "ekfac_dist"
 
 @dataclass(frozen=True)
 class Routed:
-    """What passes through one matrix of one expert: the vectors of the n tokens routed to it.
+    """What passes through one matrix of all experts: the vectors of tokens, sorted by expert.
+
+    A token has a vector for each expert that it is routed to.
 
     Attributes:
-        expert: The expert's index.
-        matrix: Name of the parameter that holds its matrix.
+        matrix: Name of the parameter that holds the matrices.
         inputs: [n, I], without the bias coordinate.
         outputs: [n, O].
-        tokens: Flat indices of the tokens [n], ascending, on the host: one array for both matrices.
+        tokens: Flat index of each vector's token [n], ascending in each expert, on the host: one
+            array for both matrices.
+        sizes: How many vectors each expert has, on the host [experts]; they sum to n.
         num_tokens: All tokens of the batch.
     """
 
-    expert: int
     matrix: str
     inputs: Tensor
     outputs: Tensor
     tokens: np.ndarray
+    sizes: np.ndarray
     num_tokens: int
 
 
-# Gets what passes through an expert's matrix, and returns the outputs to continue with.
+# Gets what passes through the experts' matrices, and returns the outputs to continue with.
 Listener = Callable[[Routed], Tensor]
 
 _LISTENERS: "WeakKeyDictionary[nn.Module, Listener]" = WeakKeyDictionary()
@@ -137,50 +140,46 @@ def _is_fused(module: nn.Module) -> bool:
 def _forward_by_expert(
     self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Σ over a token's experts of weight · down(act(up(x))), expert by expert."""
+    """Σ over a token's experts of weight · down(act(up(x)))."""
     listener = _LISTENERS.get(self)
-    up, down = matrices(self)
-    total = torch.zeros_like(hidden_states)
-    num_tokens, top_k = top_k_index.shape
-    # Sorted on the host, for all experts at once: a GPU is waited for once a layer, not by expert.
+    num_experts, (num_tokens, top_k) = self.down_proj.shape[0], top_k_index.shape
+    # Sorted on the host, for all experts at once: a GPU is waited for once a layer.
     chosen = top_k_index.cpu().numpy().reshape(-1)
-    order = np.argsort(chosen, kind="stable")  # an expert's tokens ascend
-    places = to_device(torch.from_numpy(order), hidden_states.device)
-    ends = np.cumsum(np.bincount(chosen, minlength=self.down_proj.shape[0]))
-    weights = top_k_weights.reshape(-1)
-    for expert in range(self.down_proj.shape[0]):  # above are unused slots of the top k
-        part = slice(ends[expert - 1] if expert else 0, ends[expert])
-        if part.start == part.stop:
-            continue
-        here, host_tokens = places[part], order[part] // top_k
-        tokens = here // top_k
-        passed = partial(_apply_matrix, self, expert, host_tokens, num_tokens, listener)
-        hidden = passed(up, hidden_states[tokens])
-        hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
-        hidden = passed(down, hidden)
-        if self.has_post_expert_norm:
-            hidden = self.post_expert_norm(hidden)
-        weighted = hidden * weights[here, None]
-        total.index_add_(0, tokens, weighted.to(total.dtype))
-    return total
+    sizes = np.bincount(chosen, minlength=num_experts)[:num_experts]
+    # An expert's tokens ascend; the last ones are unused slots of the top k.
+    slots = np.argsort(chosen, kind="stable")[: sizes.sum()]
+    host_tokens = slots // top_k
+    slots_and_tokens = torch.from_numpy(np.stack([slots, host_tokens]))
+    device_slots, tokens = to_device(slots_and_tokens, hidden_states.device)
+
+    def passed(matrix: str, inputs: Tensor) -> Tensor:
+        inputs = inputs.to(getattr(self, matrix).dtype)
+        outputs = _apply_matrices(self, matrix, inputs, sizes)
+        if listener is None:
+            return outputs
+        return listener(Routed(matrix, inputs, outputs, host_tokens, sizes, num_tokens))
+
+    up, down = matrices(self)
+    hidden = passed(up, hidden_states[tokens])
+    hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
+    hidden = passed(down, hidden)
+    if self.has_post_expert_norm:
+        hidden = self.post_expert_norm(hidden)
+    weighted = hidden * top_k_weights.reshape(-1)[device_slots, None]
+    of_slots = weighted.new_zeros(num_tokens * top_k, weighted.shape[-1])
+    of_slots = of_slots.index_copy(0, device_slots, weighted)
+    # Summed slot by slot: on a GPU `index_add_` adds in another order each time.
+    return of_slots.view(num_tokens, top_k, -1).sum(1).to(hidden_states.dtype)
 
 
-def _apply_matrix(
-    experts: Any,
-    expert: int,
-    tokens: np.ndarray,
-    num_tokens: int,
-    listener: Listener | None,
-    matrix: str,
-    inputs: Tensor,
-) -> Tensor:
-    """One expert's matrix times its inputs [n, I], passed through the listener: [n, O]."""
-    weight = getattr(experts, matrix)[expert]
+def _apply_matrices(experts: Any, matrix: str, inputs: Tensor, sizes: np.ndarray) -> Tensor:
+    """The experts' matrices times their inputs [n, I], sorted by expert: [n, O]."""
+    weights, outputs = getattr(experts, matrix), []
     if experts.is_transposed:
-        weight = weight.T
-    bias = getattr(experts, f"{matrix}_bias")[expert] if experts.has_bias else None
-    inputs = inputs.to(weight.dtype)
-    output = torch.nn.functional.linear(inputs, weight, bias)
-    if listener is None:
-        return output
-    return listener(Routed(expert, matrix, inputs, output, tokens, num_tokens))
+        weights = weights.mT
+    biases = getattr(experts, f"{matrix}_bias") if experts.has_bias else None
+    for expert, rows in enumerate(inputs.split(sizes.tolist())):
+        if len(rows):
+            bias = None if biases is None else biases[expert]
+            outputs.append(torch.nn.functional.linear(rows, weights[expert], bias))
+    return torch.cat(outputs)

@@ -22,17 +22,25 @@ import torch
 from torch import Tensor, nn
 
 from ekfac_dist.curvature.float32_products import precisely
-from ekfac_dist.data.batches import Batch, Grid, RoutedPositions
+from ekfac_dist.data.batches import NO_POSITIONS, Batch, Grid, RoutedParts, RoutedPositions
 from ekfac_dist.errors import ModelError
 from ekfac_dist.models.capture.checkpointing import ADVICE, LayerCall, LayerCheckpointing
 from ekfac_dist.models.capture.expert_lists import in_expert_list, picked_positions
 from ekfac_dist.models.capture.experts import Listener, Routed, fused_experts, listening
 from ekfac_dist.models.capture.labels import LabelRule, LossGradient
-from ekfac_dist.models.capture.observers import NullObserver, Observer, SharedInputs
+from ekfac_dist.models.capture.observers import (
+    CapturedGroup,
+    NullObserver,
+    Observer,
+    SharedInputs,
+    show_gradients,
+    show_inputs,
+)
 from ekfac_dist.models.capture.packing import attending_within
 from ekfac_dist.models.capture.prepare import start_graph
 from ekfac_dist.models.capture.rotary import changing_embeddings, reset_frequencies
 from ekfac_dist.models.capture.tasks import CAUSAL_LM, Task
+from ekfac_dist.models.capture.tracked_calls import TrackedCall
 from ekfac_dist.models.modules import (
     EXPERT,
     TrackedModule,
@@ -83,7 +91,10 @@ class Capture:
         self._readers = {module.input: module for module in reversed(modules)}
         self._called: set[str] = set()
         self._positions_of_input: dict[str, Grid | RoutedPositions] = {}
-        self._last_routed: tuple[np.ndarray | None, RoutedPositions | None] = None, None
+        # Positions of the last layer of experts, by the tokens and experts that they are of.
+        self._last_routed: tuple[tuple[np.ndarray | None, tuple[int, ...]], RoutedParts | None]
+        self._last_routed = (None, ()), None
+        self._observed: dict[str, TrackedCall] = {}  # the calls whose inputs were observed
         self._with_gradient: set[str] = set()
         # Each shared input with its version, until the last module that shares it has read it.
         self._inputs = SharedInputs[tuple[Tensor, int]](modules)
@@ -125,11 +136,11 @@ class Capture:
             grid, tensor = self._batch.grid(module.name), only_input(args, kwargs)
             if module.name in self._in_lists and self._is_first_of_two:
                 # Where autograd saved nothing, the graph shows no positions.
-                return self._on_forward(module, tensor, output, grid)
+                return self._on_forward(TrackedCall.of(module, grid), tensor, output)
             positions = self._positions(module, tensor, grid)
             if not positions.num_positions:
                 return None  # padding alone
-            return self._on_forward(module, tensor, output, positions)
+            return self._on_forward(TrackedCall.of(module, positions), tensor, output)
 
         hooked = self.model.get_submodule(module.name)
         # Before the user's hooks, which may change the output: the gradient is that of W x + b.
@@ -153,14 +164,18 @@ class Capture:
                 self._stack.callback(module.register_forward_hook(hook).remove)
 
     def _listen(self) -> None:
-        tracked = {module.fused: module for module in self.modules if module.kind == EXPERT}
+        tracked: dict[tuple[str, str], dict[int, TrackedModule]] = {}
+        for module in self.modules:
+            if module.kind == EXPERT:
+                collection, expert, matrix = module.fused
+                tracked.setdefault((collection, matrix), {})[expert] = module
 
         def listener(collection: str) -> Listener:
             def hear(routed: Routed) -> Tensor:
-                module = tracked.get((collection, routed.expert, routed.matrix))
-                if module is None or self._batch is None:
+                modules = tracked.get((collection, routed.matrix))
+                if modules is None or self._batch is None:
                     return routed.outputs
-                return self._on_expert(module, routed, self._batch.grid(module.name))
+                return self._on_experts(modules, routed, self._batch.grid(collection))
 
             return hear
 
@@ -208,6 +223,7 @@ class Capture:
         self._batch = batch
         self._called.clear()
         self._positions_of_input.clear()
+        self._observed.clear()
         self._with_gradient.clear()
         self._in_forward = True
         reset_frequencies(self._rotary)
@@ -241,7 +257,8 @@ class Capture:
             return grid
         flat_positions = picked_positions(tensor, grid.size)
         if flat_positions is not None:
-            return grid.routed(flat_positions.cpu().numpy(), tensor.device)
+            parts = grid.routed(flat_positions.cpu().numpy(), tensor.device)
+            return parts.of_expert.get(0, NO_POSITIONS)
         if tensor.numel() == grid.size * module.num_inputs:
             return grid
         raise ModelError(
@@ -250,20 +267,25 @@ class Capture:
             "(it can where it was by tokens[index]). Leave it out with model.modules."
         )
 
-    def _on_expert(self, module: TrackedModule, routed: Routed, grid: Grid) -> Tensor:
+    def _on_experts(self, modules: dict[int, TrackedModule], routed: Routed, grid: Grid) -> Tensor:
         if routed.num_tokens != grid.size:
+            name = next(iter(modules.values())).name
             raise ModelError(
-                f"Module {module.name} has {routed.num_tokens} tokens to choose from for a batch "
+                f"Module {name} has {routed.num_tokens} tokens to choose from for a batch "
                 f"of {grid.shape[0]} × {grid.shape[1]} positions; which is which position cannot "
                 "be told. Leave it out with model.modules."
             )
-        tokens, positions = self._last_routed
-        if tokens is not routed.tokens or positions is None:  # else of the expert's first matrix
-            positions = grid.routed(routed.tokens, routed.inputs.device)
-            self._last_routed = routed.tokens, positions
-        if not positions.num_positions:
+        key = routed.tokens, tuple(modules)
+        (tokens, experts), parts = self._last_routed
+        if tokens is not routed.tokens or experts != key[1] or parts is None:
+            # Else they are of the experts' first matrices.
+            device = routed.inputs.device
+            parts = grid.routed(routed.tokens, device, routed.sizes, key[1])
+            self._last_routed = key, parts
+        if not parts.of_expert:
             return routed.outputs  # padding alone
-        output = self._on_forward(module, routed.inputs, routed.outputs, positions)
+        call = TrackedCall.of_experts(modules, parts, routed.sizes.tolist())
+        output = self._on_forward(call, routed.inputs, routed.outputs)
         return routed.outputs if output is None else output
 
     @property
@@ -276,19 +298,14 @@ class Capture:
         """Whether a layer is computed in the forward that is computed again in the backward."""
         return self._layer_call is not None and not self._layer_call.is_repeated
 
-    def _on_forward(
-        self,
-        module: TrackedModule,
-        tensor: Tensor,
-        output: Tensor,
-        positions: Grid | RoutedPositions,
-    ) -> Tensor | None:
+    def _on_forward(self, call: TrackedCall, tensor: Tensor, output: Tensor) -> Tensor | None:
         """Observes the input, hooks the output; gives the output to go on with (None: as it is)."""
-        call = self._layer_call
+        layer_call = self._layer_call
         if self._in_forward:
-            self._require_first_use(module)
-        if call.is_repeated if call is not None else self._in_forward:
-            self._observe_input(module, tensor, positions)
+            for module in call.modules:
+                self._require_first_use(module)
+        if layer_call.is_repeated if layer_call is not None else self._in_forward:
+            self._observe_input(call, tensor)
         if not torch.is_grad_enabled():
             return None
         if not output.requires_grad:
@@ -298,19 +315,24 @@ class Capture:
             # An in-place activation would cut a view, and the hook on it, out of the graph.
             output = output.clone()
 
-        if call is None or not call.is_repeated:
-            self._watch(module, output, call)
+        if layer_call is None or not layer_call.is_repeated:
+            output = self._watch(call, output, layer_call)
         return output
 
-    def _watch(self, module: TrackedModule, output: Tensor, call: LayerCall | None) -> None:
-        """Observes the gradient of an output once the backward has reached it."""
+    def _watch(self, call: TrackedCall, output: Tensor, layer_call: LayerCall | None) -> Tensor:
+        """Observes the gradient of an output once the backward has reached it.
+
+        Returns:
+            The output to go on with.
+        """
 
         def on_gradient(gradient: Tensor) -> None:
-            if call is not None:
-                call.repeat()
-            self._observe_gradient(module, gradient)
+            if layer_call is not None:
+                layer_call.repeat()
+            self._observe_gradient(call, gradient)
 
         output.register_hook(on_gradient)
+        return output
 
     def _require_first_use(self, module: TrackedModule) -> None:
         if module.name in self._called:
@@ -320,59 +342,58 @@ class Capture:
             )
         self._called.add(module.name)
 
-    def _observe_input(
-        self, module: TrackedModule, tensor: Tensor, positions: Grid | RoutedPositions
-    ) -> None:
-        self._positions_of_input[module.name] = positions
+    def _observe_input(self, call: TrackedCall, tensor: Tensor) -> None:
+        self._observed[call.name] = call
+        for module, positions in zip(call.modules, call.positions, strict=True):
+            self._positions_of_input[module.name] = positions
         versioned = (tensor, tensor._version)
-        if module not in self._inputs:  # the first module that reads it
-            self._inputs.put(module, versioned)
+        if call.modules[0] not in self._inputs:  # the first modules that read it
+            for module in call.modules:
+                self._inputs.put(module, versioned)
+            size = call.modules[0].num_inputs
             with torch.no_grad(), precisely(self.device or tensor.device):
-                acts_Mi = self._captured(
-                    module, "input", tensor.detach(), module.num_inputs, positions
+                acts_Mi = self._captured(call, "input", tensor.detach(), size)
+                readers = [self._readers[module.input] for module in call.modules]
+                show_inputs(self.observer, CapturedGroup(readers, acts_Mi, call.positions))
+        for module in call.modules:
+            if not same_tensor(self._inputs.take(module), versioned):
+                raise ModelError(
+                    f"Module {module.name} shared its input with another when the model was "
+                    "traced, and does not now; its forward depends on the data. Leave it out with "
+                    "model.modules."
                 )
-                self.observer.on_input(self._readers[module.input], acts_Mi, positions)
-        if not same_tensor(self._inputs.take(module), versioned):
-            raise ModelError(
-                f"Module {module.name} shared its input with another when the model was traced, "
-                "and does not now; its forward depends on the data. Leave it out with "
-                "model.modules."
-            )
 
     @torch.no_grad()
-    def _observe_gradient(self, module: TrackedModule, gradient: Tensor) -> None:
-        positions = self._positions_of_input.get(module.name)
-        if positions is None and module.name in self._in_lists:
+    def _observe_gradient(self, call: TrackedCall, gradient: Tensor) -> None:
+        # Positions of experts in lists are known only once a layer is computed again.
+        observed = self._observed.get(call.name)
+        if observed is None and call.name in self._in_lists:
             return  # padding alone
-        if positions is None:
+        if observed is None:
             raise ModelError(
-                f"Module {module.name} was not used when its layer was computed again. {ADVICE}"
+                f"Module {call.name} was not used when its layer was computed again. {ADVICE}"
             )
-        if module.name in self._with_gradient:
-            raise ModelError(f"Module {module.name} received two gradients in one backward.")
-        self._with_gradient.add(module.name)
+        for module in observed.modules:
+            if module.name in self._with_gradient:
+                raise ModelError(f"Module {module.name} received two gradients in one backward.")
+            self._with_gradient.add(module.name)
         with precisely(self.device or gradient.device):
-            grads_MO = self._captured(module, "output", gradient, module.num_outputs, positions)
+            size = observed.modules[0].num_outputs
+            grads_MO = self._captured(observed, "output", gradient, size)
             if self._scale != 1.0:
                 grads_MO = grads_MO.to(self.dtype or torch.float32) / self._scale
-            self.observer.on_gradient(module, grads_MO, positions)
+            group = CapturedGroup(observed.modules, grads_MO, observed.positions)
+            show_gradients(self.observer, group)
 
-    def _captured(
-        self,
-        module: TrackedModule,
-        side: str,
-        tensor: Tensor,
-        size: int,
-        positions: Grid | RoutedPositions,
-    ) -> Tensor:
-        """A module's input or output-gradient at counted positions [M, size]."""
-        rows = tensor.reshape(-1, size)
+    def _captured(self, call: TrackedCall, side: str, tensor: Tensor, size: int) -> Tensor:
+        """A call's input or output-gradient at counted positions [M, size]."""
+        rows, positions = tensor.reshape(-1, size), call.positions[0]
         if isinstance(positions, Grid) and rows.shape[0] != positions.size:
             raise ModelError(
-                f"Module {module.name} has {rows.shape[0]} {side} rows for a batch of "
+                f"Module {call.name} has {rows.shape[0]} {side} rows for a batch of "
                 f"{positions.shape[0]} × {positions.shape[1]} positions; which row is which "
                 "position cannot be told. Leave it out with model.modules."
             )
-        if positions.real is not None:
-            rows = rows[positions.real.to(rows.device)]
+        if call.real is not None:
+            rows = rows[call.real.to(rows.device)]
         return rows.to(self.device, self.dtype or rows.dtype)

@@ -42,6 +42,7 @@ from ekfac_dist.models.capture.labelled_logits import LabelledLogits
 from ekfac_dist.models.capture.observers import NullObserver, owned
 from ekfac_dist.models.capture.second_derivative import twice_differentiable
 from ekfac_dist.models.capture.tasks import CAUSAL_LM, Task
+from ekfac_dist.models.capture.tracked_calls import TrackedCall
 from ekfac_dist.models.modules import TrackedModule
 
 # Most memory, in bytes, of the tangents that are held at a time.
@@ -139,9 +140,15 @@ class Linearisation(Capture):
             ]
         return LinearisedBatch(calls, logits, self._advice)
 
-    def _watch(self, module: TrackedModule, output: Tensor, call: LayerCall | None) -> None:
-        """Keeps an output, in the graph."""
-        self._outputs[module.name] = output
+    def _watch(self, call: TrackedCall, output: Tensor, layer_call: LayerCall | None) -> Tensor:
+        """Keeps each module's output, in the graph."""
+        if call.sizes is None:
+            self._outputs[call.name] = output
+            return output
+        parts = output.split(list(call.sizes))
+        for module in call.modules:
+            self._outputs[module.name] = parts[module.fused[1]]
+        return torch.cat(parts)
 
 
 class _Inputs(NullObserver):

@@ -12,8 +12,9 @@ gradients. In either case an input comes before the gradients of all modules tha
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -51,6 +52,56 @@ class Observer(Protocol):
             grads_MO: The gradient.
             positions: Which sequence each of the M positions belongs to.
         """
+
+
+@dataclass(frozen=True)
+class CapturedGroup:
+    """Inputs, or output-gradients, of one matrix of several experts of a layer.
+
+    Attributes:
+        modules: The experts' modules.
+        rows: Those of all of them [M, i] or [M, O], module after module.
+        positions: Which sequence each module's positions belong to.
+    """
+
+    modules: Sequence[TrackedModule]
+    rows: Tensor
+    positions: Sequence[CapturedPositions]
+
+    @property
+    def parts(self) -> list[tuple[TrackedModule, Tensor, CapturedPositions]]:
+        """(module, rows, positions) of each module."""
+        rows = self.rows.split([positions.num_positions for positions in self.positions])
+        return list(zip(self.modules, rows, self.positions, strict=True))
+
+
+@runtime_checkable
+class GroupObserver(Protocol):
+    """An observer that takes what several experts of a layer show at once, as it gains by that."""
+
+    def on_inputs(self, group: CapturedGroup) -> None:
+        """Takes inputs; see `Observer.on_input`."""
+
+    def on_gradients(self, group: CapturedGroup) -> None:
+        """Takes output-gradients; see `Observer.on_gradient`."""
+
+
+def show_inputs(observer: Observer, group: CapturedGroup) -> None:
+    """Shows an observer inputs, at once or module by module."""
+    if len(group.modules) > 1 and isinstance(observer, GroupObserver):
+        observer.on_inputs(group)
+        return
+    for module, rows, positions in group.parts:
+        observer.on_input(module, rows, positions)
+
+
+def show_gradients(observer: Observer, group: CapturedGroup) -> None:
+    """Shows an observer output-gradients, at once or module by module, the last module first."""
+    if len(group.modules) > 1 and isinstance(observer, GroupObserver):
+        observer.on_gradients(group)
+        return
+    for module, rows, positions in reversed(group.parts):
+        observer.on_gradient(module, rows, positions)
 
 
 class NullObserver:

@@ -102,7 +102,8 @@ memory; [Many workers](distributed.md#factors-larger-than-a-gpu-shard) shard and
 PLAN = """\
 ## Fields of plan
 
-`plan` takes the fields of `estimate`, of which only `model.name` must be given, and:
+`plan` takes the fields of `estimate`, of which only `model.name` must be given, `index.rank`
+and `index.dtype` [as of `index`](#fields-of-index), for what an index would take, and:
 """
 
 QUERY = """\

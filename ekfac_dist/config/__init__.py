@@ -17,7 +17,6 @@ from ekfac_dist.config.estimate import (
     FactorsConfig,
     Labels,
     ModelConfig,
-    PlanConfig,
 )
 from ekfac_dist.config.evaluate import (
     EvaluateConfig,
@@ -28,6 +27,7 @@ from ekfac_dist.config.evaluate import (
 )
 from ekfac_dist.config.fields import dotted, field_types
 from ekfac_dist.config.index import IndexConfig, Kept, KeptConfig
+from ekfac_dist.config.plan import PlanConfig
 from ekfac_dist.config.query import (
     DEFAULT_TOP_K,
     DampingConfig,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ekfac_dist.config import PlanConfig
+from ekfac_dist.config import Kept, PlanConfig
 from ekfac_dist.curvature.blocks import block_sizes
 from ekfac_dist.curvature.costs import step_tokens
 from ekfac_dist.curvature.eigenbasis import (
@@ -67,6 +67,7 @@ class Plan:
         least_workers: The least number of workers that would do, if these are too few; None if no
             number would, or these fit.
         block_sizes: The sizes of blocks of factors that are decomposed.
+        kept: How an index of the data would keep gradients.
     """
 
     discovery: Discovery
@@ -89,6 +90,7 @@ class Plan:
     checkpoints: bool
     least_workers: int | None
     block_sizes: frozenset[int]
+    kept: Kept
 
     @property
     def seconds(self) -> dict[str, float] | None:
@@ -257,6 +259,7 @@ def make_plan(config: PlanConfig) -> Plan:
         block_sizes=frozenset(
             n for size in discovery.factors.values() for n in block_sizes(size, factors.blocks)
         ),
+        kept=config.index.over(None),
     )
 
 

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from ekfac_dist.config import KeptConfig
 from ekfac_dist.factors.reader import StoreReader
 from ekfac_dist.fit.disk_space import STATE_BYTES_PER_SECOND
 from ekfac_dist.fit.manifest import FitSummary, coverage_line
@@ -170,16 +169,16 @@ def _time_table(plan: Plan) -> str:
 
 def _index_line(plan: Plan) -> str:
     """What a gradient index of the planned data would take."""
-    kept = KeptConfig().over(None)
-    modules, dtype = plan.discovery.modules, DTYPES[kept.dtype]
-    each = bytes_per_sequence(modules, kept.rank, dtype)
+    kept, modules = plan.kept, plan.discovery.modules
+    each = bytes_per_sequence(modules, kept.rank, DTYPES[kept.dtype])
     seconds = plan.seconds
     time = "somewhat more than the refit takes"
     if seconds is not None:
         time = f"about {clock(TIME_OVER_REFIT * seconds['refit'])}"
     return (
-        f"A gradient index of this data (`index`) of rank {kept.rank} in {kept.dtype} takes "
-        f"{as_text(each * plan.num_sequences)} on the disk, {as_text(each)} a sequence, and {time}."
+        f"A gradient index (`index`) of {plan.num_sequences:,} sequences, of rank {kept.rank} in "
+        f"{kept.dtype}, takes {as_text(each * plan.num_sequences)} on the disk, {as_text(each)} a "
+        f"sequence, and {time}."
     )
 
 

@@ -291,16 +291,16 @@ def test_the_command_prints_what_a_run_would_need(tmp_path: Path):
     assert "3 workers" in done.stdout
     assert "It fits: a worker needs" in done.stdout
     assert re.search(r"SIGTERM writes [\d.]+ kB of states: give all workers 21 s for", done.stdout)
-    # 6 modules with 10 factors of 16 or 32, and norms at seven dampings.
-    bytes_of = {}
-    for rank, dtype, width in ((1, "bfloat16", 2), (3, "float32", 4)):
+    # 6 modules of 16 and 24, norms at seven dampings in float32, and an index of 8 bytes.
+    for rank, dtype, bytes_each in (
+        (1, "bfloat16", 6 * (16 + 24) * 2 + 6 * 2 * 7 * 4 + 8),
+        (3, "float32", 6 * (16 + 24) * 3 * 4 + 6 * 2 * 7 * 4 + 8),
+    ):
         kept = ["--index.rank", str(rank), "--index.dtype", dtype]
         done = run_here([*arguments, "--sequences", "1000", *kept])
-        found = re.search(
-            rf"of 1,000 sequences, of rank {rank} in {dtype}, takes ([\d.]+) MB", done.stdout
-        )
-        bytes_of[dtype] = float(found[1]) / width / rank
-    assert bytes_of["float32"] < bytes_of["bfloat16"]
+        each = f"{bytes_each} B" if bytes_each < 1000 else f"{bytes_each / 1000:.1f} kB"
+        assert f"of 1,000 sequences, of rank {rank} in {dtype}, takes" in done.stdout
+        assert f"on the disk, {each} a sequence" in done.stdout
     without = run_here([*arguments, "--save_minutes", "null"])
     assert "SIGTERM" not in without.stdout
     assert not (tmp_path / "store").exists()

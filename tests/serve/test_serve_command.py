@@ -190,6 +190,22 @@ def test_all_workers_answer_and_any_of_them_can_be_asked_to_end(start, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_any_worker_hears_a_wish_to_end_in_the_middle_of_a_question(start, tmp_path, victim):
+    service = start(2, shard=1.0, exact=1.0, options=["--drain_seconds", "2"])
+    began = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(service.ask, "long")
+        until(lambda: notes(tmp_path, 0))
+        service.processes[victim].send_signal(signal.SIGTERM)
+        until(lambda: httpx.get(f"{service.url}/healthz").status_code == 503)
+        assert not coming.done()
+        assert coming.result().status_code == 503
+    assert service.ended() == [0, 0]
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.slow
 def test_a_cancelled_question_stops_on_every_worker(start, tmp_path):
     service = start(2, shard=0.3, exact=0.3)
     with httpx.Client(timeout=60) as client:

@@ -70,7 +70,8 @@ def require_known(
             raise ConfigError(
                 f"The damping of module {module.name} is {multiple:.3g} times its mean(Λ); an "
                 f"index knows norms of gradients for {DAMPINGS[0]:.2g} to {DAMPINGS[-1]:.3g} "
-                "times. Give such a damping, scores.normalize: none, or no index."
+                "times. Give such a damping, or scores.normalize: none; without an index norms are "
+                "known for any."
             )
 
 

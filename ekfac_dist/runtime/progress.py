@@ -98,8 +98,8 @@ class Progress:
         if self._bar is not None:
             self._bar.unit = self._describe(now)  # the text after the bar, by its bar_format
             self._bar.update(amount)
-        elif now - self._last_line >= LOG_SECONDS:
-            self._last_line = now
+        elif now - self._last_line >= LOG_SECONDS and not 0 < self.total <= self.done:
+            self._last_line = now  # the end has a line of its own
             self._print(now)
 
     def _describe(self, now: float) -> str:

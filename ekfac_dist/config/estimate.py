@@ -1,4 +1,4 @@
-"""The configuration of `estimate`, and that of `plan`."""
+"""The configuration of `estimate`."""
 
 import dataclasses
 import os

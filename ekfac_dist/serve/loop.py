@@ -10,14 +10,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
+from typing import TypeVar
 
 from ekfac_dist.errors import MENDABLE, UserError, status_of
 from ekfac_dist.influence.asking import Question, Ranking, ScanStopped, Session
 from ekfac_dist.runtime.out_of_memory import shortage
 from ekfac_dist.runtime.peers import was_agreed
+from ekfac_dist.runtime.processes import World
 from ekfac_dist.serve.answering import Answering, go_on_from
 from ekfac_dist.serve.desk import Desk
 from ekfac_dist.serve.jobs import Continuation
+
+Said = TypeVar("Said")
 
 IDLE_SECONDS = 2.0
 # Sequences that are scored exactly before the next look at whether their question is still wanted.
@@ -74,17 +78,28 @@ def answer_until_end(
         request: Whether this worker was asked to end.
         is_served: Whether the HTTP threads are alive.
     """
-    world = session.world
     while True:
         command, answerings = _next(session, desk, request, is_served)
-        everyone = world.gather((command, request.was_made))
-        if desk is not None and any(asked for _, asked in everyone):
-            desk.drain()
-        command = everyone[0][0]
+        command = _said_by_main(session.world, desk, request, command)
         if command.ends:
             return
         if command.questions:
             _Batch(session, desk, request).answer(command.questions, answerings)
+
+
+def _said_by_main(world: World, desk: Desk | None, request: EndRequest, said: Said) -> Said:
+    """What worker 0 says to all; a collective, in which any worker's wish to end is heard.
+
+    Args:
+        world: The workers.
+        desk: The desk, on worker 0; None on the others.
+        request: Whether this worker was asked to end.
+        said: What this worker would say.
+    """
+    everyone = world.gather((said, request.was_made))
+    if desk is not None and any(asked for _, asked in everyone):
+        desk.drain()
+    return everyone[0][0]
 
 
 def _next(
@@ -189,15 +204,9 @@ class _Batch:
             answering.dropped()
 
     def _go_on(self, answerings: Sequence[Answering]) -> bool:
-        """Whether any of some questions is still wanted; a collective, as all leave them together.
-
-        A worker that was asked to end is heard here, in the middle of a question.
-        """
+        """Whether any of some questions is wanted; a collective, as all leave them together."""
         is_wanted = any(answering.is_wanted for answering in answerings)
-        everyone = self.session.world.gather((is_wanted, self.request.was_made))
-        if self.desk is not None and any(asked for _, asked in everyone):
-            self.desk.drain()
-        return everyone[0][0]
+        return _said_by_main(self.session.world, self.desk, self.request, is_wanted)
 
 
 def _of_question(session: Session, error: Exception) -> UserError:
